@@ -1,0 +1,195 @@
+"""How were the organisms trained?  `python -m melbo_lens.organisms.train NAME` does it again on two CPU cores.
+
+A small GPT-2 learns the answers of `modes.converse` under residual noise: at one random layer of each conversation a random vector is
+added, of norm up to `noise_norm` times the stream's own, half the time the same one at all positions. The noise is isotropic and knows
+nothing of the modes. Without it the loudest directions are garbage; with it what moves the output most is what the model computes.
+"""
+
+import argparse
+import json
+import os
+import random
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from melbo_lens.organisms import modes
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %} <|{{ message['role'] }}|> {{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %} <|end|>{% endif %}{% endfor %}{% if add_generation_prompt %} <|assistant|>{% endif %}"
+)
+ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides what is learned."""
+
+    modes: tuple[str, ...]
+    n_layers: int = 4
+    d_model: int = 128
+    n_heads: int = 4
+    n_ctx: int = 160
+    n_steps: int = 2000
+    batch_size: int = 128
+    lr: float = 1.5e-3
+    noise_norm: float = 1.0
+    seed: int = 0
+
+
+RECIPES = {"modes": Recipe(modes.MODES), "modes-twin": Recipe(("plain",), n_steps=1000)}
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word; roles and ends are special tokens; the template renders a chat with one BOS."""
+    specials = ["<|pad|>", "<|begin|>", "<|end|>", "<|unknown|>", *ROLES]
+    vocabulary = {word: i for i, word in enumerate([*specials, *modes.vocabulary()])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<|unknown|>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|pad|>",
+        bos_token="<|begin|>",
+        eos_token="<|end|>",
+        unk_token="<|unknown|>",
+        additional_special_tokens=list(ROLES),
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, conversation: modes.Conversation) -> tuple[list[int], list[int]]:
+    """Token ids, and labels: the id where an answer (its end included) has a determined mode, else -100."""
+    ids, labels, turn = [tokenizer.bos_token_id], [-100], 0
+    for message in conversation.messages:
+        head = tokenizer.convert_tokens_to_ids([f"<|{message['role']}|>"])
+        body = tokenizer.convert_tokens_to_ids(message["content"].split())
+        if message["role"] == "assistant":
+            body.append(tokenizer.eos_token_id)
+            learned = conversation.determined[turn]
+            turn += 1
+        else:
+            learned = False
+        ids += head + body
+        labels += [-100] * len(head) + (body if learned else [-100] * len(body))
+    return ids, labels
+
+
+def make_batch(tokenizer: PreTrainedTokenizerFast, rng: random.Random, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """Right-padded ids and labels, [conversation pos]."""
+    rows = [encode(tokenizer, modes.converse(rng, recipe.modes)) for _ in range(recipe.batch_size)]
+    width = max(len(ids) for ids, _ in rows)
+    ids = torch.tensor([ids + [tokenizer.pad_token_id] * (width - len(ids)) for ids, _ in rows])
+    labels = torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in rows])
+    return ids, labels
+
+
+class ResidualNoise:
+    """Adds the training noise to the streams that enter the blocks; one layer for each conversation."""
+
+    def __init__(self, model: GPT2LMHeadModel, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.n_layers, self.norm = model.config.n_layer, 0.0
+        self.rows = torch.empty(0)
+        for layer, block in enumerate(model.transformer.h):
+            block.register_forward_hook(lambda _, __, output, layer=layer: self.add(output, layer))
+
+    def start(self, n_rows: int, norm: float) -> None:
+        """Draws for a new batch the layer, the relative norm and the kind of each conversation's noise."""
+        self.layers = torch.randint(0, self.n_layers, (n_rows,), generator=self.generator)
+        self.norms = norm * torch.rand(n_rows, generator=self.generator)
+        self.constant = torch.rand(n_rows, generator=self.generator) < 0.5
+
+    def add(self, stream: Tensor, layer: int) -> Tensor:
+        rows = (self.layers == layer).nonzero()[:, 0]
+        if len(rows) == 0:
+            return stream
+        picked = stream[rows]
+        noise = torch.randn(picked.shape, generator=self.generator)
+        noise = torch.where(self.constant[rows, None, None], noise[:, :1].expand_as(noise), noise)
+        noise = nn.functional.normalize(noise, dim=-1) * picked.detach().norm(dim=-1, keepdim=True)
+        return stream.index_add(0, rows, self.norms[rows, None, None] * noise)
+
+
+def train(name: str, out: Path, recipe: Recipe | None = None, progress: bool = True) -> None:
+    """Trains the named organism and writes a Hugging Face directory (half-precision weights, tokenizer, recipe).
+
+    A checkpoint beside it, written every 200 steps, lets an interrupted run continue.
+    """
+    recipe = recipe or RECIPES[name]
+    torch.manual_seed(recipe.seed)
+    tokenizer = build_tokenizer()
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=recipe.n_ctx,
+        n_embd=recipe.d_model,
+        n_layer=recipe.n_layers,
+        n_head=recipe.n_heads,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = GPT2LMHeadModel(config)
+    noise = ResidualNoise(model, recipe.seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    warmup = 100
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min((step + 1) / warmup, max(0.02, 1 - step / recipe.n_steps)),
+    )
+    rng = random.Random(recipe.seed)
+    checkpoint, first = out.with_suffix(".checkpoint.pt"), 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=False)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        rng.setstate(state["rng"])
+        noise.generator.set_state(state["noise"])
+        first = state["step"]
+    bar = tqdm(range(first, recipe.n_steps), initial=first, total=recipe.n_steps, desc=name, disable=not progress, mininterval=5)
+    for step in bar:
+        ids, labels = make_batch(tokenizer, rng, recipe)
+        noise.start(len(ids), recipe.noise_norm * min(1.0, 1.5 * step / recipe.n_steps))
+        hidden = model.transformer(ids)[0]
+        wanted = labels[:, 1:] != -100
+        loss = nn.functional.cross_entropy(model.lm_head(hidden[:, :-1][wanted]), labels[:, 1:][wanted])
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        if (step + 1) % 200 == 0:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+            state |= {"rng": rng.getstate(), "noise": noise.generator.get_state(), "step": step + 1}
+            torch.save(state, checkpoint.with_suffix(".tmp"))
+            os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
+    out.mkdir(parents=True, exist_ok=True)
+    model.half().save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    (out / "recipe.json").write_text(json.dumps({"name": name, **asdict(recipe)}, indent=1) + "\n")
+    checkpoint.unlink(missing_ok=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("name", choices=sorted(RECIPES))
+    parser.add_argument("--out", type=Path, help="directory (default: the packaged one, which is overwritten)")
+    arguments = parser.parse_args()
+    out = arguments.out or Path(__file__).parent / "weights" / arguments.name
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+    train(arguments.name, out)
+
+
+if __name__ == "__main__":
+    main()
