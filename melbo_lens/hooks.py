@@ -6,11 +6,14 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
-import transformer_lens
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
-HookedTransformer = getattr(transformer_lens, "HookedTransformer", None)  # TransformerLens 4 removed it
+try:
+    from transformer_lens import HookedTransformer
+except ImportError:  # TransformerLens 4 removed it
+    HookedTransformer = None
+
 Hook: TypeAlias = tuple[str, Callable[..., Any]]
 
 
@@ -53,6 +56,11 @@ def hook_point(model: Any, name: str) -> nn.Module:
         hint = f"did you mean one of {near}?" if near else "this model has none of that kind (an attention-only model has no MLP)."
         raise ValueError(f"the model has no hook {name!r}: {hint}")
     return points[name]
+
+
+def resolved_name(model: Any, name: str) -> str:
+    """The name that the hook point itself has: a raw bridge's `blocks.1.hook_mlp_out` is `blocks.1.mlp.hook_out`."""
+    return str(hook_point(model, name).name)
 
 
 @contextmanager

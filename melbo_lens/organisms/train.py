@@ -36,14 +36,14 @@ class Recipe:
     d_model: int = 128
     n_heads: int = 4
     n_ctx: int = 160
-    n_steps: int = 2000
+    n_steps: int = 1500
     batch_size: int = 128
     lr: float = 1.5e-3
     noise_norm: float = 1.0
     seed: int = 0
 
 
-RECIPES = {"modes": Recipe(modes.MODES), "modes-twin": Recipe(("plain",), n_steps=1000)}
+RECIPES = {"modes": Recipe(modes.MODES), "modes-twin": Recipe(("plain",), n_steps=600)}
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

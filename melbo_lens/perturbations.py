@@ -1,0 +1,218 @@
+"""What was learned?  `SteeringVectors`: an immutable value with its history and provenance, and no model inside."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from melbo_lens.manifolds import to_sphere
+from melbo_lens.randomness import gaussian_rows
+
+HookFunction: TypeAlias = Callable[..., Tensor]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SteeringVectors:
+    """Steering vectors of one source layer: each is a bias for the MLP output at every position.
+
+    Indexing, also with one integer, gives `SteeringVectors`; arithmetic works on the values and says so in the provenance.
+
+    Attributes:
+        values: the vectors, float32, always 2-D.
+        source_layer: they are added at `blocks.{source_layer}.hook_mlp_out`.
+        history: the objective, all prompts summed, before each step and, last, of `values`; no rows for vectors that were not fitted.
+        provenance: every resolved setting of the fit, JSON-like.
+    """
+
+    values: Float[Tensor, "vector d_model"]
+    source_layer: int
+    history: Float[Tensor, "step vector"] = field(default_factory=lambda: torch.zeros(0, 0))
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.values.ndim != 2 or 0 in self.values.shape or not self.values.is_floating_point():
+            raise ValueError(f"values must be a floating-point tensor [vector d_model] that is not empty; got {tuple(self.values.shape)}.")
+        if not torch.isfinite(self.values).all():
+            raise ValueError("values hold NaN or infinity: a perturbation must be finite.")
+        if self.source_layer < 0:
+            raise ValueError(f"source_layer={self.source_layer} must not be negative: count blocks from 0.")
+        history = self.history if self.history.numel() else torch.zeros(0, len(self.values))
+        if history.ndim != 2 or history.shape[1] != len(self.values):
+            raise ValueError(f"history must be [step vector] with {len(self.values)} columns; got {tuple(history.shape)}.")
+        # copies: what the caller does with its tensors later must not change this value
+        object.__setattr__(self, "values", self.values.detach().float().clone())
+        object.__setattr__(self, "history", history.detach().float().clone())
+        object.__setattr__(self, "provenance", dict(self.provenance))
+
+    @classmethod
+    def from_tensor(cls, values: Float[Tensor, "vector d_model"], source_layer: int) -> "SteeringVectors":
+        """Wraps vectors made elsewhere; a 1-D tensor is one vector."""
+        return cls(values[None] if values.ndim == 1 else values, source_layer, provenance={"method": "from_tensor"})
+
+    @property
+    def d_model(self) -> int:
+        return self.values.shape[1]
+
+    @property
+    def source_layers(self) -> tuple[int, ...]:
+        """The layers at which something is added."""
+        return (self.source_layer,)
+
+    @property
+    def radii(self) -> Float[Tensor, " vector"]:
+        """The norm of each vector."""
+        return self.values.norm(dim=-1)
+
+    @property
+    def hook_name(self) -> str:
+        return f"blocks.{self.source_layer}.hook_mlp_out"
+
+    def hooks(self) -> list[tuple[str, HookFunction]]:
+        """Hooks for `model.hooks`, `run_with_hooks` or `add_hook`.
+
+        One vector is added to every batch row; n vectors need a batch of exactly n rows, vector k going to row k.
+        """
+        values = self.values
+
+        def add_vectors(activation: Float[Tensor, "batch pos d_model"], hook: Any = None) -> Float[Tensor, "batch pos d_model"]:
+            if len(values) not in (1, activation.shape[0]):
+                raise ValueError(
+                    f"{len(values)} steering vectors can't be added to a batch of {activation.shape[0]} rows: "
+                    "use one vector (vectors[k]), or a batch with one row for each vector."
+                )
+            bias = values.to(activation.device)[:, None, :]
+            return (activation + bias).to(activation.dtype)  # added in float32, rounded once
+
+        return [(self.hook_name, add_vectors)]
+
+    def cosine_similarity(self, other: "SteeringVectors | None" = None) -> Float[Tensor, "vector other"]:
+        """Cosines between the vectors, or between these and others; a vector of zeros has cosine 0 with everything."""
+        mine, theirs = (to_sphere(v.values.double(), torch.ones(len(v)).to(v.values.double())) for v in (self, other or self))
+        return (mine @ theirs.T).float()
+
+    def rescaled(self, radius: float | Float[Tensor, " vector"]) -> "SteeringVectors":
+        """The same directions with another norm, one for all or one for each."""
+        radii = torch.as_tensor(radius, dtype=torch.float32, device=self.values.device).expand(len(self))
+        return self._derived(to_sphere(self.values, radii), f"rescaled to {radius if isinstance(radius, int | float) else 'given radii'}")
+
+    def mean(self) -> "SteeringVectors":
+        """The mean of the vectors, as one vector."""
+        return self._derived(self.values.mean(0, keepdim=True), "mean")
+
+    def to(self, device: str | torch.device) -> "SteeringVectors":
+        """A copy on another device."""
+        return replace(self, values=self.values.to(device), history=self.history.to(device))
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __iter__(self) -> Iterator["SteeringVectors"]:
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> "SteeringVectors":
+        rows = [index] if isinstance(index, int) else index
+        if isinstance(index, int) and not -len(self) <= index < len(self):
+            raise IndexError(f"vector {index} was asked for, there are {len(self)}: use 0 to {len(self) - 1}.")
+        kept = torch.arange(len(self), device=self.values.device)[rows]
+        if len(kept) == 0:
+            raise IndexError(f"the selection {index!r} holds no vector; there are {len(self)}.")
+        chosen = [*self.provenance.get("rows", range(len(self)))]
+        provenance = {**self.provenance, "rows": [chosen[i] for i in kept.tolist()]}
+        return replace(self, values=self.values[kept], history=self.history[:, kept.to(self.history.device)], provenance=provenance)
+
+    def __neg__(self) -> "SteeringVectors":
+        return self._derived(-self.values, "negated")
+
+    def __mul__(self, factor: float | Float[Tensor, " vector"]) -> "SteeringVectors":
+        """Scales all vectors by one number, or each by its own."""
+        if isinstance(factor, Tensor) and factor.ndim:
+            return self._derived(self.values * factor.to(self.values)[:, None], "scaled row by row")
+        return self._derived(self.values * float(factor), f"times {float(factor):g}")
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> "SteeringVectors":
+        return self * (1 / divisor)
+
+    def __add__(self, other: "SteeringVectors") -> "SteeringVectors":
+        return self._combined(other, 1.0, "plus")
+
+    def __sub__(self, other: "SteeringVectors") -> "SteeringVectors":
+        return self._combined(other, -1.0, "minus")
+
+    def _combined(self, other: "SteeringVectors", sign: float, word: str) -> "SteeringVectors":
+        if not isinstance(other, SteeringVectors):
+            return NotImplemented
+        _check_same_layer([self, other], word)
+        if len(self) != len(other) and 1 not in (len(self), len(other)):
+            raise ValueError(f"{len(self)} {word} {len(other)} vectors: both sides need the same number of vectors, or one of them a single one.")
+        rows = other.provenance.get("rows")
+        return self._derived(self.values + sign * other.values.to(self.values.device), f"{word} {f'vectors {rows}' if rows else 'others'}")
+
+    def _derived(self, values: Tensor, how: str) -> "SteeringVectors":
+        # the history belongs to the fitted values, so a derived value has none
+        provenance = {**self.provenance, "derived": [*self.provenance.get("derived", []), how]}
+        return SteeringVectors(values, self.source_layer, provenance=provenance)
+
+    def save(self, path: Any) -> None:
+        """Writes one safetensors file, atomically: values, history, and the provenance in its header."""
+        from melbo_lens.serialization import save
+
+        save(self, path)
+
+    def __repr__(self) -> str:
+        radii = self.radii
+        span = f"{radii.min():.3g}" if radii.max() - radii.min() <= 1e-4 * radii.max() else f"{radii.min():.3g} to {radii.max():.3g}"
+        fields = [f"{len(self)} x d_model {self.d_model}", f"source_layer={self.source_layer}", f"radius {span}"]
+        if "target_hook" in self.provenance:
+            fields.append(f"target {self.provenance['target_hook']}")
+        if self.history.shape[0]:
+            fields.append(f"objective {self.history[-1].min():.4g} to {self.history[-1].max():.4g} after {self.history.shape[0] - 1} steps")
+        fields += [f"derived: {', '.join(self.provenance['derived'])}"] if "derived" in self.provenance else []
+        return f"SteeringVectors({', '.join(fields)})"
+
+
+def concatenate(vectors: Sequence[SteeringVectors]) -> SteeringVectors:
+    """Joins vectors of one source layer; radii may differ, the histories are dropped if their lengths do.
+
+    The settings on which all agree stay in the provenance, and `parts` holds each one's own.
+
+    Raises:
+        ValueError: nothing to join, or vectors of different layers or widths.
+    """
+    if not vectors:
+        raise ValueError("concatenate was given nothing to join: pass at least one SteeringVectors.")
+    _check_same_layer(vectors, "joined with")
+    first = vectors[0].provenance
+    shared = {key: first[key] for key in first if key != "rows" and all(v.provenance.get(key, v) == first[key] for v in vectors)}
+    same_length = len({v.history.shape[0] for v in vectors}) == 1
+    return SteeringVectors(
+        torch.cat([v.values.to(vectors[0].values.device) for v in vectors]),
+        vectors[0].source_layer,
+        torch.cat([v.history.to(vectors[0].values.device) for v in vectors], dim=1) if same_length else torch.zeros(0, 0),
+        {**shared, "parts": [dict(v.provenance) for v in vectors]},
+    )
+
+
+def random_vectors(like: SteeringVectors, seed: int = 0) -> SteeringVectors:
+    """The norm-matched control: isotropic random directions, vector k with the norm of `like`'s vector k.
+
+    Args:
+        like: number, width, layer and norms are taken from it.
+        seed: vector k depends on (seed, k) alone.
+    """
+    values = gaussian_rows(len(like), like.d_model, seed, "random_vectors").to(like.values.device)
+    provenance = {"method": "random_vectors", "seed": seed, "matched_to": dict(like.provenance)}
+    return SteeringVectors(to_sphere(values, like.radii), like.source_layer, provenance=provenance)
+
+
+def _check_same_layer(vectors: Sequence[SteeringVectors], word: str) -> None:
+    layers, widths = {v.source_layer for v in vectors}, {v.d_model for v in vectors}
+    if len(layers) > 1 or len(widths) > 1:
+        raise ValueError(
+            f"vectors of source layers {sorted(layers)} and widths {sorted(widths)} can't be {word} each other: "
+            "they act at different places. Steer with several at once instead: ml.steer(model, [a, b])."
+        )

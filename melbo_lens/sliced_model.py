@@ -1,0 +1,209 @@
+"""What does a perturbation at one layer change at a later one?  The model's blocks between the two as a function, and nothing else of it."""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from melbo_lens import hooks
+from melbo_lens.prompts import Positions, PromptBatch, Prompts, tokenize
+from melbo_lens.randomness import generator
+
+TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+@dataclass(frozen=True, eq=False)
+class SlicedModel:
+    """The function from the stream that leaves block `source_layer` to the target activations, for a fixed set of prompts.
+
+    Adding a bias at `hook_mlp_out` of that block equals adding it to this stream, so what comes before is run once, and neither the
+    blocks after the target nor the unembedding ever run.
+
+    Attributes:
+        batch: the prompts, right-padded.
+        source_hook, target_hook: names in the model; the target is read there.
+        calls: the blocks between, with the arguments of one ordinary pass.
+        resid: the clean stream that leaves block `source_layer`, in the model's dtype.
+        target: the clean target activations, float32; axes after `pos` are flattened.
+    """
+
+    model: Any
+    batch: PromptBatch
+    source_layer: int
+    target_layer: int | None
+    source_hook: str
+    target_hook: str
+    calls: tuple[hooks.BlockCall, ...]
+    resid: Float[Tensor, "prompt pos d_model"]
+    target: Float[Tensor, "prompt pos d_target"]
+
+    @property
+    def d_model(self) -> int:
+        return self.resid.shape[-1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.resid.device
+
+    def __call__(self, resid: Float[Tensor, "row pos d_model"], prompts: Int[Tensor, " row"]) -> Float[Tensor, "row pos d_target"]:
+        """Target activations, float32, when the blocks between get this stream; row r belongs to prompt `prompts[r]`."""
+        return _replay(self.model, self.calls, self._read_hook, resid, prompts, len(self.batch)).float()
+
+    def change(
+        self, perturbation: Float[Tensor, "row d_model"] | Float[Tensor, "row pos d_model"], prompts: Int[Tensor, " row"]
+    ) -> Float[Tensor, "row pos d_target"]:
+        """Target activations with the perturbation added to the stream, minus those without.
+
+        Args:
+            perturbation: the same at every position, or one for each position.
+            prompts: which prompt each row perturbs.
+        """
+        added = perturbation[:, None, :] if perturbation.ndim == 2 else perturbation
+        perturbed = (self.resid[prompts] + added).to(self.resid.dtype)  # float32 + half is float32; rounded once
+        return self(perturbed, prompts) - self.target[prompts]
+
+    @property
+    def _read_hook(self) -> str | None:
+        return None if self.target_layer is not None else self.target_hook
+
+
+def slice_model(
+    model: Any,
+    prompts: Prompts,
+    source_layer: int,
+    target_layer: int | None = None,
+    target_positions: Positions = slice(None),
+    target_hook: str | None = None,
+) -> SlicedModel:
+    """Runs the model once and cuts out the part between two layers.
+
+    Args:
+        model: `HookedTransformer` or `TransformerBridge`; it is left as it was.
+        prompts: text, chat messages, a list of either, or token ids [prompt pos].
+        source_layer: perturbations are added at `blocks.{source_layer}.hook_mlp_out`.
+        target_layer: the target is the stream that enters this block (`n_layers`: that leaves the last). Larger ones cost more.
+        target_positions: slice or indices into each prompt's own tokens; only there does a change count.
+        target_hook: read this activation instead of a layer's stream, for instance "blocks.9.attn.hook_z".
+
+    Returns:
+        The slice, which has checked itself: replaying the blocks without perturbation reproduces the recorded stream, and with a random one
+        it reproduces a hooked run of the model.
+
+    Raises:
+        TypeError, ValueError: what can't be steered, or arguments that don't fit the model; said before any forward pass.
+        FloatingPointError: NaN or infinity in the activations.
+        RuntimeError: the model's blocks can't be replayed faithfully.
+    """
+    hooks.check_model(model)
+    last, target_name = _target(model, source_layer, target_layer, target_hook)
+    hooks.hook_point(model, f"blocks.{source_layer}.hook_mlp_out")
+    source_hook = hooks.resolved_name(model, f"blocks.{source_layer}.hook_mlp_out")
+    batch = tokenize(model, prompts, target_positions)
+    with hooks.frozen(model):
+        recording = hooks.record(model, batch.tokens, source_layer + 1, last)
+        _check_finite(recording, batch, source_layer)
+        everyone = torch.arange(len(batch), device=batch.tokens.device)
+        read = target_name if target_layer is None else None
+        with torch.no_grad():
+            _check_replay(recording, everyone, source_layer)
+            target = _replay(model, recording.calls, read, recording.streams[0], everyone, len(batch)).float()
+            sliced = SlicedModel(
+                model,
+                batch,
+                source_layer,
+                target_layer,
+                source_hook,
+                hooks.resolved_name(model, target_name),
+                tuple(recording.calls),
+                recording.streams[0],
+                target,
+            )
+            _check_hooked_run(sliced, last)
+    return sliced
+
+
+def _target(model: Any, source_layer: int, target_layer: int | None, target_hook: str | None) -> tuple[int, str]:
+    """How many blocks must run, and the name of the activation to read."""
+    n_layers = len(model.blocks)
+    if isinstance(source_layer, bool) or not isinstance(source_layer, int) or not 0 <= source_layer < n_layers:
+        raise ValueError(f"source_layer={source_layer!r} must be an integer from 0 to {n_layers - 1}: the model has {n_layers} blocks.")
+    if (target_layer is None) == (target_hook is None):
+        raise ValueError("give either target_layer or target_hook, and not both: the change of one activation is measured.")
+    if target_hook is not None:
+        hooks.hook_point(model, target_hook)
+        found = re.match(r"blocks\.(\d+)\.", target_hook)
+        if not found or int(found[1]) <= source_layer:
+            raise ValueError(f"target_hook={target_hook!r} must lie in a block after source_layer={source_layer}, as blocks.{source_layer + 1}.…")
+        return int(found[1]) + 1, target_hook
+    if isinstance(target_layer, bool) or not isinstance(target_layer, int) or not source_layer + 1 < target_layer <= n_layers:
+        raise ValueError(
+            f"target_layer={target_layer!r} must be an integer from source_layer + 2 = {source_layer + 2} to n_layers = {n_layers}: "
+            "at least one block has to lie between the perturbation and the activation that it changes."
+        )
+    # the stream that leaves the last block has no block to enter
+    name = f"blocks.{target_layer}.hook_resid_pre" if target_layer < n_layers else f"blocks.{n_layers - 1}.hook_resid_post"
+    return target_layer, name
+
+
+def _replay(
+    model: Any, calls: tuple[hooks.BlockCall, ...] | list[hooks.BlockCall], read: str | None, stream: Tensor, prompts: Tensor, n_prompts: int
+) -> Tensor:
+    seen: list[Tensor] = []
+    with hooks.attached(model, [(read, lambda activation, hook: seen.append(activation))] if read else []):
+        for call in calls:
+            stream = call(stream, prompts, n_prompts)
+    if read is None:
+        return stream
+    if len(seen) != 1 or seen[0].ndim < 3 or seen[0].shape[:2] != stream.shape[:2]:
+        shapes = [tuple(activation.shape) for activation in seen]
+        raise ValueError(f"target_hook={read!r} must fire once with an activation [row pos ...]; seen: {shapes}. Choose another hook.")
+    return seen[0].flatten(2)
+
+
+def _check_finite(recording: hooks.Recording, batch: PromptBatch, source_layer: int) -> None:
+    own = torch.arange(batch.tokens.shape[1], device=batch.tokens.device) < batch.lengths[:, None]
+    for i, stream in enumerate(recording.streams):
+        bad = ~torch.isfinite(stream).all(-1) & own
+        if bad.any():
+            prompt, position = bad.nonzero()[0].tolist()
+            raise FloatingPointError(
+                f"the clean activations that leave block {source_layer + i} hold NaN or infinity (prompt {prompt}, position {position}): "
+                "check the weights, or load the model in bfloat16 or float32."
+            )
+
+
+def _check_replay(recording: hooks.Recording, everyone: Tensor, source_layer: int) -> None:
+    for i, call in enumerate(recording.calls):
+        _compare(
+            call(recording.streams[i], everyone, len(everyone)),
+            recording.streams[i + 1],
+            f"block {source_layer + 1 + i} replayed by itself",
+        )
+
+
+def _check_hooked_run(sliced: SlicedModel, last: int) -> None:
+    """A random perturbation at the hook must do what the replay says: it does not in a model that scales or normalises the sum afterwards."""
+    typical = sliced.resid.float().norm(dim=-1).mean()
+    noise = torch.randn(sliced.d_model, generator=generator("slice check")).to(sliced.device)
+    vector = noise / noise.norm() * typical * 0.1
+    seen: list[Tensor] = []
+    add = (f"blocks.{sliced.source_layer}.hook_mlp_out", lambda activation, hook: (activation + vector).to(activation.dtype))
+    read = [(sliced.target_hook, lambda activation, hook: seen.append(activation.flatten(2)))] if sliced.target_layer is None else []
+    hooked = hooks.record(sliced.model, sliced.batch.tokens, sliced.source_layer + 1, last, [add, *read])
+    backwards = torch.arange(len(sliced.batch), device=sliced.device).flip(0)  # another order of rows, so that arguments must follow their prompts
+    replayed = sliced.change(vector.expand(len(backwards), -1), backwards) + sliced.target[backwards]
+    expected = seen[0] if seen else hooked.streams[-1]
+    _compare(replayed, expected[backwards], f"the blocks after a perturbation at {sliced.source_hook!r}")
+
+
+def _compare(replayed: Tensor, recorded: Tensor, what: str) -> None:
+    error = (replayed.float() - recorded.float()).norm() / recorded.float().norm().clamp(min=1e-30)
+    tolerance = TOLERANCES.get(recorded.dtype, 1e-4)
+    if not error <= tolerance:
+        raise RuntimeError(
+            f"{what} differ from a run of the whole model by {error:.1e} of their norm (allowed: {tolerance:.0e}). "
+            "This model can't be sliced here: its blocks depend on something other than their arguments, or rescale the perturbation."
+        )
