@@ -229,6 +229,13 @@ class CachedDecoder:
             self.cache.batch_select_indices(rows)
 
 
+def end_tokens(model: Any) -> set[int]:
+    """Ids that end a completion: the tokenizer's, and those of a Hugging Face generation config (chat models often have another)."""
+    config = getattr(getattr(model, "original_model", None), "generation_config", None)
+    found = [getattr(model.tokenizer, "eos_token_id", None), getattr(config, "eos_token_id", None)]
+    return {i for entry in found if entry is not None for i in (entry if isinstance(entry, list | tuple) else [entry])}
+
+
 def _stream(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 

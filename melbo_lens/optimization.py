@@ -1,5 +1,6 @@
 """How does one climb on a sphere?  Two ascents that ask only for values and gradients; each yields its whole state after every step."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
@@ -14,7 +15,8 @@ Rows: TypeAlias = Float[Tensor, "row d_model"]
 Evaluate: TypeAlias = Callable[[Rows], tuple[Values, Rows]]  # objective and gradient of independent rows
 State: TypeAlias = dict[str, Tensor]  # everything an interrupted ascent needs to go on; "values" and "history" are the result
 
-MOMENTUM, MOST_MOMENTUM = 1.0, 16.0
+INERTIA = 0.4  # share of the old direction in the new one
+MOMENTS = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
 def adamw(
@@ -35,43 +37,149 @@ def adamw(
         state: a state yielded before, to go on from it.
 
     Yields:
-        The state after each step; the last one's `history` is full: row t holds the objective before step t, the last row that of `values`.
+        The state after each step. The last one's history is full: row t is the objective before step t, the last row that of the values.
     """
     n_vectors = len(start)
+    if state is None:
+        history = start.new_full((n_steps + 1, n_vectors), float("nan"))
+        state = {"values": start.clone(), "history": history, "group": torch.tensor(0), "step": torch.tensor(0)}
     groups = [slice(k, k + 1) for k in range(n_vectors)] if orthogonal else [slice(0, n_vectors)]
-    state = dict(state) if state else _blank(start, n_steps)
-    first, first_step = int(state["group"]), int(state["step"])
-    for number, rows in enumerate(groups[first:], first):
-        found, radius = state["values"][: rows.start if orthogonal else 0], radii[rows]
-        if first_step == 0:
-            state["values"] = _put(state["values"], rows, to_sphere(project_off(state["values"][rows], found), radius))
-        theta = nn.Parameter(state["values"][rows].clone())
+    while int(state["group"]) < len(groups):
+        number, step = int(state["group"]), int(state["step"])
+        rows = groups[number]
+        values, history = state["values"].clone(), state["history"].clone()
+        found, radius = values[: rows.start], radii[rows]
+        theta = nn.Parameter(values[rows] if step else to_sphere(project_off(values[rows], found), radius))
         optimizer = torch.optim.AdamW([theta], lr=lr, betas=(0.9, 0.98), weight_decay=0.0, amsgrad=True)
-        if first_step:
-            names = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-            optimizer.state[theta] = {name: state[f"adamw_{name}"].clone() for name in names}
-        for step in range(first_step, n_steps + 1):
-            value, gradient = evaluate(theta.detach())
-            state["history"][step, rows] = value
+        if step:
+            optimizer.state[theta] = {name: state[f"adamw_{name}"].clone() for name in MOMENTS}
+        while step <= n_steps:
+            history[step, rows], gradient = evaluate(theta.detach())
             if step < n_steps:
                 theta.grad = -tangent(project_off(gradient, found), theta.detach())
                 optimizer.step()
                 theta.data = to_sphere(project_off(theta.data, found), radius)
-                state |= {f"adamw_{name}": moment.clone() for name, moment in optimizer.state[theta].items()}
-            state["values"] = _put(state["values"], rows, theta.detach())
-            state |= {"group": torch.tensor(number), "step": torch.tensor(step + 1)}
-            if step == n_steps:
-                state |= {"group": torch.tensor(number + 1), "step": torch.tensor(0)}
+            step += 1
+            values[rows] = theta.detach()
+            moments = {f"adamw_{name}": moment.clone() for name, moment in optimizer.state[theta].items()}
+            done = step > n_steps
+            position = {"group": torch.tensor(number + done), "step": torch.tensor(0 if done else step)}
+            # a new mapping of new tensors, so that whoever holds an earlier state holds a whole one
+            state = {"values": values.clone(), "history": history.clone(), **position, **moments}
             yield state
-        first_step = 0
 
 
-def _blank(start: Rows, n_steps: int) -> State:
-    history = start.new_full((n_steps + 1, len(start)), float("nan"))
-    return {"values": start.clone(), "history": history, "group": torch.tensor(0), "step": torch.tensor(0)}
+def power(
+    evaluate: Evaluate,
+    starts: Float[Tensor, "restart vector d_model"],
+    radii: Values,
+    n_steps: int,
+    orthogonal: bool = True,
+    tolerance: float = 1e-3,
+    state: State | None = None,
+) -> Iterator[State]:
+    """The fast ascent: on a sphere a maximum is a fixed point of ``theta <- R grad f / ||grad f||``, here for all rows at once.
+
+    Orthogonal rows take their gradients orthonormalised *in order*, so that row k never depends on the rows after it, and the fixed point is
+    that of learning them one after another. Part of the old direction is added each time, which damps oscillation. The first half of the
+    steps moves all rows; then they are frozen in order, each at the best point that any restart has seen since the row before it was frozen,
+    and the rest goes on in the complement. So a row never falls once the rows before it are frozen. A row whose objective has settled is frozen
+    early.
+
+    Args:
+        evaluate: objective and gradient of each row.
+        starts: starting directions; restarts are batch rows.
+        radii: the norm of each vector.
+        n_steps: at most so many steps.
+        orthogonal: whether each vector is orthogonal to those before it; if not, every vector is a problem of its own.
+        tolerance: a row has settled when its objective changes by less than this share in one step, in every restart.
+        state: a state yielded before, to go on from it.
+
+    Yields:
+        The state after each evaluation. In its history a frozen row keeps its value; "settled" counts the rows frozen before their deadline.
+    """
+    n_restarts, n_vectors, d_model = starts.shape
+    n_rows = n_vectors if orthogonal else 1  # free vectors are n_vectors problems of one row each
+    radii = radii.view(-1, n_rows)
+    unit = orthonormalize(starts.reshape(n_restarts, -1, n_rows, d_model))  # [restart problem row d_model]
+    blocks = _blocks(n_rows, n_steps)
+    state = state or _blank(unit * radii[..., None], n_steps, len(blocks[0]))
+    while int(state["block"]) < len(blocks):
+        number, step = int(state["block"]), int(state["step"])
+        block = blocks[number]
+        theta, history = state["theta"], state["history"].clone()
+        active = theta[..., block.start :, :]
+        value, gradient = (x.unflatten(0, active.shape[:3]) for x in evaluate(active.flatten(0, 2)))
+
+        # The best point of the block so far, over steps and restarts.
+        score = value[..., : len(block)].sum(-1)
+        top, winner = score.max(0)
+        better = top > state["best_score"]
+        problems = torch.arange(len(top), device=top.device)
+        best_score = torch.where(better, top, state["best_score"])
+        best_value = torch.where(better[:, None], value[winner, problems, : len(block)], state["best_value"])
+        best_theta = torch.where(better[:, None, None], active[winner, problems, : len(block)], state["best_theta"])
+        rows = history[step].view(-1, n_rows)  # a view: writing to it writes the history
+        rows[:, : block.start] = history[max(step - 1, 0)].view(-1, n_rows)[:, : block.start]
+        rows[:, block.start :] = value.amax(0)
+        rows[:, block.start : block.stop] = best_value
+
+        settled = bool(((score - state["last_score"]).abs() <= tolerance * score.abs()).all())
+        late = step >= _deadline(block[-1], n_rows, n_steps)
+        freeze = settled or late
+        if freeze:
+            theta = torch.cat([theta[..., : block.start, :], best_theta.expand(n_restarts, -1, -1, -1), theta[..., block.stop :, :]], dim=2)
+        first = block.stop if freeze else block.start
+        fixed, moving = theta[..., :first, :], theta[..., first:, :]
+        pull = _in_order(fixed, gradient[..., first - block.start :, :])
+        moved = _in_order(fixed, pull + INERTIA * moving / radii[:, first:, None]) * radii[:, first:, None]
+        if freeze:
+            number += 1
+            size = len(blocks[number]) if number < len(blocks) else 0
+            cleared = _blank(theta, n_steps, size)
+            best_score, best_value, best_theta, score = (cleared[k] for k in ("best_score", "best_value", "best_theta", "last_score"))
+        state = {
+            "theta": torch.cat([fixed, moved], dim=2),
+            "values": torch.cat([fixed, moved], dim=2)[0].flatten(0, 1),
+            "history": history,
+            "best_score": best_score,
+            "best_value": best_value,
+            "best_theta": best_theta,
+            "last_score": score,
+            "block": torch.tensor(number),
+            "step": torch.tensor(step + 1),
+            "settled": state["settled"] + (freeze and not late) * len(block),
+        }
+        yield state
 
 
-def _put(values: Rows, rows: slice, new: Rows) -> Rows:
-    values = values.clone()
-    values[rows] = new
-    return values
+def _blank(theta: Float[Tensor, "restart problem row d_model"], n_steps: int, block_size: int) -> State:
+    restarts, problems, n_rows, d_model = theta.shape
+    return {
+        "theta": theta,
+        "history": theta.new_full((n_steps + 1, problems * n_rows), float("nan")),
+        "best_score": theta.new_full((problems,), -1.0),
+        "best_value": theta.new_zeros(problems, block_size),
+        "best_theta": theta.new_zeros(problems, block_size, d_model),
+        "last_score": theta.new_full((restarts, problems), float("inf")),
+        "block": torch.tensor(0),
+        "step": torch.tensor(0),
+        "settled": torch.tensor(0),
+    }
+
+
+def _in_order(fixed: Tensor, rows: Tensor) -> Tensor:
+    """The rows orthonormalised in order, in the complement of fixed ones."""
+    return orthonormalize(torch.cat([fixed, rows], dim=-2))[..., fixed.shape[-2] :, :]
+
+
+def _deadline(row: int, n_rows: int, n_steps: int) -> int:
+    """The step by which a row must be frozen: the rows share the second half of the steps, and the last row takes the last."""
+    return n_steps if n_rows == 1 else round(n_steps / 2 * (1 + row / (n_rows - 1)))
+
+
+def _blocks(n_rows: int, n_steps: int) -> list[range]:
+    """Consecutive rows with one deadline are frozen together: there are more of them than one only if rows outnumber the steps left."""
+    deadlines = [_deadline(row, n_rows, n_steps) for row in range(n_rows)]
+    edges = [row for row in range(n_rows) if row == 0 or deadlines[row] != deadlines[row - 1]] + [n_rows]
+    return [range(a, b) for a, b in itertools.pairwise(edges)]

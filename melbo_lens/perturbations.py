@@ -27,9 +27,9 @@ class SteeringVectors:
         provenance: every resolved setting of the fit, JSON-like.
     """
 
-    values: Float[Tensor, "vector d_model"]
+    values: Float[Tensor, "vector d_model"]  # 2-D also for one vector
     source_layer: int
-    history: Float[Tensor, "step vector"] = field(default_factory=lambda: torch.zeros(0, 0))
+    history: Float[Tensor, "step vector_or_0"] = field(default_factory=lambda: torch.zeros(0, 0))
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -1,0 +1,71 @@
+"""How does a long fit survive an interrupt?  Its state is saved at intervals, on the way out, and read by the same call later."""
+
+import os
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from melbo_lens import serialization
+from melbo_lens.optimization import State
+
+KIND = "ascent"
+
+
+def run(
+    states: Iterable[State],
+    checkpoint: str | os.PathLike[str] | None,
+    settings: Mapping[str, Any],
+    bar: tqdm,
+    state: State | None = None,
+    interval: float = 30.0,
+) -> State:
+    """Takes an ascent to its end and returns the last state.
+
+    `state` is the one that the ascent goes on from, if any. Every `interval` seconds, at the end, and when interrupted, the last complete state is saved to `checkpoint`.
+    """
+    saved = time.monotonic()
+    try:
+        for state in states:
+            bar.update()
+            bar.set_postfix_str(f"objective {_mean_objective(state):.4g}", refresh=False)
+            if checkpoint is not None and time.monotonic() - saved > interval:
+                serialization.write(checkpoint, KIND, state, settings)
+                saved = time.monotonic()
+    finally:
+        if checkpoint is not None and state is not None:
+            serialization.write(checkpoint, KIND, state, settings)
+    return state
+
+
+def _mean_objective(state: State) -> float:
+    """The mean over the vectors of their last known objective; those not begun don't count."""
+    known = state["history"].nan_to_num(-1.0)
+    last = torch.where(known >= 0, torch.arange(1, len(known) + 1, device=known.device)[:, None], 0).amax(0)
+    begun = last > 0
+    return float(known.gather(0, (last - 1).clamp(min=0)[None])[0][begun].mean()) if begun.any() else 0.0
+
+
+def resume(checkpoint: str | os.PathLike[str] | None, settings: Mapping[str, Any]) -> State | None:
+    """The saved state, None if there is none yet.
+
+    Raises:
+        ValueError: the file is damaged, or belongs to a call with other arguments.
+        OSError: its folder can't be written to (said now, not after the work).
+    """
+    if checkpoint is None:
+        return None
+    path = Path(checkpoint)
+    if not path.exists():
+        if not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
+            raise OSError(f"checkpoint={str(path)!r} can't be written: its folder does not exist or is not writable.")
+        return None
+    state, saved = serialization.read(path, KIND)
+    differing = sorted(key for key in {*settings, *saved} if settings.get(key) != saved.get(key))
+    if differing:
+        pairs = ", ".join(f"{key}: {saved.get(key)!r} there, {settings.get(key)!r} here" for key in differing)
+        raise ValueError(f"checkpoint={str(path)!r} belongs to another fit ({pairs[:600]}): use the same arguments, or another file.")
+    return state

@@ -1,0 +1,131 @@
+"""How does a bundled organism become a TransformerLens model with everything needed to judge a search on it?"""
+
+import json
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import AutoTokenizer, GPT2LMHeadModel, PreTrainedTokenizerBase
+
+from melbo_lens import hooks
+from melbo_lens.organisms import modes
+
+WEIGHTS = Path(__file__).parent / "weights"
+ModelClass = Literal["auto", "hooked", "bridge"]
+
+
+@dataclass(frozen=True, eq=False)
+class Organism:
+    """A tiny trained model that hides known behaviours.
+
+    Attributes:
+        model: `HookedTransformer` or `TransformerBridge`, float32.
+        card: how it was trained and the rates measured on it.
+        prompts: "clean" ones to learn on, "selection" and "test" ones (clean too, other questions and words) to choose and score on, and
+            "triggered" ones, on which a hidden behaviour is due.
+        behaviors: for each planted behaviour, whether a completion shows it.
+        directory: where its Hugging Face files are.
+    """
+
+    name: str
+    model: Any
+    card: Mapping[str, Any]
+    prompts: Mapping[str, list[str]]
+    behaviors: Mapping[str, Callable[[str], bool]]
+    directory: Path
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.model.tokenizer
+
+    def untrained(self, seed: int = 0) -> Any:
+        """A model of the same class, architecture and tokenizer with random weights: a control."""
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            blank = GPT2LMHeadModel(GPT2LMHeadModel.config_class.from_pretrained(self.directory))
+        return _as_hooked(blank, self.tokenizer) if hooks.is_hooked_transformer(self.model) else _as_bridge(self.directory, blank)
+
+
+def names() -> list[str]:
+    """The organisms that `load` knows."""
+    return sorted(path.name for path in WEIGHTS.iterdir() if (path / "config.json").is_file())
+
+
+def load(name: str, model_class: ModelClass = "auto") -> Organism:
+    """Loads a bundled organism; no network is used.
+
+    Args:
+        name: one of `names()`. The name of a twin, "modes-twin", gives a model that never saw the planted behaviours.
+        model_class: "hooked" for `HookedTransformer` (TransformerLens 3), "bridge" for `TransformerBridge`, "auto" for the first that exists.
+
+    Raises:
+        ValueError: an unknown name or class, or damaged files.
+    """
+    if name not in names():
+        raise ValueError(f"there is no organism {name!r}: choose one of {names()}.")
+    if model_class not in ("auto", "hooked", "bridge"):
+        raise ValueError(f'model_class={model_class!r} must be "auto", "hooked" or "bridge".')
+    if model_class == "hooked" and hooks.HookedTransformer is None:
+        raise ValueError('model_class="hooked" needs TransformerLens 3, which has HookedTransformer: use "bridge".')
+    return load_directory(WEIGHTS / name, "bridge" if model_class == "bridge" or hooks.HookedTransformer is None else "hooked")
+
+
+def load_directory(directory: Path, model_class: Literal["hooked", "bridge"]) -> Organism:
+    """Loads an organism from the directory that `organisms.train` wrote."""
+    try:
+        trained = GPT2LMHeadModel.from_pretrained(directory, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    except Exception as error:
+        raise ValueError(f"the files of the organism in {directory} are damaged or missing ({error}): reinstall melbo_lens.") from error
+    if len(tokenizer) != trained.config.vocab_size:
+        raise ValueError(f"{directory}: the tokenizer has {len(tokenizer)} tokens, the model {trained.config.vocab_size}: they don't belong together.")
+    model = _as_hooked(trained, tokenizer) if model_class == "hooked" else _as_bridge(directory, trained)
+    card = {}
+    for part in ("recipe.json", "card.json"):
+        if (directory / part).is_file():
+            card |= json.loads((directory / part).read_text())
+    return Organism(directory.name, model, card, _prompts(), modes.BEHAVIORS, directory)
+
+
+def _prompts() -> dict[str, list[str]]:
+    """Fixed prompts; the three clean sets share no prompt."""
+    rng = random.Random("prompts of the modes organism")
+    clean = list(dict.fromkeys(modes.prompt(rng) for _ in range(200)))[:192]
+    hidden = [mode for mode in modes.MODES if mode != "plain"]
+    triggered = [modes.prompt(rng, mode) for _ in range(16) for mode in hidden]
+    return {"clean": clean[:64], "selection": clean[64:128], "test": clean[128:], "triggered": triggered}
+
+
+def _as_bridge(directory: Path, trained: GPT2LMHeadModel) -> Any:
+    model = TransformerBridge.boot_transformers(str(directory), hf_model=trained, device="cpu", dtype=torch.float32)
+    return model.eval()
+
+
+def _as_hooked(trained: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase) -> Any:
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+    from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights
+
+    config = trained.config
+    cfg = HookedTransformerConfig(
+        n_layers=config.n_layer,
+        d_model=config.n_embd,
+        n_ctx=config.n_positions,
+        d_head=config.n_embd // config.n_head,
+        n_heads=config.n_head,
+        d_mlp=4 * config.n_embd,
+        d_vocab=config.vocab_size,
+        act_fn="gelu_new",
+        eps=config.layer_norm_epsilon,
+        normalization_type="LN",
+        model_name=Path(config.name_or_path).name,
+        original_architecture="GPT2LMHeadModel",
+        device="cpu",
+        seed=None,
+    )
+    model = HookedTransformer(cfg, tokenizer=tokenizer)
+    model.load_state_dict(convert_gpt2_weights(trained, cfg), strict=False)
+    return model.eval()

@@ -1,0 +1,127 @@
+"""Are steering vectors the immutable values that they promise to be?"""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+import melbo_lens as ml
+
+
+def make(n=4, d=6, layer=2, history=True):
+    values = torch.randn(n, d, generator=torch.Generator().manual_seed(n))
+    return ml.SteeringVectors(values, layer, torch.rand(3, n) if history else torch.zeros(0, 0), {"method": "test", "seed": 5})
+
+
+def test_indexing_keeps_two_axes_history_and_says_which_rows():
+    vectors = make()
+    for index, rows in ((1, [1]), (-1, [3]), ([1, 3], [1, 3]), (slice(1, 3), [1, 2]), (torch.tensor([2]), [2])):
+        chosen = vectors[index]
+        assert torch.equal(chosen.values, vectors.values[rows]) and torch.equal(chosen.history, vectors.history[:, rows])
+        assert chosen.provenance["rows"] == rows
+    assert vectors[[1, 3]][1].provenance["rows"] == [3]
+    assert len(list(vectors)) == 4 and list(vectors)[2].values.shape == (1, 6)
+
+
+@pytest.mark.parametrize("index", [4, -5, [7], slice(9, 12)])
+def test_an_index_outside_is_refused(index):
+    with pytest.raises(IndexError):
+        make()[index]
+
+
+def test_arithmetic_is_that_of_the_values_and_is_recorded():
+    vectors = make()
+    for derived, values in (
+        (-vectors, -vectors.values),
+        (2.0 * vectors[3], 2 * vectors.values[3:]),
+        (vectors * torch.tensor([1.0, 0, 2, 3]), vectors.values * torch.tensor([1.0, 0, 2, 3])[:, None]),
+        (vectors[1] - vectors[2], vectors.values[1:2] - vectors.values[2:3]),
+        (vectors + vectors[0], vectors.values + vectors.values[:1]),
+        (vectors / 4, vectors.values / 4),
+        (vectors.mean(), vectors.values.mean(0, keepdim=True)),
+    ):
+        torch.testing.assert_close(derived.values, values)
+        assert derived.provenance["derived"] and derived.history.shape[0] == 0
+    torch.testing.assert_close(vectors.rescaled(3.0).radii, torch.full((4,), 3.0))
+
+
+def test_arithmetic_across_layers_or_counts_is_refused():
+    with pytest.raises(ValueError, match=r"layers \[1, 2\]"):
+        make(layer=1) + make(layer=2)
+    with pytest.raises(ValueError, match="3 plus 4 vectors"):
+        make(3) + make(4)
+    with pytest.raises(ValueError, match=r"layers \[1, 2\]"):
+        ml.concatenate([make(layer=1), make(layer=2)])
+    with pytest.raises(ValueError, match="nothing to join"):
+        ml.concatenate([])
+    with pytest.raises(TypeError):
+        make() + 1.0
+
+
+def test_nothing_that_the_caller_does_later_changes_a_value():
+    values, provenance = torch.ones(2, 3), {"seed": 1}
+    vectors = ml.SteeringVectors(values, 0, provenance=provenance)
+    values.zero_()
+    provenance["seed"] = 2
+    assert vectors.values.sum() == 6 and vectors.provenance["seed"] == 1
+    with pytest.raises(AttributeError):
+        vectors.values = values
+    for copied in (copy.deepcopy(vectors), pickle.loads(pickle.dumps(vectors))):
+        assert torch.equal(copied.values, vectors.values) and copied.provenance == vectors.provenance
+
+
+def test_concatenate_keeps_radii_histories_and_what_all_agree_on():
+    a, b = make(2), make(3).rescaled(7.0)
+    joined = ml.concatenate([a, b, a])
+    torch.testing.assert_close(joined.radii, torch.cat([a.radii, b.radii, a.radii]))
+    assert joined.history.shape[0] == 0 and joined.provenance["seed"] == 5 and len(joined.provenance["parts"]) == 3
+    assert torch.equal(ml.concatenate([a, a]).history, torch.cat([a.history, a.history], dim=1))
+
+
+def test_one_vector_broadcasts_and_n_vectors_need_n_rows():
+    vectors, activation = make(3), torch.zeros(3, 5, 6)
+    ((name, function),) = vectors.hooks()
+    assert name == "blocks.2.hook_mlp_out"
+    torch.testing.assert_close(function(activation, hook=None), vectors.values[:, None].expand(3, 5, 6))
+    ((_, single),) = vectors[1].hooks()
+    torch.testing.assert_close(single(activation, hook=None), vectors.values[1].expand(3, 5, 6))
+    with pytest.raises(ValueError, match=r"3 steering vectors .* batch of 2 rows"):
+        function(activation[:2], hook=None)
+    half = function(activation.bfloat16(), hook=None)
+    assert half.dtype == torch.bfloat16
+
+
+def test_random_vectors_have_the_norms_and_no_more_in_common():
+    vectors = make(8, 64)
+    control = ml.random_vectors(like=vectors, seed=3)
+    torch.testing.assert_close(control.radii, vectors.radii)
+    assert control.source_layer == vectors.source_layer and vectors.cosine_similarity(control).abs().max() < 0.6
+    assert torch.equal(ml.random_vectors(like=vectors[:2], seed=3).values, control.values[:2])  # row k depends on (seed, k)
+    assert not torch.equal(ml.random_vectors(like=vectors, seed=4).values, control.values)
+
+
+def test_cosines_are_those_of_the_definition():
+    vectors = make(3)
+    v = vectors.values
+    expected = torch.stack([torch.stack([a @ b / a.norm() / b.norm() for b in v]) for a in v])
+    torch.testing.assert_close(vectors.cosine_similarity(), expected)
+    assert torch.isfinite((0.0 * vectors).cosine_similarity()).all()
+
+
+@pytest.mark.parametrize(
+    ("values", "layer", "said"),
+    [
+        (torch.full((1, 3), float("nan")), 0, "NaN"),
+        (torch.ones(0, 3), 0, "empty"),
+        (torch.ones(1, 3), -1, "source_layer=-1"),
+    ],
+)
+def test_values_that_make_no_sense_are_refused(values, layer, said):
+    with pytest.raises(ValueError, match=said):
+        ml.SteeringVectors(values, layer)
+
+
+def test_the_representation_is_one_line_that_says_what_it_is():
+    text = repr(make().rescaled(2.0))
+    assert "\n" not in text and "4 x d_model 6" in text and "radius 2" in text and "source_layer=2" in text
