@@ -97,7 +97,10 @@ def _detach(point: nn.Module, handle: Any) -> None:
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Parameters need no gradient and dropout is off inside; every flag is as it was afterwards, whatever happens."""
-    modules, parameters = list(model.modules()), list(nn.Module.parameters(model))
+    wrapped = getattr(model, "original_model", None)  # some of its modules (GPT-2's dropout) are not among the bridge's own
+    trees = [model, wrapped] if isinstance(wrapped, nn.Module) else [model]
+    modules = list(dict.fromkeys(module for tree in trees for module in tree.modules()))
+    parameters = list(dict.fromkeys(parameter for tree in trees for parameter in nn.Module.parameters(tree)))
     training, needed = [module.training for module in modules], [parameter.requires_grad for parameter in parameters]
     try:
         for module in modules:

@@ -11,7 +11,6 @@ import torch
 from melbo_lens import hooks
 from tests import models
 
-torch.set_num_threads(2)
 KINDS = ["bridge", "compatible", "hooked"]
 
 

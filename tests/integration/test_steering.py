@@ -126,7 +126,8 @@ def test_sampling_follows_the_models_distribution(model):
 def snapshot(model):
     state = {name: tensor.clone() for name, tensor in nn.Module.state_dict(model).items()}
     flags = [(p.requires_grad, p.grad) for p in nn.Module.parameters(model)]
-    modes = [module.training for module in model.modules()]
+    wrapped = getattr(model, "original_model", model)
+    modes = [module.training for module in (*model.modules(), *wrapped.modules())]
     points = {name: (len(point.fwd_hooks), len(point.bwd_hooks), len(point._forward_hooks)) for name, point in model.hook_dict.items()}
     blocks = [(len(block._forward_hooks), len(block._forward_pre_hooks)) for block in model.blocks]
     world = torch.get_rng_state(), torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads()
