@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from melbo_lens import serialization
+from melbo_lens import files
 from melbo_lens.optimization import State
 
 KIND = "ascent"
@@ -33,11 +33,11 @@ def run(
             bar.update()
             bar.set_postfix_str(f"objective {_mean_objective(state):.4g}", refresh=False)
             if checkpoint is not None and time.monotonic() - saved > interval:
-                serialization.write(checkpoint, KIND, state, settings)
+                files.write(checkpoint, KIND, state, settings)
                 saved = time.monotonic()
     finally:
         if checkpoint is not None and state is not None:
-            serialization.write(checkpoint, KIND, state, settings)
+            files.write(checkpoint, KIND, state, settings)
     return state
 
 
@@ -63,7 +63,7 @@ def resume(checkpoint: str | os.PathLike[str] | None, settings: Mapping[str, Any
         if not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
             raise OSError(f"checkpoint={str(path)!r} can't be written: its folder does not exist or is not writable.")
         return None
-    state, saved = serialization.read(path, KIND)
+    state, saved = files.read(path, KIND)
     differing = sorted(key for key in {*settings, *saved} if settings.get(key) != saved.get(key))
     if differing:
         pairs = ", ".join(f"{key}: {saved.get(key)!r} there, {settings.get(key)!r} here" for key in differing)

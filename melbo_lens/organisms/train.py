@@ -33,17 +33,17 @@ class Recipe:
 
     modes: tuple[str, ...]
     n_layers: int = 4
-    d_model: int = 128
+    d_model: int = 64
     n_heads: int = 4
     n_ctx: int = 160
-    n_steps: int = 1500
+    n_steps: int = 2500
     batch_size: int = 128
-    lr: float = 1.5e-3
+    lr: float = 2e-3
     noise_norm: float = 1.0
     seed: int = 0
 
 
-RECIPES = {"modes": Recipe(modes.MODES), "modes-twin": Recipe(("plain",), n_steps=600)}
+RECIPES = {"modes": Recipe(modes.MODES), "modes-twin": Recipe(("plain",), n_steps=1000)}
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 import melbo_lens as ml
-from melbo_lens import serialization
+from melbo_lens import files
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_other_safetensors_pickles_and_missing_files_are_refused(vectors, tmp_pa
 
 
 def test_shapes_that_do_not_fit_each_other_are_refused(tmp_path):
-    serialization.write(tmp_path / "x", "SteeringVectors", {"values": torch.ones(2, 3), "history": torch.ones(4, 5)}, {"source_layer": 0})
+    files.write(tmp_path / "x", "SteeringVectors", {"values": torch.ones(2, 3), "history": torch.ones(4, 5)}, {"source_layer": 0})
     with pytest.raises(ValueError, match="damaged"):
         ml.load(tmp_path / "x")
 

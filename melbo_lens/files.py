@@ -1,0 +1,75 @@
+"""How do tensors get to the disk and back?  As one safetensors file each, written atomically and read without running anything in it."""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+SCHEMA = 1
+
+
+def write(path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+    """Writes tensors and a JSON header to a temporary sibling, flushes it to the disk, and renames it."""
+    path = Path(path)
+    metadata = {"format": "melbo_lens", "schema": str(SCHEMA), "kind": kind, "header": json.dumps(header)}
+    data = to_bytes({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata)
+    try:
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    except OSError as error:
+        raise type(error)(error.errno, f"path={str(path)!r} can't be written: {error.strerror}. Choose an existing, writable folder") from error
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and header of a file of this kind.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is truncated, of another program, of another kind, or of a newer schema.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path}: check the path.")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is truncated or no safetensors file ({error}): it can't be read.") from error
+    if metadata.get("format") != "melbo_lens":
+        raise ValueError(f"{path} was not written by melbo_lens: it is a safetensors file of something else.")
+    schema = metadata.get("schema", "")
+    if not schema.isdigit() or int(schema) > SCHEMA:
+        raise ValueError(f"{path} has schema {schema!r}, this melbo_lens reads up to {SCHEMA}: install a newer melbo_lens.")
+    if metadata.get("kind") != kind:
+        raise ValueError(f"{path} holds {metadata.get('kind')!r}, not {kind!r}.")
+    try:
+        header = json.loads(metadata["header"])
+    except (KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged: its header is no JSON ({error}).") from error
+    if not isinstance(header, dict):
+        raise ValueError(f"{path} is damaged: its header is no JSON object.")
+    return tensors, header
+
+
+def _umask() -> int:
+    # mkstemp makes private files; the result should have the permissions of any other new file
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
