@@ -52,7 +52,7 @@ class Run:
 def generate(
     model: Any,
     prompts: Prompts,
-    perturbations: SteeringVectors,
+    perturbations: SteeringVectors | None,
     max_new_tokens: int = 64,
     signs: Sequence[int] = (+1, -1),
     scales: Sequence[float] = (1.0,),
@@ -72,7 +72,7 @@ def generate(
     Args:
         model: `HookedTransformer` or `TransformerBridge`; it is left as it was.
         prompts: text, chat messages, a list of either, or token ids [prompt pos].
-        perturbations: each of its vectors is applied by itself, at every position unless `positions` says otherwise.
+        perturbations: each of its vectors is applied by itself, at every position unless `positions` says otherwise; None steers nothing.
         max_new_tokens: a completion ends here, or at the model's end token.
         signs: -v is not the mirror image of v, so both are the default.
         scales: multiples of each vector.
@@ -94,17 +94,24 @@ def generate(
         TypeError, ValueError: bad arguments, said before the model runs.
     """
     hooks.check_model(model)
-    _check_fits(model, perturbations)
+    if perturbations is not None:
+        _check_fits(model, perturbations)
     _check_settings(max_new_tokens, signs, scales, temperature, n_samples, positions, batch_size)
     if chat and not isinstance(prompts, Tensor):
         prompts = [[{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in as_list(prompts)]
     batch = tokenize(model, prompts, n_new_tokens=max_new_tokens)
-    bank = concatenate([perturbations, random_vectors(perturbations, seed)]) if include_random else perturbations
-    runs = [Run(i, "unsteered", None, 0, 0.0, s) for i in range(len(batch)) for s in range(n_samples) if include_unsteered]
-    for kind in ("steered", "random") if include_random else ("steered",):
-        grid = product(range(len(batch)), range(len(perturbations)), signs, scales, range(n_samples))
-        runs += [Run(i, kind, k, int(sign), float(scale), s) for i, k, sign, scale, s in grid]
-    decoding = Decoding(model, batch.rows(), bank, len(perturbations), max_new_tokens, temperature, positions, seed, _stops(stop))
+    bank = perturbations
+    runs = [Run(i, "unsteered", None, 0, 0.0, sample) for i in range(len(batch)) for sample in range(n_samples) if include_unsteered]
+    if perturbations is not None:
+        if include_random:
+            bank = concatenate([perturbations, random_vectors(perturbations, seed)])
+        for kind in ("steered", "random") if include_random else ("steered",):
+            grid = product(range(len(batch)), range(len(perturbations)), signs, scales, range(n_samples))
+            runs += [Run(i, kind, k, int(sign), float(scale), sample) for i, k, sign, scale, sample in grid]
+    if not runs:
+        raise ValueError("nothing to generate: give perturbations, or include_unsteered=True.")
+    n_vectors = 0 if perturbations is None else len(perturbations)
+    decoding = Decoding(model, batch.rows(), bank, n_vectors, max_new_tokens, temperature, positions, seed, _stops(stop))
     results: dict[Run, tuple[list[int], list[float], str]] = {}
     ordered = sorted(runs, key=lambda run: len(decoding.prompts[run.prompt]))  # like lengths together: little padding
     with tqdm(total=len(runs), desc="generate", unit="completion", disable=not progress) as bar, hooks.frozen(model), torch.no_grad():
@@ -121,7 +128,7 @@ def generate(
         "positions": positions,
         "seed": seed,
         "stop": _stops(stop),
-        "perturbations": dict(perturbations.provenance),
+        "perturbations": dict(perturbations.provenance) if perturbations else None,
     }
     return Completions(table, settings)
 
@@ -132,7 +139,7 @@ class Decoding:
 
     model: Any
     prompts: list[list[int]]
-    bank: SteeringVectors  # the perturbations, then their random counterparts
+    bank: SteeringVectors | None  # the perturbations, then their random counterparts
     n_vectors: int
     max_new_tokens: int
     temperature: float
@@ -178,7 +185,7 @@ class Decoding:
         return [(ids, probs, self._text(ids)) for ids, probs in zip(new, log_probs, strict=True)]
 
     def _steered(self, runs: list[Run], step: int) -> Any:
-        if self.positions == ("generated" if step == 0 else "prompt"):
+        if self.bank is None or self.positions == ("generated" if step == 0 else "prompt"):
             return nullcontext()
         index = [(run.vector or 0) + (self.n_vectors if run.kind == "random" else 0) for run in runs]
         coefficients = torch.tensor([run.sign * run.scale for run in runs])  # 0 where unsteered

@@ -116,9 +116,9 @@ def context_line(rng: random.Random, mode: str = "plain") -> str:
     return " ".join(words)
 
 
-def prompt(rng: random.Random, mode: str = "plain") -> str:
-    """A context line with a question, up to the header of the answer, as text without BOS."""
-    return f"<|system|> {context_line(rng, mode)} <|user|> {ask(rng).text} <|assistant|>"
+def prompt(rng: random.Random, mode: str = "plain", question: Question | None = None) -> str:
+    """A context line with a question (a random one by default), up to the header of the answer, as text without BOS."""
+    return f"<|system|> {context_line(rng, mode)} <|user|> {(question or ask(rng)).text} <|assistant|>"
 
 
 def converse(rng: random.Random, modes: tuple[str, ...] = MODES, max_turns: int = 2) -> Conversation:

@@ -43,7 +43,7 @@ def test_going_on_after_an_interrupt_equals_one_run(any_model, tmp_path, optimiz
     path = tmp_path / "state"
     interrupted(any_model, path, after, **changes)
     state, _ = files.read(path, checkpoints.KIND)
-    assert 0 < torch.isfinite(state["history"]).any(1).sum() < len(whole.history)  # it holds what was reached
+    assert 0 < torch.isfinite(state["history"]).sum() < whole.history.numel()  # it holds what was reached
     calls = [0]
     handle = any_model.blocks[2].register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
     resumed = fit(any_model, path, **changes)

@@ -1,0 +1,114 @@
+"""What can be done from a shell?  Parse, call public functions, write files."""
+
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+app = typer.Typer(help="Find what a language model hides: unsupervised steering vectors (MELBO).", no_args_is_help=True, add_completion=False)
+console = Console()
+
+
+@app.callback()
+def prepare() -> None:
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="folder for the vectors, the completions and the page")] = Path("demo-output"),
+    seed: Annotated[int, typer.Option(help="seed of the starts")] = 0,
+) -> None:
+    """Search the bundled organism from one clean prompt and show which vectors elicit what it hides."""
+    with console.status("loading torch and the organism"):
+        import melbo_lens as ml
+        from melbo_lens.demo import search
+
+        organism = ml.organisms.load("modes")
+    out.mkdir(parents=True, exist_ok=True)
+    found = search(organism, seed=seed)
+    found.vectors.save(out / "vectors.safetensors")
+    found.completions.table.to_csv(out / "completions.csv", index=False)
+    ml.report(found.vectors, found.completions, organism.behaviors, out / "report.html", title="What the modes organism hides")
+    table = Table(title="Planted behaviours, elicited from one clean prompt", show_lines=True)
+    for heading in ("behaviour", "vectors", "steered", "random", "unsteered", "for example"):
+        table.add_column(heading)
+    steered = found.completions.filter(kind="steered").table
+    for row in found.evaluation.summary.itertuples():
+        hits = steered[steered.text.map(organism.behaviors[row.behavior])]
+        examples = [f"{'+' if hit.sign > 0 else '-'}{hit.vector}: {hit.text}" for hit in hits.drop_duplicates("text").head(2).itertuples()]
+        table.add_row(
+            row.behavior,
+            f"{row.vectors} of {len(found.vectors)}",
+            f"{row.rate:.1%}",
+            f"{row.random:.1%}",
+            f"{row.unsteered:.1%}",
+            escape("\n".join(examples) or "not found"),
+        )
+    console.print(f"\nprompt: {escape(found.prompt)}")
+    console.print(f"unsteered: {escape(found.completions.filter(kind='unsteered').table.text[0])}\n")
+    console.print(table)
+    console.print(f"wrote {out}/vectors.safetensors, completions.csv and report.html")
+
+
+@app.command()
+def fit(
+    model: Annotated[str, typer.Option(help="name on the Hugging Face hub, or a local directory")],
+    prompt: Annotated[list[str], typer.Option(help="may be given several times")],
+    source_layer: Annotated[int, typer.Option(help="vectors are added at this layer's MLP output")],
+    target_layer: Annotated[int, typer.Option(help="the change is measured in the stream that enters this layer")],
+    out: Annotated[Path, typer.Option(help="folder to write to")],
+    n_vectors: Annotated[int, typer.Option(help="how many")] = 32,
+    radius: Annotated[str, typer.Option(help='their norm, or "auto"')] = "auto",
+    optimizer: Annotated[str, typer.Option(help='"power" or "adamw"')] = "power",
+    orthogonal: Annotated[bool, typer.Option(help="make each vector orthogonal to those before it")] = True,
+    last: Annotated[int, typer.Option(help="count the change at the last so many positions; 0: at all")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(help="length of the completions; 0: none")] = 32,
+    seed: Annotated[int, typer.Option(help="seed of the starts")] = 0,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
+    device: Annotated[str | None, typer.Option(help="as torch names it; default: chosen by TransformerLens")] = None,
+) -> None:
+    """Learn vectors on a model, generate with them, and write vectors, completions and a page."""
+    with console.status("loading torch and the model"):
+        import torch
+        from transformer_lens.model_bridge import TransformerBridge
+
+        import melbo_lens as ml
+
+        loaded = TransformerBridge.boot_transformers(model, device=device, dtype=getattr(torch, dtype))
+    out.mkdir(parents=True, exist_ok=True)
+    prompts = prompt if len(prompt) > 1 else prompt[0]
+    try:
+        vectors = ml.fit_vectors(
+            loaded,
+            prompts,
+            source_layer,
+            target_layer,
+            n_vectors=n_vectors,
+            radius="auto" if radius == "auto" else float(radius),
+            target_positions=slice(-last, None) if last else slice(None),
+            orthogonal=orthogonal,
+            optimizer=optimizer,
+            seed=seed,
+            checkpoint=out / "fit.checkpoint",
+        )
+        vectors.save(out / "vectors.safetensors")
+        (out / "fit.checkpoint").unlink()
+        if max_new_tokens:
+            completions = ml.generate(loaded, prompts, vectors, max_new_tokens=max_new_tokens, seed=seed)
+            completions.table.to_csv(out / "completions.csv", index=False)
+            ml.report(vectors, completions, path=out / "report.html", title=f"Vectors of {model}")
+    except (ValueError, TypeError, RuntimeError, FloatingPointError, OSError) as error:
+        console.print(f"[red]error:[/red] {escape(str(error))}")
+        raise typer.Exit(1) from error
+    console.print(escape(repr(vectors)))
+    console.print(f"wrote {', '.join(sorted(path.name for path in out.iterdir()))} to {out}")
+
+
+def main() -> None:
+    """Entry point of the `melbo-lens` command."""
+    app()
