@@ -52,7 +52,7 @@ def solve_radius(sliced: SlicedModel, rule: Rule = "nonlinearity", target: float
         raise ValueError(f"target={wanted} must be a positive, finite number.")
     batch = sliced.batch
     own = torch.arange(batch.tokens.shape[1], device=sliced.device) < batch.lengths[:, None]
-    typical = float(sliced.resid.float().norm(dim=-1)[own].mean())
+    typical = float(sliced.resid.float().norm(dim=-1)[own].mean()) or 1.0  # only where to begin; a stream of zeros has no scale
     if rule == "fraction":
         return Calibration(wanted * typical, ((wanted * typical, wanted),), rule, wanted)
     directions = to_sphere(gaussian_rows(N_DIRECTIONS, sliced.d_model, seed, "calibration"), torch.ones(N_DIRECTIONS)).to(sliced.device)

@@ -63,7 +63,11 @@ def evaluate(completions: Completions, behaviors: Mapping[str, Behavior], level:
         steered, random, unsteered = (shown[shown.kind == kind] for kind in ("steered", "random", "unsteered"))
         base = {"unsteered": unsteered.shown.mean(), "random": random.shown.mean()}
         block = [
-            dict(zip(("vector", "sign", "scale"), key, strict=True)) | {"behavior": name} | _rate(group.shown) | base | _test(group.shown, random.shown)
+            dict(zip(("vector", "sign", "scale"), key, strict=True))
+            | {"behavior": name}
+            | _rate(group.shown)
+            | base
+            | _test(group.shown, random.shown)
             for key, group in steered.groupby(["vector", "sign", "scale"])
         ]
         p_values = [row["p_value"] for row in block]

@@ -1,7 +1,7 @@
 """How is a TransformerLens model touched?  The only file that attaches hooks, calls a block or knows the model classes."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -151,7 +151,8 @@ def record(model: Any, tokens: Tensor, first: int, last: int, hooks: Sequence[Ho
     Nothing after those blocks is run. `first == last` records the stream that leaves block `first - 1` and no call.
 
     Raises:
-        RuntimeError: a hook or a block did not run exactly once.
+        ValueError: a hook did not fire exactly once.
+        RuntimeError: a block did not run exactly once.
     """
     recording = Recording()
 
@@ -170,15 +171,18 @@ def record(model: Any, tokens: Tensor, first: int, last: int, hooks: Sequence[Ho
         for layer in range(first, last):
             stack.callback(model.blocks[layer].register_forward_pre_hook(enter, with_kwargs=True).remove)
         stack.callback(model.blocks[last - 1].register_forward_hook(leave).remove)
-        with torch.no_grad():
-            try:
-                forward(model, tokens)
-            except _Reached:
-                pass
-    if len(recording.calls) != last - first or len(recording.streams) != last - first + 1 or any(n != 1 for n in fired):
+        with torch.no_grad(), suppress(_Reached):
+            forward(model, tokens)
+    for (name, _), times in zip(hooks, fired, strict=True):
+        if times != 1:
+            raise ValueError(
+                f"the hook {name!r} fired {times} times in one forward pass, it must fire once: this block has no such activation "
+                "(an attention-only model has no MLP), or runs it repeatedly. Choose another layer or model."
+            )
+    if len(recording.calls) != last - first or len(recording.streams) != last - first + 1:
         raise RuntimeError(
-            f"blocks {first} to {last - 1} and the hooks {[name for name, _ in hooks]} should run once in a forward pass; "
-            f"{len(recording.calls)} block calls and {fired} hook calls were seen. This model can't be sliced."
+            f"blocks {first} to {last - 1} should run once each in a forward pass; {len(recording.calls)} calls were seen. "
+            "This model can't be sliced."
         )
     return recording
 
@@ -215,9 +219,7 @@ class CachedDecoder:
             keywords = {"position_ids": positions} if self.model._accepts_derived_position_ids() else {}
             if self.cache is not None:
                 keywords["past_key_values"] = self.cache
-            logits, self.cache = self.model(
-                tokens, return_type="logits_and_cache", attention_mask=self.mask.to(tokens), use_cache=True, **keywords
-            )
+            logits, self.cache = self.model(tokens, return_type="logits_and_cache", attention_mask=self.mask.to(tokens), use_cache=True, **keywords)
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
         return logits[:, -1]
 

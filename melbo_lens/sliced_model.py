@@ -149,7 +149,12 @@ def _target(model: Any, source_layer: int, target_layer: int | None, target_hook
 
 
 def _replay(
-    model: Any, calls: tuple[hooks.BlockCall, ...] | list[hooks.BlockCall], read: str | None, stream: Tensor, prompts: Tensor, n_prompts: int
+    model: Any,
+    calls: tuple[hooks.BlockCall, ...] | list[hooks.BlockCall],
+    read: str | None,
+    stream: Tensor,
+    prompts: Tensor,
+    n_prompts: int,
 ) -> Tensor:
     seen: list[Tensor] = []
     with hooks.attached(model, [(read, lambda activation, hook: seen.append(activation))] if read else []):

@@ -118,9 +118,7 @@ def generate(
         for first in range(0, len(ordered), batch_size or 256):
             chunk = ordered[first : first + (batch_size or 256)]
             results |= dict(zip(chunk, decoding.complete(chunk, bar), strict=True))
-    rows = [
-        (r.prompt, batch.texts[r.prompt], r.kind, r.vector, r.sign, r.scale, r.sample, results[r][2], results[r][0], results[r][1]) for r in runs
-    ]
+    rows = [(r.prompt, batch.texts[r.prompt], r.kind, r.vector, r.sign, r.scale, r.sample, results[r][2], results[r][0], results[r][1]) for r in runs]
     table = pd.DataFrame(rows, columns=COLUMNS).astype({"vector": "Int64"})
     settings = {
         "max_new_tokens": max_new_tokens,
@@ -232,7 +230,13 @@ def _check_fits(model: Any, vectors: SteeringVectors) -> None:
 
 
 def _check_settings(
-    max_new_tokens: int, signs: Sequence[int], scales: Sequence[float], temperature: float, n_samples: int, positions: str, batch_size: int | None
+    max_new_tokens: int,
+    signs: Sequence[int],
+    scales: Sequence[float],
+    temperature: float,
+    n_samples: int,
+    positions: str,
+    batch_size: int | None,
 ) -> None:
     for name, value in (("max_new_tokens", max_new_tokens), ("n_samples", n_samples), ("batch_size", batch_size)):
         if value is not None and (not isinstance(value, int) or value < 1):

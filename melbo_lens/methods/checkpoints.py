@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from melbo_lens import files
 from melbo_lens.optimization import State
@@ -19,13 +18,14 @@ def run(
     states: Iterable[State],
     checkpoint: str | os.PathLike[str] | None,
     settings: Mapping[str, Any],
-    bar: tqdm,
+    bar: Any,
     state: State | None = None,
     interval: float = 30.0,
 ) -> State:
     """Takes an ascent to its end and returns the last state.
 
-    `state` is the one that the ascent goes on from, if any. Every `interval` seconds, at the end, and when interrupted, the last complete state is saved to `checkpoint`.
+    `state` is the one that the ascent goes on from, if any. Every `interval` seconds, at the end, and when interrupted,
+    the last complete state is saved to `checkpoint`.
     """
     saved = time.monotonic()
     try:

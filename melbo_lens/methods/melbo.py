@@ -95,7 +95,9 @@ def fit_vectors(
     hooks.check_model(model)
     d_model = model.cfg.d_model
     if orthogonal and n_vectors > d_model:
-        raise ValueError(f"n_vectors={n_vectors} can't be orthogonal in d_model={d_model} dimensions: ask for at most {d_model}, or orthogonal=False.")
+        raise ValueError(
+            f"n_vectors={n_vectors} can't be orthogonal in d_model={d_model} dimensions: ask for at most {d_model}, or orthogonal=False."
+        )
     if init is not None and tuple(init.shape) != (n_vectors, d_model):
         raise ValueError(f"init has shape {tuple(init.shape)}, it must be [vector d_model] = ({n_vectors}, {d_model}).")
     began = time.monotonic()

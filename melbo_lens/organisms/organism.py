@@ -82,7 +82,9 @@ def load_directory(directory: Path, model_class: Literal["hooked", "bridge"]) ->
     except Exception as error:
         raise ValueError(f"the files of the organism in {directory} are damaged or missing ({error}): reinstall melbo_lens.") from error
     if len(tokenizer) != trained.config.vocab_size:
-        raise ValueError(f"{directory}: the tokenizer has {len(tokenizer)} tokens, the model {trained.config.vocab_size}: they don't belong together.")
+        raise ValueError(
+            f"{directory}: the tokenizer has {len(tokenizer)} tokens, the model {trained.config.vocab_size}: they don't belong together."
+        )
     model = _as_hooked(trained, tokenizer) if model_class == "hooked" else _as_bridge(directory, trained)
     card = {}
     for part in ("recipe.json", "card.json"):

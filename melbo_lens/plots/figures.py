@@ -51,5 +51,7 @@ def behavior_rates(evaluation: Evaluation) -> go.Figure:
     figure.add_bar(x=rows.behavior, y=rows.rate, error_y=error, name="steered", marker_color=STEERED, hovertemplate=hover)
     figure.add_bar(x=rows.behavior, y=rows.random, name="random, same norms", marker_color=CONTROL, hovertemplate=hover)
     figure.add_bar(x=rows.behavior, y=rows.unsteered, name="unsteered", marker_color=UNSTEERED, hovertemplate=hover)
-    figure.update_layout(title="How often completions show each behaviour", yaxis_title="share of completions", yaxis_tickformat=".0%", barmode="group")
+    figure.update_layout(
+        title="How often completions show each behaviour", yaxis_title="share of completions", yaxis_tickformat=".0%", barmode="group"
+    )
     return figure

@@ -109,7 +109,17 @@ def test_the_last_row_of_the_history_is_the_objective_of_the_values(any_model, o
 def test_one_step_does_not_depend_on_the_batch_size(model):
     def fit(batch_size):
         return ml.fit_vectors(
-            model, PROMPTS, 1, 3, n_vectors=5, radius=2.0, optimizer="adamw", orthogonal=False, n_steps=1, batch_size=batch_size, progress=False
+            model,
+            PROMPTS,
+            1,
+            3,
+            n_vectors=5,
+            radius=2.0,
+            optimizer="adamw",
+            orthogonal=False,
+            n_steps=1,
+            batch_size=batch_size,
+            progress=False,
         )
 
     reference = fit(None)
@@ -158,9 +168,19 @@ def test_token_tensors_and_chats_are_prompts_too(any_model):
 
 def test_the_provenance_names_every_resolved_setting(any_model):
     provenance = ml.fit_vectors(any_model, PROMPTS, 1, 3, n_vectors=2, radius=2.0, n_steps=3, progress=False).provenance
-    expected = {"source_layer": 1, "target_layer": 3, "radius": 2.0, "p": 2, "q": 1, "optimizer": "power", "n_steps": 3, "seed": 0, "restarts": 1}
+    expected = {
+        "source_layer": 1,
+        "target_layer": 3,
+        "radius": 2.0,
+        "p": 2,
+        "q": 1,
+        "optimizer": "power",
+        "n_steps": 3,
+        "seed": 0,
+        "restarts": 1,
+    }
     assert {key: provenance[key] for key in expected} == expected
-    assert provenance["prompts"] == PROMPTS and provenance["versions"]["torch"] == torch.__version__.split("+")[0] or torch.__version__
+    assert (provenance["prompts"] == PROMPTS and provenance["versions"]["torch"] == torch.__version__.split("+")[0]) or torch.__version__
     assert "hook" in provenance["source_hook"] and provenance["batch_size"] >= 1 and "stopped after 3 steps" in provenance["status"]
 
 

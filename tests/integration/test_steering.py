@@ -114,7 +114,16 @@ def test_sampling_depends_on_the_seed_and_the_row_alone(any_model):
 
 def test_sampling_follows_the_models_distribution(model):
     tokens = ml.generate(
-        model, "w1 w2", vectors(1), max_new_tokens=1, temperature=2.0, n_samples=4000, signs=(1,), include_random=False, progress=False, batch_size=8000
+        model,
+        "w1 w2",
+        vectors(1),
+        max_new_tokens=1,
+        temperature=2.0,
+        n_samples=4000,
+        signs=(1,),
+        include_random=False,
+        progress=False,
+        batch_size=8000,
     )
     drawn = torch.tensor([row[0] if row else 2 for row in tokens.filter(kind="unsteered").table.tokens])
     with torch.no_grad():
@@ -147,7 +156,7 @@ class Interrupt(Exception):
     pass
 
 
-def use(model, what, **hooks_during):
+def use(model, what):
     """Calls one public function."""
     if what == "fit":
         ml.fit_vectors(model, PROMPTS, 1, 3, n_vectors=2, n_steps=3, progress=False)
@@ -156,7 +165,7 @@ def use(model, what, **hooks_during):
     elif what == "slice":
         ml.slice_model(model, PROMPTS, 1, 3)
     elif what == "steer":
-        with ml.steer(model, vectors(1)):
+        with ml.steer(model, vectors(1)), torch.random.fork_rng():  # the dropout here is the caller's own
             model(model.to_tokens("w1 w2"))
 
 

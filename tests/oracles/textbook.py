@@ -33,7 +33,14 @@ class Textbook:
     """The objective of a model, a list of prompts (each [1 pos]) and their target positions, with gradients by autograd."""
 
     def __init__(self, model, prompts, source_layer, target_layer, positions, p=2, q=1):
-        self.model, self.prompts, self.layers, self.positions, self.p, self.q = model, prompts, (source_layer, target_layer), positions, p, q
+        self.model, self.prompts, self.layers, self.positions, self.p, self.q = (
+            model,
+            prompts,
+            (source_layer, target_layer),
+            positions,
+            p,
+            q,
+        )
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         zero = torch.zeros(model.cfg.d_model)

@@ -63,7 +63,10 @@ def test_what_stands_in_the_padding_counts_for_nothing(seed, p, q, token_norm):
     change, mask = draw(seed)
     garbage = torch.where(mask[..., None], change, 1e6 * torch.ones_like(change))
     torch.testing.assert_close(change_objective(garbage, mask, p, q, token_norm), change_objective(change, mask, p, q, token_norm))
-    wider = torch.cat([change, torch.full((3, 2, 4), 9.0, dtype=torch.float64)], dim=1), torch.cat([mask, torch.zeros(3, 2, dtype=bool)], dim=1)
+    wider = (
+        torch.cat([change, torch.full((3, 2, 4), 9.0, dtype=torch.float64)], dim=1),
+        torch.cat([mask, torch.zeros(3, 2, dtype=bool)], dim=1),
+    )
     torch.testing.assert_close(change_objective(*wider, p, q, token_norm), change_objective(change, mask, p, q, token_norm))
 
 

@@ -1,0 +1,31 @@
+# Two commands for a fresh machine: `make demo` and `make test`. Each makes its virtual environment first, if it is missing.
+# LOCK and VENV choose the TransformerLens major: make test LOCK=requirements-tl4.lock VENV=.venv-tl4
+PYTHON ?= python3
+LOCK ?= requirements.lock
+VENV ?= .venv
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test bench lint clean
+
+$(VENV)/.installed: pyproject.toml $(LOCK)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "melbo_lens needs Python 3.11 or newer; set PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing what $(LOCK) pins into $(VENV); this takes a few minutes the first time"
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c $(LOCK) torch
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c $(LOCK) -e '.[dev]'
+	@touch $@
+
+demo: $(VENV)/.installed
+	$(VENV)/bin/melbo-lens demo
+
+test: $(VENV)/.installed
+	$(VENV)/bin/python -m pytest
+
+bench: $(VENV)/.installed
+	$(VENV)/bin/python -m tests.benchmarks.run
+
+lint: $(VENV)/.installed
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+
+clean:
+	rm -rf .venv .venv-tl4 demo-output

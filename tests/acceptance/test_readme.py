@@ -1,0 +1,47 @@
+"""Does what the README says still hold?"""
+
+import re
+
+import pytest
+
+import melbo_lens as ml
+from tests import readme
+
+TEXT = readme.README.read_text()
+
+
+def test_the_block_runs_and_shows_what_the_readme_shows():
+    ((code, shown),) = readme.BLOCK.findall(TEXT)
+    printed = readme.run(code)
+    behaviors = ml.organisms.load("modes").behaviors
+
+    def kinds(output):  # exact counts depend on the machine's arithmetic
+        return {name for name, behavior in behaviors.items() if any(map(behavior, output.splitlines()))}
+
+    assert len(kinds(shown)) >= 2 and kinds(printed) & kinds(shown)
+
+
+def test_every_other_block_at_least_compiles_and_names_what_exists():
+    blocks = re.findall(r"```python no-run\n(.*?)```", TEXT, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        compile(block, "README.md", "exec")
+        for name in re.findall(r"\bml\.(\w+)", block):
+            assert hasattr(ml, name)
+
+
+def test_the_numbers_are_those_of_the_last_benchmark():
+    assert readme.benchmark() in TEXT
+
+
+@pytest.mark.parametrize("target", ["demo", "test", "bench"])
+def test_make_has_the_commands(target):
+    assert re.search(rf"^{target}:", (readme.ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+def test_every_file_that_is_named_exists():
+    for name in re.findall(r"\]\(((?!http)[^)]+)\)", TEXT):
+        assert (readme.ROOT / name).exists(), name
+    for name in re.findall(r"^\| (.*?) \| .*\|$", TEXT[TEXT.index("## The map") : TEXT.index("## How it relates")], re.MULTILINE):
+        for file in re.findall(r"`([\w/]+\.py)`", name):
+            assert (readme.ROOT / "melbo_lens" / file).exists(), file

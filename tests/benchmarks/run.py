@@ -1,0 +1,188 @@
+"""How fast is it, and how much memory does it take?  `make bench` compares with the textbook, prints a table and writes results.json."""
+
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from tqdm.auto import tqdm
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import AutoModelForCausalLM, GPT2Config
+
+import melbo_lens as ml
+from melbo_lens.calibration import solve_radius
+from melbo_lens.methods.gradients import objective_and_gradient
+from tests import models
+from tests.oracles.textbook import Textbook
+
+RESULTS = Path(__file__).parent / "results.json"
+THREADS, SOURCE, TARGET, N_TOKENS, N_ROWS = 2, 7, 16, 32, 32
+
+
+def deep_model():
+    """24 layers, d_model 512, a vocabulary of 32,768, random weights."""
+    config = GPT2Config(vocab_size=32768, n_positions=64, n_embd=512, n_layer=24, n_head=8, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    with tempfile.TemporaryDirectory() as directory, torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        config.save_pretrained(directory)
+        models.tokenizer().save_pretrained(directory)
+        return TransformerBridge.boot_transformers(directory, hf_model=network, device="cpu", dtype=torch.float32).eval()
+
+
+def seconds(function, *arguments):
+    began = time.perf_counter()
+    result = function(*arguments)
+    return time.perf_counter() - began, result
+
+
+def step_cost(repeats=5):
+    """Seconds per vector and step: the textbook, one vector through the slice, and many as batch rows, measured in turns."""
+    model = deep_model()
+    tokens = torch.randint(3, 32768, (1, N_TOKENS), generator=torch.Generator().manual_seed(0))
+    starts = torch.randn(N_ROWS, 512, generator=torch.Generator().manual_seed(1))
+    book = Textbook(model, [tokens], SOURCE, TARGET, [list(range(N_TOKENS))])
+    times = {"textbook": [], "one row": [], "many rows": []}
+    for _ in tqdm(range(repeats), desc="cost of a step"):
+        times["textbook"].append(seconds(book.learn, starts[:1], 2.0, 3, 1e-3)[0] / 3)
+        for name, n in (("one row", 1), ("many rows", N_ROWS)):
+            evaluate = objective_and_gradient(ml.slice_model(model, tokens, SOURCE, TARGET), 2, 1, "d_model", N_ROWS)
+            times[name].append(seconds(evaluate, 2 * starts[:n] / starts[:n].norm(dim=1, keepdim=True))[0] / n)
+    textbook, one, many = (statistics.median(times[name]) for name in ("textbook", "one row", "many rows"))
+    return {
+        "seconds_textbook": textbook,
+        "seconds_one_row": one,
+        "seconds_many_rows": many,
+        "factor": textbook / many,
+        "factor_skipped_blocks": textbook / one,
+        "factor_batching": one / many,
+        "rows": N_ROWS,
+    }
+
+
+def ascent_cases():
+    """Eight cases of layer pair, radius and prompt on the organism."""
+    organism = ml.organisms.load("modes")
+    pairs = [(0, 4), (1, 4), (0, 3), (1, 3)]
+    for i in range(8):
+        source, target = pairs[i % 4]
+        prompt = organism.prompts["test"][i]
+        sliced = ml.slice_model(organism.model, prompt, source, target)
+        yield organism.model, prompt, source, target, solve_radius(sliced, "fraction", (0.5, 1.0)[i // 4]).radius
+
+
+def ascents(n_vectors=8, n_steps=300):
+    """`power` against 300 AdamW steps of the textbook at the better of two learning rates: time, and objective as the textbook computes it."""
+    rows = []
+    for i, (model, prompt, source, target, radius) in enumerate(tqdm(list(ascent_cases()), desc="power against AdamW")):
+        starts = torch.randn(n_vectors, model.cfg.d_model, generator=torch.Generator().manual_seed(i))
+        tokens = model.to_tokens(prompt)
+        book = Textbook(model, [tokens], source, target, [list(range(tokens.shape[1]))])
+
+        def total(values, book=book):
+            with torch.no_grad():
+                return float(sum(book.value(value) for value in values))
+
+        runs = [seconds(book.learn, starts, radius, n_steps, lr) for lr in (1e-3, 0.01 * radius)]
+        spent, found = max(runs, key=lambda run: total(run[1]))
+        row = {"case": f"{source} to {target}, radius {radius:.1f}", "adamw_seconds": spent}
+        for name, restarts in (("default", 1), ("restarts", 8)):
+            # the middle of three runs: they last a fraction of a second, the textbook's minutes
+            timed = [
+                seconds(
+                    lambda restarts=restarts, source=source, target=target, radius=radius, prompt=prompt, model=model, starts=starts: ml.fit_vectors(
+                        model,
+                        prompt,
+                        source,
+                        target,
+                        n_vectors=n_vectors,
+                        radius=radius,
+                        init=starts,
+                        restarts=restarts,
+                        progress=False,
+                    )
+                )
+                for _ in range(3)
+            ]
+            middle, vectors = sorted(timed, key=lambda run: run[0])[1]
+            row |= {f"{name}_speedup": spent / middle, f"{name}_objective": total(vectors.values) / total(found)}
+        rows.append(row)
+    columns = [f"{name}_{what}" for name in ("default", "restarts") for what in ("speedup", "objective")]
+    summary = {f"{c}_median": statistics.median(row[c] for row in rows) for c in columns}
+    return summary | {f"{c}_worst": min(row[c] for row in rows) for c in columns} | {"cases": rows}
+
+
+def memory(batch_size):
+    """Bytes kept for the backward pass at the worst moment, and peak resident memory, of one gradient of 32 vectors on the deep model."""
+    model = deep_model()
+    weights = {parameter.untyped_storage().data_ptr() for parameter in torch.nn.Module.parameters(model)}
+    tokens = torch.randint(3, 32768, (1, N_TOKENS), generator=torch.Generator().manual_seed(0))
+    sliced = ml.slice_model(model, tokens, SOURCE, TARGET)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    chunks, seen = [0], set()
+
+    def keep(tensor):
+        pointer = tensor.untyped_storage().data_ptr()
+        if pointer not in weights and (pointer, len(chunks)) not in seen:
+            seen.add((pointer, len(chunks)))
+            chunks[-1] += tensor.untyped_storage().nbytes()
+        return tensor
+
+    theta = torch.randn(N_ROWS, 512, generator=torch.Generator().manual_seed(1))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        for rows in theta.split(batch_size):
+            objective_and_gradient(sliced, 2, 1, "d_model", batch_size)(rows)
+            chunks.append(0)
+    return {"saved_bytes": max(chunks), "peak_rss_kib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, "rss_before_kib": before}
+
+
+def memory_apart(batch_size):
+    """In a process of its own, because peak resident memory never falls."""
+    code = f"import json, torch; torch.set_num_threads({THREADS}); from tests.benchmarks.run import memory; print(json.dumps(memory({batch_size})))"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    return json.loads(output.strip().splitlines()[-1])
+
+
+def main():
+    torch.set_num_threads(THREADS)
+    step = step_cost()
+    power = ascents()
+    whole, half = memory_apart(N_ROWS), memory_apart(N_ROWS // 2)
+    results = {
+        "machine": f"{THREADS} CPU threads, {platform.machine()}, torch {torch.__version__.split('+')[0]}, float32",
+        "step": step,
+        "power": power,
+        "memory": {"rows_32": whole, "rows_16": half, "saved_ratio": half["saved_bytes"] / whole["saved_bytes"]},
+    }
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    table = Table(title=f"melbo_lens against the textbook ({results['machine']})")
+    for heading in ("what", "asked", "measured", "worst case"):
+        table.add_column(heading)
+    table.add_row("one vector and step, 24 layers, 7 to 16: times faster", "5", f"{step['factor']:.1f}", "")
+    table.add_row("  of it from blocks not run", "", f"{step['factor_skipped_blocks']:.1f}", "")
+    table.add_row("  of it from batching 32 vectors", "", f"{step['factor_batching']:.1f}", "")
+    for name, label, asked in (("default", "power", ("60", ".95")), ("restarts", "power, restarts=8", ("20", "1.00"))):
+        for what, form, target in (("speedup", ".0f", asked[0]), ("objective", ".3f", asked[1])):
+            title = f"{label}: {'times faster than' if what == 'speedup' else 'objective against'} 300 AdamW steps, median of 8"
+            table.add_row(title, target, format(power[f"{name}_{what}_median"], form), format(power[f"{name}_{what}_worst"], form))
+    table.add_row("bytes kept for backward at half the batch size", "at most .60", f"{results['memory']['saved_ratio']:.2f}", "")
+    for name, measured in (("32", whole), ("16", half)):
+        table.add_row(
+            f"  {name} rows: kept, peak resident",
+            "",
+            f"{measured['saved_bytes'] / 2**20:.0f} MiB, {measured['peak_rss_kib'] / 2**10:.0f} MiB",
+            "",
+        )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Is the calibrated radius the one that closed forms give?"""
+
+import pytest
+import torch
+from torch import nn
+
+import melbo_lens as ml
+from melbo_lens.calibration import N_DIRECTIONS, solve_radius
+from melbo_lens.hooks import BlockCall
+from melbo_lens.manifolds import to_sphere
+from melbo_lens.prompts import PromptBatch
+from melbo_lens.randomness import gaussian_rows
+from melbo_lens.sliced_model import SlicedModel
+
+D, POS = 6, 3
+
+
+class Quadratic(nn.Module):
+    """z -> A z + bend * (z * z) at each position; around resid = 0 the change of a bias is exactly that."""
+
+    def __init__(self, bend):
+        super().__init__()
+        self.a, self.bend = torch.randn(D, D, generator=torch.Generator().manual_seed(0)), bend
+
+    def forward(self, stream):
+        return stream @ self.a.T + self.bend * stream.square()
+
+
+def toy(bend):
+    block = Quadratic(bend)
+    batch = PromptBatch(torch.zeros(1, POS, dtype=torch.long), torch.tensor([POS]), torch.ones(1, POS, dtype=torch.bool), ("p",))
+    resid = torch.zeros(1, POS, D)
+    return block, SlicedModel(nn.Module(), batch, 0, 2, "source", "target", (BlockCall(block, (), {}),), resid, block(resid))
+
+
+@pytest.mark.parametrize("bend", [0.01, 1.0, 30.0])
+@pytest.mark.parametrize("target", [0.5, 0.1])
+def test_on_a_quadratic_map_the_radius_is_the_closed_form(bend, target):
+    block, sliced = toy(bend)
+    directions = to_sphere(gaussian_rows(N_DIRECTIONS, D, 0, "calibration"), torch.ones(N_DIRECTIONS))
+    # D(Rv) = R A v + bend R^2 v*v, so the nonlinearity is R * bend * rms(||v*v|| / ||A v||)
+    slope = bend * (directions.square().norm(dim=1) / (directions @ block.a.T).norm(dim=1)).square().mean().sqrt()
+    solved = solve_radius(sliced, target=target)
+    assert solved.radius == pytest.approx(float(target / slope), rel=0.02)
+    for radius, value in solved.curve:
+        assert value == pytest.approx(float(slope) * radius, rel=1e-3)
+    assert solved.rule == "nonlinearity" and solved.target == target
+
+
+def test_on_a_linear_slice_no_finite_radius_qualifies():
+    with pytest.raises(ValueError, match="no finite radius"):
+        solve_radius(toy(0.0)[1])
+
+
+def test_the_fraction_rule_is_a_fraction_of_the_streams_norm(any_model):
+    sliced = ml.slice_model(any_model, ["w1 w2 w3", "w4"], 1, 3)
+    norms = [sliced.resid[i, :length].norm(dim=-1) for i, length in enumerate(sliced.batch.lengths)]
+    assert solve_radius(sliced, "fraction", 0.35).radius == pytest.approx(0.35 * float(torch.cat(norms).mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rule", "target", "said"), [("median", None, "rule='median'"), ("fraction", 0.0, "target=0.0"), ("fraction", -1.0, "target=-1")]
+)
+def test_rules_and_targets_without_meaning_are_refused(rule, target, said):
+    with pytest.raises(ValueError, match=said):
+        solve_radius.__wrapped__(toy(1.0)[1], rule, target)

@@ -1,0 +1,36 @@
+"""Does the command line do the whole job offline?"""
+
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+import melbo_lens as ml
+from melbo_lens.cli import app
+
+
+def fit(directory, out, *more):
+    arguments = ["fit", "--model", directory, "--prompt", "w1 w2 w3", "--source-layer", "1", "--target-layer", "3", "--out", str(out)]
+    return CliRunner().invoke(app, [*arguments, "--n-vectors", "2", "--radius", "2", "--max-new-tokens", "3", "--device", "cpu", *more])
+
+
+def test_fit_on_a_local_directory_writes_vectors_completions_and_a_page(directories, tmp_path):
+    result = fit(directories("llama"), tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["completions.csv", "report.html", "vectors.safetensors"]
+    vectors = ml.load(tmp_path / "out" / "vectors.safetensors")
+    assert len(vectors) == 2 and vectors.provenance["prompts"] == ["w1 w2 w3"]
+    assert len(pd.read_csv(tmp_path / "out" / "completions.csv")) == 9
+
+
+@pytest.mark.parametrize(("more", "said"), [(["--source-layer", "9"], "source_layer=9"), (["--radius", "-1"], "radius=-1")])
+def test_a_mistake_is_said_in_a_sentence_and_fails(directories, tmp_path, more, said):
+    result = fit(directories("llama"), tmp_path / "out", *more)
+    assert result.exit_code == 1 and said in result.output and "Traceback" not in result.output
+
+
+def test_demo_writes_its_folder(tmp_path):
+    result = CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "demo"), "--seed", "1"])
+    assert result.exit_code == 0, result.output
+    for behavior in ("portuguese", "reasoning", "hate", "cheese"):
+        assert behavior in result.output
+    assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == ["completions.csv", "report.html", "vectors.safetensors"]
