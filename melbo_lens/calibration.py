@@ -1,7 +1,8 @@
 """Which radius?  The one at which the blocks between source and target stop being linear, or another stated rule."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -10,11 +11,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from melbo_lens import hooks
 from melbo_lens.manifolds import to_sphere
+from melbo_lens.prompts import Positions, Prompts
 from melbo_lens.randomness import gaussian_rows
-from melbo_lens.sliced_model import SlicedModel
+from melbo_lens.sliced_model import SlicedModel, slice_model
 
-Rule: TypeAlias = Literal["nonlinearity", "fraction"]
-DEFAULT_TARGETS = {"nonlinearity": 0.5, "fraction": 0.35}
+Rule: TypeAlias = Literal["nonlinearity", "fraction", "kl"]
+DEFAULT_TARGETS = {"nonlinearity": 0.5, "fraction": 0.35, "kl": 0.1}
 N_DIRECTIONS = 8
 
 
@@ -34,22 +36,62 @@ class Calibration:
     rule: str
     target: float
 
+    def _repr_html_(self) -> str:
+        rows = "".join(f"<tr><td>{radius:.4g}</td><td>{value:.4g}</td></tr>" for radius, value in self.curve)
+        return f"<p>radius {self.radius:.4g}: {self.rule} {self.target:g}</p><table><tr><th>radius</th><th>{self.rule}</th></tr>{rows}</table>"
+
+
+def calibrate_radius(
+    model: Any,
+    prompts: Prompts,
+    source_layer: int,
+    target_layer: int | None = None,
+    rule: Rule = "nonlinearity",
+    target: float | None = None,
+    target_positions: Positions = slice(None),
+    target_hook: str | None = None,
+    seed: int = 0,
+) -> Calibration:
+    """Chooses a radius by a stated rule, without looking at behaviours.
+
+    Args:
+        model, prompts, source_layer, target_layer, target_positions, target_hook: as in `slice_model`.
+        rule: "nonlinearity" (the blocks between stop being linear), "fraction" (of the source stream's norm) or "kl" (how far random
+            vectors of that norm move the next-token distribution); see `solve_radius`.
+        target: the rule's value to reach; default 0.5, 0.35 of the norm, 0.1 nats.
+        seed: of the random directions.
+
+    Returns:
+        The radius and the curve it was solved on.
+
+    Raises:
+        ValueError: an unknown rule, a target without meaning, or no finite radius that qualifies.
+    """
+    check_rule(rule, target)
+    return solve_radius(slice_model(model, prompts, source_layer, target_layer, target_positions, target_hook), rule, target, seed)
+
+
+def check_rule(rule: str, target: float | None) -> None:
+    """Refuses a rule or target without meaning."""
+    if rule not in DEFAULT_TARGETS:
+        raise ValueError(f"rule={rule!r} must be one of {sorted(DEFAULT_TARGETS)}.")
+    if target is not None and not 0 < target < float("inf"):
+        raise ValueError(f"target={target} must be a positive, finite number.")
+
 
 def solve_radius(sliced: SlicedModel, rule: Rule = "nonlinearity", target: float | None = None, seed: int = 0) -> Calibration:
-    """The radius at which a rule reaches its target.
+    """The radius at which a rule reaches its target; random unit directions v stand for all.
 
-    "nonlinearity" solves, over random unit directions v, the rms of ``||D(R v) - R J v|| / ||R J v|| = target``, D the change of the target
-    activations at the target positions and J v its directional derivative at 0. "fraction" takes that fraction of the mean norm of the
-    stream that leaves the source block, at the prompts' own positions.
+    - "nonlinearity": the rms over v of ``||D(R v) - R J v|| / ||R J v||``, D the change of the target activations at the target positions
+      and J v its directional derivative at 0, both in float32.
+    - "fraction": that fraction of the mean norm of the stream that leaves the source block, at the prompts' own positions.
+    - "kl": the mean over v and prompts of ``KL(clean || steered)`` between next-token distributions after each prompt, in nats.
 
     Raises:
         ValueError: an unknown rule, a target that is not positive, or no finite radius that qualifies (the slice is linear).
     """
-    if rule not in DEFAULT_TARGETS:
-        raise ValueError(f"rule={rule!r} must be one of {sorted(DEFAULT_TARGETS)}.")
+    check_rule(rule, target)
     wanted = DEFAULT_TARGETS[rule] if target is None else target
-    if not 0 < wanted < float("inf"):
-        raise ValueError(f"target={wanted} must be a positive, finite number.")
     batch = sliced.batch
     own = torch.arange(batch.tokens.shape[1], device=sliced.device) < batch.lengths[:, None]
     typical = float(sliced.resid.float().norm(dim=-1)[own].mean()) or 1.0  # only where to begin; a stream of zeros has no scale
@@ -57,12 +99,16 @@ def solve_radius(sliced: SlicedModel, rule: Rule = "nonlinearity", target: float
         return Calibration(wanted * typical, ((wanted * typical, wanted),), rule, wanted)
     directions = to_sphere(gaussian_rows(N_DIRECTIONS, sliced.d_model, seed, "calibration"), torch.ones(N_DIRECTIONS)).to(sliced.device)
     with hooks.frozen(sliced.model):
-        linear = _directional_derivatives(sliced, directions)
-        return _solve(lambda radius: _nonlinearity(sliced, directions, linear, radius), typical, wanted)
+        if rule == "kl":
+            clean = _next_token_log_probs(sliced, None)
+            return _solve(lambda radius: _kl(sliced, clean, radius * directions), typical, wanted, rule)
+        exact = sliced.in_float32()
+        linear = _directional_derivatives(exact, directions)
+        return _solve(lambda radius: _nonlinearity(exact, directions, linear, radius), typical, wanted, rule)
 
 
-def _solve(value_at, typical: float, wanted: float) -> Calibration:
-    """Bisects log R between the largest power of two below and the smallest above, starting from a tenth of the stream's norm."""
+def _solve(value_at: Callable[[float], float], typical: float, wanted: float, rule: Rule) -> Calibration:
+    """Brackets the solution by doublings from a tenth of the stream's norm, then bisects log R."""
     curve: dict[float, float] = {}
 
     def value(radius: float) -> float:
@@ -73,15 +119,15 @@ def _solve(value_at, typical: float, wanted: float) -> Calibration:
         low, high = high, 2 * high
         if high > 1e4 * typical:
             raise ValueError(
-                f"no finite radius reaches nonlinearity {wanted}: it is {value(low):.2g} at {low:.3g}, so the blocks between source and target "
-                "are linear. Give a radius, or put more blocks between."
+                f"no finite radius reaches {rule} {wanted}: it is {value(low):.2g} at {low:.3g}, so the blocks between source and target "
+                "are (nearly) linear. Give a radius, or put more blocks between."
             )
     while value(low) >= wanted and low > 1e-6 * typical:
         low, high = low / 2, low
     for _ in range(6):
         middle = (low * high) ** 0.5
         low, high = (middle, high) if value(middle) < wanted else (low, middle)
-    return Calibration((low * high) ** 0.5, tuple(sorted(curve.items())), "nonlinearity", wanted)
+    return Calibration((low * high) ** 0.5, tuple(sorted(curve.items())), rule, wanted)
 
 
 def _nonlinearity(sliced: SlicedModel, directions: Tensor, linear: Float[Tensor, "direction change"], radius: float) -> float:
@@ -111,3 +157,19 @@ def _directional_derivatives(sliced: SlicedModel, directions: Float[Tensor, "dir
 
             rows.append(torch.func.jvp(change, (primal,), (v,))[1].detach())
     return torch.stack(rows)
+
+
+def _kl(sliced: SlicedModel, clean: Float[Tensor, "prompt d_vocab"], vectors: Float[Tensor, "direction d_model"]) -> float:
+    values = [(clean.exp() * (clean - _next_token_log_probs(sliced, vector))).sum(-1).mean() for vector in vectors]
+    return float(torch.stack(values).mean())
+
+
+def _next_token_log_probs(sliced: SlicedModel, vector: Float[Tensor, " d_model"] | None) -> Float[Tensor, "prompt d_vocab"]:
+    def add(activation: Tensor, hook: Any) -> Tensor:
+        return (activation + vector).to(activation.dtype)
+
+    added = [] if vector is None else [(sliced.source_hook, add)]
+    with torch.no_grad(), hooks.attached(sliced.model, added):
+        logits = hooks.forward(sliced.model, sliced.batch.tokens)
+    last = sliced.batch.lengths - 1
+    return logits[torch.arange(len(last), device=logits.device), last].float().log_softmax(-1)

@@ -1,5 +1,6 @@
 """How is a TransformerLens model touched?  The only file that attaches hooks, calls a block or knows the model classes."""
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -10,9 +11,9 @@ from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
 try:
-    from transformer_lens import HookedTransformer
-except ImportError:  # TransformerLens 4 removed it
-    HookedTransformer = None
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+except ImportError:  # TransformerLens 4 removed them
+    HookedTransformer = HookedTransformerConfig = None
 
 Hook: TypeAlias = tuple[str, Callable[..., Any]]
 
@@ -133,6 +134,31 @@ class BlockCall:
         return _stream(self.block(stream, *arguments, **keywords))
 
 
+def in_float32(call: BlockCall) -> BlockCall:
+    """The same call with weights and arguments as float32 copies; the model keeps its own."""
+    block = call.block
+    if HookedTransformer is not None and isinstance(getattr(block, "cfg", None), HookedTransformerConfig):
+        block = copy.deepcopy(block).float()
+        for module in block.modules():  # its layers cast to the dtype that their configuration names
+            if isinstance(getattr(module, "cfg", None), HookedTransformerConfig):
+                module.cfg.dtype = torch.float32
+        return BlockCall(block, _float(call.arguments), _float(call.keywords))
+    weights = {name: _float(tensor) for name, tensor in (*block.named_parameters(), *block.named_buffers())}
+    return BlockCall(_WithWeights(block, weights), _float(call.arguments), _float(call.keywords))
+
+
+class _WithWeights(nn.Module):
+    """A module run with other weights than its own."""
+
+    def __init__(self, module: nn.Module, weights: dict[str, Tensor]) -> None:
+        super().__init__()
+        object.__setattr__(self, "held", (module, weights))  # not registered: neither is ours
+
+    def forward(self, *arguments: Any, **keywords: Any) -> Any:
+        module, weights = self.held
+        return torch.func.functional_call(module, weights, arguments, keywords)
+
+
 @dataclass(frozen=True)
 class Recording:
     """What one ordinary pass did between two layers: the stream that entered each block, and how each block was called."""
@@ -243,6 +269,15 @@ def end_tokens(model: Any) -> set[int]:
 
 def _stream(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
+
+
+def _float(value: Any) -> Any:
+    """Half-precision tensors as float32, inside tuples, lists and dicts too."""
+    if isinstance(value, Tensor):
+        return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+    if isinstance(value, tuple | list):
+        return type(value)(_float(item) for item in value)
+    return {key: _float(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def _select_rows(value: Any, prompts: Tensor, n_prompts: int) -> Any:

@@ -1,7 +1,7 @@
 """What does a perturbation at one layer change at a later one?  The model's blocks between the two as a function, and nothing else of it."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -64,6 +64,17 @@ class SlicedModel:
         added = perturbation[:, None, :] if perturbation.ndim == 2 else perturbation
         perturbed = (self.resid[prompts] + added).to(self.resid.dtype)  # float32 + half is float32; rounded once
         return self(perturbed, prompts) - self.target[prompts]
+
+    def in_float32(self) -> "SlicedModel":
+        """The same slice computed in float32, with copies of the weights: for derivatives, which half precision drowns in rounding."""
+        if self.resid.dtype == torch.float32:
+            return self
+        calls = tuple(hooks.in_float32(call) for call in self.calls)
+        resid = self.resid.float()
+        everyone = torch.arange(len(self.batch), device=self.device)
+        with hooks.frozen(self.model), torch.no_grad():
+            target = _replay(self.model, calls, self._read_hook, resid, everyone, len(self.batch))
+        return replace(self, calls=calls, resid=resid, target=target)
 
     @property
     def _read_hook(self) -> str | None:

@@ -124,7 +124,7 @@ def test_one_step_does_not_depend_on_the_batch_size(model):
 
     reference = fit(None)
     for batch_size in (1, 3, 10):
-        torch.testing.assert_close(fit(batch_size).values, reference.values, rtol=1e-5, atol=2e-5)
+        assert (fit(batch_size).values - reference.values).norm() < 1e-5 * reference.values.norm()
         torch.testing.assert_close(fit(batch_size).history, reference.history, rtol=1e-5, atol=0)
 
 
