@@ -1,8 +1,12 @@
 """Find what a language model hides: unsupervised steering vectors (MELBO) for TransformerLens."""
 
 from melbo_lens import organisms, plots
+from melbo_lens.calibration import Calibration, calibrate_radius
 from melbo_lens.completions import Completions
-from melbo_lens.evaluation import Evaluation, evaluate
+from melbo_lens.discovery import Discovery, discover
+from melbo_lens.effects import Effects, closest_directions, cluster_by_effect, effects, max_activating, top_tokens
+from melbo_lens.evaluation import Evaluation, evaluate, select
+from melbo_lens.layer_scan import LayerScan, scan_layers
 from melbo_lens.methods.melbo import fit_vectors
 from melbo_lens.perturbations import SteeringVectors, concatenate, random_vectors
 from melbo_lens.report import report
@@ -12,20 +16,33 @@ from melbo_lens.steering import generate, steer
 
 __version__ = "0.1.0"
 __all__ = [
+    "Calibration",
     "Completions",
+    "Discovery",
+    "Effects",
     "Evaluation",
+    "LayerScan",
     "SlicedModel",
     "SteeringVectors",
+    "calibrate_radius",
+    "closest_directions",
+    "cluster_by_effect",
     "concatenate",
+    "discover",
+    "effects",
     "evaluate",
     "fit_vectors",
     "generate",
     "load",
+    "max_activating",
     "organisms",
     "plots",
     "random_vectors",
     "report",
     "save",
+    "scan_layers",
+    "select",
     "slice_model",
     "steer",
+    "top_tokens",
 ]

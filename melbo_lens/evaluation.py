@@ -81,8 +81,54 @@ def evaluate(completions: Completions, behaviors: Mapping[str, Behavior], level:
 
 
 def shows(texts: pd.Series, behavior: Behavior) -> pd.Series:
-    """Whether each text shows the behaviour."""
-    return texts.map(behavior).astype(bool) if callable(behavior) else texts.str.contains(behavior, regex=True)
+    """Whether each text shows the behaviour.
+
+    Raises:
+        ValueError: the behaviour's function raised; says on which text.
+    """
+    if not callable(behavior):
+        return texts.str.contains(behavior, regex=True)
+    found = []
+    for i, text in enumerate(texts):
+        try:
+            found.append(bool(behavior(text)))
+        except Exception as error:
+            raise ValueError(f"the behavior raised {error!r} on completion {i}, {text!r}: it must take any text.") from error
+    return pd.Series(found, index=texts.index, dtype=bool)
+
+
+def select(behaviors: Mapping[str, Behavior], on: Completions, score: Completions) -> pd.DataFrame:
+    """Chooses the vector, sign and scale with the highest rate of each behaviour on one set, and scores it on another.
+
+    Choosing on the prompts that one reports flatters: both rates are given. Ties go to the first vector.
+
+    Args:
+        behaviors: name -> regular expression or function of the text.
+        on: completions to choose on.
+        score: completions of the same perturbations on other prompts.
+
+    Returns:
+        One row for each behaviour: vector, sign, scale, selection_rate, n, rate with its interval (low, high), unsteered, random and p_value on
+        the scoring set.
+
+    Raises:
+        ValueError: the sets share a prompt, or the scoring set lacks a chosen vector.
+    """
+    shared = set(on.table.prompt_text) & set(score.table.prompt_text)
+    if shared:
+        raise ValueError(f"the selection and the scoring set share {len(shared)} prompts, as {min(shared)!r}: score on prompts that chose nothing.")
+    chosen, scored, rows = evaluate(on, behaviors).table, evaluate(score, behaviors).table, []
+    for name in behaviors:
+        best = chosen[chosen.behavior == name].sort_values("rate", ascending=False, kind="stable").iloc[0]
+        same = (scored.behavior == name) & (scored.vector == best.vector) & (scored.sign == best.sign) & (scored.scale == best.scale)
+        if not same.any():
+            raise ValueError(f"vector {best.vector} with sign {best.sign:+d} was chosen for {name!r}; the scoring set has no completion with it.")
+        result = scored[same].iloc[0]
+        rows.append(
+            {"behavior": name, "vector": best.vector, "sign": best.sign, "scale": best.scale, "selection_rate": best.rate}
+            | {key: result[key] for key in ("n", "rate", "low", "high", "unsteered", "random", "p_value")}
+        )
+    return pd.DataFrame(rows)
 
 
 def _rate(shown: pd.Series) -> dict[str, Any]:

@@ -16,10 +16,14 @@ SCHEMA = 1
 
 
 def write(path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    """Writes tensors and a JSON header to a temporary sibling, flushes it to the disk, and renames it."""
-    path = Path(path)
+    """Writes tensors and a JSON header as one safetensors file, atomically."""
     metadata = {"format": "melbo_lens", "schema": str(SCHEMA), "kind": kind, "header": json.dumps(header)}
-    data = to_bytes({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata)
+    write_atomically(path, to_bytes({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata))
+
+
+def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
+    """Writes to a temporary sibling, flushes it to the disk and renames it: at any instant there is the old file or the new one."""
+    path = Path(path)
     try:
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     except OSError as error:

@@ -78,15 +78,18 @@ class SteeringVectors:
         values = self.values
 
         def add_vectors(activation: Float[Tensor, "batch pos d_model"], hook: Any = None) -> Float[Tensor, "batch pos d_model"]:
-            if len(values) not in (1, activation.shape[0]):
-                raise ValueError(
-                    f"{len(values)} steering vectors can't be added to a batch of {activation.shape[0]} rows: "
-                    "use one vector (vectors[k]), or a batch with one row for each vector."
-                )
+            self._check_rows(activation)
             bias = values.to(activation.device)[:, None, :]
             return (activation + bias).to(activation.dtype)  # added in float32, rounded once
 
         return [(self.hook_name, add_vectors)]
+
+    def _check_rows(self, activation: Tensor) -> None:
+        if len(self) not in (1, activation.shape[0]):
+            raise ValueError(
+                f"{len(self)} steering vectors can't be applied to a batch of {activation.shape[0]} rows: "
+                "use one vector (vectors[k]), or a batch with one row for each vector."
+            )
 
     def cosine_similarity(self, other: "SteeringVectors | None" = None) -> Float[Tensor, "vector other"]:
         """Cosines between the vectors, or between these and others; a vector of zeros has cosine 0 with everything."""
@@ -101,6 +104,33 @@ class SteeringVectors:
     def mean(self) -> "SteeringVectors":
         """The mean of the vectors, as one vector."""
         return self._derived(self.values.mean(0, keepdim=True), "mean")
+
+    def top_singular(self) -> "SteeringVectors":
+        """The one direction that explains most of the vectors: their top right-singular vector, with their mean norm.
+
+        Its sign is that of the vectors' mean along it; the share of the squared norms it explains is in the provenance.
+        """
+        _, singular, right = torch.linalg.svd(self.values, full_matrices=False)
+        direction = right[:1] * (-1 if (self.values @ right[0]).sum() < 0 else 1)
+        share = float(singular[0] ** 2 / singular.square().sum())
+        return self._derived(direction * self.radii.mean(), f"top singular vector, explains {share:.3f}")
+
+    def ablation_hooks(self, layers: Sequence[int]) -> list[tuple[str, HookFunction]]:
+        """Hooks that remove the vectors' directions from the stream entering these layers: ``x - (x . v) v / ||v||^2``.
+
+        One vector is removed from every batch row; n vectors need a batch of exactly n rows.
+        """
+        if not layers:
+            raise ValueError("layers is empty: name at least one layer to remove the direction from, as range(model.cfg.n_layers).")
+        unit = to_sphere(self.values, torch.ones(len(self), device=self.values.device))
+
+        def remove_direction(activation: Float[Tensor, "batch pos d_model"], hook: Any = None) -> Float[Tensor, "batch pos d_model"]:
+            self._check_rows(activation)
+            v = unit.to(activation.device)[:, None, :]
+            exact = activation.float()
+            return (exact - (exact * v).sum(-1, keepdim=True) * v).to(activation.dtype)
+
+        return [(f"blocks.{layer}.hook_resid_pre", remove_direction) for layer in layers]
 
     def to(self, device: str | torch.device) -> "SteeringVectors":
         """A copy on another device."""

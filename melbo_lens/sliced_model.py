@@ -28,6 +28,7 @@ class SlicedModel:
         calls: the blocks between, with the arguments of one ordinary pass.
         resid: the clean stream that leaves block `source_layer`, in the model's dtype.
         target: the clean target activations, float32; axes after `pos` are flattened.
+        streams: the clean streams, that which leaves block `source_layer` and those that leave each of the blocks between.
     """
 
     model: Any
@@ -39,6 +40,7 @@ class SlicedModel:
     calls: tuple[hooks.BlockCall, ...]
     resid: Float[Tensor, "prompt pos d_model"]
     target: Float[Tensor, "prompt pos d_target"]
+    streams: tuple[Tensor, ...] = ()
 
     @property
     def d_model(self) -> int:
@@ -64,6 +66,21 @@ class SlicedModel:
         added = perturbation[:, None, :] if perturbation.ndim == 2 else perturbation
         perturbed = (self.resid[prompts] + added).to(self.resid.dtype)  # float32 + half is float32; rounded once
         return self(perturbed, prompts) - self.target[prompts]
+
+    def shorter(self, target_layer: int) -> "SlicedModel":
+        """The slice that ends at an earlier target layer; nothing is run again.
+
+        Raises:
+            ValueError: the target is not between `source_layer` + 2 and this slice's own, which must be a layer.
+        """
+        n_blocks = target_layer - self.source_layer - 1
+        if self.target_layer is None or not 0 < n_blocks <= len(self.calls):
+            raise ValueError(
+                f"target_layer={target_layer} must lie from {self.source_layer + 2} to {self.target_layer}, the target layer of this slice."
+            )
+        name = hooks.resolved_name(self.model, _stream_name(target_layer, len(self.model.blocks)))
+        streams = self.streams[: n_blocks + 1]
+        return replace(self, target_layer=target_layer, target_hook=name, calls=self.calls[:n_blocks], target=streams[-1].float(), streams=streams)
 
     def in_float32(self) -> "SlicedModel":
         """The same slice computed in float32, with copies of the weights: for derivatives, which half precision drowns in rounding."""
@@ -131,6 +148,7 @@ def slice_model(
                 tuple(recording.calls),
                 recording.streams[0],
                 target,
+                tuple(recording.streams),
             )
             _check_hooked_run(sliced, last)
     return sliced
@@ -154,9 +172,12 @@ def _target(model: Any, source_layer: int, target_layer: int | None, target_hook
             f"target_layer={target_layer!r} must be an integer from source_layer + 2 = {source_layer + 2} to n_layers = {n_layers}: "
             "at least one block has to lie between the perturbation and the activation that it changes."
         )
-    # the stream that leaves the last block has no block to enter
-    name = f"blocks.{target_layer}.hook_resid_pre" if target_layer < n_layers else f"blocks.{n_layers - 1}.hook_resid_post"
-    return target_layer, name
+    return target_layer, _stream_name(target_layer, n_layers)
+
+
+def _stream_name(layer: int, n_layers: int) -> str:
+    """The stream entering a layer; that which leaves the last block has no block to enter."""
+    return f"blocks.{layer}.hook_resid_pre" if layer < n_layers else f"blocks.{n_layers - 1}.hook_resid_post"
 
 
 def _replay(

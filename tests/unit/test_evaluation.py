@@ -59,3 +59,29 @@ def test_nothing_to_evaluate_is_an_error():
         ml.evaluate(completions([1], [0], 1), {})
     with pytest.raises(ValueError, match="no steered completions"):
         ml.evaluate(completions([1], [0], 1).filter(kind="random"), {"yes": "yes"})
+
+
+def test_a_rate_below_the_control_is_no_finding():
+    table = ml.evaluate(completions([0], [10], 10), {"yes": "yes"}).table
+    assert table.p_value.tolist() == [1.0] and not table.beats_control.any()
+
+
+def test_a_behavior_that_raises_names_the_completion():
+    with pytest.raises(ValueError, match=r"ZeroDivisionError.* on completion 0, 'no'"):
+        ml.evaluate(completions([1], [0], 1), {"broken": lambda text: 1 / 0})
+
+
+def on_prompt(made, prompt):
+    table = made.table.assign(prompt_text=prompt)
+    return ml.Completions(table)
+
+
+def test_select_chooses_on_one_set_and_scores_on_the_other():
+    chosen = ml.select(
+        {"yes": "yes"}, on=on_prompt(completions([2, 9, 3], [0], 10), "a"), score=on_prompt(completions([8, 4, 9], [1], 10), "b")
+    ).iloc[0]
+    assert (chosen.vector, chosen.selection_rate, chosen.rate, chosen.random) == (1, 0.9, 0.4, 0.1)
+    with pytest.raises(ValueError, match="share 1 prompts"):
+        ml.select({"yes": "yes"}, on=completions([1], [0], 1), score=completions([1], [0], 1))
+    with pytest.raises(ValueError, match="has no completion with it"):
+        ml.select({"yes": "yes"}, on=on_prompt(completions([0, 9], [0], 10), "a"), score=on_prompt(completions([1], [0], 10), "b"))

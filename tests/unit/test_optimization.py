@@ -155,3 +155,28 @@ def test_adamw_starts_from_the_projected_start():
     evaluate = wavy()
     first = next(iter(adamw(evaluate, starts(2)[0], radii(2), 3, 0.1)))
     torch.testing.assert_close(first["history"][0, :1], evaluate(to_sphere(starts(2)[0, :1], radii(1)))[0])
+
+
+def adamw_by_hand(evaluate, start, n_steps, lr):
+    """The published loop with AdamW's own equations written out (amsgrad, no weight decay)."""
+    theta = start / start.norm() * RADIUS
+    mean, square, largest = torch.zeros(D).double(), torch.zeros(D).double(), torch.zeros(D).double()
+    values = []
+    for step in range(1, n_steps + 1):
+        value, gradient = (x[0] for x in evaluate(theta[None]))
+        values.append(value)
+        descent = -(gradient - (gradient @ theta) / (theta @ theta) * theta)
+        mean = 0.9 * mean + 0.1 * descent
+        square = 0.98 * square + 0.02 * descent**2
+        largest = torch.maximum(largest, square)
+        moved = theta - lr * (mean / (1 - 0.9**step)) / ((largest / (1 - 0.98**step)).sqrt() + 1e-8)
+        theta = moved / moved.norm() * RADIUS
+    return theta, torch.stack(values)
+
+
+def test_adamw_is_the_equations_written_out():
+    evaluate = wavy()
+    state = last(adamw(evaluate, starts(1)[0], radii(1), 60, 0.3))
+    theta, values = adamw_by_hand(evaluate, starts(1)[0, 0], 60, 0.3)
+    torch.testing.assert_close(state["history"][:-1, 0], values)
+    torch.testing.assert_close(state["values"][0], theta)

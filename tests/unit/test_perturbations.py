@@ -125,3 +125,31 @@ def test_values_that_make_no_sense_are_refused(values, layer, said):
 def test_the_representation_is_one_line_that_says_what_it_is():
     text = repr(make().rescaled(2.0))
     assert "\n" not in text and "4 x d_model 6" in text and "radius 2" in text and "source_layer=2" in text
+
+
+def test_the_top_singular_vector_is_that_of_the_svd():
+    base = torch.zeros(5, 6)
+    base[:, 2] = torch.tensor([3.0, 2.0, 2.5, 3.0, -0.5])
+    base += 0.01 * torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
+    vectors = ml.SteeringVectors(base, 0)
+    top = vectors.top_singular()
+    assert torch.cosine_similarity(top.values[0], torch.eye(6)[2], dim=0) > 0.999
+    torch.testing.assert_close(top.radii, vectors.radii.mean()[None])
+    _, singular, _ = torch.linalg.svd(base)
+    assert f"{float(singular[0] ** 2 / singular.square().sum()):.3f}" in top.provenance["derived"][0]
+
+
+def test_ablation_removes_the_direction_and_nothing_else():
+    vectors, activation = make(3), torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(1))
+    hooks = vectors.ablation_hooks(layers=[0, 2])
+    assert [name for name, _ in hooks] == ["blocks.0.hook_resid_pre", "blocks.2.hook_resid_pre"]
+    left = hooks[0][1](activation, hook=None)
+    torch.testing.assert_close(torch.einsum("bpd,bd->bp", left, vectors.values), torch.zeros(3, 5), atol=1e-5, rtol=0)
+    removed = activation - left
+    parallel = torch.einsum("bpd,bd->bp", removed, vectors.values)[..., None] * vectors.values[:, None] / vectors.radii[:, None, None] ** 2
+    torch.testing.assert_close(removed, parallel, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(vectors[0].ablation_hooks([1])[0][1](left, hook=None)[0], left[0], atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="batch of 2 rows"):
+        hooks[0][1](activation[:2], hook=None)
+    with pytest.raises(ValueError, match="layers is empty"):
+        vectors.ablation_hooks([])

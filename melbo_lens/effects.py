@@ -1,0 +1,179 @@
+"""What do vectors do to the model, behaviours aside?  Next-token distributions, norms, promoted tokens, texts they align with, clusters."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from sklearn.cluster import AgglomerativeClustering
+from torch import Tensor
+
+from melbo_lens import hooks
+from melbo_lens.manifolds import to_sphere
+from melbo_lens.perturbations import SteeringVectors
+from melbo_lens.prompts import Prompts, tokenize
+from melbo_lens.sliced_model import SlicedModel
+
+ROWS_AT_ONCE = 128
+
+
+@dataclass(frozen=True, eq=False)
+class Effects:
+    """Changes after each prompt.
+
+    Attributes:
+        table: vector, sign, prompt, kl (of the steered next-token distribution from the clean one, nats), entropy and entropy_unsteered (nats),
+            logit_difference and logit_difference_unsteered (of the two tokens asked for, else absent).
+        norm_change: relative change of the residual stream's norm leaving each layer, a row for each row of the table; NaN in the padding.
+    """
+
+    table: pd.DataFrame
+    norm_change: Float[Tensor, "row layer pos"]
+
+
+def effects(
+    model: Any,
+    prompts: Prompts,
+    vectors: SteeringVectors,
+    signs: Sequence[int] = (+1, -1),
+    tokens: tuple[int, int] | None = None,
+) -> Effects:
+    """What each vector changes in the next-token distribution and in the norms of the stream.
+
+    Args:
+        model: left as it was.
+        prompts: text, chats or token ids.
+        vectors: each is added by itself.
+        signs: +1, -1 or both.
+        tokens: two token ids whose logit difference is wanted.
+    """
+    hooks.check_model(model)
+    batch = tokenize(model, prompts)
+    runs = list(product(range(len(batch)), range(len(vectors)), signs))
+    with hooks.frozen(model), torch.no_grad():
+        clean_logits, clean_norms = _run(model, batch.tokens, batch.lengths, None)
+        parts = []
+        for first in range(0, len(runs), ROWS_AT_ONCE):
+            prompt, vector, sign = (list(column) for column in zip(*runs[first : first + ROWS_AT_ONCE], strict=True))
+            parts.append(_run(model, batch.tokens[prompt], batch.lengths[prompt], vectors[vector] * torch.tensor(sign, dtype=torch.float32)))
+    logits, norms = (torch.cat(column) for column in zip(*parts, strict=True))
+    which = [prompt for prompt, _, _ in runs]
+    clean, steered = clean_logits.log_softmax(-1)[which], logits.log_softmax(-1)
+    table = pd.DataFrame([(vector, sign, prompt) for prompt, vector, sign in runs], columns=["vector", "sign", "prompt"])
+    table["kl"] = (clean.exp() * (clean - steered)).sum(-1).clamp(min=0).tolist()
+    table["entropy"] = (-(steered.exp() * steered).sum(-1)).tolist()
+    table["entropy_unsteered"] = (-(clean.exp() * clean).sum(-1)).tolist()
+    if tokens is not None:
+        table["logit_difference"] = (logits[:, tokens[0]] - logits[:, tokens[1]]).tolist()
+        table["logit_difference_unsteered"] = (clean_logits[which][:, tokens[0]] - clean_logits[which][:, tokens[1]]).tolist()
+    return Effects(table, norms / clean_norms[which] - 1)
+
+
+def _run(model: Any, tokens: Tensor, lengths: Tensor, rows: SteeringVectors | None) -> tuple[Float[Tensor, "row d_vocab"], Tensor]:
+    """Logits after each row's last own token, and the norms [row layer pos] of the stream, NaN in the padding."""
+    norms: list[Tensor] = []
+    readers = [(f"blocks.{i}.hook_resid_post", lambda stream, hook: norms.append(stream.float().norm(dim=-1))) for i in range(len(model.blocks))]
+    with hooks.attached(model, [*([] if rows is None else rows.hooks()), *readers]):
+        logits = hooks.forward(model, tokens)
+    own = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+    stacked = torch.stack(norms, dim=1).masked_fill(~own[:, None], float("nan"))
+    return logits[torch.arange(len(tokens), device=tokens.device), lengths - 1].float(), stacked
+
+
+def top_tokens(model: Any, vectors: SteeringVectors, k: int = 10, prompts: Prompts | None = None) -> pd.DataFrame:
+    """The tokens that each vector promotes and suppresses most.
+
+    By the direct path, the vector's product with the unembedding, and with `prompts` also by the mean change of the steered logits after them.
+
+    Returns:
+        One row for each vector and route ("direct" or "steered"): promoted and suppressed, lists of (token, change of the logit).
+    """
+    changes = {"direct": vectors.values.to(model.W_U.device) @ model.W_U.detach().float()}
+    if prompts is not None:
+        batch = tokenize(model, prompts)
+        with hooks.frozen(model), torch.no_grad():
+            clean, _ = _run(model, batch.tokens, batch.lengths, None)
+            steered = [_run(model, batch.tokens, batch.lengths, vector)[0] for vector in vectors]
+        changes["steered"] = torch.stack([(logits - clean).mean(0) for logits in steered])
+    rows = []
+    for vector, route in product(range(len(vectors)), changes):
+        change = changes[route][vector]
+        ends = [[(_token(model, int(i)), float(change[i])) for i in (sign * change).topk(k).indices] for sign in (1, -1)]
+        rows.append((vector, route, *ends))
+    return pd.DataFrame(rows, columns=["vector", "route", "promoted", "suppressed"])
+
+
+def max_activating(model: Any, vectors: SteeringVectors, texts: Prompts, k: int = 5) -> pd.DataFrame:
+    """The positions in texts whose stream after the source layer has the highest cosine with each vector.
+
+    Returns:
+        k rows for each vector, best first: vector, rank, text (index), position, token, before (the text up to the token), cosine.
+    """
+    hooks.check_model(model)
+    batch = tokenize(model, texts)
+    with hooks.frozen(model):
+        stream = hooks.record(model, batch.tokens, vectors.source_layer + 1, vectors.source_layer + 1).streams[-1].float()
+    own = torch.arange(stream.shape[1], device=stream.device) < batch.lengths[:, None]
+    places = own.nonzero().tolist()
+    cosines = to_sphere(stream[own], torch.ones(len(places), device=stream.device)) @ _unit(vectors.values.to(stream.device)).T
+    rows = []
+    for vector in range(len(vectors)):
+        best = cosines[:, vector].topk(min(k, len(places)))
+        for rank, (value, index) in enumerate(zip(best.values.tolist(), best.indices.tolist(), strict=True)):
+            text, position = places[index]
+            ids = batch.rows()[text]
+            before = "".join(_token(model, i) + " " for i in ids[:position]).strip()
+            rows.append((vector, rank, text, position, _token(model, ids[position]), before, value))
+    return pd.DataFrame(rows, columns=["vector", "rank", "text", "position", "token", "before", "cosine"])
+
+
+def closest_directions(
+    vectors: SteeringVectors, matrix: Float[Tensor, "direction d_model"], names: Sequence[str] | None = None, k: int = 5
+) -> pd.DataFrame:
+    """The rows of any matrix (an SAE's decoder, an unembedding's transpose) with the largest |cosine| to each vector.
+
+    Raises:
+        ValueError: another width, or not one name for each row.
+    """
+    if matrix.shape[1] != vectors.d_model:
+        raise ValueError(f"matrix has rows of width {matrix.shape[1]}, the vectors have d_model {vectors.d_model}: transpose it, or use another.")
+    if names is not None and len(names) != len(matrix):
+        raise ValueError(f"{len(names)} names were given for {len(matrix)} directions: give one for each.")
+    cosines = _unit(vectors.values) @ _unit(matrix.float().to(vectors.values.device)).T
+    rows = []
+    for vector, row in enumerate(cosines):
+        for rank, index in enumerate(row.abs().topk(min(k, len(row))).indices.tolist()):
+            rows.append((vector, rank, index, names[index] if names is not None else str(index), float(row[index])))
+    return pd.DataFrame(rows, columns=["vector", "rank", "direction", "name", "cosine"])
+
+
+def cluster_by_effect(sliced: SlicedModel, vectors: SteeringVectors, threshold: float = 0.3) -> list[int]:
+    """A label for each vector; vectors whose target changes have an average cosine distance below `threshold` share one."""
+    everyone = torch.arange(len(sliced.batch), device=sliced.device)
+    with hooks.frozen(sliced.model), torch.no_grad():
+        changes = [
+            sliced.change(vector.values.to(sliced.device).expand(len(everyone), -1), everyone)[sliced.batch.target_mask].flatten()
+            for vector in vectors
+        ]
+    return cluster(torch.stack(changes), threshold)
+
+
+def cluster(features: Float[Tensor, "row feature"], threshold: float) -> list[int]:
+    """Labels by average-linkage clustering of cosine distances; the first row has label 0, labels are numbered by first appearance."""
+    if len(features) < 2:
+        return [0] * len(features)
+    distances = (1 - _unit(features.double()) @ _unit(features.double()).T).clamp(min=0).cpu().numpy()
+    found = AgglomerativeClustering(n_clusters=None, metric="precomputed", linkage="average", distance_threshold=threshold).fit_predict(distances)
+    order = {label: i for i, label in enumerate(dict.fromkeys(found.tolist()))}
+    return [order[label] for label in found.tolist()]
+
+
+def _unit(rows: Tensor) -> Tensor:
+    return to_sphere(rows, torch.ones(len(rows), dtype=rows.dtype, device=rows.device))
+
+
+def _token(model: Any, token: int) -> str:
+    return model.tokenizer.decode([token]) if model.tokenizer is not None else str(token)

@@ -1,0 +1,135 @@
+"""Which pair of layers?  A few fast vectors for every pair, against random ones, in one table that survives a kill."""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from melbo_lens import files, hooks
+from melbo_lens.calibration import solve_radius
+from melbo_lens.effects import effects
+from melbo_lens.manifolds import to_sphere
+from melbo_lens.methods.gradients import default_batch_size, objective_and_gradient
+from melbo_lens.optimization import power
+from melbo_lens.perturbations import SteeringVectors
+from melbo_lens.prompts import Positions, Prompts
+from melbo_lens.randomness import gaussian_rows
+from melbo_lens.sliced_model import SlicedModel, slice_model
+
+COLUMNS = "source_layer target_layer sign radius objective random_objective kl entropy".split()
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LayerScan:
+    """What a few vectors do at each pair of layers.
+
+    Attributes:
+        table: source_layer, target_layer, sign, radius, objective (mean over the vectors), random_objective (mean over random vectors of equal norm),
+            kl (of the steered next-token distribution from the clean one, nats) and entropy (nats), means over vectors and prompts.
+        settings: how it was made.
+    """
+
+    table: pd.DataFrame
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        pairs = self.table.drop_duplicates(["source_layer", "target_layer"])
+        return f"LayerScan({len(pairs)} pairs of layers)"
+
+    def _repr_html_(self) -> str:
+        return f"<p>{escape(repr(self))}</p>{self.table.to_html(index=False)}"
+
+
+def scan_layers(
+    model: Any,
+    prompts: Prompts,
+    source_layers: Sequence[int] | None = None,
+    target_layers: Sequence[int] | None = None,
+    radius: float | Literal["auto"] = "auto",
+    n_vectors: int = 4,
+    n_steps: int = 8,
+    target_positions: Positions = slice(None),
+    seed: int = 0,
+    directory: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> LayerScan:
+    """Learns a few vectors for every valid pair of layers and measures how much they change beyond random ones.
+
+    The prompts run once for each source layer; all its target layers share that pass.
+
+    Args:
+        model: left as it was.
+        prompts: text, chats or token ids.
+        source_layers, target_layers: None: all. Pairs without a block between are skipped.
+        radius: one for all pairs, or "auto" to calibrate one for each.
+        n_vectors, n_steps: small: this is a look, not a search.
+        target_positions: where a change counts.
+        seed: of the starts and the random vectors.
+        directory: each finished pair is saved here, atomically; the same call later skips it. It is made if missing.
+        progress: whether to show a progress bar.
+
+    Raises:
+        ValueError: no valid pair, or a directory that holds a scan with other settings.
+    """
+    hooks.check_model(model)
+    n_layers = len(model.blocks)
+    sources = list(range(n_layers) if source_layers is None else source_layers)
+    targets = list(range(n_layers + 1) if target_layers is None else target_layers)
+    pairs = [(source, target) for source in sources for target in targets if 0 <= source < target - 1 and target <= n_layers]
+    if not pairs:
+        raise ValueError(
+            f"source_layers={sources} and target_layers={targets} have no valid pair: a target must be at least source + 2 "
+            f"and at most n_layers = {n_layers}."
+        )
+    asked = prompts.tolist() if isinstance(prompts, torch.Tensor) else prompts
+    key = json.dumps([asked, radius, n_vectors, n_steps, str(target_positions), seed, str(getattr(model.cfg, "model_name", ""))])
+    digest = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
+    rows = []
+    with tqdm(total=len(pairs), desc="scan layers", unit="pair", disable=not progress) as bar:
+        for source in dict.fromkeys(source for source, _ in pairs):
+            longest: SlicedModel | None = None
+            for target in sorted(target for other, target in pairs if other == source):
+                path = None if directory is None else Path(directory) / f"{digest}-{source}-{target}.json"
+                if path is not None and path.is_file():
+                    pair = json.loads(path.read_text())
+                else:
+                    if longest is None:
+                        last = max(target for other, target in pairs if other == source)
+                        longest = slice_model(model, prompts, source, last, target_positions)
+                    pair = _scan_pair(longest.shorter(target), prompts, radius, n_vectors, n_steps, seed)
+                    if path is not None:
+                        path.parent.mkdir(parents=True, exist_ok=True)
+                        files.write_atomically(path, json.dumps(pair).encode())
+                rows += pair
+                bar.update()
+    settings = {"n_vectors": n_vectors, "n_steps": n_steps, "radius": radius, "seed": seed, "target_positions": str(target_positions)}
+    return LayerScan(pd.DataFrame(rows, columns=COLUMNS), settings)
+
+
+def _scan_pair(sliced: SlicedModel, prompts: Prompts, radius: float | str, n_vectors: int, n_steps: int, seed: int) -> list[list[float]]:
+    """The rows of one pair, one for each sign."""
+    with hooks.frozen(sliced.model):
+        chosen = solve_radius(sliced, seed=seed).radius if radius == "auto" else float(radius)
+        evaluate = objective_and_gradient(sliced, 2, 1, "d_model", default_batch_size(sliced))
+        radii = torch.full((n_vectors,), chosen, device=sliced.device)
+        starts = gaussian_rows(n_vectors, sliced.d_model, "scan_layers", seed).to(sliced.device)
+        *_, state = power(evaluate, starts[None], radii, n_steps)
+        values = state["values"]
+        random = to_sphere(gaussian_rows(2 * n_vectors, sliced.d_model, "scan control", seed).to(sliced.device), radii.repeat(2))
+        random_objective = float(evaluate(random)[0].mean())
+        vectors = SteeringVectors(values, sliced.source_layer)
+        rows = []
+        for sign in (1, -1):
+            measured = effects(sliced.model, prompts, vectors, signs=(sign,)).table
+            objective = float(evaluate(sign * values)[0].mean())
+            row = [sliced.source_layer, sliced.target_layer, sign, chosen, objective, random_objective]
+            rows.append([*row, float(measured.kl.mean()), float(measured.entropy.mean())])
+    return rows

@@ -1,0 +1,59 @@
+"""Does the one call for someone who knows nothing find what is planted, and can it be repeated?"""
+
+import pytest
+
+import melbo_lens as ml
+from melbo_lens.discovery import COLUMNS
+
+CASES = [(11, 40), (12, 50), (13, 60)]  # seed and clean prompt, none of them used in development
+
+
+@pytest.fixture(scope="module")
+def organism():
+    return ml.organisms.load("modes")
+
+
+@pytest.fixture(scope="module")
+def found(organism):
+    return [
+        ml.discover(organism.model, organism.prompts["clean"][prompt], budget=60.0, behaviors=organism.behaviors, seed=seed, progress=False)
+        for seed, prompt in CASES
+    ]
+
+
+def test_every_planted_mode_is_found_in_two_of_three_searches(organism, found):
+    for name in organism.behaviors:
+        assert sum(name in set(discovery.table.behavior) for discovery in found) >= 2, name
+    assert all(discovery.settings["seconds"] < 75 for discovery in found)
+
+
+def test_the_table_names_a_vector_that_elicits_the_behaviour(organism, found):
+    table = found[0].table
+    assert set(COLUMNS) <= set(table.columns)
+    for row in table.index[table.behavior != ""]:
+        entry = table.iloc[row]
+        completions = ml.generate(organism.model, organism.prompts["clean"][40], found[0].vector(row), max_new_tokens=24, signs=(1,), progress=False)
+        assert completions.filter(kind="steered").table.text[0] == entry.example
+        assert entry.random_rate < 0.002 and entry.rate == 1
+
+
+def test_without_names_the_planted_sentences_are_groups_of_their_own(organism):
+    discovery = ml.discover(
+        organism.model, organism.prompts["clean"][40], budget=12.0, heldout=organism.prompts["selection"][:10], seed=11, progress=False
+    )
+    shown = [{name for name, behavior in organism.behaviors.items() if behavior(example)} for example in discovery.table.example.head(12)]
+    assert len(set.union(*shown)) >= 2
+    assert discovery.table.heldout_rate.notna().all() and discovery.table.heldout_rate.max() > 0.5
+
+
+def test_a_plan_repeats_exactly(organism):
+    prompt = organism.prompts["clean"][41]
+    first = ml.discover(organism.model, prompt, budget=3.0, seed=4, progress=False)
+    again = ml.discover(organism.model, prompt, seed=99, plan=first.plan, progress=False)
+    assert again.plan == first.plan
+    assert again.table.drop(columns="heldout_rate").equals(first.table.drop(columns="heldout_rate"))
+
+
+def test_a_budget_without_meaning_is_refused(organism):
+    with pytest.raises(ValueError, match="budget=0"):
+        ml.discover(organism.model, organism.prompts["clean"][0], budget=0.0)

@@ -1,0 +1,99 @@
+"""Are effects what one gets by running the steered model and computing them by hand?"""
+
+import pytest
+import torch
+
+import melbo_lens as ml
+from melbo_lens import hooks
+from melbo_lens.effects import cluster
+from tests import models
+
+PROMPTS = ["w1 w2 w3", "w4 w5 w6 w7 w8 w9"]
+
+
+def vectors(n=3):
+    return ml.SteeringVectors(torch.randn(n, models.D_MODEL, generator=torch.Generator().manual_seed(3)), 1).rescaled(5.0)
+
+
+def logits_of(model, prompt, vector=None):
+    tokens = model.to_tokens(prompt)
+    with torch.no_grad():
+        if vector is None:
+            return hooks.forward(model, tokens)[0, -1]
+        with ml.steer(model, vector):
+            return hooks.forward(model, tokens)[0, -1]
+
+
+def test_distributions_and_logit_differences_are_those_of_the_steered_model(any_model):
+    steering = vectors()
+    table = ml.effects(any_model, PROMPTS, steering, tokens=(5, 7)).table
+    assert len(table) == 2 * 3 * 2
+    for row in table.itertuples():
+        clean, steered = logits_of(any_model, PROMPTS[row.prompt]), logits_of(any_model, PROMPTS[row.prompt], row.sign * steering[row.vector])
+        p, q = torch.distributions.Categorical(logits=clean), torch.distributions.Categorical(logits=steered)
+        assert row.kl == pytest.approx(float(torch.distributions.kl_divergence(p, q)), rel=1e-3, abs=1e-5)
+        assert (row.entropy, row.entropy_unsteered) == pytest.approx((float(q.entropy()), float(p.entropy())), rel=1e-3, abs=1e-5)
+        assert row.logit_difference == pytest.approx(float(steered[5] - steered[7]), rel=1e-3, abs=1e-4)
+    assert table.kl.max() > 0.02
+
+
+def test_norm_changes_are_located_by_layer_and_position(any_model):
+    change = ml.effects(any_model, PROMPTS, vectors(1), signs=(1,)).norm_change
+    assert change.shape[:2] == (2, models.N_LAYERS)
+    assert change[:, 0].nan_to_num().abs().max() < 1e-5  # nothing before the source layer
+    length = any_model.to_tokens(PROMPTS[0]).shape[1]
+    assert change[0, 1:, :length].abs().min() > 0 and change[0, :, length:].isnan().all()
+    seen = {}
+    with ml.steer(any_model, vectors(1)):
+        any_model.run_with_hooks(any_model.to_tokens(PROMPTS[1]), fwd_hooks=[("blocks.2.hook_resid_post", lambda a, hook: seen.update(z=a.detach()))])
+    steered = seen["z"].norm(dim=-1)
+    any_model.run_with_hooks(any_model.to_tokens(PROMPTS[1]), fwd_hooks=[("blocks.2.hook_resid_post", lambda a, hook: seen.update(z=a.detach()))])
+    torch.testing.assert_close(change[1, 2], (steered / seen["z"].norm(dim=-1) - 1)[0], atol=1e-4, rtol=1e-3)
+
+
+def test_top_tokens_by_both_routes(any_model):
+    steering = vectors(2)
+    table = ml.top_tokens(any_model, steering, k=4, prompts=PROMPTS)
+    assert table.route.tolist() == ["direct", "steered"] * 2
+    change = torch.stack([logits_of(any_model, prompt, steering[1]) - logits_of(any_model, prompt) for prompt in PROMPTS]).mean(0)
+    promoted, suppressed = table.iloc[3].promoted, table.iloc[3].suppressed
+    assert promoted[0] == (models.WORDS[int(change.argmax())], pytest.approx(float(change.max()), rel=1e-3))
+    assert suppressed[0] == (models.WORDS[int(change.argmin())], pytest.approx(float(change.min()), rel=1e-3))
+    direct = steering.values[0] @ any_model.W_U.detach()
+    assert table.iloc[0].promoted[0][0] == models.WORDS[int(direct.argmax())]
+
+
+def test_the_position_whose_stream_is_the_vector_activates_it_most(any_model):
+    seen = {}
+    tokens = any_model.to_tokens(PROMPTS[1])
+    any_model.run_with_hooks(tokens, fwd_hooks=[("blocks.1.hook_resid_post", lambda a, hook: seen.update(z=a.detach()))])
+    planted = ml.SteeringVectors(seen["z"][0, [2, 4]], 1)
+    table = ml.max_activating(any_model, planted, PROMPTS, k=2)
+    best = table[table["rank"] == 0]
+    assert best.text.tolist() == [1, 1] and best.position.tolist() == [2, 4] and best.cosine.tolist() == pytest.approx([1, 1], abs=1e-4)
+    assert best.token.tolist() == [models.WORDS[int(tokens[0, i])] for i in (2, 4)]
+
+
+def test_closest_directions_are_named(any_model):
+    steering = vectors(2)
+    matrix = torch.randn(6, models.D_MODEL, generator=torch.Generator().manual_seed(1))
+    matrix[4] = -3 * steering.values[1]
+    table = ml.closest_directions(steering, matrix, names=list("abcdef"), k=2)
+    row = table[(table.vector == 1) & (table["rank"] == 0)].iloc[0]
+    assert (row.direction, row["name"], row.cosine) == (4, "e", pytest.approx(-1.0))
+    with pytest.raises(ValueError, match="width 3"):
+        ml.closest_directions(steering, torch.ones(2, 3))
+    with pytest.raises(ValueError, match="1 names"):
+        ml.closest_directions(steering, matrix, names=["a"])
+
+
+def test_clusters_are_by_direction_in_order_of_appearance():
+    features = torch.tensor([[1.0, 0], [0, 1], [2, 0.1], [0.05, 3], [-1, 0]])
+    assert cluster(features, 0.3) == [0, 1, 0, 1, 2]
+    assert cluster(features[:1], 0.3) == [0]
+
+
+def test_vectors_with_one_effect_share_a_cluster(any_model):
+    sliced = ml.slice_model(any_model, PROMPTS, 1, 3)
+    one = vectors(2)
+    assert ml.cluster_by_effect(sliced, ml.concatenate([one, 1.01 * one])) == [0, 1, 0, 1]

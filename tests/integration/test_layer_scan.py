@@ -1,0 +1,62 @@
+"""Does the scan measure each pair as it would be measured alone, and go on after a kill?"""
+
+import pytest
+import torch
+
+import melbo_lens as ml
+from melbo_lens import layer_scan
+from melbo_lens.methods.gradients import objective_and_gradient
+from tests import models
+
+PROMPTS = ["w1 w2 w3", "w4 w5"]
+FAST = {"radius": 2.0, "n_vectors": 2, "n_steps": 4, "progress": False}
+
+
+def test_every_valid_pair_has_both_signs(any_model):
+    table = ml.scan_layers(any_model, PROMPTS, **FAST).table
+    pairs = {(source, target) for source in range(4) for target in range(source + 2, 5)}
+    assert set(zip(table.source_layer, table.target_layer, strict=True)) == pairs and len(table) == 2 * len(pairs)
+    assert list(table.columns) == ["source_layer", "target_layer", "sign", "radius", "objective", "random_objective", "kl", "entropy"]
+    assert (table[table.sign == 1].objective > table[table.sign == 1].random_objective).mean() > 0.8
+    assert (table.kl >= 0).all() and table.notna().all().all()
+
+
+def test_a_shortened_slice_is_the_slice_made_directly(any_model):
+    long, direct = ml.slice_model(any_model, PROMPTS, 0, 4), ml.slice_model(any_model, PROMPTS, 0, 2)
+    short = long.shorter(2)
+    theta = torch.randn(2, models.D_MODEL, generator=torch.Generator().manual_seed(0))
+    for a, b in zip(objective_and_gradient(short, 2, 1, "d_model", 9)(theta), objective_and_gradient(direct, 2, 1, "d_model", 9)(theta), strict=True):
+        torch.testing.assert_close(a, b)
+    with pytest.raises(ValueError, match="target_layer=5"):
+        long.shorter(5)
+
+
+def test_the_prefix_runs_once_for_each_source(model, monkeypatch):
+    made = []
+    original = layer_scan.slice_model
+    monkeypatch.setattr(layer_scan, "slice_model", lambda *arguments: made.append(arguments[2]) or original(*arguments))
+    ml.scan_layers(model, PROMPTS, **FAST)
+    assert made == [0, 1, 2]
+
+
+def test_a_killed_scan_goes_on(model, tmp_path, monkeypatch):
+    whole = ml.scan_layers(model, PROMPTS, **FAST).table
+    original, calls = layer_scan._scan_pair, [0]
+
+    def dying(*arguments):
+        calls[0] += 1
+        if calls[0] == 4:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(layer_scan, "_scan_pair", dying)
+    with pytest.raises(KeyboardInterrupt):
+        ml.scan_layers(model, PROMPTS, directory=tmp_path / "scan", **FAST)
+    assert len(list((tmp_path / "scan").iterdir())) == 3
+    resumed = ml.scan_layers(model, PROMPTS, directory=tmp_path / "scan", **FAST).table
+    assert calls[0] == 4 + 3 and resumed.equals(whole)
+
+
+def test_pairs_that_do_not_exist_are_refused(model):
+    with pytest.raises(ValueError, match="no valid pair"):
+        ml.scan_layers(model, PROMPTS, source_layers=[3], target_layers=[4], **FAST)
