@@ -4,7 +4,7 @@ from melbo_lens import organisms, plots
 from melbo_lens.calibration import Calibration, calibrate_radius
 from melbo_lens.completions import Completions
 from melbo_lens.discovery import Discovery, discover
-from melbo_lens.effects import Effects, closest_directions, cluster_by_effect, effects, max_activating, top_tokens
+from melbo_lens.effects import Effects, closest_directions, cluster_by_effect, effects, max_activating, rank, top_tokens
 from melbo_lens.evaluation import Evaluation, evaluate, select
 from melbo_lens.layer_scan import LayerScan, scan_layers
 from melbo_lens.methods.melbo import fit_vectors
@@ -38,6 +38,7 @@ __all__ = [
     "organisms",
     "plots",
     "random_vectors",
+    "rank",
     "report",
     "save",
     "scan_layers",

@@ -1,6 +1,8 @@
 """What can be done from a shell?  Parse, call public functions, write files."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -73,16 +75,12 @@ def fit(
     device: Annotated[str | None, typer.Option(help="as torch names it; default: chosen by TransformerLens")] = None,
 ) -> None:
     """Learn vectors on a model, generate with them, and write vectors, completions and a page."""
-    with console.status("loading torch and the model"):
-        import torch
-        from transformer_lens.model_bridge import TransformerBridge
+    loaded = _load(model, dtype, device)
+    import melbo_lens as ml
 
-        import melbo_lens as ml
-
-        loaded = TransformerBridge.boot_transformers(model, device=device, dtype=getattr(torch, dtype))
     out.mkdir(parents=True, exist_ok=True)
     prompts = prompt if len(prompt) > 1 else prompt[0]
-    try:
+    with _errors_in_a_sentence():
         vectors = ml.fit_vectors(
             loaded,
             prompts,
@@ -102,11 +100,58 @@ def fit(
             completions = ml.generate(loaded, prompts, vectors, max_new_tokens=max_new_tokens, seed=seed)
             completions.table.to_csv(out / "completions.csv", index=False)
             ml.report(vectors, completions, path=out / "report.html", title=f"Vectors of {model}")
+    console.print(escape(repr(vectors)))
+    console.print(f"wrote {', '.join(sorted(path.name for path in out.iterdir()))} to {out}")
+
+
+@app.command()
+def discover(
+    model: Annotated[str, typer.Option(help="name on the Hugging Face hub, or a local directory")],
+    prompt: Annotated[list[str], typer.Option(help="may be given several times")],
+    out: Annotated[Path, typer.Option(help="folder to write to")],
+    heldout: Annotated[list[str] | None, typer.Option(help="prompts to score on; may be given several times")] = None,
+    budget: Annotated[float, typer.Option(help="seconds")] = 60.0,
+    seed: Annotated[int, typer.Option(help="seed of the starts")] = 0,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
+    device: Annotated[str | None, typer.Option(help="as torch names it; default: chosen by TransformerLens")] = None,
+) -> None:
+    """Search a model that you know nothing of: layers, radii and vectors, within a time budget."""
+    loaded = _load(model, dtype, device)
+    import melbo_lens as ml
+
+    out.mkdir(parents=True, exist_ok=True)
+    with _errors_in_a_sentence():
+        found = ml.discover(loaded, prompt if len(prompt) > 1 else prompt[0], budget, heldout=heldout or None, seed=seed)
+        found.table.to_csv(out / "groups.csv", index=False)
+        for row in range(min(len(found.table), 20)):
+            found.vector(row).save(out / f"group-{row}.safetensors")
+    table = Table(title=repr(found), show_lines=True)
+    for heading in ("row", "example", "layers", "radius", "vectors", "random", "held out"):
+        table.add_column(heading)
+    for row, entry in enumerate(found.table.head(20).itertuples()):
+        layers, rates = f"{entry.source_layer} to {entry.target_layer}", (f"{entry.random_rate:.1%}", f"{entry.heldout_rate:.0%}")
+        table.add_row(str(row), escape(entry.example), layers, f"{entry.radius:.3g}", str(entry.n_vectors), *rates)
+    console.print(table)
+    console.print(f"wrote groups.csv and a vector for each of the first groups to {out}")
+
+
+def _load(model: str, dtype: str, device: str | None) -> object:
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise typer.BadParameter(f"dtype {dtype!r} must be float32, bfloat16 or float16.")
+    with _errors_in_a_sentence(), console.status("loading torch and the model"):
+        import torch
+        from transformer_lens.model_bridge import TransformerBridge
+
+        return TransformerBridge.boot_transformers(model, device=device, dtype=getattr(torch, dtype))
+
+
+@contextmanager
+def _errors_in_a_sentence() -> Iterator[None]:
+    try:
+        yield
     except (ValueError, TypeError, RuntimeError, FloatingPointError, OSError) as error:
         console.print(f"[red]error:[/red] {escape(str(error))}")
         raise typer.Exit(1) from error
-    console.print(escape(repr(vectors)))
-    console.print(f"wrote {', '.join(sorted(path.name for path in out.iterdir()))} to {out}")
 
 
 def main() -> None:

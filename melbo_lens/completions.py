@@ -1,11 +1,16 @@
 """What did the model write?  `Completions`: one table row for each prompt, perturbation, sign, scale and sample."""
 
-from collections.abc import Mapping
+import io
+import json
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
 import pandas as pd
+
+from melbo_lens import files
 
 COLUMNS = ["prompt", "prompt_text", "kind", "vector", "sign", "scale", "sample", "text", "tokens", "log_probs"]
 SHOWN = ["prompt", "kind", "vector", "sign", "scale", "text"]
@@ -20,10 +25,12 @@ class Completions:
             matched to; NA for unsteered), sign, scale, sample, text (new text only), tokens (new ids without the end token), log_probs (of those
             tokens, under the steered model at temperature 1).
         settings: how they were generated, with the provenance of the perturbations.
+        continuation: how `continue_with` goes on, if the prompts were chats.
     """
 
     table: pd.DataFrame
     settings: Mapping[str, Any] = field(default_factory=dict)
+    continuation: Callable[[str], "Completions"] | None = None
 
     def __post_init__(self) -> None:
         missing = [column for column in COLUMNS if column not in self.table.columns]
@@ -42,6 +49,52 @@ class Completions:
             allowed = wanted if isinstance(wanted, list | tuple | set | range) else [wanted]
             table = table[table[column].isin(list(allowed))]
         return Completions(table.reset_index(drop=True), self.settings)
+
+    def continue_with(self, message: str) -> "Completions":
+        """Adds each completion and then this user message to its own chat, and completes again under the same perturbation.
+
+        Raises:
+            ValueError: the prompts were no chats, or these completions were filtered or loaded and so belong to no model.
+        """
+        if self.continuation is None:
+            raise ValueError("only completions of chats, as generate returns them, can be continued: give prompts as messages, or chat=True.")
+        return self.continuation(message)
+
+    def distinct(self, n: int = 2) -> pd.DataFrame:
+        """How varied the completions of each kind, vector and sign are.
+
+        Returns:
+            kind, vector, sign; n_texts, n_distinct (different texts), and distinct_n (different word n-grams by all of them: near 0 where a
+            text repeats itself).
+        """
+        rows = []
+        for key, texts in self.table.groupby(["kind", "vector", "sign"], dropna=False).text:
+            grams = [tuple(words[i : i + n]) for words in map(str.split, texts) for i in range(len(words) - n + 1)]
+            rows.append((*key, len(texts), texts.nunique(), len(set(grams)) / len(grams) if grams else float("nan")))
+        return pd.DataFrame(rows, columns=["kind", "vector", "sign", "n_texts", "n_distinct", f"distinct_{n}"])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes table and settings as one parquet file, atomically. Needs pyarrow: `pip install melbo-lens[parquet]`."""
+        import pyarrow as pa
+        import pyarrow.parquet
+
+        arrow = pa.Table.from_pandas(self.table)
+        arrow = arrow.replace_schema_metadata({**arrow.schema.metadata, b"melbo_lens": json.dumps(dict(self.settings)).encode()})
+        buffer = io.BytesIO()
+        pyarrow.parquet.write_table(arrow, buffer)
+        files.write_atomically(path, buffer.getvalue())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Completions":
+        """Reads what `save` wrote."""
+        import pyarrow.parquet
+
+        arrow = pyarrow.parquet.read_table(path)
+        settings = (arrow.schema.metadata or {}).get(b"melbo_lens")
+        if settings is None:
+            raise ValueError(f"{path} holds no completions of melbo_lens.")
+        table = arrow.to_pandas().astype({"vector": "Int64"})
+        return cls(table.assign(tokens=table.tokens.map(list), log_probs=table.log_probs.map(list)), json.loads(settings))
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{count} {kind}" for kind, count in self.table["kind"].value_counts().items())

@@ -150,6 +150,31 @@ def closest_directions(
     return pd.DataFrame(rows, columns=["vector", "rank", "direction", "name", "cosine"])
 
 
+def rank(vectors: SteeringVectors, measured: Effects, clusters: Sequence[int] | None = None) -> pd.DataFrame:
+    """One ranking of vectors and signs, with its reasons as columns.
+
+    Args:
+        vectors: those that were measured.
+        measured: their `effects`.
+        clusters: labels as from `cluster_by_effect`; only the best of each cluster and sign is kept.
+
+    Returns:
+        Best first, by kl: vector, sign, kl and entropy_change (means over prompts, nats), objective (NaN without history), cluster, and
+        near_duplicates (how many of its cluster it stands for).
+    """
+    table = measured.table.assign(entropy_change=measured.table.entropy - measured.table.entropy_unsteered)
+    table = table.groupby(["vector", "sign"])[["kl", "entropy_change"]].mean().reset_index()
+    final = vectors.history[-1].tolist() if len(vectors.history) else [float("nan")] * len(vectors)
+    labels = list(clusters) if clusters is not None else list(range(len(vectors)))
+    if len(labels) != len(vectors):
+        raise ValueError(f"{len(labels)} cluster labels were given for {len(vectors)} vectors: give one for each.")
+    table = table.assign(objective=[final[k] for k in table.vector], cluster=[labels[k] for k in table.vector])
+    table = table.sort_values("kl", ascending=False)
+    sizes = table.groupby(["cluster", "sign"]).size()
+    best = table.drop_duplicates(["cluster", "sign"])
+    return best.assign(near_duplicates=[int(sizes[key]) - 1 for key in zip(best.cluster, best.sign, strict=True)]).reset_index(drop=True)
+
+
 def cluster_by_effect(sliced: SlicedModel, vectors: SteeringVectors, threshold: float = 0.3) -> list[int]:
     """A label for each vector; vectors whose target changes have an average cosine distance below `threshold` share one."""
     everyone = torch.arange(len(sliced.batch), device=sliced.device)

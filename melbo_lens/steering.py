@@ -1,23 +1,19 @@
 """What does the model write under a perturbation?  `steer` attaches one to a model, `generate` runs many as the rows of large batches."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import replace
 from itertools import product
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import pandas as pd
-import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from melbo_lens import hooks
 from melbo_lens.completions import COLUMNS, Completions
+from melbo_lens.decoding import Decoding, Positions, Run
 from melbo_lens.perturbations import SteeringVectors, concatenate, random_vectors
-from melbo_lens.prompts import Prompts, as_list, tokenize
-from melbo_lens.randomness import generator
-
-Positions: TypeAlias = Literal["all", "prompt", "generated"]
+from melbo_lens.prompts import Chat, Prompts, as_list, tokenize
 
 
 @contextmanager
@@ -35,18 +31,6 @@ def steer(model: Any, perturbation: SteeringVectors | Sequence[SteeringVectors])
         _check_fits(model, one)
     with hooks.attached(model, [hook for one in several for hook in one.hooks()]):
         yield model
-
-
-@dataclass(frozen=True)
-class Run:
-    """One completion to make: a row of a batch."""
-
-    prompt: int
-    kind: str
-    vector: int | None
-    sign: int
-    scale: float
-    sample: int
 
 
 def generate(
@@ -111,15 +95,7 @@ def generate(
     if not runs:
         raise ValueError("nothing to generate: give perturbations, or include_unsteered=True.")
     n_vectors = 0 if perturbations is None else len(perturbations)
-    decoding = Decoding(model, batch.rows(), bank, n_vectors, max_new_tokens, temperature, positions, seed, _stops(stop))
-    results: dict[Run, tuple[list[int], list[float], str]] = {}
-    ordered = sorted(runs, key=lambda run: len(decoding.prompts[run.prompt]))  # like lengths together: little padding
-    with tqdm(total=len(runs), desc="generate", unit="completion", disable=not progress) as bar, hooks.frozen(model), torch.no_grad():
-        for first in range(0, len(ordered), batch_size or 256):
-            chunk = ordered[first : first + (batch_size or 256)]
-            results |= dict(zip(chunk, decoding.complete(chunk, bar), strict=True))
-    rows = [(r.prompt, batch.texts[r.prompt], r.kind, r.vector, r.sign, r.scale, r.sample, results[r][2], results[r][0], results[r][1]) for r in runs]
-    table = pd.DataFrame(rows, columns=COLUMNS).astype({"vector": "Int64"})
+    decoding = Decoding(model, bank, n_vectors, max_new_tokens, temperature, positions, seed, _stops(stop))
     settings = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -128,95 +104,47 @@ def generate(
         "stop": _stops(stop),
         "perturbations": dict(perturbations.provenance) if perturbations else None,
     }
-    return Completions(table, settings)
+    asked = None if isinstance(prompts, Tensor) else as_list(prompts)
+    chats = [asked[run.prompt] for run in runs] if asked and all(isinstance(prompt, list) for prompt in asked) else None
+    texts, rows = [batch.texts[run.prompt] for run in runs], [batch.rows()[run.prompt] for run in runs]
+    return _complete(decoding, runs, texts, rows, chats, settings, batch_size or 256, progress)
 
 
-@dataclass(frozen=True)
-class Decoding:
-    """What all batches of one call share."""
+def _complete(
+    decoding: Decoding,
+    runs: list[Run],
+    texts: list[str],
+    rows: list[list[int]],
+    chats: list[Chat] | None,
+    settings: dict[str, Any],
+    batch_size: int,
+    progress: bool,
+) -> Completions:
+    """Completes the runs; if they are chats, the result can be continued."""
+    written = decoding.complete(runs, rows, batch_size, progress)
+    columns = [
+        (run.prompt, text, run.kind, run.vector, run.sign, run.scale, run.sample, new_text, ids, log_probs)
+        for run, text, (ids, log_probs, new_text) in zip(runs, texts, written, strict=True)
+    ]
 
-    model: Any
-    prompts: list[list[int]]
-    bank: SteeringVectors | None  # the perturbations, then their random counterparts
-    n_vectors: int
-    max_new_tokens: int
-    temperature: float
-    positions: Positions
-    seed: int
-    stops: list[str]
+    def continue_with(message: str) -> Completions:
+        longer = [
+            [*chat, {"role": "assistant", "content": new_text}, {"role": "user", "content": message}]
+            for chat, (_, _, new_text) in zip(chats, written, strict=True)
+        ]
+        batch = tokenize(decoding.model, longer, n_new_tokens=decoding.max_new_tokens)
+        later = replace(decoding, turn=decoding.turn + 1)
+        return _complete(later, runs, list(batch.texts), batch.rows(), longer, settings, batch_size, progress)
 
-    def complete(self, runs: list[Run], bar: Any) -> list[tuple[list[int], list[float], str]]:
-        """New ids, their log-probabilities and the text of each run, decoded together."""
-        device = next(self.model.parameters()).device
-        rows = [self.prompts[run.prompt] for run in runs]
-        width = max(map(len, rows))
-        tokens = torch.tensor([[row[0]] * (width - len(row)) + row for row in rows], device=device)
-        mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows], device=device)
-        draws = self._draws(runs).to(device)
-        decoder, ends = hooks.CachedDecoder(self.model, mask), hooks.end_tokens(self.model)
-        new: list[list[int]] = [[] for _ in runs]
-        log_probs: list[list[float]] = [[] for _ in runs]
-        alive = list(range(len(runs)))  # the runs that the decoder's rows stand for
-        done: set[int] = set()
-        for step in range(self.max_new_tokens):
-            with self._steered([runs[i] for i in alive], step):
-                logits = decoder(tokens).float()
-            chosen = self._choose(logits, draws[alive, step])
-            chosen_log_probs = logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0].tolist()
-            for i, token, log_prob in zip(alive, chosen.tolist(), chosen_log_probs, strict=True):
-                if i in done:
-                    continue
-                if token not in ends:
-                    new[i].append(token)
-                    log_probs[i].append(log_prob)
-                if token in ends or step + 1 == self.max_new_tokens or (self.stops and self._stopped(new[i])):
-                    done.add(i)
-                    bar.update()
-            if len(done) == len(runs):
-                break
-            left = [row for row, i in enumerate(alive) if i not in done]
-            tokens = chosen[:, None]
-            if len(left) <= 0.9 * len(alive):  # copying the cache costs too, so a few finished rows are carried along
-                kept = torch.tensor(left, device=device)
-                decoder.keep(kept)
-                tokens, alive = tokens[kept], [alive[row] for row in left]
-        return [(ids, probs, self._text(ids)) for ids, probs in zip(new, log_probs, strict=True)]
-
-    def _steered(self, runs: list[Run], step: int) -> Any:
-        if self.bank is None or self.positions == ("generated" if step == 0 else "prompt"):
-            return nullcontext()
-        index = [(run.vector or 0) + (self.n_vectors if run.kind == "random" else 0) for run in runs]
-        coefficients = torch.tensor([run.sign * run.scale for run in runs])  # 0 where unsteered
-        rows = self.bank[index] * coefficients
-        return hooks.attached(self.model, rows.hooks())
-
-    def _draws(self, runs: list[Run]) -> Tensor:
-        """Uniform numbers [run step], each row from its own stream, so that batches don't matter."""
-        if self.temperature == 0:
-            return torch.zeros(len(runs), self.max_new_tokens)
-        keys = [("sample", self.seed, run.prompt, run.kind, run.vector, run.sign, run.scale, run.sample) for run in runs]
-        return torch.stack([torch.rand(self.max_new_tokens, generator=generator(*key)) for key in keys])
-
-    def _choose(self, logits: Tensor, draws: Tensor) -> Tensor:
-        if self.temperature == 0:
-            return logits.argmax(-1)
-        cumulative = (logits.double() / self.temperature).softmax(-1).cumsum(-1)
-        return torch.searchsorted(cumulative, draws.double()[:, None] * cumulative[:, -1:]).clamp(max=logits.shape[-1] - 1)[:, 0]
-
-    def _stopped(self, ids: list[int]) -> bool:
-        return any(text in self._decode(ids) for text in self.stops)
-
-    def _text(self, ids: list[int]) -> str:
-        text = self._decode(ids)
-        return text[: min([text.find(stop) for stop in self.stops if stop in text], default=len(text))]
-
-    def _decode(self, ids: list[int]) -> str:
-        tokenizer = self.model.tokenizer
-        return tokenizer.decode(ids) if tokenizer is not None else " ".join(map(str, ids))
+    table = pd.DataFrame(columns, columns=COLUMNS).astype({"vector": "Int64"})
+    return Completions(table, settings, None if chats is None else continue_with)
 
 
 def _stops(stop: str | Sequence[str] | None) -> list[str]:
-    return [] if stop is None else [stop] if isinstance(stop, str) else list(stop)
+    stops = [] if stop is None else [stop] if isinstance(stop, str) else list(stop)
+    if any(not text for text in stops):
+        raise ValueError(f"stop={stop!r} holds an empty string, which every text contains: leave it out.")
+    return stops
 
 
 def _check_fits(model: Any, vectors: SteeringVectors) -> None:

@@ -1,6 +1,6 @@
 """Which pictures are there?  Arrays in, plotly figures out; nothing is shown by itself."""
 
 from melbo_lens.plots.embedding import embed
-from melbo_lens.plots.figures import behavior_rates, cosine_similarity, objective_history
+from melbo_lens.plots.figures import behavior_rates, cosine_similarity, layer_map, objective_history, radius_curve
 
-__all__ = ["behavior_rates", "cosine_similarity", "embed", "objective_history"]
+__all__ = ["behavior_rates", "cosine_similarity", "embed", "layer_map", "objective_history", "radius_curve"]

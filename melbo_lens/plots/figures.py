@@ -3,7 +3,9 @@
 import numpy as np
 import plotly.graph_objects as go
 
+from melbo_lens.calibration import Calibration
 from melbo_lens.evaluation import Evaluation
+from melbo_lens.layer_scan import LayerScan
 from melbo_lens.perturbations import SteeringVectors
 
 STEERED, CONTROL, UNSTEERED = "#2166ac", "#999999", "#1b1b1b"
@@ -29,7 +31,7 @@ def objective_history(vectors: SteeringVectors) -> go.Figure:
 
 
 def cosine_similarity(vectors: SteeringVectors, labels: list[str] | None = None) -> go.Figure:
-    """Cosines between the vectors: red alike, blue opposite (by the convention of the field, RdBu with midpoint 0)."""
+    """Cosines between the vectors: blue alike, red opposite (plotly's RdBu, midpoint 0)."""
     values = vectors.cosine_similarity().cpu().numpy()
     names = labels or [str(k) for k in range(len(vectors))]
     heatmap = go.Heatmap(
@@ -54,4 +56,37 @@ def behavior_rates(evaluation: Evaluation) -> go.Figure:
     figure.update_layout(
         title="How often completions show each behaviour", yaxis_title="share of completions", yaxis_tickformat=".0%", barmode="group"
     )
+    return figure
+
+
+def radius_curve(calibration: Calibration) -> go.Figure:
+    """The curve on which a radius was solved, with the target and the solution."""
+    radii, values = zip(*calibration.curve, strict=True)
+    hover = f"radius %{{x:.4g}}: {calibration.rule} %{{y:.4g}}<extra></extra>"
+    figure = go.Figure(go.Scatter(x=radii, y=values, mode="lines+markers", marker_color=STEERED, hovertemplate=hover))
+    figure.add_hline(y=calibration.target, line_dash="dot", annotation_text=f"target {calibration.target:g}")
+    figure.add_vline(x=calibration.radius, line_dash="dot", annotation_text=f"radius {calibration.radius:.3g}")
+    figure.update_layout(title="Calibration of the radius", xaxis_title="radius", yaxis_title=calibration.rule)
+    figure.update_xaxes(type="log")
+    figure.update_yaxes(type="log")
+    return figure
+
+
+def layer_map(scan: LayerScan, value: str = "gain") -> go.Figure:
+    """One value for every pair of layers, the larger of the two signs.
+
+    Args:
+        scan: from `scan_layers`.
+        value: "gain" (objective over that of random vectors), or one of the table's columns: "objective", "kl", "entropy", "radius".
+    """
+    table = scan.table.assign(gain=scan.table.objective / scan.table.random_objective)
+    if value not in ("gain", "objective", "kl", "entropy", "radius"):
+        raise ValueError(f"value={value!r} must be one of gain, objective, kl, entropy, radius.")
+    grid = table.pivot_table(index="source_layer", columns="target_layer", values=value, aggfunc="max")
+    hover = f"source %{{y}}, target %{{x}}: {value} %{{z:.4g}}<extra></extra>"
+    heatmap = go.Heatmap(z=grid.to_numpy(), x=grid.columns, y=grid.index, colorscale="Viridis", colorbar_title=value, hovertemplate=hover)
+    figure = go.Figure(heatmap)
+    figure.update_layout(title=f"Pairs of layers: {value}", xaxis_title="target layer", yaxis_title="source layer")
+    figure.update_xaxes(dtick=1)
+    figure.update_yaxes(dtick=1)
     return figure

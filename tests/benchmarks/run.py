@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import unittest.mock
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, GPT2Config
 
 import melbo_lens as ml
+from melbo_lens import hooks
 from melbo_lens.calibration import solve_radius
 from melbo_lens.methods.gradients import objective_and_gradient
 from tests import models
@@ -121,7 +123,10 @@ def ascents(n_vectors=8, n_steps=300):
 
 
 def generation(n_vectors=32, n_tokens=64, repeats=3):
-    """Completions of 32 vectors with both signs as rows of one batch, against TransformerLens' own cached generation one vector at a time."""
+    """64 tokens for each of 32 vectors and both signs, as rows of one batch, against TransformerLens' cached generation one vector at a time.
+
+    End tokens are ignored on both sides, so that every completion has 64 tokens.
+    """
     organism = ml.organisms.load("modes")
     model, prompt = organism.model, organism.prompts["test"][0]
     vectors = ml.fit_vectors(
@@ -133,12 +138,13 @@ def generation(n_vectors=32, n_tokens=64, repeats=3):
         for vector in vectors:
             for sign in (1, -1):
                 with ml.steer(model, sign * vector), torch.no_grad():
-                    model.generate(tokens, max_new_tokens=n_tokens, do_sample=False, verbose=False)
+                    model.generate(tokens, max_new_tokens=n_tokens, do_sample=False, verbose=False, stop_at_eos=False)
 
     def batched():
         ml.generate(model, prompt, vectors, max_new_tokens=n_tokens, include_unsteered=False, include_random=False, progress=False)
 
-    slow, fast = (statistics.median(seconds(function)[0] for _ in range(repeats)) for function in (one_by_one, batched))
+    with unittest.mock.patch.object(hooks, "end_tokens", lambda model: set()):
+        slow, fast = (statistics.median(seconds(function)[0] for _ in range(repeats)) for function in (one_by_one, batched))
     return {"seconds_one_by_one": slow, "seconds_batched": fast, "factor": slow / fast}
 
 

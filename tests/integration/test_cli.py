@@ -28,6 +28,17 @@ def test_a_mistake_is_said_in_a_sentence_and_fails(directories, tmp_path, more, 
     assert result.exit_code == 1 and said in result.output and "Traceback" not in result.output
 
 
+def test_discover_writes_groups_and_vectors(tmp_path):
+    organism = ml.organisms.load("modes")
+    prompts = organism.prompts["clean"][44], organism.prompts["selection"][3]
+    arguments = ["discover", "--model", str(organism.directory), "--prompt", prompts[0], "--heldout", prompts[1]]
+    result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "out"), "--budget", "4", "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    groups = pd.read_csv(tmp_path / "out" / "groups.csv")
+    assert len(groups) >= 1 and "unsteered" not in groups.columns
+    assert len(ml.load(tmp_path / "out" / "group-0.safetensors")) == 1
+
+
 def test_demo_writes_its_folder(tmp_path):
     result = CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "demo"), "--seed", "1"])
     assert result.exit_code == 0, result.output

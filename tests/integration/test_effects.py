@@ -97,3 +97,18 @@ def test_vectors_with_one_effect_share_a_cluster(any_model):
     sliced = ml.slice_model(any_model, PROMPTS, 1, 3)
     one = vectors(2)
     assert ml.cluster_by_effect(sliced, ml.concatenate([one, 1.01 * one])) == [0, 1, 0, 1]
+
+
+def test_the_ranking_keeps_the_best_of_each_cluster_and_gives_its_reasons(model):
+    steering = vectors(3)
+    measured = ml.effects(model, PROMPTS, steering)
+    table = ml.rank(steering, measured, clusters=[0, 1, 0])
+    assert list(table.columns) == ["vector", "sign", "kl", "entropy_change", "objective", "cluster", "near_duplicates"]
+    assert len(table) == 4 and table.kl.is_monotonic_decreasing and sorted(table.near_duplicates) == [0, 0, 1, 1]
+    means = measured.table.groupby(["vector", "sign"]).kl.mean()
+    for row in table.itertuples():
+        rivals = [means[vector, row.sign] for vector in ((0, 2) if row.cluster == 0 else (1,))]
+        assert row.kl == pytest.approx(max(rivals))
+    assert len(ml.rank(steering, measured)) == 6
+    with pytest.raises(ValueError, match="1 cluster labels"):
+        ml.rank(steering, measured, clusters=[0])

@@ -245,3 +245,59 @@ def test_several_perturbations_steer_together(model):
         twice = hooks.forward(model, tokens)
     with ml.steer(model, 2 * vectors(1)), torch.no_grad():
         torch.testing.assert_close(hooks.forward(model, tokens), twice, atol=1e-4, rtol=1e-4)
+
+
+CHATS = [[{"role": "user", "content": "w1 w2"}], [{"role": "user", "content": "w3 w4 w5"}]]
+
+
+def test_a_chat_is_continued_under_the_same_perturbation(any_model):
+    steering = vectors()
+    first = ml.generate(any_model, CHATS, steering, max_new_tokens=4, progress=False)
+    second = first.continue_with("w9 w8")
+    assert len(second) == len(first) and second.continuation is not None
+    keys = ["prompt", "kind", "vector", "sign", "scale", "sample"]
+    assert second.table[keys].equals(first.table[keys])
+    random = ml.random_vectors(like=steering, seed=0)
+    for before, after in zip(first.table.itertuples(), second.table.itertuples(), strict=True):
+        said = any_model.tokenizer.decode(before.tokens)
+        assert after.prompt_text == f"<bos> {CHATS[before.prompt][0]['content']} {said} w9 w8 w0"
+        bias = torch.zeros(models.D_MODEL)
+        if after.kind != "unsteered":
+            bias = after.sign * (random if after.kind == "random" else steering).values[after.vector]
+        ids = any_model.to_tokens(after.prompt_text, prepend_bos=False)[0].tolist()
+        expected, gaps = one_by_one(any_model, ids, bias, 4)
+        clear = next((i for i, gap in enumerate(gaps) if gap <= 1e-4), len(gaps))
+        assert after.tokens[:clear] == expected[:clear]
+
+
+def test_only_chats_fresh_from_the_model_continue(model):
+    completions = ml.generate(model, "w1", None, max_new_tokens=1, progress=False)
+    with pytest.raises(ValueError, match="only completions of chats"):
+        completions.continue_with("w2")
+    chat = ml.generate(model, "w1", None, max_new_tokens=1, chat=True, progress=False)
+    assert chat.table.prompt_text[0] == "<bos> w1 w0" and len(chat.continue_with("w2")) == 1
+    with pytest.raises(ValueError, match="only completions of chats"):
+        chat.filter(kind="unsteered").continue_with("w2")
+
+
+def test_an_empty_stop_text_is_refused(model):
+    with pytest.raises(ValueError, match="empty string"):
+        ml.generate(model, "w1", None, stop=["w2", ""], progress=False)
+
+
+def test_completions_survive_a_parquet_file(model, tmp_path):
+    completions = ml.generate(model, PROMPTS, vectors(), max_new_tokens=3, progress=False)
+    completions.save(tmp_path / "c.parquet")
+    loaded = ml.Completions.load(tmp_path / "c.parquet")
+    assert loaded.table.equals(completions.table) and loaded.settings == completions.settings
+    assert loaded.table.vector.dtype == "Int64" and isinstance(loaded.table.tokens[0], list)
+
+
+def test_variety_is_counted():
+    rows = [(0, "p", "steered", 0, 1, 1.0, i, text, [], []) for i, text in enumerate(["a b a b", "a b a b", "c d e"])]
+    import pandas as pd
+
+    from melbo_lens.completions import COLUMNS
+
+    row = ml.Completions(pd.DataFrame(rows, columns=COLUMNS)).distinct().iloc[0]
+    assert (row.n_texts, row.n_distinct, row.distinct_2) == (3, 2, 4 / 8)
