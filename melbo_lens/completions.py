@@ -98,7 +98,8 @@ class Completions:
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{count} {kind}" for kind, count in self.table["kind"].value_counts().items())
-        return f"Completions({len(self)} rows: {counts or 'none'}; {self.table['prompt'].nunique()} prompts)"
+        prompts = self.table["prompt"].nunique()
+        return f"Completions({len(self)} rows: {counts or 'none'}; {prompts} prompt{'s' if prompts != 1 else ''})"
 
     def _repr_html_(self) -> str:
         rows = self.table[SHOWN].head(60)

@@ -155,7 +155,8 @@ def _note(table: pd.DataFrame, n_tests: int, level: float) -> str:
     if _fisher(per_row, per_row, 0, n_random) * n_tests < level:
         return ""
     needed = next((n for n in range(per_row + 1, 10_001) if _fisher(n, n, 0, n * n_tests) * n_tests < level), None)
+    each = f"{per_row} completion{'s' if per_row > 1 else ''}"
     return (
-        f"With {per_row} completions for each vector and sign, a single one that always shows a behaviour can't be told from chance among {n_tests} "
-        f"tests (several together can); {needed} completions each would do: add prompts or samples."
+        f"With {each} for each vector and sign, a single vector that always shows a behaviour can't be told from chance "
+        f"among {n_tests} tests (several together can); {needed} completions each would do: add prompts or samples."
     )

@@ -282,7 +282,7 @@ def test_only_chats_fresh_from_the_model_continue(model):
 
 def test_an_empty_stop_text_is_refused(model):
     with pytest.raises(ValueError, match="empty string"):
-        ml.generate(model, "w1", None, stop=["w2", ""], progress=False)
+        ml.generate(model, "w1", None, max_new_tokens=2, stop=["w2", ""], progress=False)
 
 
 def test_completions_survive_a_parquet_file(model, tmp_path):
