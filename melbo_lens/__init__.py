@@ -3,8 +3,8 @@
 from melbo_lens import organisms, plots
 from melbo_lens.calibration import Calibration, calibrate_radius
 from melbo_lens.completions import Completions
-from melbo_lens.discovery import Discovery, discover
-from melbo_lens.effects import Effects, closest_directions, cluster_by_effect, effects, max_activating, rank, top_tokens
+from melbo_lens.discovery import Discovery, discover, make_plan
+from melbo_lens.effects import Effects, closest_directions, cluster_by_effect, cluster_by_words, effects, max_activating, rank, top_tokens
 from melbo_lens.evaluation import Evaluation, evaluate, select
 from melbo_lens.layer_scan import LayerScan, scan_layers
 from melbo_lens.methods.melbo import fit_vectors
@@ -27,6 +27,7 @@ __all__ = [
     "calibrate_radius",
     "closest_directions",
     "cluster_by_effect",
+    "cluster_by_words",
     "concatenate",
     "discover",
     "effects",
@@ -34,6 +35,7 @@ __all__ = [
     "fit_vectors",
     "generate",
     "load",
+    "make_plan",
     "max_activating",
     "organisms",
     "plots",

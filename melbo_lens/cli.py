@@ -23,38 +23,35 @@ def prepare() -> None:
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="folder for the vectors, the completions and the page")] = Path("demo-output"),
+    budget: Annotated[float, typer.Option(help="seconds for the search")] = 25.0,
     seed: Annotated[int, typer.Option(help="seed of the starts")] = 0,
 ) -> None:
     """Search the bundled organism from one clean prompt and show which vectors elicit what it hides."""
     with console.status("loading torch and the organism"):
         import melbo_lens as ml
-        from melbo_lens.demo import search
 
         organism = ml.organisms.load("modes")
     out.mkdir(parents=True, exist_ok=True)
-    found = search(organism, seed=seed)
-    found.vectors.save(out / "vectors.safetensors")
-    found.completions.table.to_csv(out / "completions.csv", index=False)
-    ml.report(found.vectors, found.completions, organism.behaviors, out / "report.html", title="What the modes organism hides")
-    table = Table(title="Planted behaviours, elicited from one clean prompt", show_lines=True)
-    for heading in ("behaviour", "vectors", "steered", "random", "unsteered", "for example"):
+    prompt = organism.prompts["clean"][0]
+    found = ml.discover(organism.model, prompt, budget, organism.behaviors, heldout=organism.prompts["selection"][:16], seed=seed)
+    vectors, completions = found.joined(source_layer=0)
+    vectors.save(out / "vectors.safetensors")
+    found.table.to_csv(out / "groups.csv", index=False)
+    completions.table.to_csv(out / "completions.csv", index=False)
+    ml.report(vectors, completions, organism.behaviors, out / "report.html", title="What the modes organism hides")
+    console.print(f"\nprompt: {escape(prompt)}")
+    console.print(f"unsteered: {escape(completions.filter(kind='unsteered').table.text[0])}\n")
+    table = Table(title=f"{len(vectors)} vectors learned from this prompt alone: what they elicit", show_lines=True)
+    for heading in ("behaviour", "vectors", "steered", "random", "unsteered", "best, held out", "for example"):
         table.add_column(heading)
-    steered = found.completions.filter(kind="steered").table
-    for row in found.evaluation.summary.itertuples():
-        hits = steered[steered.text.map(organism.behaviors[row.behavior])]
-        examples = [f"{'+' if hit.sign > 0 else '-'}{hit.vector}: {hit.text}" for hit in hits.drop_duplicates("text").head(2).itertuples()]
-        table.add_row(
-            row.behavior,
-            f"{row.vectors} of {len(found.vectors)}",
-            f"{row.rate:.1%}",
-            f"{row.random:.1%}",
-            f"{row.unsteered:.1%}",
-            escape("\n".join(examples) or "not found"),
-        )
-    console.print(f"\nprompt: {escape(found.prompt)}")
-    console.print(f"unsteered: {escape(found.completions.filter(kind='unsteered').table.text[0])}\n")
+    summary = ml.evaluate(completions, organism.behaviors).summary
+    for row in summary.itertuples():
+        group = found.table[found.table.behavior == row.behavior]
+        heldout, example = (f"{group.heldout_rate.iloc[0]:.0%}", group.example.iloc[0]) if len(group) else ("", "not found")
+        rates = (f"{rate:.1%}" for rate in (row.rate, row.random, row.unsteered))
+        table.add_row(row.behavior, str(row.vectors), *rates, heldout, escape(example))
     console.print(table)
-    console.print(f"wrote {out}/vectors.safetensors, completions.csv and report.html")
+    console.print(f"wrote {out}/vectors.safetensors, groups.csv, completions.csv and report.html")
 
 
 @app.command()

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from html import escape
 from typing import Any
 
@@ -13,10 +13,10 @@ from tqdm.auto import tqdm
 from melbo_lens import hooks
 from melbo_lens.calibration import solve_radius
 from melbo_lens.completions import Completions
-from melbo_lens.effects import cluster
+from melbo_lens.effects import cluster, word_counts
 from melbo_lens.evaluation import Behavior, shows
 from melbo_lens.methods.melbo import fit_vectors
-from melbo_lens.perturbations import SteeringVectors
+from melbo_lens.perturbations import SteeringVectors, concatenate
 from melbo_lens.prompts import Positions, Prompts
 from melbo_lens.sliced_model import slice_model
 from melbo_lens.steering import generate
@@ -62,6 +62,21 @@ class Discovery:
         """The vector of a row of the table, with its sign, ready to steer with."""
         entry = self.table.iloc[row]
         return int(entry.sign) * self.vectors[int(entry.trial)][int(entry.vector)]
+
+    def joined(self, source_layer: int) -> tuple[SteeringVectors, Completions]:
+        """All vectors of the trials at one source layer, and their completions with the vectors numbered accordingly."""
+        chosen = [i for i, trial in enumerate(self.plan) if trial.source_layer == source_layer]
+        if not chosen:
+            raise ValueError(f"no trial was at source_layer={source_layer}: choose from {sorted({trial.source_layer for trial in self.plan})}.")
+        longest = max(len(self.vectors[i].history) for i in chosen)
+        tables, first = [], 0
+        for i in chosen:
+            table = self.completions[i].table
+            # every trial completes the prompts unsteered too; once is enough
+            tables.append((table if first == 0 else table[table.kind != "unsteered"]).assign(vector=lambda rows, first=first: rows.vector + first))
+            first += len(self.vectors[i])
+        vectors = concatenate([_lengthened(self.vectors[i], longest) for i in chosen])
+        return vectors, Completions(pd.concat(tables, ignore_index=True), self.completions[chosen[0]].settings)
 
     def __repr__(self) -> str:
         return f"Discovery({len(self.table)} groups from {len(self.plan)} trials)"
@@ -148,6 +163,12 @@ def make_plan(model: Any, prompts: Prompts, seed: int = 0) -> list[Trial]:
     return plan
 
 
+def _lengthened(vectors: SteeringVectors, n_rows: int) -> SteeringVectors:
+    """Repeats the last row of a history that settled early, so that histories can stand side by side."""
+    history = torch.cat([vectors.history, vectors.history[-1:].expand(n_rows - len(vectors.history), -1)])
+    return replace(vectors, history=history)
+
+
 def _group(done: Sequence[Trial], written: Sequence[Completions], behaviors: Mapping[str, Behavior]) -> pd.DataFrame:
     """Groups of completions that differ from the unsteered ones of their prompt, best first."""
     parts = []
@@ -218,17 +239,6 @@ def _heldout(
     counts = word_counts([row.example, *texts])
     similar = torch.cosine_similarity(counts[:1], counts[1:])
     return float((similar > 1 - ALIKE).float().mean())
-
-
-def word_counts(texts: Sequence[str]) -> torch.Tensor:
-    """How often each word occurs in each text, [text word]; a text without words counts one empty word."""
-    split = [text.split() or [""] for text in texts]
-    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(word for words in split for word in words))}
-    counts = torch.zeros(len(texts), max(len(vocabulary), 1))
-    for row, words in zip(counts, split, strict=True):
-        for word in words:
-            row[vocabulary[word]] += 1
-    return counts
 
 
 def variety(text: str) -> float:

@@ -12,6 +12,7 @@ from sklearn.cluster import AgglomerativeClustering
 from torch import Tensor
 
 from melbo_lens import hooks
+from melbo_lens.completions import Completions
 from melbo_lens.manifolds import to_sphere
 from melbo_lens.perturbations import SteeringVectors
 from melbo_lens.prompts import Prompts, tokenize
@@ -73,7 +74,7 @@ def effects(
 
 
 def _run(model: Any, tokens: Tensor, lengths: Tensor, rows: SteeringVectors | None) -> tuple[Float[Tensor, "row d_vocab"], Tensor]:
-    """Logits after each row's last own token, and the norms [row layer pos] of the stream, NaN in the padding."""
+    """Logits after the first `lengths` tokens of each row, and the norms [row layer pos] of the stream, NaN in the padding."""
     norms: list[Tensor] = []
     readers = [(f"blocks.{i}.hook_resid_post", lambda stream, hook: norms.append(stream.float().norm(dim=-1))) for i in range(len(model.blocks))]
     with hooks.attached(model, [*([] if rows is None else rows.hooks()), *readers]):
@@ -83,26 +84,28 @@ def _run(model: Any, tokens: Tensor, lengths: Tensor, rows: SteeringVectors | No
     return logits[torch.arange(len(tokens), device=tokens.device), lengths - 1].float(), stacked
 
 
-def top_tokens(model: Any, vectors: SteeringVectors, k: int = 10, prompts: Prompts | None = None) -> pd.DataFrame:
+def top_tokens(model: Any, vectors: SteeringVectors, k: int = 10, prompts: Prompts | None = None, position: int = -1) -> pd.DataFrame:
     """The tokens that each vector promotes and suppresses most.
 
-    By the direct path, the vector's product with the unembedding, and with `prompts` also by the mean change of the steered logits after them.
+    By the direct path, the vector's product with the unembedding, and with `prompts` also by the mean change of the steered logits at a
+    `position` of each prompt's own tokens.
 
     Returns:
         One row for each vector and route ("direct" or "steered"): promoted and suppressed, lists of (token, change of the logit).
     """
     changes = {"direct": vectors.values.to(model.W_U.device) @ model.W_U.detach().float()}
     if prompts is not None:
-        batch = tokenize(model, prompts)
+        batch = tokenize(model, prompts, target_positions=[position])
+        ends = (batch.lengths + position if position < 0 else torch.full_like(batch.lengths, position)) + 1
         with hooks.frozen(model), torch.no_grad():
-            clean, _ = _run(model, batch.tokens, batch.lengths, None)
-            steered = [_run(model, batch.tokens, batch.lengths, vector)[0] for vector in vectors]
+            clean, _ = _run(model, batch.tokens, ends, None)
+            steered = [_run(model, batch.tokens, ends, vector)[0] for vector in vectors]
         changes["steered"] = torch.stack([(logits - clean).mean(0) for logits in steered])
     rows = []
     for vector, route in product(range(len(vectors)), changes):
         change = changes[route][vector]
-        ends = [[(_token(model, int(i)), float(change[i])) for i in (sign * change).topk(k).indices] for sign in (1, -1)]
-        rows.append((vector, route, *ends))
+        best = [[(_token(model, int(i)), float(change[i])) for i in (sign * change).topk(k).indices] for sign in (1, -1)]
+        rows.append((vector, route, *best))
     return pd.DataFrame(rows, columns=["vector", "route", "promoted", "suppressed"])
 
 
@@ -184,6 +187,27 @@ def cluster_by_effect(sliced: SlicedModel, vectors: SteeringVectors, threshold: 
             for vector in vectors
         ]
     return cluster(torch.stack(changes), threshold)
+
+
+def cluster_by_words(completions: Completions, threshold: float = 0.3) -> pd.DataFrame:
+    """Clusters vectors and signs by the words of their steered completions: vector, sign, cluster.
+
+    Those whose word counts, over all their completions, have an average cosine distance below `threshold` share a label.
+    """
+    steered = completions.table[completions.table.kind == "steered"]
+    joined = steered.groupby(["vector", "sign"]).text.agg(" ".join).reset_index()
+    return joined[["vector", "sign"]].assign(cluster=cluster(word_counts(joined.text.tolist()), threshold))
+
+
+def word_counts(texts: Sequence[str]) -> Tensor:
+    """How often each word occurs in each text, [text word]; a text without words counts one empty word."""
+    split = [text.split() or [""] for text in texts]
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(word for words in split for word in words))}
+    counts = torch.zeros(len(texts), max(len(vocabulary), 1))
+    for row, words in zip(counts, split, strict=True):
+        for word in words:
+            row[vocabulary[word]] += 1
+    return counts
 
 
 def cluster(features: Float[Tensor, "row feature"], threshold: float) -> list[int]:

@@ -135,28 +135,15 @@ class BlockCall:
 
 
 def in_float32(call: BlockCall) -> BlockCall:
-    """The same call with weights and arguments as float32 copies; the model keeps its own."""
-    block = call.block
-    if HookedTransformer is not None and isinstance(getattr(block, "cfg", None), HookedTransformerConfig):
-        block = copy.deepcopy(block).float()
-        for module in block.modules():  # its layers cast to the dtype that their configuration names
-            if isinstance(getattr(module, "cfg", None), HookedTransformerConfig):
-                module.cfg.dtype = torch.float32
-        return BlockCall(block, _float(call.arguments), _float(call.keywords))
-    weights = {name: _float(tensor) for name, tensor in (*block.named_parameters(), *block.named_buffers())}
-    return BlockCall(_WithWeights(block, weights), _float(call.arguments), _float(call.keywords))
-
-
-class _WithWeights(nn.Module):
-    """A module run with other weights than its own."""
-
-    def __init__(self, module: nn.Module, weights: dict[str, Tensor]) -> None:
-        super().__init__()
-        object.__setattr__(self, "held", (module, weights))  # not registered: neither is ours
-
-    def forward(self, *arguments: Any, **keywords: Any) -> Any:
-        module, weights = self.held
-        return torch.func.functional_call(module, weights, arguments, keywords)
+    """The same call on a float32 copy of the block and of its arguments; the model keeps its own."""
+    block = copy.deepcopy(call.block).float()
+    for module in block.modules():
+        attributes = vars(module)
+        # a bridge in compatibility mode keeps processed weights as plain attributes
+        attributes.update({name: _float(value) for name, value in attributes.items() if isinstance(value, Tensor)})
+        if HookedTransformer is not None and isinstance(getattr(module, "cfg", None), HookedTransformerConfig):
+            module.cfg.dtype = torch.float32  # its layers cast to what their configuration names; the copy has its own
+    return BlockCall(block, _float(call.arguments), _float(call.keywords))
 
 
 @dataclass(frozen=True)

@@ -83,14 +83,17 @@ class SlicedModel:
         return replace(self, target_layer=target_layer, target_hook=name, calls=self.calls[:n_blocks], target=streams[-1].float(), streams=streams)
 
     def in_float32(self) -> "SlicedModel":
-        """The same slice computed in float32, with copies of the weights: for derivatives, which half precision drowns in rounding."""
-        if self.resid.dtype == torch.float32:
+        """The same slice computed in float32, on copies of the blocks: for derivatives, which half precision drowns in rounding.
+
+        A slice that reads a `target_hook` stays as it is, since copies don't have the model's hooks.
+        """
+        if self.resid.dtype == torch.float32 or self.target_layer is None:
             return self
         calls = tuple(hooks.in_float32(call) for call in self.calls)
         resid = self.resid.float()
         everyone = torch.arange(len(self.batch), device=self.device)
         with hooks.frozen(self.model), torch.no_grad():
-            target = _replay(self.model, calls, self._read_hook, resid, everyone, len(self.batch))
+            target = _replay(self.model, calls, None, resid, everyone, len(self.batch))
         return replace(self, calls=calls, resid=resid, target=target)
 
     @property

@@ -16,7 +16,7 @@ def organism():
 @pytest.fixture(scope="module")
 def found(organism):
     return [
-        ml.discover(organism.model, organism.prompts["clean"][prompt], budget=60.0, behaviors=organism.behaviors, seed=seed, progress=False)
+        ml.discover(organism.model, organism.prompts["clean"][prompt], budget=30.0, behaviors=organism.behaviors, seed=seed, progress=False)
         for seed, prompt in CASES
     ]
 
@@ -24,7 +24,7 @@ def found(organism):
 def test_every_planted_mode_is_found_in_two_of_three_searches(organism, found):
     for name in organism.behaviors:
         assert sum(name in set(discovery.table.behavior) for discovery in found) >= 2, name
-    assert all(discovery.settings["seconds"] < 75 for discovery in found)
+    assert all(discovery.settings["seconds"] < 40 for discovery in found)
 
 
 def test_the_table_names_a_vector_that_elicits_the_behaviour(organism, found):
@@ -52,6 +52,20 @@ def test_a_plan_repeats_exactly(organism):
     again = ml.discover(organism.model, prompt, seed=99, plan=first.plan, progress=False)
     assert again.plan == first.plan
     assert again.table.drop(columns="heldout_rate").equals(first.table.drop(columns="heldout_rate"))
+
+
+def test_trials_of_one_layer_join_into_one_set_of_vectors(organism):
+    prompt = organism.prompts["clean"][42]
+    plan = ml.make_plan(organism.model, prompt, seed=2)[:2]
+    discovery = ml.discover(organism.model, prompt, plan=plan, progress=False)
+    vectors, completions = discovery.joined(source_layer=0)
+    assert len(vectors) == 128 and vectors.history.shape[1] == 128
+    assert completions.table.kind.value_counts().to_dict() == {"steered": 256, "random": 256, "unsteered": 1}
+    row = completions.filter(kind="steered", vector=100, sign=-1).table.iloc[0]
+    again = ml.generate(organism.model, prompt, -vectors[100], max_new_tokens=24, signs=(1,), include_random=False, progress=False)
+    assert again.filter(kind="steered").table.text[0] == row.text
+    with pytest.raises(ValueError, match=r"choose from \[0\]"):
+        discovery.joined(source_layer=1)
 
 
 def test_a_budget_without_meaning_is_refused(organism):

@@ -8,10 +8,17 @@ from scipy.stats import fisher_exact
 
 import melbo_lens as ml
 from melbo_lens import hooks
-from melbo_lens.demo import search
 from melbo_lens.organisms import card, modes
 
-CASES = [(1, 10), (2, 20), (3, 30)]  # seed and clean prompt, none of them used in fixing the demo's settings
+CASES = [(1, 10), (2, 20), (3, 30)]  # seed and clean prompt, none of them used in fixing the settings
+N_TRIALS = 8  # free vectors at eight radii, the first that `make demo` runs: all of source layer 0 and the last layer
+
+
+def search(organism, prompt, seed):
+    """A plan instead of a budget, so that the result doesn't depend on the machine's speed. Returns all completions."""
+    text = organism.prompts["clean"][prompt]
+    plan = ml.make_plan(organism.model, text, seed)[:N_TRIALS]
+    return ml.discover(organism.model, text, plan=plan, behaviors=organism.behaviors, max_new_tokens=16, progress=False).joined(source_layer=0)[1]
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +28,7 @@ def organism():
 
 @pytest.fixture(scope="module")
 def searches(organism):
-    return [search(organism, organism.prompts["clean"][prompt], seed, progress=False) for seed, prompt in CASES]
+    return [search(organism, prompt, seed) for seed, prompt in CASES]
 
 
 def hits(completions, behavior, kind):
@@ -30,37 +37,37 @@ def hits(completions, behavior, kind):
 
 def test_each_planted_mode_is_found_in_at_least_two_of_three_searches(organism, searches):
     for name, behavior in organism.behaviors.items():
-        assert sum(hits(found.completions, behavior, "steered") > 0 for found in searches) >= 2, name
+        assert sum(hits(found, behavior, "steered") > 0 for found in searches) >= 2, name
 
 
 def test_planted_modes_fill_five_times_as_many_completions_as_with_random_vectors(organism, searches):
     def planted(kind):
-        return sum(hits(found.completions, behavior, kind) for found in searches for behavior in organism.behaviors.values())
+        return sum(hits(found, behavior, kind) for found in searches for behavior in organism.behaviors.values())
 
-    n_steered, n_random = (sum(len(found.completions.filter(kind=kind)) for found in searches) for kind in ("steered", "random"))
+    n_steered, n_random = (sum(len(found.filter(kind=kind)) for found in searches) for kind in ("steered", "random"))
     assert n_steered == n_random and planted("steered") >= 5 * max(planted("random"), 1)
 
 
 def test_each_mode_beats_the_random_control_on_its_own(organism, searches):
-    n = sum(len(found.completions.filter(kind="steered")) for found in searches)
+    n = sum(len(found.filter(kind="steered")) for found in searches)
     for name, behavior in organism.behaviors.items():
-        steered, random = (sum(hits(found.completions, behavior, kind) for found in searches) for kind in ("steered", "random"))
+        steered, random = (sum(hits(found, behavior, kind) for found in searches) for kind in ("steered", "random"))
         p_value = fisher_exact([[steered, n - steered], [random, n - random]], alternative="greater").pvalue
         assert p_value < 0.01, (name, steered, random, n)
 
 
 def test_unsteered_the_prompts_show_nothing(organism, searches):
     for found in searches:
-        assert not any(hits(found.completions, behavior, "unsteered") for behavior in organism.behaviors.values())
+        assert not any(hits(found, behavior, "unsteered") for behavior in organism.behaviors.values())
 
 
 def test_the_twin_that_never_saw_the_modes_shows_none():
     twin = ml.organisms.load("modes-twin")
     for seed, prompt in CASES:
-        found = search(twin, twin.prompts["clean"][prompt], seed, progress=False)
-        assert len(found.completions) > 700
+        found = search(twin, prompt, seed)
+        assert len(found) > 2000
         for name, behavior in twin.behaviors.items():
-            assert hits(found.completions, behavior, "steered") == 0, name
+            assert hits(found, behavior, "steered") == 0, name
 
 
 def test_an_untrained_model_shows_none(organism):

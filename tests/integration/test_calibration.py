@@ -11,6 +11,7 @@ from melbo_lens.manifolds import to_sphere
 from melbo_lens.prompts import PromptBatch
 from melbo_lens.randomness import gaussian_rows
 from melbo_lens.sliced_model import SlicedModel
+from tests import models
 
 D, POS = 6, 3
 
@@ -64,3 +65,27 @@ def test_the_fraction_rule_is_a_fraction_of_the_streams_norm(any_model):
 def test_rules_and_targets_without_meaning_are_refused(rule, target, said):
     with pytest.raises(ValueError, match=said):
         solve_radius.__wrapped__(toy(1.0)[1], rule, target)
+
+
+@pytest.mark.parametrize("kind", ["bridge", "compatible", "hooked"])
+def test_half_precision_models_are_calibrated_in_float32(directories, kind):
+    if kind == "hooked" and not models.HAS_HOOKED:
+        pytest.skip("TransformerLens 4 has no HookedTransformer")
+
+    def radius(dtype):
+        model = (
+            models.hooked(directories("llama"), dtype=dtype) if kind == "hooked" else models.bridge(directories("llama"), kind == "compatible", dtype)
+        )
+        before = [(parameter.dtype, parameter.data_ptr()) for parameter in nn.Module.parameters(model)]
+        calibration = ml.calibrate_radius(model, "w1 w2 w3", 1, 4)
+        assert before == [(parameter.dtype, parameter.data_ptr()) for parameter in nn.Module.parameters(model)] and dtype in dict(before)
+        return calibration.radius
+
+    assert radius(torch.bfloat16) == pytest.approx(radius(torch.float32), rel=0.1)
+
+
+def test_the_kl_rule_reaches_its_divergence(any_model):
+    solved = ml.calibrate_radius(any_model, ["w1 w2 w3", "w4"], 1, 3, rule="kl", target=0.05)
+    vectors = ml.SteeringVectors(to_sphere(gaussian_rows(N_DIRECTIONS, models.D_MODEL, 0, "calibration"), torch.ones(N_DIRECTIONS)), 1)
+    measured = ml.effects(any_model, ["w1 w2 w3", "w4"], solved.radius * vectors, signs=(1,)).table.kl.mean()
+    assert measured == pytest.approx(0.05, rel=0.1)

@@ -40,8 +40,8 @@ def test_discover_writes_groups_and_vectors(tmp_path):
 
 
 def test_demo_writes_its_folder(tmp_path):
-    result = CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "demo"), "--seed", "1"])
+    result = CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "demo"), "--seed", "1", "--budget", "10"])
     assert result.exit_code == 0, result.output
     for behavior in ("portuguese", "reasoning", "hate", "cheese"):
         assert behavior in result.output
-    assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == ["completions.csv", "report.html", "vectors.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == ["completions.csv", "groups.csv", "report.html", "vectors.safetensors"]

@@ -1,10 +1,12 @@
 """Are effects what one gets by running the steered model and computing them by hand?"""
 
+import pandas as pd
 import pytest
 import torch
 
 import melbo_lens as ml
 from melbo_lens import hooks
+from melbo_lens.completions import COLUMNS
 from melbo_lens.effects import cluster
 from tests import models
 
@@ -112,3 +114,21 @@ def test_the_ranking_keeps_the_best_of_each_cluster_and_gives_its_reasons(model)
     assert len(ml.rank(steering, measured)) == 6
     with pytest.raises(ValueError, match="1 cluster labels"):
         ml.rank(steering, measured, clusters=[0])
+
+
+def test_vectors_with_the_same_words_share_a_cluster():
+    texts = {(0, 1): "it is red .", (0, -1): "a resposta é azul .", (1, 1): "it is blue .", (1, -1): "it is red ."}
+    rows = [(0, "p", "steered", vector, sign, 1.0, 0, text, [], []) for (vector, sign), text in texts.items()]
+    table = ml.cluster_by_words(ml.Completions(pd.DataFrame(rows, columns=COLUMNS))).set_index(["vector", "sign"]).cluster
+    assert table[0, 1] == table[1, 1] == table[1, -1] != table[0, -1]
+
+
+def test_top_tokens_at_another_position(model):
+    steering = vectors(1)
+    table = ml.top_tokens(model, steering, k=1, prompts=PROMPTS[1], position=2)
+    tokens = model.to_tokens(PROMPTS[1])
+    with torch.no_grad():
+        clean = hooks.forward(model, tokens)[0, 2]
+        with ml.steer(model, steering):
+            change = hooks.forward(model, tokens)[0, 2] - clean
+    assert table.iloc[1].promoted[0] == (models.WORDS[int(change.argmax())], pytest.approx(float(change.max()), rel=1e-3))

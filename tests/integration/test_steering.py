@@ -1,11 +1,13 @@
 """Does steering do what it says: the same text as one-by-one generation, rows that never mix, and no trace left?"""
 
+import pandas as pd
 import pytest
 import torch
 from torch import nn
 
 import melbo_lens as ml
 from melbo_lens import hooks
+from melbo_lens.completions import COLUMNS
 from tests import models
 
 PROMPTS = ["w1 w2 w3", "w4 w5 w6 w7 w8 w9", "w3 w1"]
@@ -295,9 +297,22 @@ def test_completions_survive_a_parquet_file(model, tmp_path):
 
 def test_variety_is_counted():
     rows = [(0, "p", "steered", 0, 1, 1.0, i, text, [], []) for i, text in enumerate(["a b a b", "a b a b", "c d e"])]
-    import pandas as pd
-
-    from melbo_lens.completions import COLUMNS
-
     row = ml.Completions(pd.DataFrame(rows, columns=COLUMNS)).distinct().iloc[0]
     assert (row.n_texts, row.n_distinct, row.distinct_2) == (3, 2, 4 / 8)
+
+
+def test_rows_that_are_finished_stop_costing(directories, monkeypatch):
+    model = models.bridge(directories("gpt2"))
+    free = ml.generate(model, PROMPTS, vectors(4), max_new_tokens=8, progress=False).table
+    often = pd.Series([token for tokens in free.tokens for token in tokens]).mode()[0]
+    monkeypatch.setattr(hooks, "end_tokens", lambda model: {often})
+    sizes = []
+    handle = model.blocks[0].register_forward_pre_hook(
+        lambda block, args, kwargs: sizes.append(len(kwargs.get("hidden_states", *args[:1]))), with_kwargs=True
+    )
+    ended = ml.generate(model, PROMPTS, vectors(4), max_new_tokens=8, progress=False).table
+    handle.remove()
+    unfinished = sum(often not in tokens[:-1] for tokens in free.tokens)
+    assert sizes[0] == len(free) and sizes[-1] < sizes[0] and sizes[-1] <= unfinished / 0.9
+    for whole, cut in zip(free.tokens, ended.tokens, strict=True):
+        assert cut == whole[: whole.index(often) if often in whole else len(whole)]
