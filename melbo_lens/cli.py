@@ -34,7 +34,7 @@ def demo(
     out.mkdir(parents=True, exist_ok=True)
     prompt = organism.prompts["clean"][0]
     found = ml.discover(organism.model, prompt, budget, organism.behaviors, heldout=organism.prompts["selection"][:16], seed=seed)
-    vectors, completions = found.joined(source_layer=0)
+    vectors, completions = found.joined(source_layer=0, target_layer=len(organism.model.blocks))
     vectors.save(out / "vectors.safetensors")
     found.table.to_csv(out / "groups.csv", index=False)
     completions.table.to_csv(out / "completions.csv", index=False)

@@ -63,11 +63,12 @@ class Discovery:
         entry = self.table.iloc[row]
         return int(entry.sign) * self.vectors[int(entry.trial)][int(entry.vector)]
 
-    def joined(self, source_layer: int) -> tuple[SteeringVectors, Completions]:
-        """All vectors of the trials at one source layer, and their completions with the vectors numbered accordingly."""
-        chosen = [i for i, trial in enumerate(self.plan) if trial.source_layer == source_layer]
+    def joined(self, source_layer: int, target_layer: int | None = None) -> tuple[SteeringVectors, Completions]:
+        """All vectors of the trials at one source layer (and target, if given), and their completions with the vectors numbered accordingly."""
+        chosen = [i for i, t in enumerate(self.plan) if t.source_layer == source_layer and target_layer in (None, t.target_layer)]
         if not chosen:
-            raise ValueError(f"no trial was at source_layer={source_layer}: choose from {sorted({trial.source_layer for trial in self.plan})}.")
+            pairs = sorted({(trial.source_layer, trial.target_layer) for trial in self.plan})
+            raise ValueError(f"no trial was at source_layer={source_layer}, target_layer={target_layer}: choose from the pairs {pairs}.")
         longest = max(len(self.vectors[i].history) for i in chosen)
         tables, first = [], 0
         for i in chosen:

@@ -72,8 +72,8 @@ def test_trials_of_one_layer_join_into_one_set_of_vectors(organism):
     row = completions.filter(kind="steered", vector=100, sign=-1).table.iloc[0]
     again = ml.generate(organism.model, prompt, -vectors[100], max_new_tokens=24, signs=(1,), include_random=False, progress=False)
     assert again.filter(kind="steered").table.text[0] == row.text
-    with pytest.raises(ValueError, match=r"choose from \[0\]"):
-        discovery.joined(source_layer=1)
+    with pytest.raises(ValueError, match=r"choose from the pairs \[\(0, 4\)\]"):
+        discovery.joined(source_layer=0, target_layer=3)
 
 
 def test_a_budget_without_meaning_is_refused(organism):
