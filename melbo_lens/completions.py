@@ -93,7 +93,7 @@ class Completions:
         settings = (arrow.schema.metadata or {}).get(b"melbo_lens")
         if settings is None:
             raise ValueError(f"{path} holds no completions of melbo_lens.")
-        table = arrow.to_pandas().astype({"vector": "Int64"})
+        table = arrow.to_pandas()
         return cls(table.assign(tokens=table.tokens.map(list), log_probs=table.log_probs.map(list)), json.loads(settings))
 
     def __repr__(self) -> str:

@@ -77,7 +77,7 @@ def test_half_precision_models_are_calibrated_in_float32(directories, kind):
             models.hooked(directories("llama"), dtype=dtype) if kind == "hooked" else models.bridge(directories("llama"), kind == "compatible", dtype)
         )
         before = [(parameter.dtype, parameter.data_ptr()) for parameter in nn.Module.parameters(model)]
-        calibration = ml.calibrate_radius(model, "w1 w2 w3", 1, 4)
+        calibration = ml.calibrate_radius(model, "w1 w2 w3", 1, 4, target=0.02)  # below what half precision can tell
         assert before == [(parameter.dtype, parameter.data_ptr()) for parameter in nn.Module.parameters(model)] and dtype in dict(before)
         return calibration.radius
 
