@@ -14,6 +14,14 @@ from rich.table import Table
 app = typer.Typer(help="Find what a language model hides: unsupervised steering vectors (MELBO).", no_args_is_help=True, add_completion=False)
 console = Console()
 
+# options that commands share
+Model = Annotated[str, typer.Option(help="name on the Hugging Face hub, or a local directory")]
+Prompt = Annotated[list[str], typer.Option(help="may be given several times")]
+Out = Annotated[Path, typer.Option(help="folder to write to")]
+Seed = Annotated[int, typer.Option(help="seed of the starts")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16")]
+Device = Annotated[str | None, typer.Option(help="as torch names it; default: chosen by TransformerLens")]
+
 
 @app.callback()
 def prepare() -> None:
@@ -24,7 +32,7 @@ def prepare() -> None:
 def demo(
     out: Annotated[Path, typer.Option(help="folder for the vectors, the completions and the page")] = Path("demo-output"),
     budget: Annotated[float, typer.Option(help="seconds for the search")] = 25.0,
-    seed: Annotated[int, typer.Option(help="seed of the starts")] = 0,
+    seed: Seed = 0,
 ) -> None:
     """Search the bundled organism from one clean prompt and show which vectors elicit what it hides."""
     with console.status("loading torch and the organism"):
@@ -56,20 +64,20 @@ def demo(
 
 @app.command()
 def fit(
-    model: Annotated[str, typer.Option(help="name on the Hugging Face hub, or a local directory")],
-    prompt: Annotated[list[str], typer.Option(help="may be given several times")],
+    model: Model,
+    prompt: Prompt,
     source_layer: Annotated[int, typer.Option(help="vectors are added at this layer's MLP output")],
     target_layer: Annotated[int, typer.Option(help="the change is measured in the stream that enters this layer")],
-    out: Annotated[Path, typer.Option(help="folder to write to")],
+    out: Out,
     n_vectors: Annotated[int, typer.Option(help="how many")] = 32,
     radius: Annotated[str, typer.Option(help='their norm, or "auto"')] = "auto",
     optimizer: Annotated[str, typer.Option(help='"power" or "adamw"')] = "power",
     orthogonal: Annotated[bool, typer.Option(help="make each vector orthogonal to those before it")] = True,
     last: Annotated[int, typer.Option(help="count the change at the last so many positions; 0: at all")] = 0,
     max_new_tokens: Annotated[int, typer.Option(help="length of the completions; 0: none")] = 32,
-    seed: Annotated[int, typer.Option(help="seed of the starts")] = 0,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
-    device: Annotated[str | None, typer.Option(help="as torch names it; default: chosen by TransformerLens")] = None,
+    seed: Seed = 0,
+    dtype: Dtype = "float32",
+    device: Device = None,
 ) -> None:
     """Learn vectors on a model, generate with them, and write vectors, completions and a page."""
     loaded = _load(model, dtype, device)
@@ -103,14 +111,14 @@ def fit(
 
 @app.command()
 def discover(
-    model: Annotated[str, typer.Option(help="name on the Hugging Face hub, or a local directory")],
-    prompt: Annotated[list[str], typer.Option(help="may be given several times")],
-    out: Annotated[Path, typer.Option(help="folder to write to")],
+    model: Model,
+    prompt: Prompt,
+    out: Out,
     heldout: Annotated[list[str] | None, typer.Option(help="prompts to score on; may be given several times")] = None,
     budget: Annotated[float, typer.Option(help="seconds")] = 60.0,
-    seed: Annotated[int, typer.Option(help="seed of the starts")] = 0,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
-    device: Annotated[str | None, typer.Option(help="as torch names it; default: chosen by TransformerLens")] = None,
+    seed: Seed = 0,
+    dtype: Dtype = "float32",
+    device: Device = None,
 ) -> None:
     """Search a model that you know nothing of: layers, radii and vectors, within a time budget."""
     loaded = _load(model, dtype, device)
