@@ -3,11 +3,13 @@
 from melbo_lens import organisms, plots
 from melbo_lens.calibration import Calibration, calibrate_radius
 from melbo_lens.completions import Completions
+from melbo_lens.differences import ActivationChanges, TargetChanges, activation_changes, objective, target_changes
 from melbo_lens.discovery import Discovery, discover, make_plan
 from melbo_lens.effects import Effects, closest_directions, cluster_by_effect, cluster_by_words, effects, max_activating, rank, top_tokens
 from melbo_lens.evaluation import Evaluation, evaluate, select
 from melbo_lens.layer_scan import LayerScan, scan_layers
 from melbo_lens.methods.melbo import fit_vectors
+from melbo_lens.next_tokens import NextTokens, coherence, next_tokens
 from melbo_lens.perturbations import SteeringVectors, concatenate, random_vectors
 from melbo_lens.report import report
 from melbo_lens.serialization import load, save
@@ -16,18 +18,23 @@ from melbo_lens.steering import generate, steer
 
 __version__ = "0.1.0"
 __all__ = [
+    "ActivationChanges",
     "Calibration",
     "Completions",
     "Discovery",
     "Effects",
     "Evaluation",
     "LayerScan",
+    "NextTokens",
     "SlicedModel",
     "SteeringVectors",
+    "TargetChanges",
+    "activation_changes",
     "calibrate_radius",
     "closest_directions",
     "cluster_by_effect",
     "cluster_by_words",
+    "coherence",
     "concatenate",
     "discover",
     "effects",
@@ -37,6 +44,8 @@ __all__ = [
     "load",
     "make_plan",
     "max_activating",
+    "next_tokens",
+    "objective",
     "organisms",
     "plots",
     "random_vectors",
@@ -47,5 +56,6 @@ __all__ = [
     "select",
     "slice_model",
     "steer",
+    "target_changes",
     "top_tokens",
 ]

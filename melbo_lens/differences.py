@@ -1,4 +1,4 @@
-"""Where, and by how much, does a perturbation change what the model computes?  Changes by token and layer, at the target, and of the next tokens.
+"""Where, and by how much, does a perturbation change what the model computes?  Changes by token and layer, and at the target.
 
 Nothing here depends on the kind of perturbation: it needs a length, `perturbations[[...]]`, and `.hooks()` for a batch with one row for each.
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from melbo_lens import files, hooks
@@ -98,30 +98,6 @@ class TargetChanges:
         return f"TargetChanges({len(self)} rows of {self.values.shape[1]} numbers, at layer {self.target_layer})"
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class NextTokens:
-    """What a model expects after each token of a text, under several conditions.
-
-    Attributes:
-        tokens: text of each token.
-        log_probs: of the token that does follow, the last token has none.
-        ranks: how many tokens are more likely than that one.
-        top_tokens: for each condition and position, the k most likely next tokens.
-        top_log_probs: theirs.
-        conditions: "unsteered" and the perturbations.
-    """
-
-    tokens: tuple[str, ...]
-    log_probs: Float[Tensor, "condition pos_minus_1"]
-    ranks: Int[Tensor, "condition pos_minus_1"]
-    top_tokens: tuple[tuple[tuple[str, ...], ...], ...]
-    top_log_probs: Float[Tensor, "condition pos k"]
-    conditions: tuple[str, ...]
-
-    def __repr__(self) -> str:
-        return f"NextTokens({len(self.tokens)} tokens; {', '.join(self.conditions)})"
-
-
 def activation_changes(model: Any, prompt: Prompts, perturbations: Any, layers: Sequence[int] | None = None) -> ActivationChanges:
     """The change of the residual stream at each token of one prompt and each layer, for each perturbation.
 
@@ -136,7 +112,7 @@ def activation_changes(model: Any, prompt: Prompts, perturbations: Any, layers: 
     """
     hooks.check_model(model)
     batch = tokenize(model, prompt)
-    _one_prompt(batch)
+    one_prompt(batch)
     n_layers = len(model.blocks)
     first = min(int(found[1]) for name, _ in perturbations.hooks() if (found := re.match(r"blocks\.(\d+)\.", name)))
     chosen = list(range(first + 1, n_layers + 1) if layers is None else layers)
@@ -151,7 +127,7 @@ def activation_changes(model: Any, prompt: Prompts, perturbations: Any, layers: 
     return ActivationChanges(
         torch.cat(norms).cpu(),
         torch.stack([stream[0].norm(dim=-1) for stream in clean]).cpu(),
-        tuple(_texts(model, batch.rows()[0])),
+        tuple(texts(model, batch.rows()[0])),
         tuple(chosen),
     )
 
@@ -210,38 +186,6 @@ def objective(
     return torch.cat(parts).cpu()
 
 
-def next_tokens(model: Any, prompt: Prompts, perturbations: Any = None, k: int = 10) -> NextTokens:
-    """The next-token log-probabilities at each position of one text, unsteered and under each perturbation.
-
-    Args:
-        model: left as it was.
-        prompt: one text, chat or row of token ids.
-        perturbations: None: unsteered only.
-        k: how many of the most likely tokens to keep.
-    """
-    hooks.check_model(model)
-    batch = tokenize(model, prompt)
-    _one_prompt(batch)
-    if not 1 <= k <= model.cfg.d_vocab:
-        raise ValueError(f"k={k} must be from 1 to d_vocab = {model.cfg.d_vocab}.")
-    following = batch.tokens[:, 1:, None]
-    log_probs, ranks, texts, values = [], [], [], []
-    runs = [None, *(perturbations[[i]] for i in range(len(perturbations)))] if perturbations is not None else [None]
-    with hooks.frozen(model), torch.no_grad():
-        for run in runs:
-            with hooks.attached(model, [] if run is None else run.hooks()):
-                logits = hooks.forward(model, batch.tokens).float().log_softmax(-1)
-            followed = logits[:, :-1].gather(-1, following)
-            log_probs.append(followed[0, :, 0].cpu())
-            ranks.append((logits[:, :-1] > followed).sum(-1)[0].cpu())
-            top = logits[0].topk(k)
-            values.append(top.values.cpu())
-            texts.append(tuple(tuple(_texts(model, row)) for row in top.indices.tolist()))
-    conditions = ("unsteered", *(f"vector {i}" for i in range(len(runs) - 1)))
-    tokens = tuple(_texts(model, batch.rows()[0]))
-    return NextTokens(tokens, torch.stack(log_probs), torch.stack(ranks), tuple(texts), torch.stack(values), conditions)
-
-
 def _target(model: Any, batch: PromptBatch, perturbations: Any, layer: int) -> Iterator[Float[Tensor, "vector prompt pos d_model"]]:
     """Changes of the stream that enters a layer, some perturbations at a time."""
     with hooks.frozen(model), torch.no_grad():
@@ -282,10 +226,12 @@ def _target_layer(model: Any, perturbations: Any, layer: int | None) -> int:
     return chosen
 
 
-def _one_prompt(batch: PromptBatch) -> None:
+def one_prompt(batch: PromptBatch) -> None:
+    """Refuses several prompts."""
     if len(batch) != 1:
         raise ValueError(f"{len(batch)} prompts were given, this looks at the tokens of one: call it for each.")
 
 
-def _texts(model: Any, ids: list[int]) -> list[str]:
+def texts(model: Any, ids: list[int]) -> list[str]:
+    """Each token by itself, as text."""
     return [model.tokenizer.decode([i]) if model.tokenizer is not None else str(i) for i in ids]

@@ -22,8 +22,8 @@ class Evaluation:
         table: one row for each vector, sign, scale and behaviour: n completions, rate with a 95 % Wilson interval (low, high), the unsteered and
             the pooled random rate, p_value of Fisher's exact test (is the rate higher than with random vectors?), q_value after Benjamini
             and Hochberg over the rows of a behaviour, and beats_control (q_value below .05).
-        summary: one row for each behaviour, over all steered completions: n, rate, low, high, unsteered, random, p_value, and how many of the
-            vectors elicited it with either sign at least once.
+        summary: one row for each behaviour, over all steered completions: n, rate, low, high, unsteered, random, p_value, how many of the
+            vectors elicited it with either sign at least once, and the numbers of completions n_random and n_unsteered.
         note: what the tests could not show with so few completions; empty if nothing.
     """
 
@@ -75,7 +75,8 @@ def evaluate(completions: Completions, behaviors: Mapping[str, Behavior], level:
         q_values = false_discovery_control(p_values) if tested else [float("nan")] * len(block)
         rows += [row | {"q_value": q, "beats_control": bool(tested and q < level)} for row, q in zip(block, q_values, strict=True)]
         eliciting = steered[steered.shown].vector.nunique()
-        summaries.append({"behavior": name} | _rate(steered.shown) | base | _test(steered.shown, random.shown) | {"vectors": eliciting})
+        sizes = {"vectors": eliciting, "n_random": len(random), "n_unsteered": len(unsteered)}
+        summaries.append({"behavior": name} | _rate(steered.shown) | base | _test(steered.shown, random.shown) | sizes)
     result = pd.DataFrame(rows)[COLUMNS].sort_values(["behavior", "vector", "sign", "scale"]).reset_index(drop=True)
     return Evaluation(result, pd.DataFrame(summaries), _note(table, len(rows) // len(behaviors), level))
 

@@ -1,27 +1,55 @@
 """How does everything found fit on one page?  `report` writes a single HTML file that opens offline and trusts no text of a model."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 from jinja2 import Environment, PackageLoader
 
 from melbo_lens import plots
+from melbo_lens.calibration import Calibration
 from melbo_lens.completions import Completions
-from melbo_lens.evaluation import Behavior, evaluate, shows
-from melbo_lens.perturbations import SteeringVectors
+from melbo_lens.differences import ActivationChanges, TargetChanges
+from melbo_lens.evaluation import Behavior, Evaluation, evaluate, shows
+from melbo_lens.layer_scan import LayerScan
 
-HIDDEN_SETTINGS = ("prompt_tokens", "parts", "prompts")
+HIDDEN_SETTINGS = ("prompt_tokens", "parts", "prompts", "rows", "matched_to")
+MOST_SECTIONS, MOST_ROWS = 300, 20_000
+SIGNS = {1: "+", -1: "−", 0: ""}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure of the page with how to read it, or why there is none."""
+
+    anchor: str
+    caption: str
+    html: str = ""
+    reason: str = ""
 
 
 def report(
-    vectors: SteeringVectors,
+    vectors: Any,
     completions: Completions,
     behaviors: Mapping[str, Behavior] | None = None,
     path: str | os.PathLike[str] = "report.html",
     title: str = "What the vectors elicit",
+    *,
+    changes: ActivationChanges | None = None,
+    effects: TargetChanges | None = None,
+    control: Any = None,
+    ranked: pd.DataFrame | None = None,
+    calibration: Calibration | None = None,
+    scan: LayerScan | None = None,
+    coherence: Any = None,
+    views: plots.TokenView | None = None,
 ) -> Path:
-    """Writes one self-contained page: rates, figures, a table of completions with search and filters, and the settings.
+    """Writes one self-contained page: rates, ranking, figures, a section for each vector, a table of completions with filters, and the settings.
+
+    What is not given is left out; nothing here runs a model.
 
     Args:
         vectors: what was learned.
@@ -29,39 +57,203 @@ def report(
         behaviors: name -> regular expression or function of the text.
         path: where to write; its folder must exist.
         title: heading of the page.
+        changes: from `activation_changes`: where on the prompt the vectors act.
+        effects: from `target_changes`: which vectors do the same.
+        control: objectives of random vectors of the same norms, from `objective`.
+        ranked: from `rank`: the KL divergence of each vector and sign.
+        calibration, scan: how radius and layers were chosen.
+        coherence: of each completion, from `coherence`; shown if there are several scales.
+        views: more token views, as from `plots.token_log_probs`.
 
     Returns:
         The path written.
     """
     behaviors = behaviors or {}
-    evaluation = evaluate(completions, behaviors) if behaviors else None
-    table = completions.table
-    shown = {name: shows(table.text, behavior).tolist() for name, behavior in behaviors.items()}
-    rows = table.assign(
-        vector=table.vector.map(str).replace("<NA>", ""),
-        sign=table.sign.map({1: "+", -1: "−", 0: ""}),
-        scale=table.scale.map(lambda scale: f"{scale:g}" if scale else ""),
-        behavior=[", ".join(name for name, hits in shown.items() if hits[i]) for i in range(len(table))],
+    table = completions.table.reset_index(drop=True)
+    evaluation = evaluate(completions, behaviors) if behaviors and (table.kind == "steered").any() else None
+    shown = pd.DataFrame({name: shows(table.text, behavior).to_numpy(dtype=bool) for name, behavior in behaviors.items()}, index=table.index)
+    ranking = _ranking(vectors, table, shown, ranked)
+    best = int(ranking.vector.iloc[0]) if len(ranking) else 0
+    figures = list(
+        _figures(vectors, completions, behaviors, evaluation, ranking, best, changes, effects, control, calibration, scan, coherence),
     )
-    environment = Environment(loader=PackageLoader("melbo_lens", "."), autoescape=True)
+    tokens = _token_views(changes, views)
+    environment = Environment(loader=PackageLoader("melbo_lens", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page = environment.get_template("report.html.jinja").render(
         title=title,
-        summary=f"{vectors!r}. {completions!r}.",
+        summary=[repr(vectors), repr(completions)],
         rates=[] if evaluation is None else evaluation.summary.to_dict("records"),
         note="" if evaluation is None else evaluation.note,
-        figures=plots.embed(_figures(vectors, evaluation)),
+        measures=[name for name in ranking.columns if name not in ("vector", "sign", "example")],
+        ranking=ranking.head(MOST_SECTIONS).to_dict("records"),
+        pictures=figures,
+        tokens=tokens.html() if tokens else "",
         behaviors=list(behaviors),
-        rows=rows.to_dict("records"),
-        prompts=list(dict.fromkeys(table.prompt_text)),
-        settings=[(key, value) for key, value in vectors.provenance.items() if key not in HIDDEN_SETTINGS],
+        sections=list(_sections(vectors, table, shown)),
+        n_vectors=len(vectors),
+        n_sections=min(len(vectors), MOST_SECTIONS),
+        rows=_rows(table.head(MOST_ROWS), shown),
+        n_rows=len(table),
+        prompts=table.drop_duplicates("prompt").sort_values("prompt")[["prompt", "prompt_text"]].to_dict("records"),
+        plain=_plain(table),
+        vectors=sorted({int(vector) for vector in table.vector.dropna()}),
+        settings=[(key, value) for key, value in getattr(vectors, "provenance", {}).items() if key not in HIDDEN_SETTINGS],
+        generation=[(key, value) for key, value in completions.settings.items() if key != "perturbations"],
+        signs=SIGNS,
     )
     path = Path(path)
     path.write_text(page, encoding="utf-8")
     return path
 
 
-def _figures(vectors: SteeringVectors, evaluation: object) -> list[object]:
-    made = [] if evaluation is None else [plots.behavior_rates(evaluation)]
-    if vectors.history.shape[0]:
-        made.append(plots.objective_history(vectors))
-    return [*made, plots.cosine_similarity(vectors)]
+def _ranking(vectors: Any, table: pd.DataFrame, shown: pd.DataFrame, ranked: pd.DataFrame | None) -> pd.DataFrame:
+    """Vectors and signs with their measures, those that change most first."""
+    plain = table[table.kind == "unsteered"].drop_duplicates(["prompt", "sample"]).set_index(["prompt", "sample"]).text
+    joined = table.join(plain.rename("plain"), on=["prompt", "sample"])
+    hits = [f"rate of {name}" for name in shown]
+    rows = joined.assign(changed=(joined.text != joined.plain).astype(float)).join(shown.astype(float).rename(columns=lambda name: f"rate of {name}"))
+    rows = rows[rows.kind == "steered"]
+    if rows.empty:
+        return pd.DataFrame(columns=["vector", "sign", "changed", "example"])
+    means = rows.groupby(["vector", "sign"])[["changed", *hits]].mean()
+    means["example"] = rows.drop_duplicates(["vector", "sign"]).set_index(["vector", "sign"]).text
+    found = means.reset_index().astype({"vector": int, "sign": int})
+    history = getattr(vectors, "history", None)
+    if history is not None and len(history):
+        # the objective is that of the vector as it was learned; its negative was not measured
+        found.insert(2, "objective", [float(history[-1][k]) if sign > 0 and k < len(vectors) else float("nan") for k, sign in zip(found.vector, found.sign)])
+    if ranked is not None:
+        wanted = [name for name in ("kl", "entropy_change") if name in ranked]
+        found = found.merge(ranked[["vector", "sign", *wanted]], on=["vector", "sign"], how="left")
+    order = [name for name in ("kl", *hits[:0], "changed", "objective") if name in found]
+    found = found.sort_values(order, ascending=False, kind="stable", na_position="last").reset_index(drop=True)
+    return found[[name for name in found.columns if name != "example"] + ["example"]]
+
+
+def _figures(
+    vectors: Any,
+    completions: Completions,
+    behaviors: Mapping[str, Behavior],
+    evaluation: Evaluation | None,
+    ranking: pd.DataFrame,
+    best: int,
+    changes: ActivationChanges | None,
+    effects: TargetChanges | None,
+    control: Any,
+    calibration: Calibration | None,
+    scan: LayerScan | None,
+    coherence: Any,
+) -> Iterator[Picture]:
+    """What can be drawn from what is there, in the order of the page."""
+    several = completions.table.scale[completions.table.scale > 0].nunique() > 1
+    planned: list[tuple[bool, str, str, Callable[[], Any]]] = [
+        (evaluation is not None, "rates", "Bars with 95 % Wilson intervals; grey and yellow are the controls.", lambda: plots.behavior_rates(evaluation)),
+        (True, "ranked", "Each row is a vector with a sign. A blank means not measured.", lambda: plots.ranking(ranking, completions)),
+        (
+            hasattr(vectors, "history"),
+            "objective",
+            "A curve for each vector. The dotted line is what random vectors of the same norm reach.",
+            lambda: plots.objective_history(vectors, control, completions),
+        ),
+        (
+            hasattr(vectors, "cosine_similarity"),
+            "cosines",
+            "Blue alike, red opposite. Branches that join low are near-duplicates.",
+            lambda: plots.cosine_similarity(vectors, completions),
+        ),
+        (
+            effects is not None,
+            "effect-cosines",
+            "The same for what the vectors change at the target: different vectors may do the same.",
+            lambda: plots.cosine_similarity(effects, completions),
+        ),
+        (
+            effects is not None,
+            "effects",
+            "Each point is a vector with a sign; near points change the target alike.",
+            lambda: plots.effect_scatter(effects, completions, behaviors),
+        ),
+        (
+            changes is not None,
+            "changes",
+            "How far each vector moves the residual stream at each token of the prompt.",
+            lambda: plots.token_heatmap(changes, completions=completions),
+        ),
+        (
+            changes is not None,
+            "layers",
+            "The vector that is ranked first, as a share of the clean stream's norm.",
+            lambda: plots.layer_heatmap(changes, best if best < len(changes) else 0),
+        ),
+        (
+            several and bool(behaviors),
+            "scales",
+            "Above: how often each behaviour is seen at multiples of the vectors. Below: how coherent the text is.",
+            lambda: plots.scale_sweep(completions, behaviors, coherence),
+        ),
+        (calibration is not None, "radius", "The rule's value at each radius that was tried.", lambda: plots.radius_curve(calibration)),
+        (scan is not None, "layer-map", "Objective of a few vectors over that of random ones, the larger sign.", lambda: plots.layer_map(scan)),
+    ]
+    drawn = []
+    for wanted, anchor, caption, draw in planned:
+        if wanted:
+            try:
+                drawn.append((anchor, caption, draw(), ""))
+            except ValueError as error:
+                drawn.append((anchor, caption, None, str(error)))
+    embedded = iter(plots.embed([figure for _, _, figure, _ in drawn if figure is not None]))
+    for anchor, caption, figure, reason in drawn:
+        yield Picture(anchor, caption, next(embedded) if figure is not None else "", reason)
+
+
+def _token_views(changes: ActivationChanges | None, views: plots.TokenView | None) -> plots.TokenView | None:
+    own = [plots.colored_tokens_multi(changes), plots.text_neuron_activations(changes)] if changes is not None and len(changes) else []
+    chosen = [view for view in (*own, views) if view is not None]
+    return plots.TokenView(tuple(element for view in chosen for element in view.elements)) if chosen else None
+
+
+def _sections(vectors: Any, table: pd.DataFrame, shown: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    """For each vector its completions beside the unsteered ones, a row for each prompt, sample and scale."""
+    labels = _labels(shown, len(table))
+    plain = {(row.prompt, row.sample): row.text for row in table[table.kind == "unsteered"].itertuples()}
+    radii = getattr(vectors, "radii", None)
+    history = getattr(vectors, "history", None)
+    steered = dict(tuple(table[table.kind == "steered"].groupby("vector")))
+    for k in range(min(len(vectors), MOST_SECTIONS)):
+        facts = [] if radii is None else [("radius", f"{float(radii[k]):.4g}")]
+        if history is not None and len(history):
+            facts.append(("objective", f"{float(history[0][k]):.4g} at the start, {float(history[-1][k]):.4g} at the end"))
+        rows = []
+        for (prompt, sample, scale), group in steered[k].groupby(["prompt", "sample", "scale"]) if k in steered else ():
+            texts = {int(row.sign): (row.text, labels[row.Index]) for row in group.itertuples()}
+            rows.append({"prompt": prompt, "sample": sample, "scale": f"{scale:g}", "plain": plain.get((prompt, sample)), "texts": texts})
+        signs = [sign for sign in (1, -1) if any(sign in row["texts"] for row in rows)]
+        seen = sorted({name for row in rows for _, names in row["texts"].values() for name in names})
+        yield {"vector": k, "facts": facts, "rows": rows, "signs": signs, "seen": seen}
+
+
+def _rows(table: pd.DataFrame, shown: pd.DataFrame) -> list[dict[str, Any]]:
+    labels = _labels(shown, len(table))
+    return [
+        {
+            "prompt": row.prompt,
+            "kind": row.kind,
+            "vector": "" if pd.isna(row.vector) else int(row.vector),
+            "sign": int(row.sign),
+            "scale": f"{row.scale:g}" if row.scale else "",
+            "sample": row.sample,
+            "names": names,
+            "text": row.text,
+        }
+        for row, names in zip(table.itertuples(), labels, strict=True)
+    ]
+
+
+def _labels(shown: pd.DataFrame, n: int) -> list[list[str]]:
+    """For each row the behaviours that it shows."""
+    return [[name for name in shown if hits[name][i]] for hits in [{name: shown[name].to_numpy() for name in shown}] for i in range(n)]
+
+
+def _plain(table: pd.DataFrame) -> dict[str, str]:
+    """Unsteered texts by prompt and sample, for the column beside."""
+    return {f"{row.prompt} {row.sample}": row.text for row in table[table.kind == "unsteered"].itertuples()}

@@ -1,6 +1,36 @@
-"""Which pictures are there?  Arrays in, plotly figures out; nothing is shown by itself."""
+"""Which pictures are there?  Figures (plotly) and token views (circuitsvis), returned and never shown by themselves."""
 
-from melbo_lens.plots.embedding import embed
-from melbo_lens.plots.figures import behavior_rates, cosine_similarity, layer_map, objective_history, radius_curve
+from melbo_lens.plots.embedding import TokenView, embed
+from melbo_lens.plots.figures import (
+    behavior_rates,
+    cosine_similarity,
+    effect_scatter,
+    layer_heatmap,
+    layer_map,
+    objective_history,
+    radius_curve,
+    ranking,
+    scale_sweep,
+    token_heatmap,
+)
+from melbo_lens.plots.tokens import colored_tokens, colored_tokens_multi, text_neuron_activations, token_log_probs, top_tokens
 
-__all__ = ["behavior_rates", "cosine_similarity", "embed", "layer_map", "objective_history", "radius_curve"]
+__all__ = [
+    "TokenView",
+    "behavior_rates",
+    "colored_tokens",
+    "colored_tokens_multi",
+    "cosine_similarity",
+    "effect_scatter",
+    "embed",
+    "layer_heatmap",
+    "layer_map",
+    "objective_history",
+    "radius_curve",
+    "ranking",
+    "scale_sweep",
+    "text_neuron_activations",
+    "token_heatmap",
+    "token_log_probs",
+    "top_tokens",
+]

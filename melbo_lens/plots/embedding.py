@@ -1,13 +1,88 @@
-"""How do figures get into a page that opens offline?"""
+"""How do figures and token views get into a page that opens offline?  Each library comes along once, and text can't end a script."""
 
-from collections.abc import Sequence
+import html
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
 
 import plotly.graph_objects as go
+
+CONFIG = {"responsive": True, "displaylogo": False}
+# circuitsvis keeps room for its hover boxes below, which may as well lie over what follows, and glues tokens together
+STYLE = (
+    "<style>.tokens{background:#fff;color:#111;padding:.5rem;border-radius:.3rem;margin-bottom:1rem;position:relative;overflow-wrap:anywhere}"
+    ".tokens>div{padding-bottom:0!important}.tokens span>span{padding:3px 2px!important}</style>"
+)
+ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
+
+
+@dataclass(frozen=True)
+class Element:
+    """One element of a token view: circuitsvis' name and properties for it, and the same without script."""
+
+    heading: str
+    name: str | None  # None: the still is all
+    properties: Mapping[str, Any]
+    still: str
+    note: str = ""
+
+    def html(self) -> str:
+        """The element; it is drawn where circuitsvis is loaded, elsewhere its still is seen."""
+        place = f"tokens-{uuid4().hex[:12]}"
+        note = f"<p><small>{html.escape(self.note)}</small></p>" if self.note else ""
+        body = f'<p><b>{html.escape(self.heading)}</b></p>{note}<div id="{place}" class="tokens">{self.still}</div>'
+        if self.name is None:
+            return body
+        properties = json.dumps(dict(self.properties), allow_nan=False).translate(ESCAPES)
+        # a notebook runs scripts before it shows what they draw into
+        draw = (
+            f'(function draw(tries){{if(typeof CircuitsVis==="undefined")return;if(document.getElementById("{place}"))'
+            f'CircuitsVis.render("{place}",CircuitsVis.{self.name},{properties});else if(tries)setTimeout(draw,50,tries-1)}})(100)'
+        )
+        return f"{body}<script>{draw}</script>"
+
+
+@dataclass(frozen=True)
+class TokenView:
+    """Something to look at in a notebook or a page, without any request to a host. `view + view` shows both with one copy of the library."""
+
+    elements: tuple[Element, ...]
+
+    def html(self, bundle: bool = True) -> str:
+        """As HTML; `bundle=False` leaves circuitsvis out, for a page that has it already."""
+        needed = bundle and any(element.name for element in self.elements)
+        return STYLE + (circuitsvis_script() if needed else "") + "".join(element.html() for element in self.elements)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Writes a page of its own."""
+        page = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>tokens</title></head><body>{self.html()}</body></html>'
+        Path(path).write_text(page, encoding="utf-8")
+        return Path(path)
+
+    def __add__(self, other: "TokenView") -> "TokenView":
+        return TokenView(self.elements + other.elements) if isinstance(other, TokenView) else NotImplemented
+
+    def _repr_html_(self) -> str:
+        return self.html()
+
+    def __repr__(self) -> str:
+        return f"TokenView({'; '.join(element.heading for element in self.elements)})"
+
+
+def circuitsvis_script() -> str:
+    """circuitsvis, as a script that defines `CircuitsVis`; 1.3 MB."""
+    code = files("circuitsvis").joinpath("dist/cdn/iife.js").read_text(encoding="utf-8")
+    return "<script>" + code.replace("</script>", "<\\/script>") + "</script>"
 
 
 def embed(figures: Sequence[go.Figure]) -> list[str]:
     """Each figure as HTML; the first one brings plotly.js along, once for all. Plotly escapes `<`, `>` and `&` in what it writes."""
     return [
-        figure.to_html(full_html=False, include_plotlyjs=i == 0, config={"responsive": True, "displaylogo": False}, default_height="28rem")
+        figure.to_html(full_html=False, include_plotlyjs=i == 0, config=CONFIG, default_height=f"{figure.layout.height or 450}px")
         for i, figure in enumerate(figures)
     ]

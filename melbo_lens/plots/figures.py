@@ -1,75 +1,93 @@
-"""What do vectors and rates look like?  Figures of the fit and of its evaluation."""
+"""Which figures are there?  Values in, plotly figures out; nothing is shown by itself.
 
-import numpy as np
+Each is drawn from the arrays that the function of the same name in `plots.numbers` returns: look there for exact numbers.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
 import plotly.graph_objects as go
 
 from melbo_lens.calibration import Calibration
-from melbo_lens.evaluation import Evaluation
+from melbo_lens.completions import Completions
+from melbo_lens.differences import ActivationChanges, TargetChanges
+from melbo_lens.evaluation import Behavior, Evaluation
 from melbo_lens.layer_scan import LayerScan
-from melbo_lens.perturbations import SteeringVectors
-
-STEERED, CONTROL, UNSTEERED = "#2166ac", "#999999", "#1b1b1b"
+from melbo_lens.plots import drawing, numbers
 
 
-def objective_history(vectors: SteeringVectors) -> go.Figure:
-    """The objective of each vector against the step, on a logarithmic axis.
+def token_heatmap(changes: ActivationChanges, layer: int | None = None, relative: bool = False, completions: Completions | None = None) -> go.Figure:
+    """How far each perturbation moves the stream at each token, as vector x token.
+
+    Args:
+        changes: from `activation_changes`.
+        layer: the stream that enters it; the last measured by default.
+        relative: as a share of the clean stream's norm.
+        completions: what the vectors write, beside the rows and on hovering.
+
+    Raises:
+        ValueError: nothing to draw, or a layer that was not measured.
+    """
+    return drawing.draw_matrix(numbers.token_heatmap(changes, layer, relative, completions))
+
+
+def layer_heatmap(changes: ActivationChanges, vector: int = 0, relative: bool = True) -> go.Figure:
+    """How far one perturbation moves the stream at each token, as layer x token.
+
+    Args:
+        changes: from `activation_changes`.
+        vector: which one.
+        relative: as a share of the clean stream's norm, since norms grow with the layer.
+
+    Raises:
+        ValueError: there is no such vector.
+    """
+    return drawing.draw_matrix(numbers.layer_heatmap(changes, vector, relative))
+
+
+def cosine_similarity(of: Any, completions: Completions | None = None) -> go.Figure:
+    """Cosines between vectors, or between effects at the target, in the order of a clustering and with its tree.
+
+    Blue is alike, red opposite (plotly's RdBu, midpoint 0). Leaves that join low in the tree are near-duplicates.
+
+    Args:
+        of: `SteeringVectors`, anything else with `cosine_similarity()`, or `TargetChanges`.
+        completions: what the vectors write, on hovering.
+    """
+    return drawing.draw_clustered(numbers.cosine_similarity(of, completions))
+
+
+def objective_history(vectors: Any, control: Any = None, completions: Completions | None = None) -> go.Figure:
+    """The objective of each perturbation against the step, with the level that random ones reach.
+
+    Args:
+        vectors: what was fitted.
+        control: objectives of norm-matched random perturbations, as from `objective`; without it the level is that of the random starts.
+        completions: what the vectors write, on hovering.
 
     Raises:
         ValueError: the vectors have no history (derived ones, or joined ones whose histories differ in length).
     """
-    if not vectors.history.shape[0]:
-        raise ValueError("these vectors have no history: plot the fitted ones, before arithmetic and joining.")
-    figure = go.Figure()
-    steps = np.arange(vectors.history.shape[0])
-    for k, column in enumerate(vectors.history.T.tolist()):
-        label = f"vector {k}"
-        hover = f"{label}, step %{{x}}: %{{y:.5g}}<extra></extra>"
-        figure.add_scatter(x=steps, y=column, mode="lines", line={"width": 1}, opacity=0.7, name=label, hovertemplate=hover)
-    figure.update_layout(title="Objective against step", xaxis_title="step", yaxis_title="objective (all prompts summed)", showlegend=False)
-    figure.update_yaxes(type="log")
-    return figure
+    return drawing.draw_lines(numbers.objective_history(vectors, control, completions))
 
 
-def cosine_similarity(vectors: SteeringVectors, labels: list[str] | None = None) -> go.Figure:
-    """Cosines between the vectors: blue alike, red opposite (plotly's RdBu, midpoint 0)."""
-    values = vectors.cosine_similarity().cpu().numpy()
-    names = labels or [str(k) for k in range(len(vectors))]
-    heatmap = go.Heatmap(
-        z=values, x=names, y=names, colorscale="RdBu", zmid=0, zmin=-1, zmax=1, hovertemplate="%{y} and %{x}: %{z:.3f}<extra></extra>"
-    )
-    figure = go.Figure(heatmap)
-    figure.update_layout(title="Cosine similarity of the vectors", xaxis_title="vector", yaxis_title="vector")
-    figure.update_xaxes(type="category", nticks=20)
-    figure.update_yaxes(type="category", autorange="reversed", nticks=20)
-    return figure
+def ranking(table: pd.DataFrame, completions: Completions | None = None) -> go.Figure:
+    """Vectors and signs in the order of a table, with each of its measures as a panel of bars.
 
+    Args:
+        table: as from `rank`: vector, sign, and numeric columns, such as kl, objective, or rates of behaviours.
+        completions: what the vectors write, beside the rows and on hovering.
 
-def behavior_rates(evaluation: Evaluation) -> go.Figure:
-    """The rate of each behaviour over all steered completions with its 95 % interval, beside the random and the unsteered one."""
-    rows = evaluation.summary
-    figure = go.Figure()
-    error = {"type": "data", "symmetric": False, "array": rows.high - rows.rate, "arrayminus": rows.rate - rows.low}
-    hover = "%{x}: %{y:.3%}<extra>%{fullData.name}</extra>"
-    figure.add_bar(x=rows.behavior, y=rows.rate, error_y=error, name="steered", marker_color=STEERED, hovertemplate=hover)
-    figure.add_bar(x=rows.behavior, y=rows.random, name="random, same norms", marker_color=CONTROL, hovertemplate=hover)
-    figure.add_bar(x=rows.behavior, y=rows.unsteered, name="unsteered", marker_color=UNSTEERED, hovertemplate=hover)
-    figure.update_layout(
-        title="How often completions show each behaviour", yaxis_title="share of completions", yaxis_tickformat=".0%", barmode="group"
-    )
-    return figure
+    Raises:
+        ValueError: no row or no measure.
+    """
+    return drawing.draw_panels(numbers.ranking(table, completions))
 
 
 def radius_curve(calibration: Calibration) -> go.Figure:
     """The curve on which a radius was solved, with the target and the solution."""
-    radii, values = zip(*calibration.curve, strict=True)
-    hover = f"radius %{{x:.4g}}: {calibration.rule} %{{y:.4g}}<extra></extra>"
-    figure = go.Figure(go.Scatter(x=radii, y=values, mode="lines+markers", marker_color=STEERED, hovertemplate=hover))
-    figure.add_hline(y=calibration.target, line_dash="dot", annotation_text=f"target {calibration.target:g}")
-    figure.add_vline(x=calibration.radius, line_dash="dot", annotation_text=f"radius {calibration.radius:.3g}")
-    figure.update_layout(title="Calibration of the radius", xaxis_title="radius", yaxis_title=calibration.rule)
-    figure.update_xaxes(type="log")
-    figure.update_yaxes(type="log")
-    return figure
+    return drawing.draw_lines(numbers.radius_curve(calibration))
 
 
 def layer_map(scan: LayerScan, value: str = "gain") -> go.Figure:
@@ -78,15 +96,39 @@ def layer_map(scan: LayerScan, value: str = "gain") -> go.Figure:
     Args:
         scan: from `scan_layers`.
         value: "gain" (objective over that of random vectors), or one of the table's columns: "objective", "kl", "entropy", "radius".
+
+    Raises:
+        ValueError: no pair, or an unknown value.
     """
-    table = scan.table.assign(gain=scan.table.objective / scan.table.random_objective)
-    if value not in ("gain", "objective", "kl", "entropy", "radius"):
-        raise ValueError(f"value={value!r} must be one of gain, objective, kl, entropy, radius.")
-    grid = table.pivot_table(index="source_layer", columns="target_layer", values=value, aggfunc="max")
-    hover = f"source %{{y}}, target %{{x}}: {value} %{{z:.4g}}<extra></extra>"
-    heatmap = go.Heatmap(z=grid.to_numpy(), x=grid.columns, y=grid.index, colorscale="Viridis", colorbar_title=value, hovertemplate=hover)
-    figure = go.Figure(heatmap)
-    figure.update_layout(title=f"Pairs of layers: {value}", xaxis_title="target layer", yaxis_title="source layer")
-    figure.update_xaxes(dtick=1)
-    figure.update_yaxes(dtick=1)
-    return figure
+    return drawing.draw_matrix(numbers.layer_map(scan, value))
+
+
+def effect_scatter(changes: TargetChanges, completions: Completions | None = None, behaviors: Mapping[str, Behavior] | None = None) -> go.Figure:
+    """Each perturbation's effect at the target as a point: the first two principal components.
+
+    Args:
+        changes: from `target_changes`.
+        completions: what the vectors write, on hovering.
+        behaviors: colours: the behaviour that most completions of a vector and sign show.
+
+    Raises:
+        ValueError: nothing to draw.
+    """
+    return drawing.draw_points(numbers.effect_scatter(changes, completions, behaviors))
+
+
+def behavior_rates(evaluation: Evaluation) -> go.Figure:
+    """The rate of each behaviour over all steered completions beside random and unsteered ones, with 95 % intervals."""
+    return drawing.draw_bars(numbers.behavior_rates(evaluation))
+
+
+def scale_sweep(completions: Completions, behaviors: Mapping[str, Behavior], coherence: Any = None) -> go.Figure:
+    """Above: the rate of each behaviour against multiples of the vectors, with intervals; below: how coherent the text is.
+
+    Args:
+        completions: from `generate(..., scales=(0.5, 1, 2))`.
+        behaviors: name -> regular expression or function of the text.
+        coherence: for each completion its mean log-probability under the unsteered model, as from `coherence`; without it the share of
+            different words is shown, which falls where a text repeats itself.
+    """
+    return drawing.draw_stacked(*numbers.scale_sweep(completions, behaviors, coherence))

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "melbo_lens"
 ORDER = (
     "randomness files prompts hooks sliced_model objectives manifolds optimization perturbations calibration methods completions decoding steering "
-    "effects differences evaluation serialization export layer_scan discovery plots report organisms cli __main__ __init__"
+    "effects differences next_tokens evaluation serialization export layer_scan discovery plots report organisms cli __main__ __init__"
 ).split()
 # what a file may be asked to do for a value by a local import
 DELEGATED = {("perturbations", "serialization")}

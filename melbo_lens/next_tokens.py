@@ -1,0 +1,100 @@
+"""What does a model expect next, and how natural does it find what was written?  Log-probabilities, steered and unsteered."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from melbo_lens import hooks
+from melbo_lens.completions import Completions
+from melbo_lens.differences import ROWS_AT_ONCE, one_prompt, texts
+from melbo_lens.prompts import Prompts, tokenize
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class NextTokens:
+    """What a model expects after each token of a text, under several conditions.
+
+    Attributes:
+        tokens: text of each token.
+        log_probs: of the token that does follow, the last token has none.
+        ranks: how many tokens are more likely than that one.
+        top_tokens: for each condition and position, the k most likely next tokens.
+        top_log_probs: theirs.
+        conditions: "unsteered" and the perturbations.
+    """
+
+    tokens: tuple[str, ...]
+    log_probs: Float[Tensor, "condition pos_minus_1"]
+    ranks: Int[Tensor, "condition pos_minus_1"]
+    top_tokens: tuple[tuple[tuple[str, ...], ...], ...]
+    top_log_probs: Float[Tensor, "condition pos k"]
+    conditions: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        return f"NextTokens({len(self.tokens)} tokens; {', '.join(self.conditions)})"
+
+
+def next_tokens(model: Any, prompt: Prompts, perturbations: Any = None, k: int = 10) -> NextTokens:
+    """The next-token log-probabilities at each position of one text, unsteered and under each perturbation.
+
+    Args:
+        model: left as it was.
+        prompt: one text, chat or row of token ids.
+        perturbations: None: unsteered only.
+        k: how many of the most likely tokens to keep.
+    """
+    hooks.check_model(model)
+    batch = tokenize(model, prompt)
+    one_prompt(batch)
+    if not 1 <= k <= model.cfg.d_vocab:
+        raise ValueError(f"k={k} must be from 1 to d_vocab = {model.cfg.d_vocab}.")
+    following = batch.tokens[:, 1:, None]
+    log_probs, ranks, best, values = [], [], [], []
+    runs = [None, *(perturbations[[i]] for i in range(len(perturbations)))] if perturbations is not None else [None]
+    with hooks.frozen(model), torch.no_grad():
+        for run in runs:
+            with hooks.attached(model, [] if run is None else run.hooks()):
+                logits = hooks.forward(model, batch.tokens).float().log_softmax(-1)
+            followed = logits[:, :-1].gather(-1, following)
+            log_probs.append(followed[0, :, 0].cpu())
+            ranks.append((logits[:, :-1] > followed).sum(-1)[0].cpu())
+            top = logits[0].topk(k)
+            values.append(top.values.cpu())
+            best.append(tuple(tuple(texts(model, row)) for row in top.indices.tolist()))
+    conditions = ("unsteered", *(f"vector {i}" for i in range(len(runs) - 1)))
+    tokens = tuple(texts(model, batch.rows()[0]))
+    return NextTokens(tokens, torch.stack(log_probs), torch.stack(ranks), tuple(best), torch.stack(values), conditions)
+
+
+def coherence(model: Any, completions: Completions) -> Float[Tensor, " completion"]:
+    """How natural the unsteered model finds each completion: its mean log-probability per new token, NaN for an empty one.
+
+    Args:
+        model: the one that completed; left as it was.
+        completions: from `generate`.
+    """
+    hooks.check_model(model)
+    found = torch.full((len(completions),), float("nan"))
+    rows = list(enumerate(zip(completions.table.prompt_text, completions.table.tokens, strict=True)))
+    prompts = {text: _prompt_ids(model, text) for text in dict.fromkeys(completions.table.prompt_text)}
+    rows = sorted(((i, prompts[text], list(new)) for i, (text, new) in rows if len(new)), key=lambda row: len(row[1]) + len(row[2]))
+    device = next(model.parameters()).device
+    with hooks.frozen(model), torch.no_grad():
+        for first in range(0, len(rows), ROWS_AT_ONCE):
+            chunk = rows[first : first + ROWS_AT_ONCE]
+            width = max(len(prompt) + len(new) for _, prompt, new in chunk)
+            tokens = torch.tensor([(prompt + new + [prompt[0]] * width)[:width] for _, prompt, new in chunk], device=device)
+            log_probs = hooks.forward(model, tokens)[:, :-1].float().log_softmax(-1).gather(-1, tokens[:, 1:, None])[:, :, 0]
+            for row, (i, prompt, new) in zip(log_probs, chunk, strict=True):
+                found[i] = row[len(prompt) - 1 : len(prompt) + len(new) - 1].mean()
+    return found
+
+
+def _prompt_ids(model: Any, text: str) -> list[int]:
+    """Ids of a prompt as it was rendered: a chat has its BOS already."""
+    ids = tokenize(model, text).rows()[0]
+    begin = getattr(model.tokenizer, "bos_token_id", None)
+    return ids[1:] if len(ids) > 1 and begin is not None and ids[:2] == [begin, begin] else ids

@@ -1,0 +1,237 @@
+"""How does a picture look?  Labelled arrays become plotly figures; sizes, colours and hover boxes are decided here alone."""
+
+import textwrap
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from melbo_lens.plots.arrays import Bars, Clustered, Line, Lines, Matrix, Panels, Points
+from melbo_lens.plots.text import for_plotly
+
+# readable on white and on black, and apart for colour-blind eyes (Okabe and Ito)
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a6bbe", "#b07d2b")
+STEERED, CONTROL, UNSTEERED = COLORS[0], "#8c8c8c", COLORS[4]
+LABEL = 26  # characters of a completion that stand beside a row
+
+
+def draw_matrix(matrix: Matrix) -> go.Figure:
+    """A heat-map: diverging RdBu around 0 for signed quantities, else from white."""
+    figure = go.Figure(_heatmap(matrix))
+    _matrix_axes(figure, matrix)
+    height = len(matrix.rows) * (16 if len(matrix.rows) > 8 else 26)
+    return _styled(figure, matrix.title, matrix.note, max(320, height + 190))
+
+
+def draw_clustered(clustered: Clustered) -> go.Figure:
+    """A heat-map under the tree of its clustering."""
+    matrix, n = clustered.matrix, len(clustered.order)
+    figure = make_subplots(rows=2, cols=1, row_heights=[0.18, 0.82], vertical_spacing=0.01)
+    figure.add_trace(_heatmap(matrix), row=2, col=1)
+    for join in clustered.joins:
+        line = {"color": CONTROL, "width": 1}
+        distance = join[:, 1].max()
+        hover = f"joined at distance {distance:.3g}<extra></extra>"
+        figure.add_scatter(x=join[:, 0], y=join[:, 1], mode="lines", line=line, showlegend=False, hovertemplate=hover, row=1, col=1)
+    _matrix_axes(figure, matrix, row=2)
+    # an axis of its own: on one of categories, a place between two would be a category more
+    figure.update_xaxes(visible=False, range=[-0.5, n - 0.5], row=1, col=1)
+    figure.update_yaxes(showgrid=False, zeroline=False, nticks=3, title="1 − cosine", row=1, col=1)
+    return _styled(figure, matrix.title, matrix.note, int(np.clip(n * 12 + 230, 440, 900)))
+
+
+def draw_lines(lines: Lines) -> go.Figure:
+    """Curves with their intervals, a level and a mark."""
+    figure = go.Figure()
+    _add_lines(figure, lines)
+    _line_axes(figure, lines)
+    return _styled(figure, lines.title, lines.note, 400)
+
+
+def draw_stacked(above: Lines, below: Lines) -> go.Figure:
+    """Two sets of curves over the same axis."""
+    figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.08)
+    for row, lines in enumerate((above, below), start=1):
+        _add_lines(figure, lines, row=row)
+        _line_axes(figure, lines, row=row)
+    figure.update_xaxes(title="", row=1, col=1)
+    return _styled(figure, above.title, above.note, 560)
+
+
+def draw_bars(bars: Bars) -> go.Figure:
+    """Groups of bars with intervals."""
+    figure = go.Figure()
+    for group, color, values, low, high in zip(bars.groups, (STEERED, CONTROL, UNSTEERED), bars.values, bars.low, bars.high, strict=True):
+        interval = {"type": "data", "symmetric": False, "array": high - values, "arrayminus": values - low, "thickness": 1.2, "width": 4}
+        spans = [f"{a:.2%} to {b:.2%}" if np.isfinite(a) else "not known" for a, b in zip(low, high, strict=True)]
+        figure.add_bar(
+            x=[for_plotly(name) for name in bars.names],
+            y=values,
+            error_y=interval,
+            name=group,
+            marker_color=color,
+            customdata=spans,
+            hovertemplate="%{x}: %{y:.3%}<br>95 % interval %{customdata}<extra>%{fullData.name}</extra>",
+        )
+    figure.update_layout(barmode="group")
+    figure.update_yaxes(title=bars.quantity, tickformat=".0%", rangemode="tozero")
+    return _styled(figure, bars.title, bars.note, 400)
+
+
+def draw_panels(panels: Panels) -> go.Figure:
+    """Horizontal bars, one panel for each measure."""
+    figure = make_subplots(rows=1, cols=len(panels.measures), shared_yaxes=True, horizontal_spacing=0.02)
+    names, short = _row_labels(panels.rows, panels.texts)
+    for column, (measure, values) in enumerate(zip(panels.measures, panels.values, strict=True), start=1):
+        hover = f"{for_plotly(measure)} %{{x:.6g}}<br>%{{y}}<extra></extra>"
+        figure.add_bar(x=values, y=names, orientation="h", marker_color=COLORS[(column - 1) % len(COLORS)], hovertemplate=hover, row=1, col=column)
+        title = "<br>".join(textwrap.wrap(for_plotly(measure), 14))
+        figure.update_xaxes(title=title, nticks=4, title_font_size=11, tickfont_size=10, row=1, col=column)
+    _row_ticks(figure, names, short, upward=False)
+    figure.update_layout(showlegend=False, bargap=0.25)
+    return _styled(figure, panels.title, panels.note, max(300, 17 * len(panels.rows) + 170))
+
+
+def draw_points(points: Points) -> go.Figure:
+    """Points coloured by group, the largest groups first; those of "none" are grey."""
+    figure = go.Figure()
+    groups = sorted(set(points.groups), key=lambda group: (group == "none", -points.groups.count(group), group))
+    for i, group in enumerate(groups):
+        mine = [k for k, other in enumerate(points.groups) if other == group]
+        color = CONTROL if group == "none" else COLORS[i % len(COLORS)]
+        figure.add_scatter(
+            x=points.x[mine],
+            y=points.y[mine],
+            mode="markers",
+            name=for_plotly(group),
+            marker={"color": color, "size": 9, "opacity": 0.8},
+            customdata=[[for_plotly(points.labels[k]), for_plotly(points.texts[k])] for k in mine],
+            hovertemplate="%{customdata[0]} (%{x:.5g}, %{y:.5g})<br>%{customdata[1]}<extra>%{fullData.name}</extra>",
+        )
+    figure.update_layout(showlegend=True)
+    figure.update_xaxes(title=points.x_axis)
+    figure.update_yaxes(title=points.y_axis)
+    return _styled(figure, points.title, points.note, 460)
+
+
+def _heatmap(matrix: Matrix) -> go.Heatmap:
+    values = np.where(np.isfinite(matrix.values), matrix.values, np.nan).astype(float)
+    finite = values[np.isfinite(values)]
+    bound = matrix.bound or (float(np.abs(finite).max()) if finite.size else 0.0) or 1.0
+    names, _ = _row_labels(matrix.rows, matrix.texts)
+    scale = {"colorscale": "RdBu", "zmid": 0, "zmin": -bound, "zmax": bound} if matrix.signed else {"colorscale": "Blues", "zmin": 0, "zmax": bound}
+    if not matrix.signed and finite.size and finite.min() < 0:
+        scale["zmin"] = float(finite.min())
+    return go.Heatmap(
+        z=values,
+        x=[for_plotly(name) for name in matrix.columns],
+        y=names,
+        colorbar={"title": {"text": matrix.quantity, "side": "right"}, "thickness": 12},
+        hovertemplate=f"{matrix.column_axis} %{{x}}<br>{matrix.quantity} %{{z:.6g}}<br>{matrix.row_axis} %{{y}}<extra></extra>",
+        hoverongaps=False,
+        **scale,
+    )
+
+
+def _matrix_axes(figure: go.Figure, matrix: Matrix, row: int = 1) -> None:
+    where = {} if row == 1 else {"row": row, "col": 1}
+    figure.update_xaxes(title=matrix.column_axis, type="category", showgrid=False, automargin=True, **where)
+    figure.update_yaxes(title=matrix.row_axis, type="category", showgrid=False, automargin=True, **where)
+    names, short = _row_labels(matrix.rows, matrix.texts)
+    _row_ticks(figure, names, short, matrix.upward, **where)
+
+
+def _row_labels(rows: tuple[str, ...], texts: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """For each row the whole label, which hovering shows, and a short one for the axis."""
+    whole = [
+        f"{for_plotly(row)}<br>{for_plotly(text)}" if text else for_plotly(row) for row, text in zip(rows, texts or [""] * len(rows), strict=True)
+    ]
+    firsts = [text.split("\n")[0] for text in texts] or [""] * len(rows)
+    short = [for_plotly(f"{row}  {text}".rstrip(), LABEL, 10**6) for row, text in zip(rows, firsts, strict=True)]
+    return whole, short
+
+
+def _row_ticks(figure: go.Figure, names: list[str], short: list[str], upward: bool, **where: int) -> None:
+    step = 1 if len(names) <= 100 else 2
+    # ticks stand a hair off the categories: on them, hovering would show the short label instead of the whole
+    ticks = {"tickvals": [i + 0.03 for i in range(0, len(names), step)], "ticktext": short[::step]} if names != short else {}
+    order = {} if upward else {"autorange": "reversed"}
+    figure.update_yaxes(type="category", categoryorder="array", categoryarray=names, tickfont_size=11, **ticks, **order, **where)
+
+
+def _add_lines(figure: go.Figure, lines: Lines, row: int | None = None) -> None:
+    where = {} if row is None else {"row": row, "col": 1}
+    many = len(lines.lines) > len(COLORS)
+    for i, line in enumerate(lines.lines):
+        color = CONTROL if line.control else COLORS[0] if many else COLORS[i % len(COLORS)]
+        value = "%{y:.3%}" if lines.percent else "%{y:.6g}"
+        hover = f"{for_plotly(line.name)}<br>{lines.x_axis} %{{x:.6g}}: {value}<br>{for_plotly(line.text)}<extra></extra>"
+        figure.add_scatter(
+            x=line.x,
+            y=line.y,
+            mode="lines" if many else "lines+markers",
+            line={"width": 1 if many else 2, "color": color, "dash": "dot" if line.control else "solid"},
+            opacity=0.6 if many else 1,
+            name=for_plotly(line.name),
+            error_y=_interval(line),
+            showlegend=not many and (len(lines.lines) > 1) and row in (None, 1),
+            hovertemplate=hover,
+            **where,
+        )
+    style = {"line_dash": "dot", "line_color": COLORS[1]}
+    said = {"showarrow": False, "font": {"color": COLORS[1]}}
+    if lines.level is not None:
+        name, value = lines.level
+        figure.add_hline(y=value, **style)
+        # plotly places lines by the value, but texts on a logarithmic axis by its logarithm
+        y = float(np.log10(value)) if lines.log_y else value
+        figure.add_annotation(x=1, xref="paper", xanchor="right", y=y, yanchor="bottom", text=f"{name}: {value:.4g}", **said)
+    if lines.mark is not None:
+        name, value = lines.mark
+        figure.add_vline(x=value, **style)
+        x = float(np.log10(value)) if lines.log_x else value
+        figure.add_annotation(x=x, xanchor="left", xshift=4, y=0, yref="paper", yanchor="bottom", text=name, **said)
+
+
+def _interval(line: Line) -> dict[str, object]:
+    if line.low is None or line.high is None:
+        return {}
+    return {"type": "data", "symmetric": False, "array": line.high - line.y, "arrayminus": line.y - line.low, "thickness": 1, "width": 3}
+
+
+def _line_axes(figure: go.Figure, lines: Lines, row: int | None = None) -> None:
+    where = {} if row is None else {"row": row, "col": 1}
+    figure.update_xaxes(title=lines.x_axis, **({"type": "log"} if lines.log_x else {}), **where)
+    figure.update_yaxes(title=lines.y_axis, **({"type": "log"} if lines.log_y else {}), **where)
+    if lines.percent:
+        figure.update_yaxes(tickformat=".0%", rangemode="tozero", **where)
+
+
+def _styled(figure: go.Figure, title: str, note: str, height: int) -> go.Figure:
+    """Title, a note below it, margins and fonts that all figures share."""
+    wrapped = textwrap.wrap(for_plotly(note, 10**6, 10**6), 60)
+    figure.update_layout(
+        template="plotly_white",
+        title={
+            "text": for_plotly(title),
+            "font": {"size": 16},
+            "x": 0,
+            "xref": "paper",
+            "y": 1,
+            "yref": "container",
+            "pad": {"t": 14},
+            "yanchor": "top",
+        },
+        font={"family": "system-ui, -apple-system, Segoe UI, sans-serif", "size": 12},
+        margin={"l": 60, "r": 20, "t": 52 + 15 * len(wrapped), "b": 50},
+        height=height + 15 * len(wrapped),
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 1, "xanchor": "right", "font": {"size": 11}},
+        hoverlabel={"align": "left", "font": {"size": 12}},
+        modebar={"bgcolor": "rgba(0,0,0,0)", "color": "#8c8c8c", "activecolor": COLORS[0]},
+    )
+    # grey enough for a white page and for a black one
+    figure.update_xaxes(gridcolor="rgba(128,128,128,0.2)", zerolinecolor="rgba(128,128,128,0.35)")
+    figure.update_yaxes(gridcolor="rgba(128,128,128,0.2)", zerolinecolor="rgba(128,128,128,0.35)")
+    if wrapped:
+        figure.update_layout(title_subtitle={"text": "<br>".join(wrapped), "font": {"size": 12}})
+    return figure

@@ -1,0 +1,52 @@
+"""What is said beside a number?  Completions and behaviours of each vector and sign, and the interval of a rate."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.stats import binomtest
+
+from melbo_lens.completions import Completions
+from melbo_lens.evaluation import Behavior, shows
+
+SIGNS = {1: "+", -1: "−", 0: ""}
+
+
+def examples(completions: Completions | None, by_sign: bool = False) -> dict[Any, str]:
+    """One completion for each vector (both signs) or for each vector and sign, of the first prompt and the smallest scale above 0."""
+    if completions is None:
+        return {}
+    steered = completions.table[completions.table.kind == "steered"]
+    first = steered.drop_duplicates(["vector", "sign"])
+    found = {(int(row.vector), int(row.sign)): row.text for row in first.itertuples()}
+    if by_sign:
+        return found
+    joined: dict[Any, str] = {}
+    for (vector, sign), text in found.items():
+        joined[vector] = "\n".join(filter(None, [joined.get(vector), f"{SIGNS[sign]} {text}"]))
+    return joined
+
+
+def shown_behaviors(completions: Completions | None, behaviors: Mapping[str, Behavior] | None) -> dict[tuple[int, int], str]:
+    """The behaviour that most of the completions of a vector and sign show, if any does."""
+    if completions is None or not behaviors:
+        return {}
+    steered = completions.table[completions.table.kind == "steered"].reset_index(drop=True)
+    hits = pd.DataFrame({name: shows(steered.text, behavior).to_numpy(dtype=float) for name, behavior in behaviors.items()})
+    means = hits.groupby([steered.vector.astype(int), steered.sign.astype(int)]).mean()
+    return {key: str(row.idxmax()) for key, row in means.iterrows() if row.max() > 0}
+
+
+def wilson(rate: float, n: int) -> tuple[float, float]:
+    """The 95 % Wilson interval of a rate seen in n; NaN if nothing was seen."""
+    if not n or not np.isfinite(rate):
+        return (float("nan"), float("nan"))
+    interval = binomtest(round(rate * n), int(n)).proportion_ci(method="wilson")
+    return (interval.low, interval.high)
+
+
+def some(n: int, what: str) -> None:
+    """Refuses to draw nothing."""
+    if not n:
+        raise ValueError(f"there are no {what} to draw.")

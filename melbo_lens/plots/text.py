@@ -1,0 +1,18 @@
+"""How is text of a model shown?  Blanks made visible, and nothing in it taken for markup."""
+
+import html
+import textwrap
+
+MARKS = {" ": "·", "\n": "↵", "\t": "⇥", "\r": "␍", "\u00a0": "⍽", "\u200d": "\u200d"}  # the last joins emoji
+
+
+def visible(token: str) -> str:
+    """A token with its spaces, newlines and control characters made visible; an empty one is ∅."""
+    return "".join(MARKS.get(c, c if c.isprintable() else f"\\u{ord(c):04x}") for c in token) or "∅"
+
+
+def for_plotly(text: str, most: int = 400, width: int = 70) -> str:
+    """Text for a label or a hover box: plotly reads a few tags there, so `<` and `&` are escaped; long text is wrapped and cut."""
+    cut = text if len(text) <= most else text[: most - 1] + "…"
+    lines = [line for part in cut.split("\n") for line in (textwrap.wrap(part, width) or [""])]
+    return "<br>".join(html.escape(line, quote=False) for line in lines)

@@ -1,0 +1,189 @@
+"""How do changes look on the text itself?  Token views that open offline: circuitsvis' elements, and a table of promoted tokens."""
+
+import html
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from melbo_lens.differences import ActivationChanges
+from melbo_lens.next_tokens import NextTokens
+from melbo_lens.plots.arrays import left_out
+from melbo_lens.plots.embedding import Element, TokenView
+from melbo_lens.plots.text import visible
+
+MOST_VECTORS = 100  # a button or a choice each
+
+
+def colored_tokens(changes: ActivationChanges, vector: int = 0, layer: int | None = None, relative: bool = False) -> TokenView:
+    """The text, each token coloured by how far one perturbation moves the stream there.
+
+    Args:
+        changes: from `activation_changes`.
+        vector: which perturbation.
+        layer: the stream that enters it; the last measured by default.
+        relative: as a share of the clean stream's norm.
+
+    Raises:
+        ValueError: there is no such vector or layer.
+    """
+    values, at = _values(changes, relative), _layer(changes, layer)
+    if not 0 <= vector < len(changes):
+        raise ValueError(f"vector={vector} was asked for, there are {len(changes)}: use 0 to {len(changes) - 1}.")
+    numbers, note = _numbers(values[vector, at])
+    heading = f"Change at each token, vector {vector}, entering layer {changes.layers[at]}"
+    tokens = _tokens(changes.tokens)
+    bound = float(numbers.max()) or 1.0
+    properties = {
+        "tokens": tokens,
+        "values": _short(numbers),
+        "minValue": 0,
+        "maxValue": bound,
+        "positiveColor": "#2166ac",
+        "negativeColor": "#b2182b",
+    }
+    return TokenView((Element(heading, "ColoredTokens", properties, _still(tokens, numbers), note),))
+
+
+def colored_tokens_multi(changes: ActivationChanges, layer: int | None = None, relative: bool = False) -> TokenView:
+    """The text with one button for each perturbation; each colours the tokens by its change.
+
+    Args:
+        changes, layer, relative: as in `colored_tokens`.
+    """
+    _some(changes)
+    values, at = _values(changes, relative), _layer(changes, layer)
+    numbers, note = _numbers(values[:MOST_VECTORS, at])
+    labels = [f"vector {k}" for k in range(len(numbers))]
+    tokens = _tokens(changes.tokens)
+    properties = {"tokens": tokens, "values": _short(numbers.T), "labels": labels}
+    note = " ".join(filter(None, [left_out(len(changes), "vectors", MOST_VECTORS), note]))
+    heading = f"Change at each token, entering layer {changes.layers[at]}"
+    return TokenView((Element(heading, "ColoredTokensMulti", properties, _still(tokens, numbers[0]), note),))
+
+
+def text_neuron_activations(changes: ActivationChanges, relative: bool = True) -> TokenView:
+    """The text with a choice of layer and of perturbation; tokens are coloured by the change.
+
+    Args:
+        changes, relative: as in `colored_tokens`.
+    """
+    _some(changes)
+    numbers, note = _numbers(_values(changes, relative)[:MOST_VECTORS])
+    tokens = _tokens(changes.tokens)
+    properties = {
+        "tokens": tokens,
+        "activations": _short(numbers.transpose(2, 1, 0)),
+        "firstDimensionName": "Layer entered",
+        "secondDimensionName": "Vector",
+        "firstDimensionLabels": [str(layer) for layer in changes.layers],
+        "secondDimensionLabels": [str(k) for k in range(len(numbers))],
+    }
+    note = " ".join(filter(None, [left_out(len(changes), "vectors", MOST_VECTORS), note]))
+    return TokenView((Element("Change by vector and layer", "TextNeuronActivations", properties, _still(tokens, numbers[0, 0]), note),))
+
+
+def token_log_probs(expected: NextTokens, conditions: Any = None) -> TokenView:
+    """The text once for each condition: tokens coloured by their log-probability, with the most likely ones on hovering.
+
+    Args:
+        expected: from `next_tokens`.
+        conditions: indices of those to show; the first four by default, of which the first is unsteered.
+
+    Raises:
+        ValueError: a text of one token, which follows nothing.
+    """
+    if len(expected.tokens) < 2:
+        raise ValueError("the text has one token, so no next token is known: give a longer text, as the prompt with a completion.")
+    chosen = list(range(min(4, len(expected.conditions))) if conditions is None else conditions)
+    rest = "" if conditions is not None else left_out(len(expected.conditions), "conditions", 4, "choose others with conditions=[...]")
+    tokens, elements = _tokens(expected.tokens), []
+    for i in chosen:
+        followed, note = _numbers(expected.log_probs[i].numpy())
+        top, top_note = _numbers(expected.top_log_probs[i, :-1].numpy())
+        properties = {
+            "prompt": tokens,
+            "topKLogProbs": _short(top),
+            "topKTokens": [_tokens(row) for row in expected.top_tokens[i][:-1]],
+            "correctTokenRank": expected.ranks[i].tolist(),
+            "correctTokenLogProb": _short(followed),
+        }
+        note = " ".join(filter(None, [note or top_note, rest if i == chosen[0] else ""]))
+        heading = f"Log-probability of each next token: {expected.conditions[i]}"
+        elements.append(Element(heading, "TokenLogProbs", properties, _still(tokens[1:], np.exp(followed)), note))
+    return TokenView(tuple(elements))
+
+
+def top_tokens(table: pd.DataFrame, most: int = MOST_VECTORS) -> TokenView:
+    """The tokens that vectors promote and suppress, as a table that needs no script.
+
+    Args:
+        table: from `melbo_lens.top_tokens`.
+        most: how many rows to show.
+
+    Raises:
+        ValueError: the table has no row.
+    """
+    if not len(table):
+        raise ValueError("there are no vectors to draw: the table is empty.")
+    rows = []
+    for row in table.head(most).itertuples():
+        cells = "".join(f"<td>{_chips(tokens)}</td>" for tokens in (row.promoted, row.suppressed))
+        rows.append(f"<tr><th scope='row'>{html.escape(str(row.vector))}</th><td>{html.escape(str(row.route))}</td>{cells}</tr>")
+    head = "<tr><th>vector</th><th>route</th><th>promoted</th><th>suppressed</th></tr>"
+    still = f'<div style="overflow-x:auto"><table><thead>{head}</thead><tbody>{"".join(rows)}</tbody></table></div>'
+    note = left_out(len(table), "rows", most, "choose others in the table")
+    return TokenView((Element("Tokens promoted and suppressed", None, {}, still, note),))
+
+
+def _chips(tokens: list[tuple[str, float]]) -> str:
+    """Tokens with their change of the logit, coloured by it."""
+    bound = max((abs(value) for _, value in tokens if np.isfinite(value)), default=1.0) or 1.0
+    return " ".join(_chip(visible(token), value / bound, f"{value:+.4g}") for token, value in tokens)
+
+
+def _still(tokens: list[str], values: np.ndarray) -> str:
+    """The coloured text without any script: what is seen where scripts don't run."""
+    bound = float(np.abs(values).max()) if values.size else 0.0
+    return (
+        '<div style="line-height:2">'
+        + "".join(_chip(token, value / (bound or 1.0), f"{value:.4g}") for token, value in zip(tokens, values.tolist(), strict=True))
+        + "</div>"
+    )
+
+
+def _chip(text: str, share: float, title: str) -> str:
+    color = "33,102,172" if share >= 0 else "178,24,43"
+    strength = min(abs(share), 1.0) if np.isfinite(share) else 0.0
+    style = f"background:rgba({color},{0.5 * strength:.2f});padding:1px 3px;border-radius:3px;font-family:monospace;white-space:pre-wrap"
+    return f'<span style="{style}" title="{html.escape(title)}">{html.escape(text)}</span>'
+
+
+def _tokens(tokens: Any) -> list[str]:
+    return [visible(token) for token in tokens]
+
+
+def _values(changes: ActivationChanges, relative: bool) -> np.ndarray:
+    return (changes.relative if relative else changes.change).numpy()
+
+
+def _numbers(values: np.ndarray) -> tuple[np.ndarray, str]:
+    """Finite numbers, since NaN is no JSON, and a sentence if some were not."""
+    bad = ~np.isfinite(values)
+    return np.where(bad, 0.0, values), f"{int(bad.sum())} of {bad.size} values are NaN or infinite and drawn as 0." if bad.any() else ""
+
+
+def _short(values: np.ndarray) -> Any:
+    """Lists with five significant digits: enough for an eye, and small on a page."""
+    return np.vectorize(lambda value: float(f"{value:.5g}"), otypes=[float])(values).tolist() if values.size else values.tolist()
+
+
+def _layer(changes: ActivationChanges, layer: int | None) -> int:
+    if layer is not None and layer not in changes.layers:
+        raise ValueError(f"layer={layer} was not measured: choose from {list(changes.layers)}.")
+    return len(changes.layers) - 1 if layer is None else changes.layers.index(layer)
+
+
+def _some(changes: ActivationChanges) -> None:
+    if not len(changes):
+        raise ValueError("there are no perturbations to draw.")
