@@ -84,8 +84,9 @@ def report(
         summary=[repr(vectors), repr(completions)],
         rates=[] if evaluation is None else evaluation.summary.to_dict("records"),
         note="" if evaluation is None else evaluation.note,
-        measures=[name for name in ranking.columns if name not in ("vector", "sign", "example")],
+        measures=[name for name in ranking.columns if name not in ("vector", "sign")],
         ranking=ranking.head(MOST_SECTIONS).to_dict("records"),
+        examples=plots.labels.examples(completions, by_sign=True),
         pictures=figures,
         tokens=tokens.html() if tokens else "",
         behaviors=list(behaviors),
@@ -114,20 +115,22 @@ def _ranking(vectors: Any, table: pd.DataFrame, shown: pd.DataFrame, ranked: pd.
     rows = joined.assign(changed=(joined.text != joined.plain).astype(float)).join(shown.astype(float).rename(columns=lambda name: f"rate of {name}"))
     rows = rows[rows.kind == "steered"]
     if rows.empty:
-        return pd.DataFrame(columns=["vector", "sign", "changed", "example"])
+        return pd.DataFrame(columns=["vector", "sign", "changed"])
     means = rows.groupby(["vector", "sign"])[["changed", *hits]].mean()
-    means["example"] = rows.drop_duplicates(["vector", "sign"]).set_index(["vector", "sign"]).text
     found = means.reset_index().astype({"vector": int, "sign": int})
     history = getattr(vectors, "history", None)
     if history is not None and len(history):
         # the objective is that of the vector as it was learned; its negative was not measured
-        found.insert(2, "objective", [float(history[-1][k]) if sign > 0 and k < len(vectors) else float("nan") for k, sign in zip(found.vector, found.sign)])
+        found.insert(
+            2,
+            "objective",
+            [float(history[-1][k]) if sign > 0 and k < len(vectors) else float("nan") for k, sign in zip(found.vector, found.sign, strict=True)],
+        )
     if ranked is not None:
         wanted = [name for name in ("kl", "entropy_change") if name in ranked]
         found = found.merge(ranked[["vector", "sign", *wanted]], on=["vector", "sign"], how="left")
-    order = [name for name in ("kl", *hits[:0], "changed", "objective") if name in found]
-    found = found.sort_values(order, ascending=False, kind="stable", na_position="last").reset_index(drop=True)
-    return found[[name for name in found.columns if name != "example"] + ["example"]]
+    order = [name for name in ("kl", "changed", "objective") if name in found]
+    return found.sort_values(order, ascending=False, kind="stable", na_position="last").reset_index(drop=True)
 
 
 def _figures(
@@ -147,7 +150,12 @@ def _figures(
     """What can be drawn from what is there, in the order of the page."""
     several = completions.table.scale[completions.table.scale > 0].nunique() > 1
     planned: list[tuple[bool, str, str, Callable[[], Any]]] = [
-        (evaluation is not None, "rates", "Bars with 95 % Wilson intervals; grey and yellow are the controls.", lambda: plots.behavior_rates(evaluation)),
+        (
+            evaluation is not None,
+            "rates",
+            "Bars with 95 % Wilson intervals; grey and yellow are the controls.",
+            lambda: plots.behavior_rates(evaluation),
+        ),
         (True, "ranked", "Each row is a vector with a sign. A blank means not measured.", lambda: plots.ranking(ranking, completions)),
         (
             hasattr(vectors, "history"),

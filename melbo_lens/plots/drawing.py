@@ -6,12 +6,13 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from melbo_lens.plots.arrays import Bars, Clustered, Line, Lines, Matrix, Panels, Points
+from melbo_lens.plots.arrays import Bars, Clustered, Lines, Matrix, Panels, Points
 from melbo_lens.plots.text import for_plotly
 
 # readable on white and on black, and apart for colour-blind eyes (Okabe and Ito)
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a6bbe", "#b07d2b")
 STEERED, CONTROL, UNSTEERED = COLORS[0], "#8c8c8c", COLORS[4]
+LOG = {"type": "log", "tickformat": ".3~g"}
 LABEL = 26  # characters of a completion that stand beside a row
 
 
@@ -37,7 +38,7 @@ def draw_clustered(clustered: Clustered) -> go.Figure:
     # an axis of its own: on one of categories, a place between two would be a category more
     figure.update_xaxes(visible=False, range=[-0.5, n - 0.5], row=1, col=1)
     figure.update_yaxes(showgrid=False, zeroline=False, nticks=3, title="1 − cosine", row=1, col=1)
-    return _styled(figure, matrix.title, matrix.note, int(np.clip(n * 12 + 230, 440, 900)))
+    return _styled(figure, matrix.title, matrix.note, int(np.clip(n * 13 + 230, 440, 1100)))
 
 
 def draw_lines(lines: Lines) -> go.Figure:
@@ -62,12 +63,11 @@ def draw_bars(bars: Bars) -> go.Figure:
     """Groups of bars with intervals."""
     figure = go.Figure()
     for group, color, values, low, high in zip(bars.groups, (STEERED, CONTROL, UNSTEERED), bars.values, bars.low, bars.high, strict=True):
-        interval = {"type": "data", "symmetric": False, "array": high - values, "arrayminus": values - low, "thickness": 1.2, "width": 4}
         spans = [f"{a:.2%} to {b:.2%}" if np.isfinite(a) else "not known" for a, b in zip(low, high, strict=True)]
         figure.add_bar(
             x=[for_plotly(name) for name in bars.names],
             y=values,
-            error_y=interval,
+            error_y=_whiskers(values, low, high),
             name=group,
             marker_color=color,
             customdata=spans,
@@ -153,10 +153,11 @@ def _row_labels(rows: tuple[str, ...], texts: tuple[str, ...]) -> tuple[list[str
 
 def _row_ticks(figure: go.Figure, names: list[str], short: list[str], upward: bool, **where: int) -> None:
     step = 1 if len(names) <= 100 else 2
+    size = 11 if len(names) <= 40 else 9
     # ticks stand a hair off the categories: on them, hovering would show the short label instead of the whole
     ticks = {"tickvals": [i + 0.03 for i in range(0, len(names), step)], "ticktext": short[::step]} if names != short else {}
     order = {} if upward else {"autorange": "reversed"}
-    figure.update_yaxes(type="category", categoryorder="array", categoryarray=names, tickfont_size=11, **ticks, **order, **where)
+    figure.update_yaxes(type="category", categoryorder="array", categoryarray=names, tickfont_size=size, **ticks, **order, **where)
 
 
 def _add_lines(figure: go.Figure, lines: Lines, row: int | None = None) -> None:
@@ -165,7 +166,9 @@ def _add_lines(figure: go.Figure, lines: Lines, row: int | None = None) -> None:
     for i, line in enumerate(lines.lines):
         color = CONTROL if line.control else COLORS[0] if many else COLORS[i % len(COLORS)]
         value = "%{y:.3%}" if lines.percent else "%{y:.6g}"
-        hover = f"{for_plotly(line.name)}<br>{lines.x_axis} %{{x:.6g}}: {value}<br>{for_plotly(line.text)}<extra></extra>"
+        between = [] if line.low is None else [f"95 % interval {a:.2%} to {b:.2%}" for a, b in zip(line.low, line.high, strict=True)]
+        rest = "%{customdata}" if between else for_plotly(line.text)
+        hover = f"{for_plotly(line.name)}<br>{lines.x_axis} %{{x:.6g}}: {value}<br>{rest}<extra></extra>"
         figure.add_scatter(
             x=line.x,
             y=line.y,
@@ -173,8 +176,9 @@ def _add_lines(figure: go.Figure, lines: Lines, row: int | None = None) -> None:
             line={"width": 1 if many else 2, "color": color, "dash": "dot" if line.control else "solid"},
             opacity=0.6 if many else 1,
             name=for_plotly(line.name),
-            error_y=_interval(line),
+            error_y=_whiskers(line.y, line.low, line.high),
             showlegend=not many and (len(lines.lines) > 1) and row in (None, 1),
+            customdata=between or None,
             hovertemplate=hover,
             **where,
         )
@@ -193,16 +197,19 @@ def _add_lines(figure: go.Figure, lines: Lines, row: int | None = None) -> None:
         figure.add_annotation(x=x, xanchor="left", xshift=4, y=0, yref="paper", yanchor="bottom", text=name, **said)
 
 
-def _interval(line: Line) -> dict[str, object]:
-    if line.low is None or line.high is None:
+def _whiskers(values: np.ndarray, low: np.ndarray | None, high: np.ndarray | None) -> dict[str, object]:
+    """Error bars; those wider than half the scale, of a handful of completions, would only hide the rest."""
+    if low is None or high is None:
         return {}
-    return {"type": "data", "symmetric": False, "array": line.high - line.y, "arrayminus": line.y - line.low, "thickness": 1, "width": 3}
+    known = np.isfinite(low) & (high - low <= 0.5)
+    above, below = (np.where(known, part, 0.0) for part in (high - values, values - low))
+    return {"type": "data", "symmetric": False, "array": above, "arrayminus": below, "thickness": 1, "width": 3, "color": "#7a7a7a"}
 
 
 def _line_axes(figure: go.Figure, lines: Lines, row: int | None = None) -> None:
     where = {} if row is None else {"row": row, "col": 1}
-    figure.update_xaxes(title=lines.x_axis, **({"type": "log"} if lines.log_x else {}), **where)
-    figure.update_yaxes(title=lines.y_axis, **({"type": "log"} if lines.log_y else {}), **where)
+    figure.update_xaxes(title=lines.x_axis, **(LOG if lines.log_x else {}), **where)
+    figure.update_yaxes(title=lines.y_axis, **(LOG if lines.log_y else {}), **where)
     if lines.percent:
         figure.update_yaxes(tickformat=".0%", rangemode="tozero", **where)
 
@@ -210,6 +217,11 @@ def _line_axes(figure: go.Figure, lines: Lines, row: int | None = None) -> None:
 def _styled(figure: go.Figure, title: str, note: str, height: int) -> go.Figure:
     """Title, a note below it, margins and fonts that all figures share."""
     wrapped = textwrap.wrap(for_plotly(note, 10**6, 10**6), 60)
+    above = (
+        52
+        + 15 * len(wrapped)
+        + (24 if figure.layout.showlegend is not False and sum(trace.showlegend is not False for trace in figure.data) > 1 else 0)
+    )
     figure.update_layout(
         template="plotly_white",
         title={
@@ -223,9 +235,9 @@ def _styled(figure: go.Figure, title: str, note: str, height: int) -> go.Figure:
             "yanchor": "top",
         },
         font={"family": "system-ui, -apple-system, Segoe UI, sans-serif", "size": 12},
-        margin={"l": 60, "r": 20, "t": 52 + 15 * len(wrapped), "b": 50},
-        height=height + 15 * len(wrapped),
-        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 1, "xanchor": "right", "font": {"size": 11}},
+        margin={"l": 60, "r": 20, "t": above, "b": 50},
+        height=height + above - 52,
+        legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0, "xanchor": "left", "font": {"size": 11}},
         hoverlabel={"align": "left", "font": {"size": 12}},
         modebar={"bgcolor": "rgba(0,0,0,0)", "color": "#8c8c8c", "activecolor": COLORS[0]},
     )

@@ -15,7 +15,8 @@ import plotly.graph_objects as go
 CONFIG = {"responsive": True, "displaylogo": False}
 # circuitsvis keeps room for its hover boxes below, which may as well lie over what follows, and glues tokens together
 STYLE = (
-    "<style>.tokens{background:#fff;color:#111;padding:.5rem;border-radius:.3rem;margin-bottom:1rem;position:relative;overflow-wrap:anywhere}"
+    "<style>.tokens{background:#fff;color:#111;padding:.5rem;border-radius:.3rem;margin-bottom:1rem;overflow-wrap:anywhere;color-scheme:light}"
+    ".tokens input,.tokens select,.tokens button,.tokens label{color:#111!important;background:#fff!important}"
     ".tokens>div{padding-bottom:0!important}.tokens span>span{padding:3px 2px!important}</style>"
 )
 ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}

@@ -14,11 +14,18 @@ SIGNS = {1: "+", -1: "−", 0: ""}
 
 
 def examples(completions: Completions | None, by_sign: bool = False) -> dict[Any, str]:
-    """One completion for each vector (both signs) or for each vector and sign, of the first prompt and the smallest scale above 0."""
+    """What each vector writes, with both signs or for each sign: of the completions nearest to scale 1, the first that differs from the unsteered."""
     if completions is None:
         return {}
-    steered = completions.table[completions.table.kind == "steered"]
-    first = steered.drop_duplicates(["vector", "sign"])
+    table = completions.table
+    plain = table[table.kind == "unsteered"].drop_duplicates("prompt").set_index("prompt").text
+    steered = table[table.kind == "steered"]
+    steered = steered.assign(same=steered.text == steered.prompt.map(plain), far=(steered.scale - 1).abs())
+    first = (
+        steered.sort_values(["far", "same"], kind="stable")
+        .drop_duplicates(["vector", "sign"])
+        .sort_values(["vector", "sign"], ascending=[True, False])
+    )
     found = {(int(row.vector), int(row.sign)): row.text for row in first.itertuples()}
     if by_sign:
         return found

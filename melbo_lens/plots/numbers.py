@@ -135,7 +135,7 @@ def radius_curve(calibration: Calibration) -> Lines:
         "Calibration of the radius",
         log_x=True,
         log_y=True,
-        level=(f"target {calibration.target:g}", calibration.target),
+        level=("target", calibration.target),
         mark=(f"radius {calibration.radius:.3g}", calibration.radius),
     )
 
