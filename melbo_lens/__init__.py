@@ -5,8 +5,18 @@ from melbo_lens.adapter_effects import AdapterEffect, random_adapters
 from melbo_lens.adapters import SteeringAdapters
 from melbo_lens.calibration import Calibration, calibrate_radius
 from melbo_lens.completions import Completions
-from melbo_lens.discovery import Discovery, discover, make_plan
-from melbo_lens.effects import Effects, closest_directions, cluster_by_effect, cluster_by_words, effects, max_activating, rank, top_tokens
+from melbo_lens.discovery import AdapterTrial, Discovery, Trial, discover, make_plan
+from melbo_lens.effects import (
+    Effects,
+    closest_directions,
+    cluster_by_effect,
+    cluster_by_words,
+    effects,
+    max_activating,
+    rank,
+    target_changes,
+    top_tokens,
+)
 from melbo_lens.evaluation import Evaluation, evaluate, select
 from melbo_lens.layer_scan import LayerScan, scan_layers
 from melbo_lens.methods.adapters import fit_adapters
@@ -20,6 +30,7 @@ from melbo_lens.steering import generate, steer
 __version__ = "0.1.0"
 __all__ = [
     "AdapterEffect",
+    "AdapterTrial",
     "Calibration",
     "Completions",
     "Discovery",
@@ -29,6 +40,7 @@ __all__ = [
     "SlicedModel",
     "SteeringAdapters",
     "SteeringVectors",
+    "Trial",
     "calibrate_radius",
     "closest_directions",
     "cluster_by_effect",
@@ -54,5 +66,6 @@ __all__ = [
     "select",
     "slice_model",
     "steer",
+    "target_changes",
     "top_tokens",
 ]

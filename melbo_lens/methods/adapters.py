@@ -44,6 +44,7 @@ def fit_adapters(
     rank: int = 64,
     scale: float | Literal["auto"] | None = None,
     alpha: float | None = None,
+    radius: float | Literal["auto"] | None = None,
     normalization: Normalization = "column",
     diversity: float = 0.0,
     p: float = 2,
@@ -73,9 +74,10 @@ def fit_adapters(
         target_layer: the change is measured in the stream entering this block (`n_layers`: leaving the last one).
         n_adapters: how many to learn.
         rank: of the update, from 1 to min(d_mlp, d_model).
-        scale: s itself. "auto", the default, lets s follow the ascent so that each adapter's update has, over the prompts' positions, the mean norm
-            that `calibrate_radius` gives vectors (with a norm after the MLP: the norm that random factors need for it, before that norm).
+        scale: s itself. "auto", the default, lets s follow the ascent so that each adapter's update has, over the prompts' positions, a mean norm of
+            `radius` (with a norm after the MLP: the mean norm before it that gives random updates that radius after it).
         alpha: instead of `scale`: s = alpha / rank, as published (.35 at rank 512).
+        radius: with `scale="auto"`, the mean norm of the updates; "auto", the default, takes the one that `calibrate_radius` gives vectors.
         normalization: "column" (every column of A and of B has unit norm), "frobenius" (each matrix has) or "spectral" (largest singular value 1).
         diversity: above 0, adapter k's objective is divided by 1 + diversity * sum over j < k of cos(d_k, d_j) ** 2, d the changes at the target.
             Without it many adapters find the same change.
@@ -101,7 +103,7 @@ def fit_adapters(
     Source: Mack and Turner, "Mechanistically Eliciting Latent Behaviors in Language Models" (2024).
     """
     began = time.monotonic()
-    _check_settings(n_adapters, rank, scale, alpha, normalization, diversity, optimizer, n_steps, lr, batch_size)
+    _check_settings(n_adapters, rank, scale, alpha, radius, normalization, diversity, optimizer, n_steps, lr, batch_size)
     check_exponents(p, q, token_norm)
     hooks.check_model(model)
     layers = sorted({source_layer} if isinstance(source_layer, int) else set(source_layer))
@@ -114,10 +116,11 @@ def fit_adapters(
         given = alpha / rank if alpha is not None else None if scale in (None, "auto") else float(scale)
         rows = batch_size or default_batch_size(sliced)
         objective = AdapterObjective(sliced, sites, hidden, p, q, token_norm, rows, given, diversity=diversity)
-        radius = None
+        rule = "alpha / rank" if alpha is not None else "given"
         if given is None:
-            radius = solve_radius(sliced, seed=seed)
-            objective = replace(objective, update_norm=_update_norm(objective, start, normalization, radius.radius))
+            solved = None if radius not in (None, "auto") else solve_radius(sliced, seed=seed)
+            radius, rule = (float(radius), "radius given") if solved is None else (solved.radius, f"{solved.rule} {solved.target}")
+            objective = replace(objective, update_norm=_update_norm(objective, start, normalization, radius))
         settings = {
             "method": "fit_adapters",
             **describe(sliced),
@@ -126,9 +129,9 @@ def fit_adapters(
             "n_adapters": n_adapters,
             "rank": rank,
             "scale": "auto" if given is None else given,
-            "scale_rule": "given" if scale not in (None, "auto") else "alpha / rank" if alpha is not None else f"{radius.rule} {radius.target}",
+            "scale_rule": rule,
             "alpha": alpha,
-            "radius": None if radius is None else radius.radius,
+            "radius": radius,
             "update_norm": objective.update_norm,
             "normalization": normalization,
             "diversity": diversity,
@@ -244,6 +247,7 @@ def _check_settings(
     rank: int,
     scale: float | str | None,
     alpha: float | None,
+    radius: float | str | None,
     normalization: str,
     diversity: float,
     optimizer: str,
@@ -258,6 +262,10 @@ def _check_settings(
         raise ValueError(f"scale={scale!r} and alpha={alpha!r} say the same thing (scale = alpha / rank): give one of them.")
     if scale not in (None, "auto") and (isinstance(scale, str) or not 0 < scale < float("inf")):
         raise ValueError(f'scale={scale!r} must be a positive, finite number, or "auto" to calibrate it.')
+    if radius not in (None, "auto") and (isinstance(radius, str) or not 0 < radius < float("inf")):
+        raise ValueError(f'radius={radius!r} must be a positive, finite number, or "auto" to calibrate it.')
+    if radius is not None and (alpha is not None or scale not in (None, "auto")):
+        raise ValueError(f"radius={radius!r} is the mean norm at which the scale is held, and the scale is given: leave one of them out.")
     if alpha is not None and not 0 < alpha < float("inf"):
         raise ValueError(f"alpha={alpha!r} must be a positive, finite number: the update is multiplied by alpha / rank.")
     if normalization not in ("column", "frobenius", "spectral"):

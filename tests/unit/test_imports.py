@@ -12,7 +12,7 @@ ORDER = (
 ).split()
 # what a file may be asked to do for a value by a local import
 DELEGATED = {(value, file) for value in ("perturbations", "adapters") for file in ("serialization", "adapter_effects", "export")}
-ONLY_IN = {"transformer_lens": {"hooks", "organisms", "cli"}, "plotly": {"plots"}, "circuitsvis": {"plots"}}
+ONLY_IN = {"transformer_lens": {"hooks", "organisms", "cli", "export"}, "plotly": {"plots"}, "circuitsvis": {"plots"}}
 PURE = {
     "objectives": {"torch", "jaxtyping"},
     "manifolds": {"torch", "jaxtyping"},
