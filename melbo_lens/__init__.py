@@ -1,13 +1,26 @@
-"""Find what a language model hides: unsupervised steering vectors (MELBO) for TransformerLens."""
+"""Find what a language model hides: unsupervised steering vectors and adapters (MELBO) for TransformerLens."""
 
 from melbo_lens import organisms, plots
+from melbo_lens.adapter_effects import AdapterEffect, random_adapters
+from melbo_lens.adapters import SteeringAdapters
 from melbo_lens.calibration import Calibration, calibrate_radius
 from melbo_lens.completions import Completions
-from melbo_lens.differences import ActivationChanges, TargetChanges, activation_changes, objective, target_changes
-from melbo_lens.discovery import Discovery, discover, make_plan
-from melbo_lens.effects import Effects, closest_directions, cluster_by_effect, cluster_by_words, effects, max_activating, rank, top_tokens
+from melbo_lens.differences import ActivationChanges, TargetEffects, activation_changes, objective, target_effects
+from melbo_lens.discovery import AdapterTrial, Discovery, Trial, discover, make_plan
+from melbo_lens.effects import (
+    Effects,
+    closest_directions,
+    cluster_by_effect,
+    cluster_by_words,
+    effects,
+    max_activating,
+    rank,
+    target_changes,
+    top_tokens,
+)
 from melbo_lens.evaluation import Evaluation, evaluate, select
 from melbo_lens.layer_scan import LayerScan, scan_layers
+from melbo_lens.methods.adapters import fit_adapters
 from melbo_lens.methods.melbo import fit_vectors
 from melbo_lens.next_tokens import NextTokens, coherence, next_tokens
 from melbo_lens.perturbations import SteeringVectors, concatenate, random_vectors
@@ -19,6 +32,8 @@ from melbo_lens.steering import generate, steer
 __version__ = "0.1.0"
 __all__ = [
     "ActivationChanges",
+    "AdapterEffect",
+    "AdapterTrial",
     "Calibration",
     "Completions",
     "Discovery",
@@ -27,8 +42,10 @@ __all__ = [
     "LayerScan",
     "NextTokens",
     "SlicedModel",
+    "SteeringAdapters",
     "SteeringVectors",
-    "TargetChanges",
+    "TargetEffects",
+    "Trial",
     "activation_changes",
     "calibrate_radius",
     "closest_directions",
@@ -39,6 +56,7 @@ __all__ = [
     "discover",
     "effects",
     "evaluate",
+    "fit_adapters",
     "fit_vectors",
     "generate",
     "load",
@@ -48,6 +66,7 @@ __all__ = [
     "objective",
     "organisms",
     "plots",
+    "random_adapters",
     "random_vectors",
     "rank",
     "report",
@@ -57,5 +76,6 @@ __all__ = [
     "slice_model",
     "steer",
     "target_changes",
+    "target_effects",
     "top_tokens",
 ]

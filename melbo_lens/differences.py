@@ -1,6 +1,7 @@
 """Where, and by how much, does a perturbation change what the model computes?  Changes by token and layer, and at the target.
 
-Nothing here depends on the kind of perturbation: it needs a length, `perturbations[[...]]`, and `.hooks()` for a batch with one row for each.
+Nothing here depends on the kind of perturbation: it needs a length, `perturbations[[...]]`, `.on(model)`, and `.hooks()` for a batch with one row
+for each.
 """
 
 import os
@@ -60,7 +61,7 @@ class ActivationChanges:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class TargetChanges:
+class TargetEffects:
     """What perturbations change at the target positions, one long row each.
 
     Attributes:
@@ -86,16 +87,16 @@ class TargetChanges:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one safetensors file, atomically."""
         header = {"vectors": list(self.vectors), "signs": list(self.signs), "target_layer": self.target_layer}
-        files.write(path, "TargetChanges", {"values": self.values}, header)
+        files.write(path, "TargetEffects", {"values": self.values}, header)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "TargetChanges":
+    def load(cls, path: str | os.PathLike[str]) -> "TargetEffects":
         """Reads what `save` wrote."""
-        tensors, header = files.read(path, "TargetChanges")
+        tensors, header = files.read(path, "TargetEffects")
         return cls(tensors["values"], tuple(header["vectors"]), tuple(header["signs"]), header["target_layer"])
 
     def __repr__(self) -> str:
-        return f"TargetChanges({len(self)} rows of {self.values.shape[1]} numbers, at layer {self.target_layer})"
+        return f"TargetEffects({len(self)} rows of {self.values.shape[1]} numbers, at layer {self.target_layer})"
 
 
 def activation_changes(model: Any, prompt: Prompts, perturbations: Any, layers: Sequence[int] | None = None) -> ActivationChanges:
@@ -113,7 +114,7 @@ def activation_changes(model: Any, prompt: Prompts, perturbations: Any, layers: 
     hooks.check_model(model)
     batch = tokenize(model, prompt)
     one_prompt(batch)
-    n_layers = len(model.blocks)
+    n_layers, perturbations = len(model.blocks), perturbations.on(model)
     first = min(int(found[1]) for name, _ in perturbations.hooks() if (found := re.match(r"blocks\.(\d+)\.", name)))
     chosen = list(range(first + 1, n_layers + 1) if layers is None else layers)
     if not chosen or any(not 1 <= layer <= n_layers for layer in chosen):
@@ -132,14 +133,14 @@ def activation_changes(model: Any, prompt: Prompts, perturbations: Any, layers: 
     )
 
 
-def target_changes(
+def target_effects(
     model: Any,
     prompts: Prompts,
     perturbations: Any,
     target_layer: int | None = None,
     target_positions: Positions = slice(-1, None),
     signs: Sequence[int] = (1,),
-) -> TargetChanges:
+) -> TargetEffects:
     """What each perturbation changes in the stream that enters a layer, at the target positions of all prompts: its effect.
 
     Args:
@@ -157,7 +158,7 @@ def target_changes(
         signed = perturbations if sign == 1 else -perturbations
         rows.append(torch.cat([changes[:, batch.target_mask].flatten(1) for changes in _target(model, batch, signed, layer)]).cpu())
     n, several = len(perturbations), len(tuple(signs))
-    return TargetChanges(torch.cat(rows), tuple(range(n)) * several, tuple(sign for sign in signs for _ in range(n)), layer)
+    return TargetEffects(torch.cat(rows), tuple(range(n)) * several, tuple(sign for sign in signs for _ in range(n)), layer)
 
 
 def objective(
@@ -188,6 +189,7 @@ def objective(
 
 def _target(model: Any, batch: PromptBatch, perturbations: Any, layer: int) -> Iterator[Float[Tensor, "vector prompt pos d_model"]]:
     """Changes of the stream that enters a layer, some perturbations at a time."""
+    perturbations = perturbations.on(model)
     with hooks.frozen(model), torch.no_grad():
         (clean,) = _streams(model, batch.tokens, None, [layer])
         for part in _parts(perturbations):

@@ -53,7 +53,7 @@ def next_tokens(model: Any, prompt: Prompts, perturbations: Any = None, k: int =
         raise ValueError(f"k={k} must be from 1 to d_vocab = {model.cfg.d_vocab}.")
     following = batch.tokens[:, 1:, None]
     log_probs, ranks, best, values = [], [], [], []
-    runs = [None, *(perturbations[[i]] for i in range(len(perturbations)))] if perturbations is not None else [None]
+    runs = [None, *(perturbations[[i]].on(model) for i in range(len(perturbations)))] if perturbations is not None else [None]
     with hooks.frozen(model), torch.no_grad():
         for run in runs:
             with hooks.attached(model, [] if run is None else run.hooks()):

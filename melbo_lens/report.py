@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader
 from melbo_lens import plots
 from melbo_lens.calibration import Calibration
 from melbo_lens.completions import Completions
-from melbo_lens.differences import ActivationChanges, TargetChanges
+from melbo_lens.differences import ActivationChanges, TargetEffects
 from melbo_lens.evaluation import Behavior, Evaluation, evaluate, shows
 from melbo_lens.layer_scan import LayerScan
 
@@ -39,7 +39,7 @@ def report(
     title: str = "What the vectors elicit",
     *,
     changes: ActivationChanges | None = None,
-    effects: TargetChanges | None = None,
+    effects: TargetEffects | None = None,
     control: Any = None,
     ranked: pd.DataFrame | None = None,
     calibration: Calibration | None = None,
@@ -58,7 +58,7 @@ def report(
         path: where to write; its folder must exist.
         title: heading of the page.
         changes: from `activation_changes`: where on the prompt the vectors act.
-        effects: from `target_changes`: which vectors do the same.
+        effects: from `target_effects`: which vectors do the same.
         control: objectives of random vectors of the same norms, from `objective`.
         ranked: from `rank`: the KL divergence of each vector and sign.
         calibration, scan: how radius and layers were chosen.
@@ -141,7 +141,7 @@ def _figures(
     ranking: pd.DataFrame,
     best: int,
     changes: ActivationChanges | None,
-    effects: TargetChanges | None,
+    effects: TargetEffects | None,
     control: Any,
     calibration: Calibration | None,
     scan: LayerScan | None,

@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 
 from melbo_lens.calibration import Calibration
 from melbo_lens.completions import Completions
-from melbo_lens.differences import ActivationChanges, TargetChanges
+from melbo_lens.differences import ActivationChanges, TargetEffects
 from melbo_lens.evaluation import Behavior, Evaluation
 from melbo_lens.layer_scan import LayerScan
 from melbo_lens.plots import drawing, numbers
@@ -52,7 +52,7 @@ def cosine_similarity(of: Any, completions: Completions | None = None) -> go.Fig
     Blue is alike, red opposite (plotly's RdBu, midpoint 0). Leaves that join low in the tree are near-duplicates.
 
     Args:
-        of: `SteeringVectors`, anything else with `cosine_similarity()`, or `TargetChanges`.
+        of: `SteeringVectors`, anything else with `cosine_similarity()`, or `TargetEffects`.
         completions: what the vectors write, on hovering.
     """
     return drawing.draw_clustered(numbers.cosine_similarity(of, completions))
@@ -103,11 +103,11 @@ def layer_map(scan: LayerScan, value: str = "gain") -> go.Figure:
     return drawing.draw_matrix(numbers.layer_map(scan, value))
 
 
-def effect_scatter(changes: TargetChanges, completions: Completions | None = None, behaviors: Mapping[str, Behavior] | None = None) -> go.Figure:
+def effect_scatter(changes: TargetEffects, completions: Completions | None = None, behaviors: Mapping[str, Behavior] | None = None) -> go.Figure:
     """Each perturbation's effect at the target as a point: the first two principal components.
 
     Args:
-        changes: from `target_changes`.
+        changes: from `target_effects`.
         completions: what the vectors write, on hovering.
         behaviors: colours: the behaviour that most completions of a vector and sign show.
 

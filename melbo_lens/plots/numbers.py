@@ -12,7 +12,7 @@ from sklearn.decomposition import PCA
 
 from melbo_lens.calibration import Calibration
 from melbo_lens.completions import Completions
-from melbo_lens.differences import ActivationChanges, TargetChanges
+from melbo_lens.differences import ActivationChanges, TargetEffects
 from melbo_lens.evaluation import Behavior, Evaluation, shows
 from melbo_lens.layer_scan import LayerScan
 from melbo_lens.plots.arrays import MOST_ROWS, Bars, Clustered, Line, Lines, Matrix, Panels, Points, left_out, without_numbers
@@ -59,8 +59,10 @@ def layer_heatmap(changes: ActivationChanges, vector: int = 0, relative: bool = 
 
 
 def cosine_similarity(of: Any, completions: Completions | None = None) -> Clustered:
-    """Cosines between vectors, or between rows of `TargetChanges`, in the order of average linkage of 1 - cosine."""
-    effects = isinstance(of, TargetChanges)
+    """Cosines between vectors, or between rows of `TargetEffects`, in the order of average linkage of 1 - cosine."""
+    effects = isinstance(of, TargetEffects)
+    if not hasattr(of, "cosine_similarity"):
+        raise TypeError(f"{type(of).__name__} have no cosines of their own: compare what they do, plots.cosine_similarity(ml.target_effects(...)).")
     n = len(of)
     some(n, "vectors")
     kept = min(n, MOST_ROWS)
@@ -160,7 +162,7 @@ def layer_map(scan: LayerScan, value: str = "gain") -> Matrix:
     )
 
 
-def effect_scatter(changes: TargetChanges, completions: Completions | None = None, behaviors: Mapping[str, Behavior] | None = None) -> Points:
+def effect_scatter(changes: TargetEffects, completions: Completions | None = None, behaviors: Mapping[str, Behavior] | None = None) -> Points:
     """Principal components of the effects; each row is in the group of the behaviour that its completions show most."""
     some(len(changes), "perturbations")
     values = changes.values.double().numpy()
