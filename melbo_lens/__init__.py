@@ -25,6 +25,7 @@ from melbo_lens.methods.melbo import fit_vectors
 from melbo_lens.next_tokens import NextTokens, coherence, next_tokens
 from melbo_lens.perturbations import SteeringVectors, concatenate, random_vectors
 from melbo_lens.report import report
+from melbo_lens.results import report_directory, save_results
 from melbo_lens.serialization import load, save
 from melbo_lens.sliced_model import SlicedModel, slice_model
 from melbo_lens.steering import generate, steer
@@ -70,7 +71,9 @@ __all__ = [
     "random_vectors",
     "rank",
     "report",
+    "report_directory",
     "save",
+    "save_results",
     "scan_layers",
     "select",
     "slice_model",

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from melbo_lens import tables
 from melbo_lens.mlp import MLPSite, Update, mlp_site, usual_site, widths
 from melbo_lens.perturbations import HookFunction, SteeringVectors
 
@@ -241,6 +242,9 @@ class SteeringAdapters:
             fields.append(f"objective {self.history[-1].min():.4g} to {self.history[-1].max():.4g} after {self.history.shape[0] - 1} steps")
         fields += [f"derived: {', '.join(self.provenance['derived'])}"] if "derived" in self.provenance else []
         return f"SteeringAdapters({', '.join(fields)})"
+
+    def _repr_html_(self) -> str:
+        return tables.html(repr(self), tables.rows(self.history, {"scale": self.scales.tolist()}, "adapter"))
 
 
 Perturbation: TypeAlias = SteeringVectors | SteeringAdapters

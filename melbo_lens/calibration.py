@@ -4,12 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from melbo_lens import hooks
+from melbo_lens import hooks, tables
 from melbo_lens.manifolds import to_sphere
 from melbo_lens.prompts import Positions, Prompts
 from melbo_lens.randomness import gaussian_rows
@@ -20,7 +21,7 @@ DEFAULT_TARGETS = {"nonlinearity": 0.5, "fraction": 0.35, "kl": 0.1}
 N_DIRECTIONS = 8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Calibration:
     """A radius with the curve it was solved on.
 
@@ -37,8 +38,10 @@ class Calibration:
     target: float
 
     def _repr_html_(self) -> str:
-        rows = "".join(f"<tr><td>{radius:.4g}</td><td>{value:.4g}</td></tr>" for radius, value in self.curve)
-        return f"<p>radius {self.radius:.4g}: {self.rule} {self.target:g}</p><table><tr><th>radius</th><th>{self.rule}</th></tr>{rows}</table>"
+        return tables.html(repr(self), pd.DataFrame(self.curve, columns=["radius", self.rule]))
+
+    def __repr__(self) -> str:
+        return f"Calibration(radius {self.radius:.4g}: {self.rule} {self.target:g}, {len(self.curve)} radii tried)"
 
 
 def calibrate_radius(

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -43,10 +43,9 @@ def demo(
     prompt = organism.prompts["clean"][0]
     found = ml.discover(organism.model, prompt, budget, organism.behaviors, heldout=organism.prompts["selection"][:16], seed=seed)
     vectors, completions = found.joined(source_layer=0, target_layer=len(organism.model.blocks))
-    vectors.save(out / "vectors.safetensors")
     found.table.to_csv(out / "groups.csv", index=False)
-    completions.table.to_csv(out / "completions.csv", index=False)
-    ml.report(vectors, completions, organism.behaviors, out / "report.html", title="What the modes organism hides")
+    measured = _measured(organism.model, prompt, prompt, vectors, slice(-1, None))
+    ml.save_results(out, vectors, completions, organism.behaviors, "What the modes organism hides", **measured)
     console.print(f"\nprompt: {escape(prompt)}")
     console.print(f"unsteered: {escape(completions.filter(kind='unsteered').table.text[0])}\n")
     table = Table(title=f"{len(vectors)} vectors learned from this prompt alone: what they elicit", show_lines=True)
@@ -59,7 +58,7 @@ def demo(
         rates = (f"{rate:.1%}" for rate in (row.rate, row.random, row.unsteered))
         table.add_row(row.behavior, str(row.vectors), *rates, heldout, escape(example))
     console.print(table)
-    console.print(f"wrote {out}/vectors.safetensors, groups.csv, completions.csv and report.html")
+    console.print(f"open {out}/report.html; its data are beside it")
 
 
 @app.command()
@@ -85,6 +84,7 @@ def fit(
 
     out.mkdir(parents=True, exist_ok=True)
     prompts = prompt if len(prompt) > 1 else prompt[0]
+    positions = slice(-last, None) if last else slice(None)
     with _errors_in_a_sentence():
         vectors = ml.fit_vectors(
             loaded,
@@ -93,7 +93,7 @@ def fit(
             target_layer,
             n_vectors=n_vectors,
             radius="auto" if radius == "auto" else float(radius),
-            target_positions=slice(-last, None) if last else slice(None),
+            target_positions=positions,
             orthogonal=orthogonal,
             optimizer=optimizer,
             seed=seed,
@@ -103,8 +103,8 @@ def fit(
         (out / "fit.checkpoint").unlink()
         if max_new_tokens:
             completions = ml.generate(loaded, prompts, vectors, max_new_tokens=max_new_tokens, seed=seed)
-            completions.table.to_csv(out / "completions.csv", index=False)
-            ml.report(vectors, completions, path=out / "report.html", title=f"Vectors of {model}")
+            measured = _measured(loaded, prompts, prompt[0], vectors, positions)
+            ml.save_results(out, vectors, completions, title=f"Vectors of {model}", **measured)
     console.print(escape(repr(vectors)))
     console.print(f"wrote {', '.join(sorted(path.name for path in out.iterdir()))} to {out}")
 
@@ -138,6 +138,34 @@ def discover(
         table.add_row(str(row), escape(entry.example), layers, f"{entry.radius:.3g}", str(entry.n_vectors), *rates)
     console.print(table)
     console.print(f"wrote groups.csv and a vector for each of the first groups to {out}")
+
+
+@app.command()
+def report(
+    directory: Annotated[Path, typer.Argument(help="folder that `fit` or `demo` wrote")],
+    behavior: Annotated[list[str] | None, typer.Option(help="NAME=REGULAR EXPRESSION to count; may be given several times")] = None,
+    out: Annotated[Path | None, typer.Option(help="the page; default: report.html in the folder")] = None,
+) -> None:
+    """Write the page of a run again, from its folder, without the model."""
+    import melbo_lens as ml
+
+    if any("=" not in entry for entry in behavior or []):
+        raise typer.BadParameter("a behavior is NAME=REGULAR EXPRESSION, as --behavior 'portuguese=a resposta'.")
+    with _errors_in_a_sentence():
+        path = ml.report_directory(directory, dict(entry.split("=", 1) for entry in behavior or []), out)
+    console.print(f"wrote {path}, {path.stat().st_size / 1e6:.1f} MB")
+
+
+def _measured(model: Any, prompts: Any, first: str, vectors: Any, positions: slice) -> dict[str, Any]:
+    """What the page shows besides completions."""
+    import melbo_lens as ml
+
+    return {
+        "changes": ml.activation_changes(model, first, vectors),
+        "effects": ml.target_effects(model, prompts, vectors, target_positions=positions, signs=(1, -1)),
+        "control": ml.objective(model, prompts, ml.random_vectors(like=vectors), vectors.provenance["target_layer"], positions),
+        "ranked": ml.rank(vectors, ml.effects(model, prompts, vectors)),
+    }
 
 
 def _load(model: str, dtype: str, device: str | None) -> object:

@@ -5,12 +5,11 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from html import escape
 from typing import Any
 
 import pandas as pd
 
-from melbo_lens import files
+from melbo_lens import files, tables
 
 COLUMNS = ["prompt", "prompt_text", "kind", "vector", "sign", "scale", "sample", "text", "tokens", "log_probs"]
 SHOWN = ["prompt", "kind", "vector", "sign", "scale", "text"]
@@ -102,6 +101,4 @@ class Completions:
         return f"Completions({len(self)} rows: {counts or 'none'}; {prompts} prompt{'s' if prompts != 1 else ''})"
 
     def _repr_html_(self) -> str:
-        rows = self.table[SHOWN].head(60)
-        note = f"<p>the first {len(rows)} of {len(self)} rows</p>" if len(rows) < len(self) else ""
-        return f"<p>{escape(repr(self))}</p>{rows.to_html(index=False, na_rep='', escape=True)}{note}"
+        return tables.html(repr(self), self.table[SHOWN])

@@ -4,14 +4,13 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from html import escape
 from typing import Any
 
 import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from melbo_lens import hooks
+from melbo_lens import hooks, tables
 from melbo_lens.adapters import Perturbation, SteeringAdapters
 from melbo_lens.calibration import solve_radius
 from melbo_lens.completions import Completions
@@ -107,7 +106,7 @@ class Discovery:
         return f"Discovery({len(self.table)} groups from {len(self.plan)} trials)"
 
     def _repr_html_(self) -> str:
-        return f"<p>{escape(repr(self))}</p>{self.table.drop(columns='trial').to_html(index=False, escape=True)}"
+        return tables.html(repr(self), self.table.drop(columns="trial"))
 
 
 def discover(

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from sklearn.cluster import AgglomerativeClustering
 from torch import Tensor
 
-from melbo_lens import hooks
+from melbo_lens import hooks, tables
 from melbo_lens.adapters import Perturbation
 from melbo_lens.completions import Completions
 from melbo_lens.manifolds import to_sphere
@@ -22,7 +22,7 @@ from melbo_lens.sliced_model import SlicedModel
 ROWS_AT_ONCE = 128
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Effects:
     """Changes after each prompt.
 
@@ -34,6 +34,13 @@ class Effects:
 
     table: pd.DataFrame
     norm_change: Float[Tensor, "row layer pos"]
+
+    def __repr__(self) -> str:
+        kl = self.table.kl
+        return f"Effects({len(self.table)} rows, KL {kl.min():.3g} to {kl.max():.3g} nats; norm_change {list(self.norm_change.shape)})"
+
+    def _repr_html_(self) -> str:
+        return tables.html(repr(self), self.table)
 
 
 def effects(

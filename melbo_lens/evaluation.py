@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from html import escape
 from typing import Any, TypeAlias
 
 import pandas as pd
 from scipy.stats import binomtest, false_discovery_control, fisher_exact
 
+from melbo_lens import tables
 from melbo_lens.completions import Completions
 
 Behavior: TypeAlias = str | Callable[[str], bool]
@@ -37,8 +37,8 @@ class Evaluation:
         return f"Evaluation({len(self.table)} rows; beats the random control: {found})"
 
     def _repr_html_(self) -> str:
-        shown = self.table.sort_values(["q_value", "rate"], ascending=[True, False]).head(40)
-        return f"<p>{escape(repr(self))}</p>{self.summary.to_html(index=False)}<p>{escape(self.note)}</p>{shown.to_html(index=False)}"
+        shown = self.table.sort_values(["q_value", "rate"], ascending=[True, False])
+        return tables.html(repr(self), self.summary, note=self.note) + tables.html("Each vector and sign, the surest first:", shown, most=40)
 
 
 def evaluate(completions: Completions, behaviors: Mapping[str, Behavior], level: float = 0.05) -> Evaluation:

@@ -5,7 +5,6 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +12,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from melbo_lens import files, hooks
+from melbo_lens import files, hooks, tables
 from melbo_lens.calibration import solve_radius
 from melbo_lens.effects import effects
 from melbo_lens.manifolds import to_sphere
@@ -45,7 +44,7 @@ class LayerScan:
         return f"LayerScan({len(pairs)} pairs of layers)"
 
     def _repr_html_(self) -> str:
-        return f"<p>{escape(repr(self))}</p>{self.table.to_html(index=False)}"
+        return tables.html(repr(self), self.table)
 
 
 def scan_layers(

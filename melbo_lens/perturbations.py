@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from melbo_lens import tables
 from melbo_lens.manifolds import to_sphere
 from melbo_lens.randomness import gaussian_rows
 
@@ -221,6 +222,9 @@ class SteeringVectors:
             fields.append(f"objective {self.history[-1].min():.4g} to {self.history[-1].max():.4g} after {self.history.shape[0] - 1} steps")
         fields += [f"derived: {', '.join(self.provenance['derived'])}"] if "derived" in self.provenance else []
         return f"SteeringVectors({', '.join(fields)})"
+
+    def _repr_html_(self) -> str:
+        return tables.html(repr(self), tables.rows(self.history, {"radius": self.radii.tolist()}, "vector"))
 
 
 def concatenate(several: Sequence[Any]) -> Any:

@@ -16,7 +16,7 @@ from melbo_lens.randomness import generator
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class SlicedModel:
     """The function from the stream that leaves block `source_layer` to the target activations, for a fixed set of prompts.
 
@@ -53,6 +53,10 @@ class SlicedModel:
     @property
     def device(self) -> torch.device:
         return self.resid.device
+
+    def __repr__(self) -> str:
+        name = getattr(self.model.cfg, "model_name", None) or type(self.model).__name__
+        return f"SlicedModel({name}, {self.source_hook} to {self.target_hook}, {len(self.batch)} prompts, {len(self.calls)} blocks between)"
 
     def __call__(self, resid: Float[Tensor, "row pos d_model"], prompts: Int[Tensor, " row"]) -> Float[Tensor, "row pos d_target"]:
         """Target activations, float32, when the blocks between get this stream; row r belongs to prompt `prompts[r]`."""

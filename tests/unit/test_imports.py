@@ -7,8 +7,9 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "melbo_lens"
 ORDER = (
-    "randomness files prompts hooks mlp sliced_model objectives manifolds optimization factors perturbations adapters adapter_effects calibration "
-    "methods completions decoding steering effects differences next_tokens evaluation serialization export layer_scan discovery plots report organisms cli __main__ __init__"
+    "randomness files tables prompts hooks mlp sliced_model objectives manifolds optimization factors perturbations adapters adapter_effects "
+    "calibration methods completions decoding steering effects differences next_tokens evaluation serialization export layer_scan discovery plots "
+    "report results organisms cli __main__ __init__"
 ).split()
 # what a file may be asked to do for a value by a local import
 DELEGATED = {(value, file) for value in ("perturbations", "adapters") for file in ("serialization", "adapter_effects", "export")}
