@@ -124,7 +124,7 @@ def left_out(n: int, what: str, most: int = MOST_ROWS, how: str = "choose others
     return "" if n <= most else f"The first {most:,} of {n:,} {what} are drawn; {how}."
 
 
-def without_numbers(values: np.ndarray, what: str, where: Sequence[int] | None = None) -> str:
+def without_numbers(values: np.ndarray, what: str, where: Sequence[object] | None = None) -> str:
     """A sentence about rows that hold NaN or infinity; empty if none does."""
     bad = [int(i) for i in np.flatnonzero(~np.isfinite(values).all(axis=tuple(range(1, values.ndim))))]
     named = ", ".join(str(i if where is None else where[i]) for i in bad[:8])

@@ -7,6 +7,8 @@ from typer.testing import CliRunner
 import melbo_lens as ml
 from melbo_lens.cli import app
 
+FILES = {"about.json", "changes.safetensors", "completions.csv", "effects.safetensors", "ranking.csv", "report.html", "vectors.safetensors"}
+
 
 def fit(directory, out, *more):
     arguments = ["fit", "--model", directory, "--prompt", "w1 w2 w3", "--source-layer", "1", "--target-layer", "3", "--out", str(out)]
@@ -16,7 +18,7 @@ def fit(directory, out, *more):
 def test_fit_on_a_local_directory_writes_vectors_completions_and_a_page(directories, tmp_path):
     result = fit(directories("llama"), tmp_path / "out")
     assert result.exit_code == 0, result.output
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["completions.csv", "report.html", "vectors.safetensors"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
     vectors = ml.load(tmp_path / "out" / "vectors.safetensors")
     assert len(vectors) == 2 and vectors.provenance["prompts"] == ["w1 w2 w3"]
     assert len(pd.read_csv(tmp_path / "out" / "completions.csv")) == 9
@@ -44,4 +46,4 @@ def test_demo_writes_its_folder(tmp_path):
     assert result.exit_code == 0, result.output
     for behavior in ("portuguese", "reasoning", "hate", "cheese"):
         assert behavior in result.output
-    assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == ["completions.csv", "groups.csv", "report.html", "vectors.safetensors"]
+    assert {path.name for path in (tmp_path / "demo").iterdir()} == {"groups.csv", *FILES}
