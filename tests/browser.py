@@ -42,6 +42,14 @@ class Page:
 
         return WebDriverWait(self.driver, seconds).until(lambda _: self.run(f"return {condition}"), f"never true: {condition}")
 
+    def point(self, selector: str, x: float = 0.5, y: float = 0.5) -> None:
+        """Moves the mouse to a place in a thing, given as shares of its width and height."""
+        self.run("document.querySelector(arguments[0]).scrollIntoView({block: 'center'})", selector)
+        box = self.run("const b = document.querySelector(arguments[0]).getBoundingClientRect(); return [b.x, b.y, b.width, b.height]", selector)
+        for shift in (3, 0):
+            spot = {"type": "mouseMoved", "x": box[0] + box[2] * x + shift, "y": box[1] + box[3] * y}
+            self.driver.execute_cdp_cmd("Input.dispatchMouseEvent", spot)
+
     def logged(self) -> list[str]:
         """Errors of the console since the last call."""
         return [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] in ("SEVERE", "ERROR")]

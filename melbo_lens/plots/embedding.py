@@ -3,8 +3,10 @@
 import html
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -76,9 +78,17 @@ class TokenView:
 
 
 def circuitsvis_script() -> str:
-    """circuitsvis, as a script that defines `CircuitsVis`; 1.3 MB."""
+    """circuitsvis, as a script that defines `CircuitsVis`; 1.3 MB. It writes tokens as HTML: here they are escaped before.
+
+    Raises:
+        RuntimeError: this version of circuitsvis is built differently, so that text could not be made safe.
+    """
     code = files("circuitsvis").joinpath("dist/cdn/iife.js").read_text(encoding="utf-8")
-    return "<script>" + code.replace("</script>", "<\\/script>") + "</script>"
+    safe, n_places = re.subn(r"dangerouslySetInnerHTML:\{__html:([^{}]+)\}", r"dangerouslySetInnerHTML:{__html:asText(\1)}", code)
+    if n_places < 4:
+        raise RuntimeError(f"circuitsvis {version('circuitsvis')} writes tokens in an unknown way: install circuitsvis 1.43.3.")
+    as_text = 'function asText(text){return String(text).replace(/&/g,"&amp;").replace(/</g,"&lt;")}'
+    return f"<script>{as_text}\n" + safe.replace("</script>", "<\\/script>") + "</script>"
 
 
 def embed(figures: Sequence[go.Figure]) -> list[str]:

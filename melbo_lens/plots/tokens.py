@@ -13,6 +13,7 @@ from melbo_lens.plots.embedding import Element, TokenView
 from melbo_lens.plots.text import visible
 
 MOST_VECTORS = 100  # a button or a choice each
+MOST_NUMBERS = 100_000  # half a megabyte on a page
 
 
 def colored_tokens(changes: ActivationChanges, vector: int = 0, layer: int | None = None, relative: bool = False) -> TokenView:
@@ -69,7 +70,8 @@ def text_neuron_activations(changes: ActivationChanges, relative: bool = True) -
         changes, relative: as in `colored_tokens`.
     """
     _some(changes)
-    numbers, note = _numbers(_values(changes, relative)[:MOST_VECTORS])
+    most = max(1, min(MOST_VECTORS, MOST_NUMBERS // changes.clean.numel()))
+    numbers, note = _numbers(_values(changes, relative)[:most])
     tokens = _tokens(changes.tokens)
     properties = {
         "tokens": tokens,
@@ -79,7 +81,7 @@ def text_neuron_activations(changes: ActivationChanges, relative: bool = True) -
         "firstDimensionLabels": [str(layer) for layer in changes.layers],
         "secondDimensionLabels": [str(k) for k in range(len(numbers))],
     }
-    note = " ".join(filter(None, [left_out(len(changes), "vectors", MOST_VECTORS), note]))
+    note = " ".join(filter(None, [left_out(len(changes), "vectors", most), note]))
     return TokenView((Element("Change by vector and layer", "TextNeuronActivations", properties, _still(tokens, numbers[0, 0]), note),))
 
 

@@ -46,12 +46,14 @@ def test_changes_by_token_and_layer_are_those_of_single_runs(any_model, perturba
     torch.testing.assert_close(measured.relative, measured.change / measured.clean)
 
 
-def test_effects_at_the_target_are_those_of_single_runs_with_their_signs(any_model, perturbations):
-    effects = ml.target_effects(any_model, [PROMPT, "w5 w6"], perturbations, target_layer=3, target_positions=slice(-2, None), signs=(1, -1))
+@pytest.mark.parametrize("make", [lambda model: vectors(), adapters], ids=["vectors", "adapters"])
+def test_effects_at_the_target_are_those_of_single_runs_with_their_signs(model, make):
+    perturbations = make(model)
+    effects = ml.target_effects(model, [PROMPT, "w5 w6"], perturbations, target_layer=3, target_positions=slice(-2, None), signs=(1, -1))
     assert effects.vectors == (0, 1, 2) * 2 and effects.signs == (1, 1, 1, -1, -1, -1) and effects.target_layer == 3
     for row, (k, sign) in enumerate(zip(effects.vectors, effects.signs, strict=True)):
         one = perturbations[[k]] if sign > 0 else -perturbations[[k]]
-        parts = [(by_hand(any_model, p, one, 3)[0] - by_hand(any_model, p, None, 3)[0])[-2:].flatten() for p in (PROMPT, "w5 w6")]
+        parts = [(by_hand(model, p, one, 3)[0] - by_hand(model, p, None, 3)[0])[-2:].flatten() for p in (PROMPT, "w5 w6")]
         torch.testing.assert_close(effects.values[row], torch.cat(parts), rtol=1e-3, atol=1e-3)
 
 
@@ -70,16 +72,18 @@ def test_the_objective_is_the_one_that_was_maximised(model, p, q, token_norm):
     assert (ml.objective(model, [PROMPT, "w5 w6"], ml.random_vectors(fitted), 3, **settings) < found).all()
 
 
-def test_next_tokens_are_those_of_single_runs(any_model, perturbations):
-    expected = ml.next_tokens(any_model, PROMPT, perturbations, k=4)
-    ids = any_model.to_tokens(PROMPT)[0]
+@pytest.mark.parametrize("make", [lambda model: vectors(), adapters], ids=["vectors", "adapters"])
+def test_next_tokens_are_those_of_single_runs(model, make):
+    perturbations = make(model)
+    expected = ml.next_tokens(model, PROMPT, perturbations, k=4)
+    ids = model.to_tokens(PROMPT)[0]
     assert expected.conditions == ("unsteered", "vector 0", "vector 1", "vector 2") and len(expected.tokens) == len(ids)
     for i, one in enumerate([None, *(perturbations[[k]] for k in range(3))]):
-        _, log_probs = by_hand(any_model, PROMPT, one, 3)
+        _, log_probs = by_hand(model, PROMPT, one, 3)
         followed = log_probs[:-1].gather(1, ids[1:, None])[:, 0]
         torch.testing.assert_close(expected.log_probs[i], followed, rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(expected.top_log_probs[i], log_probs.topk(4).values, rtol=1e-3, atol=1e-3)
-        assert expected.top_tokens[i][-1][0] == any_model.tokenizer.decode([int(log_probs[-1].argmax())])
+        assert expected.top_tokens[i][-1][0] == model.tokenizer.decode([int(log_probs[-1].argmax())])
         assert expected.ranks[i].tolist() == [int((row > value).sum()) for row, value in zip(log_probs[:-1], followed, strict=True)]
 
 
@@ -87,11 +91,11 @@ def test_coherence_of_unsteered_text_is_the_log_probability_that_generate_report
     completions = ml.generate(model, [PROMPT, "w5"], vectors(), max_new_tokens=5, progress=False)
     found = ml.coherence(model, completions)
     table = completions.table
-    unsteered = (table.kind == "unsteered").to_numpy()
-    means = [sum(row) / len(row) if row else float("nan") for row in table.log_probs]
-    torch.testing.assert_close(found[unsteered], torch.tensor(means)[unsteered], rtol=1e-3, atol=1e-3, equal_nan=True)
-    steered = (table.kind == "steered").to_numpy()
-    assert (found[steered] - torch.tensor(means)[steered]).abs().max() > 0.1  # under the unsteered model, not under the steered one
+    unsteered = torch.tensor((table.kind == "unsteered").tolist())
+    means = torch.tensor([sum(row) / len(row) if row else float("nan") for row in table.log_probs])
+    torch.testing.assert_close(found[unsteered], means[unsteered], rtol=1e-3, atol=1e-3, equal_nan=True)
+    steered = torch.tensor((table.kind == "steered").tolist())
+    assert (found[steered] - means[steered]).abs().max() > 0.1  # under the unsteered model, not under the steered one
 
 
 def test_coherence_knows_that_a_chat_has_its_begin_token(model):

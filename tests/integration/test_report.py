@@ -108,10 +108,10 @@ def test_adapters_have_a_page_and_nothing_to_rank_is_said(tmp_path):
 
 def test_100_vectors_and_10_prompts_stay_below_10_megabytes(tmp_path):
     long = "a completion of about thirty tokens, as a small model writes them when it is asked for something that it was not taught, or so "
-    given, more = everything(long, 100, tuple(f"{i} {long}" for i in range(10)), scales=(1.0,))
+    (vectors, written, _), more = everything(long, 100, tuple(f"{i} {long}" for i in range(10)), scales=(1.0,))
     tokens = tuple(f" token{i}" for i in range(200))
     more["changes"] = ml.ActivationChanges(torch.rand(100, 24, 200), torch.ones(24, 200), tokens, tuple(range(1, 25)))
-    size = ml.report(*given, tmp_path / "large.html", **more).stat().st_size
+    size = ml.report(vectors, written, {"long": "steered", "other": "random"}, tmp_path / "large.html", **more).stat().st_size
     assert 7e6 < size < 10e6
 
 
