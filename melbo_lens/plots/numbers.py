@@ -200,7 +200,9 @@ def behavior_rates(evaluation: Evaluation) -> Bars:
         )
     values, low, high = (np.array(column, dtype=float) for column in zip(*rows, strict=True))
     groups = ("steered", "random, same norms", "unsteered")
-    return Bars(values, low, high, tuple(summary.behavior), groups, "share of completions", "How often completions show it", evaluation.note)
+    return Bars(
+        values, low, high, tuple(summary.behavior), groups, "share of completions", "How often completions show each behaviour", evaluation.note
+    )
 
 
 def scale_sweep(completions: Completions, behaviors: Mapping[str, Behavior], coherence: Any = None) -> tuple[Lines, Lines]:

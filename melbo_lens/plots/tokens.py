@@ -111,7 +111,7 @@ def token_log_probs(expected: NextTokens, conditions: Any = None) -> TokenView:
             "correctTokenLogProb": _short(followed),
         }
         note = " ".join(filter(None, [note or top_note, rest if i == chosen[0] else ""]))
-        heading = f"Log-probability of each next token: {expected.conditions[i]}"
+        heading = f"How likely each token is after those before it (red: likely), {expected.conditions[i]}"
         elements.append(Element(heading, "TokenLogProbs", properties, _still(tokens[1:], np.exp(followed)), note))
     return TokenView(tuple(elements))
 

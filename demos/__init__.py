@@ -1,0 +1,1 @@
+"""Notebooks to learn from; `python -m demos.build` runs them again."""
