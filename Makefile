@@ -5,7 +5,7 @@ LOCK ?= requirements.lock
 VENV ?= .venv
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test look notebooks bench lint clean
 
 $(VENV)/.installed: pyproject.toml $(LOCK)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "melbo_lens needs Python 3.11 or newer; set PYTHON=python3.11")'
@@ -20,6 +20,14 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest
+
+# the page and the notebooks as a person sees them; needs chromium and chromedriver
+look: $(VENV)/.installed
+	$(VENV)/bin/python -m pytest -m "browser or notebook"
+
+# runs the notebooks and writes their outputs
+notebooks: $(VENV)/.installed
+	$(VENV)/bin/python -m demos.build
 
 bench: $(VENV)/.installed
 	$(VENV)/bin/python -m tests.benchmarks.run
