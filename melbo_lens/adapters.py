@@ -4,7 +4,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Any, SupportsIndex, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from melbo_lens import tables
 from melbo_lens.mlp import MLPSite, Update, mlp_site, usual_site, widths
-from melbo_lens.perturbations import HookFunction, SteeringVectors
+from melbo_lens.perturbations import HookFunction, SteeringVectors, chosen_rows
 
 Factors: TypeAlias = tuple[Tensor, Tensor]  # A [adapter rank d_mlp], B [adapter d_model rank]
 
@@ -177,12 +177,8 @@ class SteeringAdapters:
     def __iter__(self) -> Iterator["SteeringAdapters"]:
         return (self[i] for i in range(len(self)))
 
-    def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> "SteeringAdapters":
-        if isinstance(index, int) and not -len(self) <= index < len(self):
-            raise IndexError(f"adapter {index} was asked for, there are {len(self)}: use 0 to {len(self) - 1}.")
-        kept = torch.arange(len(self), device=self.scales.device)[[index] if isinstance(index, int) else index]
-        if len(kept) == 0:
-            raise IndexError(f"the selection {index!r} holds no adapter; there are {len(self)}.")
+    def __getitem__(self, index: SupportsIndex | slice | Sequence[int] | Tensor) -> "SteeringAdapters":
+        kept = chosen_rows(index, len(self), "adapter").to(self.scales.device)
         chosen = [*self.provenance.get("rows", range(len(self)))]
         return replace(
             self,

@@ -1,7 +1,7 @@
 """How is a TransformerLens model touched?  The only file that attaches hooks, calls a block or knows the model classes."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -60,7 +60,10 @@ def hook_point(model: Any, name: str) -> nn.Module:
     Raises:
         ValueError: the model has no such hook.
     """
-    points = model.hook_dict
+    return _named(model.hook_dict, name)
+
+
+def _named(points: Mapping[str, nn.Module], name: str) -> nn.Module:
     if name not in points:
         near = sorted(other for other in points if other.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1])[:4]
         hint = f"did you mean one of {near}?" if near else "this model has none of that kind (an attention-only model has no MLP)."
@@ -89,7 +92,8 @@ def attached(model: Any, hooks: Sequence[Hook]) -> Iterator[list[int]]:
 
         return hook_function
 
-    points = [(hook_point(model, name), function) for name, function in hooks]  # all names are known before any hook is attached
+    known = model.hook_dict if hooks else {}  # a bridge builds it anew each time it is asked
+    points = [(_named(known, name), function) for name, function in hooks]  # all names are known before any hook is attached
     with ExitStack() as stack:
         for i, (point, function) in enumerate(points):
             before = set(map(id, point.fwd_hooks))

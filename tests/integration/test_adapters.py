@@ -98,7 +98,8 @@ def check_edit_of_hooked(model):
 def test_a_norm_other_than_rms_after_the_mlp_is_refused(directories):
     if not models.HAS_HOOKED:
         pytest.skip("TransformerLens 4 has no HookedTransformer")
-    model = models.hooked(directories("gpt2"), use_normalization_before_and_after=True)
+    model = models.hooked(directories("gpt2"), normalization_type="RMS", use_normalization_before_and_after=True)
+    model.blocks[1].ln2_post = torch.nn.LayerNorm(models.D_MODEL)
     with pytest.raises(ValueError, match=r"ln2_post, is a LayerNorm: only RMS norms"):
         mlp_site(model, 1)
 
