@@ -20,6 +20,7 @@ def draw_matrix(matrix: Matrix) -> go.Figure:
     """A heat-map: diverging RdBu around 0 for signed quantities, else from white."""
     figure = go.Figure(_heatmap(matrix))
     _matrix_axes(figure, matrix)
+    figure.update_layout(plot_bgcolor="rgba(128,128,128,0.15)")  # what was not measured is grey
     height = len(matrix.rows) * (16 if len(matrix.rows) > 8 else 26)
     return _styled(figure, matrix.title, matrix.note, max(320, height + 190))
 
@@ -176,7 +177,7 @@ def _add_lines(figure: go.Figure, lines: Lines, row: int | None = None) -> None:
             line={"width": 1 if many else 2, "color": color, "dash": "dot" if line.control else "solid"},
             opacity=0.6 if many else 1,
             name=for_plotly(line.name),
-            error_y=_whiskers(line.y, line.low, line.high),
+            error_y=_whiskers(line.y, line.low, line.high, color),
             showlegend=not many and (len(lines.lines) > 1) and row in (None, 1),
             customdata=between or None,
             hovertemplate=hover,
@@ -197,13 +198,13 @@ def _add_lines(figure: go.Figure, lines: Lines, row: int | None = None) -> None:
         figure.add_annotation(x=x, xanchor="left", xshift=4, y=0, yref="paper", yanchor="bottom", text=name, **said)
 
 
-def _whiskers(values: np.ndarray, low: np.ndarray | None, high: np.ndarray | None) -> dict[str, object]:
+def _whiskers(values: np.ndarray, low: np.ndarray | None, high: np.ndarray | None, color: str = "#7a7a7a") -> dict[str, object]:
     """Error bars; those wider than half the scale, of a handful of completions, would only hide the rest."""
     if low is None or high is None:
         return {}
     known = np.isfinite(low) & (high - low <= 0.5)
     above, below = (np.where(known, part, 0.0) for part in (high - values, values - low))
-    return {"type": "data", "symmetric": False, "array": above, "arrayminus": below, "thickness": 1, "width": 3, "color": "#7a7a7a"}
+    return {"type": "data", "symmetric": False, "array": above, "arrayminus": below, "thickness": 1, "width": 3, "color": color}
 
 
 def _line_axes(figure: go.Figure, lines: Lines, row: int | None = None) -> None:
@@ -239,6 +240,7 @@ def _styled(figure: go.Figure, title: str, note: str, height: int) -> go.Figure:
         height=height + above - 52,
         legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0, "xanchor": "left", "font": {"size": 11}},
         hoverlabel={"align": "left", "font": {"size": 12}},
+        plot_bgcolor=figure.layout.plot_bgcolor or "rgba(0,0,0,0)",
         modebar={"bgcolor": "rgba(0,0,0,0)", "color": "#8c8c8c", "activecolor": COLORS[0]},
     )
     # grey enough for a white page and for a black one
