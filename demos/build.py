@@ -38,7 +38,7 @@ def run(path: Path, scratch: Path, seconds: int = 240) -> tuple[nbformat.Noteboo
     notebook = nbformat.read(path, as_version=4)
     settings = SETTINGS | {"PYTHONPATH": os.pathsep.join([str(DEMOS.parent), os.environ.get("PYTHONPATH", "")])}
     if path.parent.name == "public" and "MELBO_MODEL" not in os.environ:
-        settings |= {"MELBO_MODEL": str(qwen.save(scratch / "tiny-random-qwen2")), "MELBO_QUICK": "1"}
+        settings |= {"MELBO_MODEL": qwen.save(scratch / "tiny-random-qwen2").name, "MELBO_QUICK": "1"}
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
     began = time.monotonic()
