@@ -72,6 +72,7 @@ def test_blanks_and_control_characters_can_be_seen():
     assert [visible(token) for token in (" the", "\n", "", "a\tb", "🧀", "👩‍🔬", "\x00", "\u202e")] == [
         "·the", "↵", "∅", "a⇥b", "🧀", "👩‍🔬", "\\u0000", "\\u202e",
     ]  # fmt: skip
+    assert for_plotly("\x00\x1b\ufffe\ud800 b") == "\\u0000\\u001b\\ufffe\\ud800 b"  # a picture of such a figure can't be made
     assert for_plotly("<a href='javascript:x'>&\nb") == "&lt;a href='javascript:x'&gt;&amp;<br>b"
 
 
