@@ -38,6 +38,8 @@ class SteeringAdapters:
     sites: Mapping[int, MLPSite] = field(default_factory=dict)
     fitted_on: "weakref.ref[Any] | None" = None  # lets to_peft check itself while the model is still there; never saved
 
+    __array_ufunc__ = None  # a number from a table, numpy's, times adapters is adapters
+
     def __post_init__(self) -> None:
         if not self.factors:
             raise ValueError("factors is empty: give A and B of at least one source layer.")

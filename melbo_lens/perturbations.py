@@ -34,6 +34,8 @@ class SteeringVectors:
     history: Float[Tensor, "step vector_or_0"] = field(default_factory=lambda: torch.zeros(0, 0))
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
+    __array_ufunc__ = None  # a number from a table, numpy's, times vectors is vectors
+
     def __post_init__(self) -> None:
         if self.values.ndim != 2 or 0 in self.values.shape or not self.values.is_floating_point():
             raise ValueError(f"values must be a floating-point tensor [vector d_model] that is not empty; got {tuple(self.values.shape)}.")

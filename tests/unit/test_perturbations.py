@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import pandas as pd
 import pytest
 import torch
 
@@ -156,3 +157,10 @@ def test_ablation_removes_the_direction_and_nothing_else():
         hooks[0][1](activation[:2], hook=None)
     with pytest.raises(ValueError, match="layers is empty"):
         vectors.ablation_hooks([])
+
+
+def test_numbers_from_a_table_scale_as_others_do():
+    vectors, adapters = ml.SteeringVectors(torch.eye(3), 0), ml.SteeringAdapters.from_factors(torch.ones(2, 1, 3), torch.ones(2, 4, 1), 0)
+    row = pd.DataFrame({"sign": [-1], "scale": [1.5]}).iloc[0]
+    torch.testing.assert_close((row.sign * row.scale * vectors).values, -1.5 * torch.eye(3))
+    torch.testing.assert_close((row.sign * row.scale * adapters).scales, torch.full((2,), -1.5))
