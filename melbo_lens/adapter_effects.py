@@ -1,7 +1,7 @@
 """What does an adapter do at its source?  The bias that each position receives, the vector nearest to it, and the control of equal norm."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from melbo_lens.factors import normalize
 from melbo_lens.perturbations import SteeringVectors
 from melbo_lens.prompts import PromptBatch, Prompts, pad, tokenize
 from melbo_lens.randomness import gaussian_rows
+
+ROWS_AT_ONCE = 128
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -69,11 +71,12 @@ def effect(adapters: SteeringAdapters, model: Any, prompts: Prompts, layer: int 
     before = [other for other in adapters.source_layers if other < layer]
     parts = []
     with hooks.frozen(model), torch.no_grad():
-        clean = None if before else _mlp_out(adapters, model, batch, layer, [])
-        for adapter in adapters:
-            plain = _mlp_out(adapter, model, batch, layer, before) if clean is None else clean
-            parts.append((_mlp_out(adapter, model, batch, layer, [*before, layer]) - plain).masked_fill(~own[..., None], 0))
-    return AdapterEffect(torch.stack(parts), own, layer)
+        clean = _mlp_out(adapters[:1], model, batch, layer, [])
+        for first in range(0, len(adapters), max(1, ROWS_AT_ONCE // len(batch))):
+            some = adapters[first : first + max(1, ROWS_AT_ONCE // len(batch))]
+            plain = _mlp_out(some, model, batch, layer, before) if before else clean
+            parts.append((_mlp_out(some, model, batch, layer, [*before, layer]) - plain).masked_fill(~own[..., None], 0))
+    return AdapterEffect(torch.cat(parts), own, layer)
 
 
 def to_vectors(adapters: SteeringAdapters, model: Any, prompts: Prompts) -> SteeringVectors:
@@ -129,7 +132,7 @@ def random_adapters(like: SteeringAdapters, model: Any, prompts: Prompts | None 
     provenance = {"method": "random_adapters", "seed": seed, "normalization": how, "matched_to": dict(like.provenance)}
     control = SteeringAdapters(factors, torch.ones_like(like.scales), provenance=provenance).on(model)
     wanted = mean_norms(like, model, prompts)
-    scales = like.scales.sign() * torch.tensor([scale_for_norm(control[k], model, prompts, float(wanted[k])) for k in range(len(like))]).to(wanted)
+    scales = like.scales.sign() * scales_for_norms(control, model, prompts, wanted)
     return SteeringAdapters(factors, scales, provenance=provenance, sites=control.sites)
 
 
@@ -143,21 +146,23 @@ def fitting_prompts(adapters: SteeringAdapters, prompts: Prompts | None, device:
     return pad([list(row) for row in rows], adapters.provenance.get("prompts", [""] * len(rows)), device=device)
 
 
-def scale_for_norm(adapter: SteeringAdapters, model: Any, prompts: Prompts, norm: float) -> float:
-    """The scale at which one adapter's update has this mean norm: in proportion where nothing bends the update, else bracketed and solved.
+def scales_for_norms(adapters: SteeringAdapters, model: Any, prompts: Prompts, norms: Float[Tensor, " adapter"]) -> Float[Tensor, " adapter"]:
+    """The scales at which the adapters' updates have these mean norms: in proportion where nothing bends an update, else bracketed and solved.
 
     Raises:
         ValueError: no scale gives that norm.
     """
+    guesses = norms / mean_norms(adapters.rescaled(torch.ones_like(adapters.scales), "trial"), model, prompts)
+    reached = mean_norms(adapters.rescaled(guesses, "trial"), model, prompts)
+    bent = ((reached - norms).abs() > 1e-4 * norms).tolist()
+    solved = [_solved(adapters[k], model, prompts, float(norms[k]), guess) if bent[k] else guess for k, guess in enumerate(guesses.tolist())]
+    return torch.tensor(solved).to(guesses)
 
+
+def _solved(adapter: SteeringAdapters, model: Any, prompts: Prompts, norm: float, guess: float) -> float:
     def excess(scale: float) -> float:
-        return float(mean_norms(adapter.rescaled(torch.full((1,), scale), "trial"), model, prompts)[0]) - norm
+        return float(mean_norms(adapter.rescaled(torch.full_like(adapter.scales, scale), "trial"), model, prompts)[0]) - norm
 
-    if norm == 0:
-        return 0.0
-    guess = norm / (excess(1.0) + norm)
-    if abs(excess(guess)) <= 1e-4 * norm:
-        return guess
     low = high = guess
     while excess(low) > 0:
         low /= 2
@@ -173,11 +178,14 @@ def _random_factor(like: Tensor, how: Any, seed: int, layer: int, name: str) -> 
     return normalize(rows.view(like.shape).to(like.device), how)
 
 
-def _mlp_out(adapter: SteeringAdapters, model: Any, batch: PromptBatch, layer: int, acting: Sequence[int]) -> Tensor:
-    """What one block adds to the stream by its MLP, float32, while the adapter's updates at the layers `acting` are on."""
+def _mlp_out(
+    adapters: SteeringAdapters, model: Any, batch: PromptBatch, layer: int, acting: Sequence[int]
+) -> Float[Tensor, "adapter prompt pos d_model"]:
+    """What one block adds to the stream by its MLP, float32, while the updates at the layers `acting` are on, for every adapter."""
     seen: list[Tensor] = []
-    name = f"blocks.{layer}.hook_mlp_out"
-    active = [] if not acting else SteeringAdapters({i: adapter.factors[i] for i in acting}, adapter.scales, sites=adapter.sites).hooks()
-    read = (name, lambda activation, hook: seen.append(activation.float().clone()))
-    hooks.record(model, batch.tokens, layer, layer + 1, [*active, read])
-    return seen[0]
+    read = (f"blocks.{layer}.hook_mlp_out", lambda activation, hook: seen.append(activation.float().clone()))
+    index = [k for k in range(len(adapters)) for _ in range(len(batch))]
+    some = replace(adapters, factors={i: adapters.factors[i] for i in acting}) if acting else None
+    active = some.row_hooks(index, torch.ones(len(index))) if some is not None else []
+    hooks.record(model, batch.tokens.repeat(len(adapters), 1), layer, layer + 1, [*active, read])
+    return seen[0].unflatten(0, (len(adapters), len(batch)))
