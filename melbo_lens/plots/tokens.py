@@ -13,7 +13,7 @@ from melbo_lens.plots.embedding import Element, TokenView
 from melbo_lens.plots.text import visible
 
 MOST_VECTORS = 100  # a button or a choice each
-MOST_NUMBERS = 100_000  # half a megabyte on a page
+MOST_NUMBERS = 40_000  # a third of a megabyte on a page
 
 
 def colored_tokens(changes: ActivationChanges, vector: int = 0, layer: int | None = None, relative: bool = False) -> TokenView:
@@ -176,8 +176,8 @@ def _numbers(values: np.ndarray) -> tuple[np.ndarray, str]:
 
 
 def _short(values: np.ndarray) -> Any:
-    """Lists with five significant digits: enough for an eye, and small on a page."""
-    return np.vectorize(lambda value: float(f"{value:.5g}"), otypes=[float])(values).tolist() if values.size else values.tolist()
+    """Lists with four significant digits: enough for an eye, and small on a page."""
+    return np.vectorize(lambda value: float(f"{value:.4g}"), otypes=[float])(values).tolist() if values.size else values.tolist()
 
 
 def _layer(changes: ActivationChanges, layer: int | None) -> int:

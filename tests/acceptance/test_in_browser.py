@@ -89,7 +89,7 @@ def test_the_table_is_filtered_by_vector_sign_behavior_kind_and_search(page):
 
 
 def test_completions_stand_beside_the_unsteered_ones(page):
-    assert page.run("return getComputedStyle(document.querySelector('#table td.beside')).display") == "none"
+    assert page.run("return getComputedStyle(document.querySelector('#table th.beside')).display") == "none"
     page.driver.find_element("id", "side").click()
     texts = page.run(f"return {VISIBLE}.map(row => row.querySelector('.beside').textContent)")
     assert set(texts) == {"it is athens"} and len(texts) == 33
