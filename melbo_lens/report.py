@@ -226,15 +226,19 @@ def _sections(vectors: Any, table: pd.DataFrame, shown: pd.DataFrame) -> Iterato
     plain = {(row.prompt, row.sample): row.text for row in table[table.kind == "unsteered"].itertuples()}
     radii = getattr(vectors, "radii", None)
     history = getattr(vectors, "history", None)
-    steered = dict(tuple(table[table.kind == "steered"].groupby("vector")))
+    columns = (table[name].tolist() for name in ("kind", "vector", "prompt", "sample", "scale", "sign", "text"))
+    written: dict[int, dict[tuple[int, int, float], dict[int, Any]]] = {}
+    for (kind, k, prompt, sample, scale, sign, text), names in zip(zip(*columns, strict=True), labels, strict=True):
+        if kind == "steered":
+            written.setdefault(int(k), {}).setdefault((prompt, sample, scale), {})[int(sign)] = (text, names)
     for k in range(min(len(vectors), MOST_SECTIONS)):
         facts = [] if radii is None else [("radius", f"{float(radii[k]):.4g}")]
         if history is not None and len(history):
             facts.append(("objective", f"{float(history[0][k]):.4g} at the start, {float(history[-1][k]):.4g} at the end"))
-        rows = []
-        for (prompt, sample, scale), group in steered[k].groupby(["prompt", "sample", "scale"]) if k in steered else ():
-            texts = {int(row.sign): (row.text, labels[row.Index]) for row in group.itertuples()}
-            rows.append({"prompt": prompt, "sample": sample, "scale": f"{scale:g}", "plain": plain.get((prompt, sample)), "texts": texts})
+        rows = [
+            {"prompt": prompt, "sample": sample, "scale": f"{scale:g}", "plain": plain.get((prompt, sample)), "texts": texts}
+            for (prompt, sample, scale), texts in sorted(written.get(k, {}).items())
+        ]
         signs = [sign for sign in (1, -1) if any(sign in row["texts"] for row in rows)]
         seen = sorted({name for row in rows for _, names in row["texts"].values() for name in names})
         yield {"vector": k, "facts": facts, "rows": rows, "signs": signs, "seen": seen}

@@ -30,11 +30,14 @@ def draw_clustered(clustered: Clustered) -> go.Figure:
     matrix, n = clustered.matrix, len(clustered.order)
     figure = make_subplots(rows=2, cols=1, row_heights=[0.18, 0.82], vertical_spacing=0.01)
     figure.add_trace(_heatmap(matrix), row=2, col=1)
-    for join in clustered.joins:
-        line = {"color": CONTROL, "width": 1}
-        distance = join[:, 1].max()
-        hover = f"joined at distance {distance:.3g}<extra></extra>"
-        figure.add_scatter(x=join[:, 0], y=join[:, 1], mode="lines", line=line, showlegend=False, hovertemplate=hover, row=1, col=1)
+    if len(clustered.joins):
+        # one line, lifted between the joins
+        gaps = np.full((len(clustered.joins), 1, 2), np.nan)
+        x, y = np.concatenate([clustered.joins, gaps], axis=1).reshape(-1, 2).T
+        distances = np.repeat(clustered.joins[:, :, 1].max(1), 5)
+        look = {"mode": "lines", "line": {"color": CONTROL, "width": 1}, "showlegend": False}
+        hover = "joined at distance %{customdata:.3g}<extra></extra>"
+        figure.add_scatter(x=x, y=y, customdata=distances, hovertemplate=hover, **look, row=1, col=1)
     _matrix_axes(figure, matrix, row=2)
     # an axis of its own: on one of categories, a place between two would be a category more
     figure.update_xaxes(visible=False, range=[-0.5, n - 0.5], row=1, col=1)

@@ -43,17 +43,17 @@ def test_properties_are_those_that_circuitsvis_itself_writes():
     tokens = [visible(token) for token in measured.tokens]
     ours = properties(ml.plots.colored_tokens(measured, 1).html(bundle=False), "ColoredTokens")
     assert set(ours) <= set(reference(circuitsvis.tokens.colored_tokens(tokens, [0.0] * 5, 0.0, 1.0, "red", "blue")))
-    assert ours["tokens"] == tokens and ours["values"] == pytest.approx(measured.change[1, -1].tolist(), rel=1e-4)
+    assert ours["tokens"] == tokens and ours["values"] == pytest.approx(measured.change[1, -1].tolist(), rel=1e-3)
     ours = properties(ml.plots.colored_tokens_multi(measured).html(bundle=False), "ColoredTokensMulti")
     theirs = reference(circuitsvis.tokens.colored_tokens_multi(tokens, measured.change[:, -1].T, [f"vector {k}" for k in range(3)]))
     assert set(ours) == set(theirs) and ours["labels"] == theirs["labels"]
-    torch.testing.assert_close(torch.tensor(ours["values"]), torch.tensor(theirs["values"]), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(torch.tensor(ours["values"]), torch.tensor(theirs["values"]), rtol=1e-3, atol=1e-6)
     ours = properties(ml.plots.text_neuron_activations(measured, relative=False).html(bundle=False), "TextNeuronActivations")
     theirs = reference(
         circuitsvis.activations.text_neuron_activations(tokens, measured.change.permute(2, 1, 0), "Layer", "Vector", ["3", "4"], ["0"])
     )
     assert set(ours) == set(theirs)
-    torch.testing.assert_close(torch.tensor(ours["activations"]), torch.tensor(theirs["activations"]), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(torch.tensor(ours["activations"]), torch.tensor(theirs["activations"]), rtol=1e-3, atol=1e-6)
     ours = properties(ml.plots.token_log_probs(next_tokens()).html(bundle=False), "TokenLogProbs")
     theirs = reference(circuitsvis.logits.token_log_probs(torch.tensor([0, 1, 2]), torch.randn(3, 4).log_softmax(-1), str, 2))
     assert set(ours) == set(theirs)
