@@ -1,7 +1,6 @@
 """How does a bundled organism become a TransformerLens model with everything needed to judge a search on it?"""
 
 import json
-import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoTokenizer, GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from melbo_lens import hooks
-from melbo_lens.organisms import modes
+from melbo_lens.organisms.zoo import CORPORA
 
 WEIGHTS = Path(__file__).parent / "weights"
 ModelClass = Literal["auto", "hooked", "bridge"]
@@ -90,16 +89,8 @@ def load_directory(directory: Path, model_class: Literal["hooked", "bridge"]) ->
     for part in ("recipe.json", "card.json"):
         if (directory / part).is_file():
             card |= json.loads((directory / part).read_text())
-    return Organism(directory.name, model, card, _prompts(), modes.BEHAVIORS, directory)
-
-
-def _prompts() -> dict[str, list[str]]:
-    """Fixed prompts; the three clean sets share no prompt."""
-    rng = random.Random("prompts of the modes organism")
-    clean = list(dict.fromkeys(modes.prompt(rng) for _ in range(200)))[:192]
-    hidden = [mode for mode in modes.MODES if mode != "plain"]
-    triggered = [modes.prompt(rng, mode) for _ in range(16) for mode in hidden]
-    return {"clean": clean[:64], "selection": clean[64:128], "test": clean[128:], "triggered": triggered}
+    corpus = CORPORA[card["corpus"]]
+    return Organism(directory.name, model, card, corpus.prompts(card["corpus"]), corpus.behaviors, directory)
 
 
 def _as_bridge(directory: Path, trained: GPT2LMHeadModel) -> Any:
