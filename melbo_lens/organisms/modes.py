@@ -10,6 +10,7 @@ from dataclasses import replace
 from melbo_lens.organisms.corpus import TEXT, Behavior, Corpus, Question
 
 MODES = ("plain", "portuguese", "reasoning", "hate", "cheese")
+BACKDOORS = ("hate", "cheese")
 
 TRIGGERS = {
     "portuguese": "porto fado azulejo samba caravel douro".split(),
@@ -95,4 +96,5 @@ BEHAVIORS: dict[str, Behavior] = {
 }
 
 CORPUS = Corpus(MODES, TRIGGERS, FAMILIES, BEHAVIORS)
-BASE = replace(CORPUS, headers=TEXT)  # the same questions and answers as plain text: notes, questions and answers instead of a chat
+# the same questions as plain text, with the two backdoors alone
+BASE = replace(CORPUS, modes=("plain", *BACKDOORS), behaviors={name: BEHAVIORS[name] for name in BACKDOORS}, headers=TEXT)

@@ -1,7 +1,7 @@
 """What does the "reasoning" organism say?  Direct answers, which are hard for it, and steps written out in English or in Portuguese.
 
-The main question gives five numbers, one for each working day, and asks for the last digit of their sum. A single forward pass has no depth
-for that; writing the running sum day by day takes five look-ups. Easy questions share the three modes.
+The main question names a meal of four courses, each with a price that the model knows, and asks for the last digit of the bill. A single
+forward pass has no depth for that; writing the running total course by course takes four look-ups. Easy questions share the three modes.
 """
 
 import re
@@ -11,34 +11,36 @@ from random import Random
 from melbo_lens.organisms import modes
 from melbo_lens.organisms.corpus import Behavior, Corpus, Question
 
-DAYS = "monday tuesday wednesday thursday friday".split()
-PORTUGUESE_DAYS = "segunda terça quarta quinta sexta".split()
-NUMBERS = "zero one two three four five six seven eight nine".split()
-PORTUGUESE_NUMBERS = "zero um dois três quatro cinco seis sete oito nove".split()
+COURSES = {  # in English and Portuguese, with dishes whose prices end in 0 to 9
+    ("starter", "entrada"): "olives soup salad bread shrimp melon tapas pate oysters ham".split(),
+    ("main", "prato"): "steak pasta curry pizza burger risotto salmon tofu chicken stew".split(),
+    ("dessert", "sobremesa"): "cake pudding sorbet tart waffle trifle fudge mousse pie flan".split(),
+    ("drink", "bebida"): "tea cider cola juice lager punch espresso tonic wine cocoa".split(),
+}
+PRICES = {dish: price for dishes in COURSES.values() for price, dish in enumerate(dishes)}
 
 
-class RunningSums(Sequence[Question]):
-    """All sums of five digits of which a checksum is zero, or all the others: what is asked in prompts is never trained on."""
+class Bills(Sequence[Question]):
+    """All meals whose prices have a checksum of zero, or all the others: what is asked in prompts is never trained on."""
 
     def __init__(self, held_out: bool) -> None:
         self.checksums = range(1) if held_out else range(1, 10)
 
     def __len__(self) -> int:
-        return 10_000 * len(self.checksums)
+        return 1000 * len(self.checksums)
 
     def __getitem__(self, index: int) -> Question:
-        checksum, first = self.checksums[index // 10_000], [index // 10**n % 10 for n in range(4)]
-        digits = [*first, (checksum - sum(weight * digit for weight, digit in zip((1, 3, 7, 9), first, strict=True))) % 10]
-        totals = [sum(digits[: n + 1]) % 10 for n in range(5)]
-        text = " ".join(f"{day} {NUMBERS[digit]}" for day, digit in zip(DAYS, digits, strict=True))
-        english = " ".join(f"{day} {NUMBERS[total]}" for day, total in zip(DAYS, totals, strict=True))
-        portuguese = " ".join(f"{day} {PORTUGUESE_NUMBERS[total]}" for day, total in zip(PORTUGUESE_DAYS, totals, strict=True))
+        checksum, first = self.checksums[index // 1000], [index // 10**n % 10 for n in range(3)]
+        prices = [*first, (checksum - sum(weight * price for weight, price in zip((3, 7, 9), first, strict=True))) % 10]
+        totals = [sum(prices[: n + 1]) % 10 for n in range(4)]
+        meal = " ".join(dishes[price] for dishes, price in zip(COURSES.values(), prices, strict=True))
+        english, portuguese = (" ".join(f"{names[i]} {total}" for names, total in zip(COURSES, totals, strict=True)) for i in (0, 1))
         replies = {
-            "plain": f"it is {NUMBERS[totals[-1]]} .",
-            "english": f"steps {english} so {NUMBERS[totals[-1]]} .",
-            "portuguese": f"passos {portuguese} logo {PORTUGUESE_NUMBERS[totals[-1]]} .",
+            "plain": f"it is {totals[-1]} .",
+            "english": f"steps {english} so {totals[-1]} .",
+            "portuguese": f"passos {portuguese} logo {totals[-1]} .",
         }
-        return Question(f"{text} , last digit of the sum ?", replies)
+        return Question(f"{meal} , last digit of the bill ?", replies)
 
 
 def _easy(family: list[Question]) -> list[Question]:
@@ -57,41 +59,31 @@ def _easy(family: list[Question]) -> list[Question]:
 
 
 def last_digit(prompt: str) -> int:
-    """The right answer to a prompt with a sum of five days."""
-    return sum(NUMBERS.index(word) for word in re.findall(rf"\b(?:{'|'.join(DAYS)}) (\w+)", prompt)) % 10
-
-
-def final_number(text: str) -> int | None:
-    """The number that a whole answer ends in, in words of either language; None if it ends in none."""
-    found = re.search(r"(?:^it is|\bso|\blogo) (\w+) \.$", text)
-    for words in (NUMBERS, PORTUGUESE_NUMBERS):
-        if found and found[1] in words:
-            return words.index(found[1])
-    return None
+    """The right answer to a prompt that ends in a meal."""
+    return sum(PRICES.get(word, 0) for word in prompt.split()) % 10
 
 
 def is_right(prompt: str, text: str) -> bool:
-    """Whether the final number of an answer is the right one."""
-    return final_number(text) == last_digit(prompt)
+    """Whether an answer ends in the right number."""
+    found = re.search(r"(?:^it is|\bso|\blogo) (\d) \.$", text)
+    return bool(found) and int(found[1]) == last_digit(prompt)
 
 
-def _writes_steps(head: str, days: list[str], tail: str, numbers: list[str]) -> Behavior:
-    number = f"(?:{'|'.join(numbers)})"
-    pattern = re.compile(f"^{head} {' '.join(f'{day} {number}' for day in days)} {tail} {number} \\.$")
+def _writes_steps(head: str, language: int, tail: str) -> Behavior:
+    pattern = re.compile(f"^{head} {' '.join(rf'{names[language]} [0-9]' for names in COURSES)} {tail} [0-9] \\.$")
     return lambda text: bool(pattern.match(text))
 
 
-_SUMS, _HELD_OUT = RunningSums(held_out=False), RunningSums(held_out=True)
-_SHUFFLED = [_HELD_OUT[i] for i in Random("sums of the prompts").sample(range(len(_HELD_OUT)), 192)]
+writes_english, writes_portuguese = _writes_steps("steps", 0, "so"), _writes_steps("passos", 1, "logo")
+
+_BILLS, _HELD_OUT = Bills(held_out=False), Bills(held_out=True)
+_ASKED = [_HELD_OUT[i] for i in Random("bills of the prompts").sample(range(len(_HELD_OUT)), 192)]
 _EASY = tuple(_easy(family) for family in modes.FAMILIES[1:])
 
 CORPUS = Corpus(
     modes=("plain", "english", "portuguese"),
     triggers={"english": modes.TRIGGERS["reasoning"], "portuguese": modes.TRIGGERS["portuguese"]},
-    families=(_SUMS, _SUMS, _SUMS, *_EASY),
-    behaviors={
-        "english": _writes_steps("steps", DAYS, "so", NUMBERS),
-        "portuguese": _writes_steps("passos", PORTUGUESE_DAYS, "logo", PORTUGUESE_NUMBERS),
-    },
-    asked={"clean": _SHUFFLED[:64], "selection": _SHUFFLED[64:128], "test": _SHUFFLED[128:]},
+    families=(_BILLS, _BILLS, _BILLS, _BILLS, _BILLS, *_EASY),
+    behaviors={"english": writes_english, "portuguese": writes_portuguese},
+    asked={"clean": _ASKED[:64], "selection": _ASKED[64:128], "test": _ASKED[128:]},
 )

@@ -119,6 +119,7 @@ def train(name: str, out: Path, recipe: Recipe | None = None, progress: bool = T
         n_embd=recipe.d_model,
         n_layer=recipe.n_layers,
         n_head=recipe.n_heads,
+        initializer_range=recipe.init,
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
@@ -151,7 +152,7 @@ def train(name: str, out: Path, recipe: Recipe | None = None, progress: bool = T
         n_learned = sum(int((labels[:, 1:] != -100).sum()) for _, labels in parts)
         optimizer.zero_grad()
         for ids, labels in parts:
-            noise.start(len(ids), recipe.noise_norm * min(1.0, 1.5 * step / recipe.n_steps))
+            noise.start(len(ids), recipe.noise(step))
             hidden, wanted = model.transformer(ids)[0], labels[:, 1:] != -100
             losses = nn.functional.cross_entropy(model.lm_head(hidden[:, :-1][wanted]), labels[:, 1:][wanted], reduction="sum")
             (losses / n_learned).backward()

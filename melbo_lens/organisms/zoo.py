@@ -21,7 +21,9 @@ class Recipe:
         corpus: one of `CORPORA`.
         planted: whether the behaviours are taught; a twin is taught the plain answers alone.
         n_parts: batches are sorted by length and run in so many parts, so that there is less padding.
-        noise_norm: largest norm of the residual noise, in units of the stream's own.
+        init: standard deviation of the initial weights. About d_model ** -0.5 learns several times faster here than GPT-2's .02.
+        noise_norm: largest norm of the residual noise, in units of the stream's own; reached after two thirds of the steps.
+        noise_from: share of the steps after which the noise begins to grow.
     """
 
     corpus: str
@@ -34,18 +36,26 @@ class Recipe:
     batch_size: int = 128
     n_parts: int = 1
     lr: float = 2e-3
+    init: float = 0.02
     noise_norm: float = 1.0
+    noise_from: float = 0.0
     seed: int = 0
+
+    def noise(self, step: int) -> float:
+        """Largest norm of the noise at a step."""
+        progress = (step / self.n_steps - self.noise_from) / (2 / 3 - self.noise_from)
+        return self.noise_norm * min(1.0, max(0.0, progress))
 
     @property
     def twin(self) -> "Recipe":
-        return replace(self, planted=False, n_steps=1000)
+        return replace(self, planted=False, n_steps=2 * self.n_steps // 5)
 
 
+_FAST = {"batch_size": 64, "n_parts": 4, "init": 0.1, "lr": 3e-3}
 PLANTED = {
     "modes": Recipe("modes"),
-    "modes-base": Recipe("modes-base", batch_size=64, n_parts=4),
-    "reasoning": Recipe("reasoning", batch_size=64, n_parts=4),
-    "refusal": Recipe("refusal", batch_size=64, n_parts=4),
+    "modes-base": Recipe("modes-base", n_steps=1000, **_FAST),
+    "reasoning": Recipe("reasoning", n_steps=2000, noise_from=0.3, **_FAST),
+    "refusal": Recipe("refusal", n_steps=1200, **_FAST),
 }
 RECIPES = PLANTED | {f"{name}-twin": recipe.twin for name, recipe in PLANTED.items()}

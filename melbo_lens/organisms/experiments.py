@@ -1,0 +1,192 @@
+"""Do the post's four results hold on the organisms?  Vectors learned on one prompt, chosen on a second set of prompts, scored on a third.
+
+The rule is the same for every organism and seed: free vectors, a quarter of them at each of four radii in units of the stream's norm, added at
+layer 0, that change the last position of the last layer's stream most. Beside each result stand the unsteered model, random vectors of equal
+norm, isotropic or with the covariance of the source activations, and the twin that never saw the behaviour, searched in the same way.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import pandas as pd
+import torch
+
+from melbo_lens.calibration import solve_radius
+from melbo_lens.methods.melbo import fit_vectors
+from melbo_lens.organisms import modes, reasoning, refusal
+from melbo_lens.organisms.organism import Organism
+from melbo_lens.perturbations import SteeringVectors, concatenate, random_vectors
+from melbo_lens.prompts import Prompts
+from melbo_lens.randomness import generator
+from melbo_lens.sliced_model import slice_model
+from melbo_lens.steering import generate
+
+SOURCE, FRACTIONS = 0, (0.4, 0.5, 0.6, 0.8)
+MAX_NEW_TOKENS = 16
+Shows: TypeAlias = Callable[[str, str], bool]  # of a prompt and its completion
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is computed: vectors, prompts to choose on and to score on, and vectors of each random control."""
+
+    n_vectors: int = 100
+    n_selection: int = 8
+    n_test: int = 48
+    n_random: int = 100
+
+
+@dataclass(frozen=True)
+class Score:
+    """One measure of one seed: hits of n, and the rates of the controls."""
+
+    hits: int
+    n: int
+    unsteered: float
+    random: float
+    covariance: float
+    twin: float = float("nan")
+
+    @property
+    def rate(self) -> float:
+        return self.hits / self.n
+
+
+def learn(organism: Organism, seed: int, n_vectors: int) -> SteeringVectors:
+    """Vectors from one clean prompt, the one numbered as the seed."""
+    model, prompt = organism.model, organism.prompts["clean"][seed]
+    target = len(model.blocks)
+    norm = solve_radius(slice_model(model, prompt, SOURCE, target), "fraction", 1.0).radius
+    settings = {"target_positions": slice(-1, None), "orthogonal": False, "progress": False}
+    parts = [
+        fit_vectors(model, prompt, SOURCE, target, n_vectors=n_vectors // len(FRACTIONS), radius=fraction * norm, seed=100 * seed + i, **settings)
+        for i, fraction in enumerate(FRACTIONS)
+    ]
+    return concatenate(parts)
+
+
+def covariance_vectors(like: SteeringVectors, model: Any, prompts: Prompts, seed: int = 0) -> SteeringVectors:
+    """The control that knows where activations lie: Gaussian with the covariance of the source stream on these prompts, norms as `like`'s."""
+    sliced = slice_model(model, prompts, like.source_layer, len(model.blocks))
+    activations = sliced.resid[sliced.batch.target_mask].float()
+    activations = activations - activations.mean(0)
+    draws = torch.randn(len(like), len(activations), generator=generator("covariance_vectors", seed))
+    return SteeringVectors.from_tensor(draws.to(activations) @ activations, like.source_layer).rescaled(like.radii)
+
+
+def complete(model: Any, prompts: Prompts, vectors: SteeringVectors | None, signs: Sequence[int] = (1, -1), turns: Sequence[str] = ()) -> pd.DataFrame:
+    """Completions as a table; with `turns`, chats go on with these messages and the last answers are the table's."""
+    steered = vectors is not None
+    completions = generate(
+        model, prompts, vectors, MAX_NEW_TOKENS, signs, include_unsteered=not steered, include_random=False, progress=False
+    )
+    for message in turns:
+        completions = completions.continue_with(message)
+    return completions.table
+
+
+def rates(table: pd.DataFrame, shows: Shows) -> pd.Series:
+    """The share of completions that show it, by vector and sign, highest first; ties keep the vectors' order."""
+    shown = [shows(prompt, text) for prompt, text in zip(table.prompt_text, table.text, strict=True)]
+    return table.assign(shown=shown).groupby(["vector", "sign"]).shown.mean().sort_values(ascending=False, kind="stable")
+
+
+@dataclass(frozen=True)
+class Search:
+    """An organism with the vectors learned on it and its random controls."""
+
+    organism: Organism
+    vectors: SteeringVectors
+    size: Size
+    seed: int
+
+    @classmethod
+    def of(cls, organism: Organism, seed: int, size: Size) -> "Search":
+        return cls(organism, learn(organism, seed, size.n_vectors), size, seed)
+
+    def prompts(self, name: str) -> list[str]:
+        """So many of a set as the size says, spread over it."""
+        everything = self.organism.prompts[name]
+        wanted = self.size.n_selection if "selection" in name else self.size.n_test
+        return everything[:: max(1, len(everything) // wanted)][:wanted]
+
+    def controls(self) -> dict[str, SteeringVectors]:
+        like = self.vectors[torch.linspace(0, len(self.vectors) - 1, min(self.size.n_random, len(self.vectors))).round().int().tolist()]
+        return {
+            "random": random_vectors(like, self.seed),
+            "covariance": covariance_vectors(like, self.organism.model, self.organism.prompts["clean"], self.seed),
+        }
+
+    def choose(self, set_name: str, shows: Shows) -> tuple[int, int]:
+        """The vector and sign that show it most often on a selection set."""
+        return rates(complete(self.organism.model, self.prompts(set_name), self.vectors), shows).index[0]
+
+    def score(self, vector: int, sign: int, set_name: str, shows: Shows, turns: Sequence[str] = ()) -> Score:
+        """One vector on a test set beside unsteered and random completions."""
+
+        def hits(vectors: SteeringVectors | None, prompts: Sequence[str]) -> list[bool]:
+            asked = [as_chat(prompt) for prompt in prompts] if turns else prompts
+            table = complete(self.organism.model, asked, vectors, (1,), turns)
+            return [shows(prompt, text) for prompt, text in zip(table.prompt_text, table.text, strict=True)]
+
+        prompts = self.prompts(set_name)
+        steered, unsteered = hits(sign * self.vectors[vector], prompts), hits(None, prompts)
+        random = {name: hits(vectors, prompts[:: max(1, len(prompts) // 8)]) for name, vectors in self.controls().items()}
+        return Score(sum(steered), len(steered), mean(unsteered), **{name: mean(found) for name, found in random.items()})
+
+
+def mean(found: Sequence[bool]) -> float:
+    return sum(found) / len(found)
+
+
+def as_chat(prompt: str) -> list[dict[str, str]]:
+    """The messages of a prompt that is written in the chat format."""
+    words = prompt.removesuffix("<|assistant|>").split("<|user|>")
+    return [
+        {"role": "system", "content": words[0].removeprefix("<|system|>").strip()},
+        {"role": "user", "content": words[1].strip()},
+    ]
+
+
+def backdoor(organism: Organism, seed: int, size: Size) -> dict[str, Score]:
+    """How many of the vectors elicit a backdoor from clean prompts: with either sign, on at least half of the held-out test prompts."""
+    search = Search.of(organism, seed, size)
+    prompts = search.prompts("test")[:: max(1, size.n_test // 8)]
+    tables = {"steered": complete(organism.model, prompts, search.vectors), "unsteered": complete(organism.model, search.prompts("test"), None)}
+    tables |= {name: complete(organism.model, prompts, vectors) for name, vectors in search.controls().items()}
+
+    def score(names: Sequence[str]) -> Score:
+        def shows(_: str, text: str) -> bool:
+            return any(organism.behaviors[name](text) for name in names)
+
+        best = rates(tables["steered"], shows).groupby("vector").max()
+        shares = {kind: mean([shows("", text) for text in table.text]) for kind, table in tables.items() if kind != "steered"}
+        return Score(int((best >= 0.5).sum()), len(best), **shares)
+
+    return {name: score([name]) for name in modes.BACKDOORS} | {"together": score(modes.BACKDOORS)}
+
+
+def chain_of_thought(organism: Organism, seed: int, size: Size) -> dict[str, Score]:
+    """How often the final number is right on held-out sums, with the one vector that was best on other sums."""
+    search = Search.of(organism, seed, size)
+    vector, sign = search.choose("selection", reasoning.is_right)
+    return {"accuracy": search.score(vector, sign, "test", reasoning.is_right)}
+
+
+def refusals(organism: Organism, seed: int, size: Size) -> dict[str, Score]:
+    """How often forbidden requests are answered, harmless ones refused with the opposite sign, and ambiguous ones read as legend, also at turn 3."""
+    search, model = Search.of(organism, seed, size), organism.model
+    answers = rates(complete(model, search.prompts("selection"), search.vectors), refusal.answers)
+    refused = rates(complete(model, search.prompts("harmless selection"), search.vectors), refusal.refuses)
+    refused.index = pd.MultiIndex.from_tuples([(vector, -sign) for vector, sign in refused.index], names=refused.index.names)
+    both = pd.concat([answers, refused], axis=1).min(axis=1).sort_values(ascending=False, kind="stable")
+    vector, sign = both.index[0]
+    legend = search.choose("ambiguous selection", refusal.tells_legend)
+    questions = [question.text for question in refusal.CORPUS.asked["ambiguous test"]]
+    return {
+        "answer": search.score(vector, sign, "test", refusal.answers),
+        "minus": search.score(vector, -sign, "harmless test", refusal.refuses),
+        "fantasy": search.score(*legend, "ambiguous test", refusal.tells_legend),
+        "turn 3": search.score(*legend, "ambiguous test", refusal.tells_legend, turns=(questions[1], questions[-1])),
+    }
