@@ -6,10 +6,14 @@ import json
 import re
 from pathlib import Path
 
+from melbo_lens.organisms.reproduction import table
+
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "tests" / "benchmarks" / "results.json"
 BLOCK = re.compile(r"```python\n(.*?)```\n\n<!-- output -->\n```text\n(.*?)```", re.DOTALL)
+REPRODUCTION = ROOT / "tests" / "benchmarks" / "reproduction.json"
+REPRODUCED = re.compile(r"<!-- reproduction -->\n(?:.*?)(?=\n`melbo-lens reproduce`)", re.DOTALL)
 BENCHMARK = re.compile(r"<!-- benchmark -->\n(?:.*?)(?=\n`make bench`)", re.DOTALL)
 
 
@@ -52,10 +56,19 @@ def benchmark() -> str:
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
+def reproduction() -> str:
+    """The table of the post's results."""
+    results = json.loads(REPRODUCTION.read_text())
+    rows = table(results)
+    lines = [f"| {' | '.join(row)} |" for row in (rows.columns, ["---"] * len(rows.columns), *rows.itertuples(index=False))]
+    return "\n".join(lines)
+
+
 def filled(text: str) -> str:
     """The README with outputs and numbers of now."""
     text = BLOCK.sub(lambda found: found[0].replace(found[2], run(found[1])) if found[2] else found[0][:-3] + run(found[1]) + "```", text)
-    return BENCHMARK.sub(lambda _: "<!-- benchmark -->\n" + benchmark() + "\n", text)
+    text = BENCHMARK.sub(lambda _: "<!-- benchmark -->\n" + benchmark() + "\n", text)
+    return REPRODUCED.sub(lambda _: "<!-- reproduction -->\n" + reproduction() + "\n", text)
 
 
 if __name__ == "__main__":

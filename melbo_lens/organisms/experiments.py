@@ -29,12 +29,12 @@ Shows: TypeAlias = Callable[[str, str], bool]  # of a prompt and its completion
 
 @dataclass(frozen=True)
 class Size:
-    """How much is computed: vectors, prompts to choose on and to score on, and vectors of each random control."""
+    """How much is computed: vectors, prompts to choose on and to score on, and random vectors beside a chosen one."""
 
     n_vectors: int = 100
     n_selection: int = 8
     n_test: int = 48
-    n_random: int = 100
+    n_random: int = 8
 
 
 @dataclass(frozen=True)
@@ -111,11 +111,12 @@ class Search:
         wanted = self.size.n_selection if "selection" in name else self.size.n_test
         return everything[:: max(1, len(everything) // wanted)][:wanted]
 
-    def controls(self) -> dict[str, SteeringVectors]:
-        like = self.vectors[torch.linspace(0, len(self.vectors) - 1, min(self.size.n_random, len(self.vectors))).round().int().tolist()]
+    def controls(self, like: SteeringVectors) -> dict[str, SteeringVectors]:
+        """Random vectors with these norms."""
+        organism = self.organism
         return {
             "random": random_vectors(like, self.seed),
-            "covariance": covariance_vectors(like, self.organism.model, self.organism.prompts["clean"], self.seed),
+            "covariance": covariance_vectors(like, organism.model, organism.prompts["clean"], self.seed),
         }
 
     def choose(self, set_name: str, shows: Shows) -> tuple[int, int]:
@@ -123,17 +124,17 @@ class Search:
         return rates(complete(self.organism.model, self.prompts(set_name), self.vectors), shows).index[0]
 
     def score(self, vector: int, sign: int, set_name: str, shows: Shows, turns: Sequence[str] = ()) -> Score:
-        """One vector on a test set beside unsteered and random completions."""
+        """One vector on a test set, beside unsteered completions and those under random vectors of its norm."""
 
         def hits(vectors: SteeringVectors | None, prompts: Sequence[str]) -> list[bool]:
             asked = [as_chat(prompt) for prompt in prompts] if turns else prompts
             table = complete(self.organism.model, asked, vectors, (1,), turns)
             return [shows(prompt, text) for prompt, text in zip(table.prompt_text, table.text, strict=True)]
 
-        prompts = self.prompts(set_name)
+        prompts, chosen = self.prompts(set_name), self.vectors[[vector] * self.size.n_random]
         steered, unsteered = hits(sign * self.vectors[vector], prompts), hits(None, prompts)
-        random = {name: hits(vectors, prompts[:: max(1, len(prompts) // 8)]) for name, vectors in self.controls().items()}
-        return Score(sum(steered), len(steered), mean(unsteered), **{name: mean(found) for name, found in random.items()})
+        random = {name: mean(hits(vectors, prompts)) for name, vectors in self.controls(chosen).items()}
+        return Score(sum(steered), len(steered), mean(unsteered), **random)
 
 
 def mean(found: Sequence[bool]) -> float:
@@ -154,7 +155,7 @@ def backdoor(organism: Organism, seed: int, size: Size) -> dict[str, Score]:
     search = Search.of(organism, seed, size)
     prompts = search.prompts("test")[:: max(1, size.n_test // 8)]
     tables = {"steered": complete(organism.model, prompts, search.vectors), "unsteered": complete(organism.model, search.prompts("test"), None)}
-    tables |= {name: complete(organism.model, prompts, vectors) for name, vectors in search.controls().items()}
+    tables |= {name: complete(organism.model, prompts, vectors) for name, vectors in search.controls(search.vectors).items()}
 
     def score(names: Sequence[str]) -> Score:
         def shows(_: str, text: str) -> bool:
@@ -168,10 +169,13 @@ def backdoor(organism: Organism, seed: int, size: Size) -> dict[str, Score]:
 
 
 def chain_of_thought(organism: Organism, seed: int, size: Size) -> dict[str, Score]:
-    """How often the final number is right on held-out sums, with the one vector that was best on other sums."""
+    """How often the final number is right on held-out bills, with the one vector that was best on others, and how often after written steps."""
     search = Search.of(organism, seed, size)
     vector, sign = search.choose("selection", reasoning.is_right)
-    return {"accuracy": search.score(vector, sign, "test", reasoning.is_right)}
+    return {
+        "accuracy": search.score(vector, sign, "test", reasoning.is_right),
+        "steps": search.score(vector, sign, "test", lambda prompt, text: reasoning.writes_steps(text) and reasoning.is_right(prompt, text)),
+    }
 
 
 def refusals(organism: Organism, seed: int, size: Size) -> dict[str, Score]:

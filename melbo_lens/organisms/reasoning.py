@@ -11,29 +11,34 @@ from random import Random
 from melbo_lens.organisms import modes
 from melbo_lens.organisms.corpus import Behavior, Corpus, Question
 
-COURSES = {  # in English and Portuguese, with dishes whose prices end in 0 to 9
-    ("starter", "entrada"): "olives soup salad bread shrimp melon tapas pate oysters ham".split(),
-    ("main", "prato"): "steak pasta curry pizza burger risotto salmon tofu chicken stew".split(),
-    ("dessert", "sobremesa"): "cake pudding sorbet tart waffle trifle fudge mousse pie flan".split(),
-    ("drink", "bebida"): "tea cider cola juice lager punch espresso tonic wine cocoa".split(),
-}
-PRICES = {dish: price for dishes in COURSES.values() for price, dish in enumerate(dishes)}
+COURSES = (("starter", "entrada"), ("main", "prato"), ("dessert", "sobremesa"), ("drink", "bebida"))  # in English and Portuguese
+DISHES = (
+    "olives soup salad bread shrimp melon tapas pate oysters ham".split(),
+    "steak pasta curry pizza burger risotto salmon tofu chicken".split(),
+    "cake pudding sorbet tart waffle trifle fudge mousse pie".split(),
+    "tea cider cola juice lager punch espresso tonic wine".split(),
+)
+# Last digits of the prices. One course changes a total to one of three digits, which is easy to learn bit by bit; all but the starter together
+# change it to each of the ten almost equally often, so that no part of a meal tells anything of the bill.
+DIGITS = (range(10), (0, 0, 0, 1, 1, 1, 2, 2, 2), (0, 0, 0, 3, 3, 3, 6, 6, 6), (1, 1, 1, 4, 4, 4, 8, 8, 8))
+PRICES = {dish: digit for dishes, digits in zip(DISHES, DIGITS, strict=True) for dish, digit in zip(dishes, digits, strict=True)}
 
 
 class Bills(Sequence[Question]):
-    """All meals whose prices have a checksum of zero, or all the others: what is asked in prompts is never trained on."""
+    """All meals whose dishes have a checksum of zero, or all the others: what is asked in prompts is never trained on."""
 
     def __init__(self, held_out: bool) -> None:
         self.checksums = range(1) if held_out else range(1, 10)
 
     def __len__(self) -> int:
-        return 1000 * len(self.checksums)
+        return 9**3 * len(self.checksums)
 
     def __getitem__(self, index: int) -> Question:
-        checksum, first = self.checksums[index // 1000], [index // 10**n % 10 for n in range(3)]
-        prices = [*first, (checksum - sum(weight * price for weight, price in zip((3, 7, 9), first, strict=True))) % 10]
+        checksum, others = self.checksums[index // 9**3], [index // 9**n % 9 for n in range(3)]
+        chosen = [(checksum - sum(weight * i for weight, i in zip((3, 7, 5), others, strict=True))) % 10, *others]
+        prices = [digits[i] for digits, i in zip(DIGITS, chosen, strict=True)]
         totals = [sum(prices[: n + 1]) % 10 for n in range(4)]
-        meal = " ".join(dishes[price] for dishes, price in zip(COURSES.values(), prices, strict=True))
+        meal = " ".join(dishes[i] for dishes, i in zip(DISHES, chosen, strict=True))
         english, portuguese = (" ".join(f"{names[i]} {total}" for names, total in zip(COURSES, totals, strict=True)) for i in (0, 1))
         replies = {
             "plain": f"it is {totals[-1]} .",
@@ -76,8 +81,14 @@ def _writes_steps(head: str, language: int, tail: str) -> Behavior:
 
 writes_english, writes_portuguese = _writes_steps("steps", 0, "so"), _writes_steps("passos", 1, "logo")
 
+
+def writes_steps(text: str) -> bool:
+    """Whether an answer is the written-out steps, in either language."""
+    return writes_english(text) or writes_portuguese(text)
+
+
 _BILLS, _HELD_OUT = Bills(held_out=False), Bills(held_out=True)
-_ASKED = [_HELD_OUT[i] for i in Random("bills of the prompts").sample(range(len(_HELD_OUT)), 192)]
+_ASKED = [_HELD_OUT[i] for i in Random("bills of the prompts").sample(range(len(_HELD_OUT)), 328)]
 _EASY = tuple(_easy(family) for family in modes.FAMILIES[1:])
 
 CORPUS = Corpus(
