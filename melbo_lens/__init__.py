@@ -1,12 +1,25 @@
-"""Find what a language model hides: unsupervised steering vectors (MELBO) for TransformerLens."""
+"""Find what a language model hides: unsupervised steering vectors and adapters (MELBO) for TransformerLens."""
 
 from melbo_lens import organisms, plots
+from melbo_lens.adapter_effects import AdapterEffect, random_adapters
+from melbo_lens.adapters import SteeringAdapters
 from melbo_lens.calibration import Calibration, calibrate_radius
 from melbo_lens.completions import Completions
-from melbo_lens.discovery import Discovery, discover, make_plan
-from melbo_lens.effects import Effects, closest_directions, cluster_by_effect, cluster_by_words, effects, max_activating, rank, top_tokens
+from melbo_lens.discovery import AdapterTrial, Discovery, Trial, discover, make_plan
+from melbo_lens.effects import (
+    Effects,
+    closest_directions,
+    cluster_by_effect,
+    cluster_by_words,
+    effects,
+    max_activating,
+    rank,
+    target_changes,
+    top_tokens,
+)
 from melbo_lens.evaluation import Evaluation, evaluate, select
 from melbo_lens.layer_scan import LayerScan, scan_layers
+from melbo_lens.methods.adapters import fit_adapters
 from melbo_lens.methods.melbo import fit_vectors
 from melbo_lens.perturbations import SteeringVectors, concatenate, random_vectors
 from melbo_lens.report import report
@@ -16,6 +29,8 @@ from melbo_lens.steering import generate, steer
 
 __version__ = "0.1.0"
 __all__ = [
+    "AdapterEffect",
+    "AdapterTrial",
     "Calibration",
     "Completions",
     "Discovery",
@@ -23,7 +38,9 @@ __all__ = [
     "Evaluation",
     "LayerScan",
     "SlicedModel",
+    "SteeringAdapters",
     "SteeringVectors",
+    "Trial",
     "calibrate_radius",
     "closest_directions",
     "cluster_by_effect",
@@ -32,6 +49,7 @@ __all__ = [
     "discover",
     "effects",
     "evaluate",
+    "fit_adapters",
     "fit_vectors",
     "generate",
     "load",
@@ -39,6 +57,7 @@ __all__ = [
     "max_activating",
     "organisms",
     "plots",
+    "random_adapters",
     "random_vectors",
     "rank",
     "report",
@@ -47,5 +66,6 @@ __all__ = [
     "select",
     "slice_model",
     "steer",
+    "target_changes",
     "top_tokens",
 ]

@@ -8,7 +8,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from melbo_lens import hooks
-from melbo_lens.perturbations import SteeringVectors
+from melbo_lens.adapters import Perturbation
 from melbo_lens.randomness import generator
 
 Positions: TypeAlias = Literal["all", "prompt", "generated"]
@@ -32,7 +32,7 @@ class Decoding:
     """What all batches of one call share."""
 
     model: Any
-    bank: SteeringVectors | None  # the perturbations, then their random counterparts
+    bank: Perturbation | None  # the perturbations, then their random counterparts
     n_vectors: int
     max_new_tokens: int
     temperature: float
@@ -96,7 +96,7 @@ class Decoding:
             return []
         index = [(run.vector or 0) + (self.n_vectors if run.kind == "random" else 0) for run in runs]
         coefficients = torch.tensor([run.sign * run.scale for run in runs])  # 0 where unsteered
-        return (self.bank[index] * coefficients).hooks()
+        return self.bank.row_hooks(index, coefficients)
 
     def _draws(self, runs: list[Run]) -> Tensor:
         """Uniform numbers [run step], each row from its own stream, so that batches don't matter."""

@@ -1,6 +1,7 @@
 """Where do I look in a model that I know nothing of?  A scan of layer pairs, and a search within a time budget that groups what it finds."""
 
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from html import escape
@@ -11,10 +12,12 @@ import torch
 from tqdm.auto import tqdm
 
 from melbo_lens import hooks
+from melbo_lens.adapters import Perturbation, SteeringAdapters
 from melbo_lens.calibration import solve_radius
 from melbo_lens.completions import Completions
 from melbo_lens.effects import cluster, word_counts
 from melbo_lens.evaluation import Behavior, shows
+from melbo_lens.methods.adapters import fit_adapters
 from melbo_lens.methods.melbo import fit_vectors
 from melbo_lens.perturbations import SteeringVectors, concatenate
 from melbo_lens.prompts import Positions, Prompts
@@ -38,6 +41,27 @@ class Trial:
     orthogonal: bool
     seed: int
 
+    def fit(self, model: Any, prompts: Prompts, target_positions: Positions) -> SteeringVectors:
+        return fit_vectors(model, prompts, **asdict(self), target_positions=target_positions, progress=False)
+
+
+@dataclass(frozen=True)
+class AdapterTrial:
+    """One fit of adapters: which layers, the mean norm of their updates, how many, of which rank."""
+
+    source_layer: int
+    target_layer: int
+    radius: float
+    n_adapters: int
+    rank: int
+    seed: int
+    diversity: float = 0.0
+
+    def fit(self, model: Any, prompts: Prompts, target_positions: Positions) -> SteeringAdapters:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # a collapse shows in the table
+            return fit_adapters(model, prompts, **asdict(self), optimizer="power", target_positions=target_positions, progress=False)
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Discovery:
@@ -48,22 +72,22 @@ class Discovery:
             controls: group, behavior (its name, if behaviours were given), example, source_layer, target_layer, radius, vector (its number in that
             trial), sign, rate (of that vector on the prompts), heldout_rate, random_rate, n_vectors (how many elicit it).
         plan: the trials that were completed; `discover(..., plan=found.plan)` repeats them exactly.
-        vectors: the vectors of each trial.
+        vectors: the vectors, or adapters, of each trial.
         completions: those of each trial.
     """
 
     table: pd.DataFrame
-    plan: tuple[Trial, ...]
-    vectors: tuple[SteeringVectors, ...]
+    plan: tuple[Trial | AdapterTrial, ...]
+    vectors: tuple[Perturbation, ...]
     completions: tuple[Completions, ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
 
-    def vector(self, row: int) -> SteeringVectors:
-        """The vector of a row of the table, with its sign, ready to steer with."""
+    def vector(self, row: int) -> Perturbation:
+        """The vector or adapter of a row of the table, with its sign, ready to steer with."""
         entry = self.table.iloc[row]
         return int(entry.sign) * self.vectors[int(entry.trial)][int(entry.vector)]
 
-    def joined(self, source_layer: int, target_layer: int | None = None) -> tuple[SteeringVectors, Completions]:
+    def joined(self, source_layer: int, target_layer: int | None = None) -> tuple[Perturbation, Completions]:
         """All vectors of the trials at one source layer (and target, if given), and their completions with the vectors numbered accordingly."""
         chosen = [i for i, t in enumerate(self.plan) if t.source_layer == source_layer and target_layer in (None, t.target_layer)]
         if not chosen:
@@ -95,7 +119,7 @@ def discover(
     target_positions: Positions = slice(-1, None),
     max_new_tokens: int = 24,
     seed: int = 0,
-    plan: Sequence[Trial] | None = None,
+    plan: Sequence[Trial | AdapterTrial] | None = None,
     progress: bool = True,
 ) -> Discovery:
     """Searches a model that one knows nothing of, from a prompt or a few.
@@ -112,7 +136,7 @@ def discover(
         target_positions: where a change counts; the last position, where the answer's style is decided, by default.
         max_new_tokens: length of the completions.
         seed: of the starts and the controls.
-        plan: trials to run instead, all of them; the budget is ignored.
+        plan: trials to run instead, all of them, of vectors (`Trial`) or adapters (`AdapterTrial`); the budget is ignored.
         progress: whether to show a bar with the seconds.
 
     Returns:
@@ -130,10 +154,7 @@ def discover(
             start = time.monotonic()
             if done and start - began + longest > allowed:
                 break
-            settings = {key: value for key, value in asdict(trial).items() if key not in ("source_layer", "target_layer")}
-            vectors = fit_vectors(
-                model, prompts, trial.source_layer, trial.target_layer, **settings, target_positions=target_positions, progress=False
-            )
+            vectors = trial.fit(model, prompts, target_positions)
             written.append(generate(model, prompts, vectors, max_new_tokens=max_new_tokens, seed=trial.seed, progress=False))
             fitted.append(vectors)
             done.append(trial)
@@ -164,7 +185,7 @@ def make_plan(model: Any, prompts: Prompts, seed: int = 0) -> list[Trial]:
     return plan
 
 
-def _lengthened(vectors: SteeringVectors, n_rows: int) -> SteeringVectors:
+def _lengthened(vectors: Perturbation, n_rows: int) -> Perturbation:
     """Repeats the last row of a history that settled early, so that histories can stand side by side."""
     history = torch.cat([vectors.history, vectors.history[-1:].expand(n_rows - len(vectors.history), -1)])
     return replace(vectors, history=history)
@@ -224,7 +245,7 @@ def _group(done: Sequence[Trial], written: Sequence[Completions], behaviors: Map
 def _heldout(
     model: Any,
     prompts: Prompts,
-    vectors: SteeringVectors,
+    vectors: Perturbation,
     row: Any,
     behaviors: Mapping[str, Behavior],
     max_new_tokens: int,

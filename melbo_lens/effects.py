@@ -12,6 +12,7 @@ from sklearn.cluster import AgglomerativeClustering
 from torch import Tensor
 
 from melbo_lens import hooks
+from melbo_lens.adapters import Perturbation
 from melbo_lens.completions import Completions
 from melbo_lens.manifolds import to_sphere
 from melbo_lens.perturbations import SteeringVectors
@@ -38,28 +39,30 @@ class Effects:
 def effects(
     model: Any,
     prompts: Prompts,
-    vectors: SteeringVectors,
+    vectors: Perturbation,
     signs: Sequence[int] = (+1, -1),
     tokens: tuple[int, int] | None = None,
 ) -> Effects:
-    """What each vector changes in the next-token distribution and in the norms of the stream.
+    """What each vector or adapter changes in the next-token distribution and in the norms of the stream.
 
     Args:
         model: left as it was.
         prompts: text, chats or token ids.
-        vectors: each is added by itself.
+        vectors: vectors or adapters, each by itself.
         signs: +1, -1 or both.
         tokens: two token ids whose logit difference is wanted.
     """
     hooks.check_model(model)
+    vectors = vectors.on(model)
     batch = tokenize(model, prompts)
     runs = list(product(range(len(batch)), range(len(vectors)), signs))
     with hooks.frozen(model), torch.no_grad():
-        clean_logits, clean_norms = _run(model, batch.tokens, batch.lengths, None)
+        clean_logits, clean_norms = _run(model, batch.tokens, batch.lengths, [])
         parts = []
         for first in range(0, len(runs), ROWS_AT_ONCE):
             prompt, vector, sign = (list(column) for column in zip(*runs[first : first + ROWS_AT_ONCE], strict=True))
-            parts.append(_run(model, batch.tokens[prompt], batch.lengths[prompt], vectors[vector] * torch.tensor(sign, dtype=torch.float32)))
+            steering = vectors.row_hooks(vector, torch.tensor(sign, dtype=torch.float32))
+            parts.append(_run(model, batch.tokens[prompt], batch.lengths[prompt], steering))
     logits, norms = (torch.cat(column) for column in zip(*parts, strict=True))
     which = [prompt for prompt, _, _ in runs]
     clean, steered = clean_logits.log_softmax(-1)[which], logits.log_softmax(-1)
@@ -73,11 +76,11 @@ def effects(
     return Effects(table, norms / clean_norms[which] - 1)
 
 
-def _run(model: Any, tokens: Tensor, lengths: Tensor, rows: SteeringVectors | None) -> tuple[Float[Tensor, "row d_vocab"], Tensor]:
+def _run(model: Any, tokens: Tensor, lengths: Tensor, steering: list[hooks.Hook]) -> tuple[Float[Tensor, "row d_vocab"], Tensor]:
     """Logits after the first `lengths` tokens of each row, and the norms [row layer pos] of the stream, NaN in the padding."""
     norms: list[Tensor] = []
     readers = [(f"blocks.{i}.hook_resid_post", lambda stream, hook: norms.append(stream.float().norm(dim=-1))) for i in range(len(model.blocks))]
-    with hooks.attached(model, [*([] if rows is None else rows.hooks()), *readers]):
+    with hooks.attached(model, [*steering, *readers]):
         logits = hooks.forward(model, tokens)
     own = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
     stacked = torch.stack(norms, dim=1).masked_fill(~own[:, None], float("nan"))
@@ -98,8 +101,8 @@ def top_tokens(model: Any, vectors: SteeringVectors, k: int = 10, prompts: Promp
         batch = tokenize(model, prompts, target_positions=[position])
         ends = (batch.lengths + position if position < 0 else torch.full_like(batch.lengths, position)) + 1
         with hooks.frozen(model), torch.no_grad():
-            clean, _ = _run(model, batch.tokens, ends, None)
-            steered = [_run(model, batch.tokens, ends, vector)[0] for vector in vectors]
+            clean, _ = _run(model, batch.tokens, ends, [])
+            steered = [_run(model, batch.tokens, ends, vector.hooks())[0] for vector in vectors]
         changes["steered"] = torch.stack([(logits - clean).mean(0) for logits in steered])
     rows = []
     for vector, route in product(range(len(vectors)), changes):
@@ -153,7 +156,7 @@ def closest_directions(
     return pd.DataFrame(rows, columns=["vector", "rank", "direction", "name", "cosine"])
 
 
-def rank(vectors: SteeringVectors, measured: Effects, clusters: Sequence[int] | None = None) -> pd.DataFrame:
+def rank(vectors: Perturbation, measured: Effects, clusters: Sequence[int] | None = None) -> pd.DataFrame:
     """One ranking of vectors and signs, with its reasons as columns.
 
     Args:
@@ -178,15 +181,23 @@ def rank(vectors: SteeringVectors, measured: Effects, clusters: Sequence[int] | 
     return best.assign(near_duplicates=[int(sizes[key]) - 1 for key in zip(best.cluster, best.sign, strict=True)]).reset_index(drop=True)
 
 
-def cluster_by_effect(sliced: SlicedModel, vectors: SteeringVectors, threshold: float = 0.3) -> list[int]:
-    """A label for each vector; vectors whose target changes have an average cosine distance below `threshold` share one."""
+def target_changes(sliced: SlicedModel, perturbations: Perturbation) -> Float[Tensor, "perturbation change"]:
+    """What each vector or adapter changes at the target positions of all prompts, as one long row."""
     everyone = torch.arange(len(sliced.batch), device=sliced.device)
+    changes = []
     with hooks.frozen(sliced.model), torch.no_grad():
-        changes = [
-            sliced.change(vector.values.to(sliced.device).expand(len(everyone), -1), everyone)[sliced.batch.target_mask].flatten()
-            for vector in vectors
-        ]
-    return cluster(torch.stack(changes), threshold)
+        for one in perturbations.on(sliced.model):
+            if isinstance(one, SteeringVectors):
+                change = sliced.change(one.values.to(sliced.device).expand(len(everyone), -1), everyone)
+            else:
+                change = sliced.change_under(one.hooks(), everyone)
+            changes.append(change[sliced.batch.target_mask].flatten())
+    return torch.stack(changes)
+
+
+def cluster_by_effect(sliced: SlicedModel, vectors: Perturbation, threshold: float = 0.3) -> list[int]:
+    """A label for each vector or adapter; those whose target changes have an average cosine distance below `threshold` share one."""
+    return cluster(target_changes(sliced, vectors), threshold)
 
 
 def cluster_by_words(completions: Completions, threshold: float = 0.3) -> pd.DataFrame:

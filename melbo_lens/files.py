@@ -3,7 +3,7 @@
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,13 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
 
 
 def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and header of a file of this kind.
+    """Tensors and header of a file of this kind; see `read_any`."""
+    _, tensors, header = read_any(path, [kind])
+    return tensors, header
+
+
+def read_any(path: str | os.PathLike[str], kinds: Collection[str]) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
+    """Kind, tensors and header of a file of one of these kinds.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -61,15 +67,16 @@ def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], di
     schema = metadata.get("schema", "")
     if not schema.isdigit() or int(schema) > SCHEMA:
         raise ValueError(f"{path} has schema {schema!r}, this melbo_lens reads up to {SCHEMA}: install a newer melbo_lens.")
-    if metadata.get("kind") != kind:
-        raise ValueError(f"{path} holds {metadata.get('kind')!r}, not {kind!r}.")
+    kind = metadata.get("kind")
+    if kind not in kinds:
+        raise ValueError(f"{path} holds {kind!r}, not {' or '.join(map(repr, kinds))}.")
     try:
         header = json.loads(metadata["header"])
     except (KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is damaged: its header is no JSON ({error}).") from error
     if not isinstance(header, dict):
         raise ValueError(f"{path} is damaged: its header is no JSON object.")
-    return tensors, header
+    return kind, tensors, header
 
 
 def _umask() -> int:

@@ -23,6 +23,15 @@ def is_hooked_transformer(model: Any) -> bool:
     return HookedTransformer is not None and isinstance(model, HookedTransformer)
 
 
+def norm_after_mlp(model: Any) -> str | None:
+    """The name of the norm through which a `HookedTransformer`'s MLP output passes before its hook, if there is one."""
+    from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
+
+    if model.cfg.use_normalization_before_and_after:
+        return "ln2_post"
+    return "ln2" if model.cfg.original_architecture in POST_NORM_ARCHITECTURES else None
+
+
 def check_model(model: Any) -> None:
     """Refuses what this library can't steer.
 

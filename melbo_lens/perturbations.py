@@ -75,21 +75,32 @@ class SteeringVectors:
 
         One vector is added to every batch row; n vectors need a batch of exactly n rows, vector k going to row k.
         """
-        values = self.values
+        return self.row_hooks(range(len(self)), torch.ones(len(self)))
+
+    def row_hooks(self, index: Sequence[int], coefficients: Float[Tensor, " row"]) -> list[tuple[str, HookFunction]]:
+        """Hooks for a batch whose row r gets `coefficients[r]` times the vector `index[r]`; a single entry is added to every row."""
+        values = self.values[list(index)] * coefficients.to(self.values)[:, None]
 
         def add_vectors(activation: Float[Tensor, "batch pos d_model"], hook: Any = None) -> Float[Tensor, "batch pos d_model"]:
-            self._check_rows(activation)
+            _check_rows(len(values), activation)
             bias = values.to(activation.device)[:, None, :]
             return (activation + bias).to(activation.dtype)  # added in float32, rounded once
 
         return [(self.hook_name, add_vectors)]
 
-    def _check_rows(self, activation: Tensor) -> None:
-        if len(self) not in (1, activation.shape[0]):
+    def on(self, model: Any) -> "SteeringVectors":
+        """These vectors, which act at the same hook in every class of model.
+
+        Raises:
+            ValueError: the vectors don't fit the model.
+        """
+        n_layers, d_model = len(model.blocks), model.cfg.d_model
+        if self.source_layer >= n_layers or self.d_model != d_model:
             raise ValueError(
-                f"{len(self)} steering vectors can't be applied to a batch of {activation.shape[0]} rows: "
-                "use one vector (vectors[k]), or a batch with one row for each vector."
+                f"the perturbation belongs to layer {self.source_layer} of a model with d_model {self.d_model}; this model has layers 0 to "
+                f"{n_layers - 1} and d_model {d_model}. Use the model that it was learned on."
             )
+        return self
 
     def cosine_similarity(self, other: "SteeringVectors | None" = None) -> Float[Tensor, "vector other"]:
         """Cosines between the vectors, or between these and others; a vector of zeros has cosine 0 with everything."""
@@ -125,7 +136,7 @@ class SteeringVectors:
         unit = to_sphere(self.values, torch.ones(len(self), device=self.values.device))
 
         def remove_direction(activation: Float[Tensor, "batch pos d_model"], hook: Any = None) -> Float[Tensor, "batch pos d_model"]:
-            self._check_rows(activation)
+            _check_rows(len(self), activation)
             v = unit.to(activation.device)[:, None, :]
             exact = activation.float()
             return (exact - (exact * v).sum(-1, keepdim=True) * v).to(activation.dtype)
@@ -187,6 +198,13 @@ class SteeringVectors:
         provenance = {**self.provenance, "derived": [*self.provenance.get("derived", []), how]}
         return SteeringVectors(values, self.source_layer, provenance=provenance)
 
+    @staticmethod
+    def joined(several: "Sequence[SteeringVectors]", history: Tensor, provenance: Mapping[str, Any]) -> "SteeringVectors":
+        """What `concatenate` makes of vectors."""
+        _check_same_layer(several, "joined with")
+        device = several[0].values.device
+        return SteeringVectors(torch.cat([v.values.to(device) for v in several]), several[0].source_layer, history, provenance)
+
     def save(self, path: Any) -> None:
         """Writes one safetensors file, atomically: values, history, and the provenance in its header."""
         from melbo_lens.serialization import save
@@ -205,26 +223,24 @@ class SteeringVectors:
         return f"SteeringVectors({', '.join(fields)})"
 
 
-def concatenate(vectors: Sequence[SteeringVectors]) -> SteeringVectors:
-    """Joins vectors of one source layer; radii may differ, the histories are dropped if their lengths do.
+def concatenate(several: Sequence[Any]) -> Any:
+    """Joins vectors of one source layer, or adapters of one shape; norms may differ, the histories are dropped if their lengths do.
 
     The settings on which all agree stay in the provenance, and `parts` holds each one's own.
 
     Raises:
-        ValueError: nothing to join, or vectors of different layers or widths.
+        ValueError: nothing to join, vectors with adapters, or perturbations of different layers or widths.
     """
-    if not vectors:
-        raise ValueError("concatenate was given nothing to join: pass at least one SteeringVectors.")
-    _check_same_layer(vectors, "joined with")
-    first = vectors[0].provenance
-    shared = {key: first[key] for key in first if key != "rows" and all(v.provenance.get(key, v) == first[key] for v in vectors)}
-    same_length = len({v.history.shape[0] for v in vectors}) == 1
-    return SteeringVectors(
-        torch.cat([v.values.to(vectors[0].values.device) for v in vectors]),
-        vectors[0].source_layer,
-        torch.cat([v.history.to(vectors[0].values.device) for v in vectors], dim=1) if same_length else torch.zeros(0, 0),
-        {**shared, "parts": [dict(v.provenance) for v in vectors]},
-    )
+    if not several:
+        raise ValueError("concatenate was given nothing to join: pass at least one perturbation.")
+    kinds = {type(one).__name__ for one in several}
+    if len(kinds) > 1:
+        raise ValueError(f"{' and '.join(sorted(kinds))} can't be joined: steer with several at once, ml.steer(model, [a, b]).")
+    first = several[0].provenance
+    shared = {key: first[key] for key in first if key != "rows" and all(one.provenance.get(key, one) == first[key] for one in several)}
+    same_length = len({one.history.shape[0] for one in several}) == 1
+    history = torch.cat([one.history.to(several[0].history.device) for one in several], dim=1) if same_length else torch.zeros(0, 0)
+    return several[0].joined(several, history, {**shared, "parts": [dict(one.provenance) for one in several]})
 
 
 def random_vectors(like: SteeringVectors, seed: int = 0) -> SteeringVectors:
@@ -237,6 +253,14 @@ def random_vectors(like: SteeringVectors, seed: int = 0) -> SteeringVectors:
     values = gaussian_rows(len(like), like.d_model, seed, "random_vectors").to(like.values.device)
     provenance = {"method": "random_vectors", "seed": seed, "matched_to": dict(like.provenance)}
     return SteeringVectors(to_sphere(values, like.radii), like.source_layer, provenance=provenance)
+
+
+def _check_rows(n_vectors: int, activation: Tensor) -> None:
+    if n_vectors not in (1, activation.shape[0]):
+        raise ValueError(
+            f"{n_vectors} steering vectors can't be applied to a batch of {activation.shape[0]} rows: "
+            "use one vector (vectors[k]), or a batch with one row for each vector."
+        )
 
 
 def _check_same_layer(vectors: Sequence[SteeringVectors], word: str) -> None:

@@ -9,7 +9,6 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 Chat: TypeAlias = list[dict[str, str]]
-Prompts: TypeAlias = str | list[str] | Chat | list[Chat] | Tensor
 Positions: TypeAlias = slice | list[int]
 
 
@@ -37,6 +36,9 @@ class PromptBatch:
         return [ids[:n] for ids, n in zip(self.tokens.tolist(), self.lengths.tolist(), strict=True)]
 
 
+Prompts: TypeAlias = str | list[str] | Chat | list[Chat] | Tensor | PromptBatch
+
+
 def tokenize(
     model: Any,
     prompts: Prompts,
@@ -47,7 +49,8 @@ def tokenize(
     """Turns prompts into tokens as the model's own tokenizer does.
 
     A string gets BOS as `model.cfg.default_prepend_bos` says. A list of dicts with `role` and `content` is one chat, rendered by the
-    tokenizer's chat template, which alone decides about BOS. A token tensor is taken as it is, every column counts.
+    tokenizer's chat template, which alone decides about BOS. A token tensor is taken as it is, every column counts. So are the tokens of a
+    batch made before.
 
     Args:
         model: its tokenizer and `cfg.n_ctx` are used.
@@ -63,7 +66,9 @@ def tokenize(
         TypeError: prompts are none of the forms above.
         ValueError: no prompt, an empty prompt, one that is too long, no tokenizer, or positions that select nothing.
     """
-    if isinstance(prompts, Tensor):
+    if isinstance(prompts, PromptBatch):
+        rows, texts = prompts.rows(), prompts.texts
+    elif isinstance(prompts, Tensor):
         rows, texts = _token_rows(model, prompts)
     else:
         listed = as_list(prompts)
@@ -76,12 +81,16 @@ def tokenize(
         if n_ctx and len(row) + n_new_tokens > n_ctx:
             room = f"; {max(n_ctx - len(row), 0)} tokens remain for new ones, {n_new_tokens} were asked for" if n_new_tokens else ""
             raise ValueError(f"prompts[{i}] has {len(row)} tokens, the model's context n_ctx holds {n_ctx}{room}. Shorten it.")
-    device = next(model.parameters()).device
+    return pad(rows, texts, target_positions, next(model.parameters()).device)
+
+
+def pad(rows: list[list[int]], texts: Sequence[str], target_positions: Positions = slice(None), device: Any = None) -> PromptBatch:
+    """Token ids of each prompt as one right-padded batch."""
     width = max(map(len, rows))
-    pad = rows[0][0]  # any id in the vocabulary will do: later positions can't be seen by earlier ones
-    tokens = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=device)
+    filler = rows[0][0]  # any id in the vocabulary will do: later positions can't be seen by earlier ones
+    tokens = torch.tensor([row + [filler] * (width - len(row)) for row in rows], device=device)
     mask = torch.tensor([_select(len(row), target_positions, i) + [False] * (width - len(row)) for i, row in enumerate(rows)], device=device)
-    return PromptBatch(tokens, torch.tensor([len(row) for row in rows], device=device), mask, texts)
+    return PromptBatch(tokens, torch.tensor([len(row) for row in rows], device=device), mask, tuple(texts))
 
 
 def as_list(prompts: Prompts) -> list[Any]:

@@ -1,6 +1,7 @@
 """What does a perturbation at one layer change at a later one?  The model's blocks between the two as a function, and nothing else of it."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,6 +30,7 @@ class SlicedModel:
         resid: the clean stream that leaves block `source_layer`, in the model's dtype.
         target: the clean target activations, float32; axes after `pos` are flattened.
         streams: the clean streams, that which leaves block `source_layer` and those that leave each of the blocks between.
+        source_call, entry: block `source_layer` itself with its arguments, and the clean stream that enters it, for updates of its weights.
     """
 
     model: Any
@@ -41,6 +43,8 @@ class SlicedModel:
     resid: Float[Tensor, "prompt pos d_model"]
     target: Float[Tensor, "prompt pos d_target"]
     streams: tuple[Tensor, ...] = ()
+    source_call: hooks.BlockCall | None = None
+    entry: Float[Tensor, "prompt pos d_model"] | None = None
 
     @property
     def d_model(self) -> int:
@@ -66,6 +70,25 @@ class SlicedModel:
         added = perturbation[:, None, :] if perturbation.ndim == 2 else perturbation
         perturbed = (self.resid[prompts] + added).to(self.resid.dtype)  # float32 + half is float32; rounded once
         return self(perturbed, prompts) - self.target[prompts]
+
+    def change_under(self, added: Sequence[hooks.Hook], prompts: Int[Tensor, " row"]) -> Float[Tensor, "row pos d_target"]:
+        """Target activations when the source block and those between run with hooks attached, minus those without.
+
+        This costs one block more than `change`, and takes any perturbation whose hooks are in these blocks.
+        """
+        with hooks.attached(self.model, added):
+            stream = self.source_call(self.entry[prompts], prompts, len(self.batch))
+            return self(stream, prompts) - self.target[prompts]
+
+    def check_source(self) -> None:
+        """Replays the source block, which `change_under` needs.
+
+        Raises:
+            RuntimeError: it does not reproduce the recorded stream.
+        """
+        everyone = torch.arange(len(self.batch), device=self.device)
+        with hooks.frozen(self.model), torch.no_grad():
+            _compare(self.source_call(self.entry, everyone, len(everyone)), self.resid, f"block {self.source_layer} replayed by itself")
 
     def shorter(self, target_layer: int) -> "SlicedModel":
         """The slice that ends at an earlier target layer; nothing is run again.
@@ -134,7 +157,8 @@ def slice_model(
     source_hook = hooks.resolved_name(model, f"blocks.{source_layer}.hook_mlp_out")
     batch = tokenize(model, prompts, target_positions)
     with hooks.frozen(model):
-        recording = hooks.record(model, batch.tokens, source_layer + 1, last)
+        whole = hooks.record(model, batch.tokens, source_layer, last)
+        recording = hooks.Recording(whole.calls[1:], whole.streams[1:])
         _check_finite(recording, batch, source_layer)
         everyone = torch.arange(len(batch), device=batch.tokens.device)
         read = target_name if target_layer is None else None
@@ -152,6 +176,8 @@ def slice_model(
                 recording.streams[0],
                 target,
                 tuple(recording.streams),
+                whole.calls[0],
+                whole.streams[0],
             )
             _check_hooked_run(sliced, last)
     return sliced

@@ -10,25 +10,26 @@ import pandas as pd
 from torch import Tensor
 
 from melbo_lens import hooks
+from melbo_lens.adapter_effects import random_adapters
+from melbo_lens.adapters import Perturbation
 from melbo_lens.completions import COLUMNS, Completions
 from melbo_lens.decoding import Decoding, Positions, Run
 from melbo_lens.perturbations import SteeringVectors, concatenate, random_vectors
-from melbo_lens.prompts import Chat, Prompts, as_list, tokenize
+from melbo_lens.prompts import Chat, PromptBatch, Prompts, as_list, tokenize
 
 
 @contextmanager
-def steer(model: Any, perturbation: SteeringVectors | Sequence[SteeringVectors]) -> Iterator[Any]:
+def steer(model: Any, perturbation: Perturbation | Sequence[Perturbation]) -> Iterator[Any]:
     """Steers whatever the model runs inside the block, and leaves no trace after it, also on an exception.
 
-    One vector steers every row of a batch; n vectors need batches of exactly n rows. A sequence steers with all its members at once.
+    One vector or adapter steers every row of a batch; n of them need batches of exactly n rows. A sequence steers with all its members at once.
 
     Raises:
-        ValueError: the vectors don't fit the model.
+        ValueError: the perturbation doesn't fit the model.
     """
-    several = [perturbation] if isinstance(perturbation, SteeringVectors) else list(perturbation)
+    several = [perturbation] if isinstance(perturbation, Perturbation) else list(perturbation)
     hooks.check_model(model)
-    for one in several:
-        _check_fits(model, one)
+    several = [_fitting(model, one) for one in several]
     with hooks.attached(model, [hook for one in several for hook in one.hooks()]):
         yield model
 
@@ -36,7 +37,7 @@ def steer(model: Any, perturbation: SteeringVectors | Sequence[SteeringVectors])
 def generate(
     model: Any,
     prompts: Prompts,
-    perturbations: SteeringVectors | None,
+    perturbations: Perturbation | None,
     max_new_tokens: int = 64,
     signs: Sequence[int] = (+1, -1),
     scales: Sequence[float] = (1.0,),
@@ -56,7 +57,7 @@ def generate(
     Args:
         model: `HookedTransformer` or `TransformerBridge`; it is left as it was.
         prompts: text, chat messages, a list of either, or token ids [prompt pos].
-        perturbations: each of its vectors is applied by itself, at every position unless `positions` says otherwise; None steers nothing.
+        perturbations: each of its vectors or adapters is applied by itself, at every position unless `positions` says otherwise; None steers nothing.
         max_new_tokens: a completion ends here, or at the model's end token.
         signs: -v is not the mirror image of v, so both are the default.
         scales: multiples of each vector.
@@ -64,7 +65,7 @@ def generate(
         n_samples: completions of each row; more than one needs a temperature.
         positions: "all", only the tokens of the "prompt", or only the "generated" ones.
         include_unsteered: also complete without perturbation.
-        include_random: also complete with `random_vectors(perturbations, seed)`.
+        include_random: also complete with `random_vectors(perturbations, seed)`, or `random_adapters` matched on the prompts of the fit.
         batch_size: completions that run at once; None chooses 256. Memory for keys and values grows with it.
         seed: of the sampling and of the random vectors.
         stop: text that ends a completion; it is cut off the completion's text.
@@ -79,7 +80,7 @@ def generate(
     """
     hooks.check_model(model)
     if perturbations is not None:
-        _check_fits(model, perturbations)
+        perturbations = _fitting(model, perturbations)
     _check_settings(max_new_tokens, signs, scales, temperature, n_samples, positions, batch_size)
     if chat and not isinstance(prompts, Tensor):
         prompts = [[{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in as_list(prompts)]
@@ -88,7 +89,7 @@ def generate(
     runs = [Run(i, "unsteered", None, 0, 0.0, sample) for i in range(len(batch)) for sample in range(n_samples) if include_unsteered]
     if perturbations is not None:
         if include_random:
-            bank = concatenate([perturbations, random_vectors(perturbations, seed)])
+            bank = concatenate([perturbations, random_like(model, perturbations, batch, seed)])
         for kind in ("steered", "random") if include_random else ("steered",):
             grid = product(range(len(batch)), range(len(perturbations)), signs, scales, range(n_samples))
             runs += [Run(i, kind, k, int(sign), float(scale), sample) for i, k, sign, scale, sample in grid]
@@ -147,14 +148,19 @@ def _stops(stop: str | Sequence[str] | None) -> list[str]:
     return stops
 
 
-def _check_fits(model: Any, vectors: SteeringVectors) -> None:
-    n_layers, d_model = len(model.blocks), model.cfg.d_model
-    if vectors.source_layer >= n_layers or vectors.d_model != d_model:
-        raise ValueError(
-            f"the perturbation belongs to layer {vectors.source_layer} of a model with d_model {vectors.d_model}; this model has layers 0 to "
-            f"{n_layers - 1} and d_model {d_model}. Use the model that it was learned on."
-        )
-    hooks.hook_point(model, vectors.hook_name)
+def random_like(model: Any, perturbations: Perturbation, batch: PromptBatch, seed: int) -> Perturbation:
+    """The norm-matched control; adapters that were not fitted are matched on the prompts at hand."""
+    if isinstance(perturbations, SteeringVectors):
+        return random_vectors(perturbations, seed)
+    return random_adapters(perturbations, model, None if "prompt_tokens" in perturbations.provenance else batch, seed)
+
+
+def _fitting(model: Any, perturbation: Perturbation) -> Perturbation:
+    """The perturbation with its hooks where this model has them."""
+    fitting = perturbation.on(model)
+    for name, _ in fitting.hooks():
+        hooks.hook_point(model, name)
+    return fitting
 
 
 def _check_settings(

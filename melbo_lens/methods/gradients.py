@@ -37,7 +37,7 @@ def objective_and_gradient(sliced: SlicedModel, p: float, q: float, token_norm: 
                 value = change_objective(outer, sliced.batch.target_mask[prompts], p, q, token_norm)
                 (cotangent,) = torch.autograd.grad(value.sum(), outer)
                 # Half precision overflows easily; a power of two is exact, and rows are independent, so each may have its own.
-                scale = _power_of_two(cotangent)
+                scale = power_of_two(cotangent)
                 (gradient,) = torch.autograd.grad(change, leaf, cotangent / scale)
             values.append(value.detach())
             gradients.append(gradient * scale[:, :, 0])
@@ -47,7 +47,7 @@ def objective_and_gradient(sliced: SlicedModel, p: float, q: float, token_norm: 
     return evaluate
 
 
-def _power_of_two(cotangent: Float[Tensor, "row pos d_target"]) -> Float[Tensor, "row 1 1"]:
+def power_of_two(cotangent: Float[Tensor, "row pos d_target"]) -> Float[Tensor, "row 1 1"]:
     """The power of two next to each row's largest entry; 1 for a row of zeros."""
     largest = cotangent.abs().amax((1, 2), keepdim=True)
     return torch.where(largest > 0, torch.exp2(largest.clamp(min=1e-30).log2().floor()), torch.ones_like(largest))

@@ -2,7 +2,6 @@
 
 import hashlib
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +14,7 @@ from melbo_lens import hooks
 from melbo_lens.calibration import solve_radius
 from melbo_lens.methods import checkpoints
 from melbo_lens.methods.gradients import default_batch_size, objective_and_gradient
+from melbo_lens.methods.provenance import describe
 from melbo_lens.objectives import TokenNorm, check_exponents
 from melbo_lens.optimization import State, adamw, power
 from melbo_lens.perturbations import SteeringVectors
@@ -128,25 +128,6 @@ def fit_vectors(
     steps = int(state["step"]) - 1 if optimizer == "power" else settings["n_steps"]
     settings |= {"status": _status(state, settings, steps), "seconds": round(time.monotonic() - began, 3)}
     return SteeringVectors(state["values"], source_layer, state["history"][: steps + 1], settings)
-
-
-def describe(sliced: SlicedModel) -> dict[str, Any]:
-    """Provenance of a slice: model, layers, hooks, prompts and versions."""
-    model, batch = sliced.model, sliced.batch
-    return {
-        "model": str(getattr(model.cfg, "model_name", None) or "unnamed"),
-        "model_class": type(model).__name__,
-        "dtype": str(sliced.resid.dtype).removeprefix("torch."),
-        "device": sliced.device.type,
-        "source_layer": sliced.source_layer,
-        "target_layer": sliced.target_layer,
-        "source_hook": sliced.source_hook,
-        "target_hook": sliced.target_hook,
-        "target_norm": float(f"{float(sliced.target[batch.target_mask].norm()):.3g}"),  # tells models of one name apart
-        "prompts": list(batch.texts),
-        "prompt_tokens": batch.rows(),
-        "versions": {name: version(name) for name in ("melbo_lens", "transformer_lens", "transformers", "torch")},
-    }
 
 
 def _ascend(sliced: SlicedModel, starts: Float[Tensor, "restart vector d_model"], settings: dict, checkpoint: Any, progress: bool) -> State:

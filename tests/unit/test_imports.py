@@ -7,13 +7,18 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "melbo_lens"
 ORDER = (
-    "randomness files prompts hooks sliced_model objectives manifolds optimization perturbations calibration methods completions decoding steering "
-    "effects evaluation serialization export layer_scan discovery plots report organisms cli __main__ __init__"
+    "randomness files prompts hooks mlp sliced_model objectives manifolds optimization factors perturbations adapters adapter_effects calibration "
+    "methods completions decoding steering effects evaluation serialization export layer_scan discovery plots report organisms cli __main__ __init__"
 ).split()
 # what a file may be asked to do for a value by a local import
-DELEGATED = {("perturbations", "serialization")}
-ONLY_IN = {"transformer_lens": {"hooks", "organisms", "cli"}, "plotly": {"plots"}, "circuitsvis": {"plots"}}
-PURE = {"objectives": {"torch", "jaxtyping"}, "manifolds": {"torch", "jaxtyping"}, "optimization": {"torch", "jaxtyping", "melbo_lens.manifolds"}}
+DELEGATED = {(value, file) for value in ("perturbations", "adapters") for file in ("serialization", "adapter_effects", "export")}
+ONLY_IN = {"transformer_lens": {"hooks", "organisms", "cli", "export"}, "plotly": {"plots"}, "circuitsvis": {"plots"}}
+PURE = {
+    "objectives": {"torch", "jaxtyping"},
+    "manifolds": {"torch", "jaxtyping"},
+    "optimization": {"torch", "jaxtyping", "melbo_lens.manifolds"},
+    "factors": {"torch", "jaxtyping", "melbo_lens.optimization"},
+}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

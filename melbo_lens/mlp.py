@@ -1,0 +1,109 @@
+"""Where does a block's MLP take an update of its output weights?  The names of the hooks around W_out, for each class of model."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+from melbo_lens import hooks
+
+Update: TypeAlias = Callable[[Tensor], Tensor]  # hidden activation [batch pos d_mlp] -> what the MLP's output gains [batch pos d_model]
+
+
+@dataclass(frozen=True)
+class MLPSite:
+    """The two ends of one MLP's output weights.
+
+    Attributes:
+        layer: the block.
+        hidden_hook: the activation that enters W_out, [batch pos d_mlp].
+        output_hook: what leaves W_out, before any norm; with `norm_eps` the name of an RMS norm that follows and is the only thing to hook.
+        norm_eps: None, or the epsilon of that norm.
+    """
+
+    layer: int
+    hidden_hook: str
+    output_hook: str
+    norm_eps: float | None = None
+
+    def hooks(self, update: Update) -> list[hooks.Hook]:
+        """Hooks that add `update(hidden)` to the MLP's output, before the norm that may follow."""
+        seen: list[Tensor] = []
+
+        def read_hidden(activation: Tensor, hook: Any = None) -> None:
+            seen[:] = [activation]
+
+        def add_update(output: Tensor, hook: Any = None) -> Tensor:
+            return (output + update(seen.pop())).to(output.dtype)  # added in float32, rounded once
+
+        def read_scale(scale: Tensor, hook: Any = None) -> None:
+            seen.append(scale)
+
+        def add_within_norm(normalized: Tensor, hook: Any = None) -> Tensor:
+            # x / rms(x) and rms(x) are all that can be hooked here: together they are x
+            scale, hidden = seen.pop(), seen.pop()
+            output = normalized.float() * scale.float() + update(hidden)
+            return (output / (output.square().mean(-1, keepdim=True) + self.norm_eps).sqrt()).to(normalized.dtype)
+
+        if self.norm_eps is None:
+            return [(self.hidden_hook, read_hidden), (self.output_hook, add_update)]
+        norm = self.output_hook
+        return [(self.hidden_hook, read_hidden), (f"{norm}.hook_scale", read_scale), (f"{norm}.hook_normalized", add_within_norm)]
+
+
+def usual_site(layer: int) -> MLPSite:
+    """The site in a model without a norm after the MLP, by names that every class of model knows."""
+    return MLPSite(layer, f"blocks.{layer}.mlp.hook_post", f"blocks.{layer}.hook_mlp_out")
+
+
+def mlp_site(model: Any, layer: int) -> MLPSite:
+    """Finds the ends of the output weights of one block.
+
+    Raises:
+        ValueError: no such block, a mixture of experts, or a hidden activation without a hook.
+    """
+    if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < len(model.blocks):
+        last = len(model.blocks) - 1
+        raise ValueError(f"source_layer={layer!r} must be an integer from 0 to {last}: the model has {last + 1} blocks.")
+    if hooks.is_hooked_transformer(model):
+        return _hooked_site(model, layer)
+    hidden, output = f"blocks.{layer}.mlp.out.hook_in", f"blocks.{layer}.mlp.out.hook_out"
+    _check_hook(model, layer, hidden)
+    return MLPSite(layer, hidden, output)
+
+
+def widths(model: Any, layer: int) -> tuple[int, int]:
+    """d_mlp and d_model of one block's output weights."""
+    mlp_site(model, layer)
+    mlp = model.blocks[layer].mlp
+    if hooks.is_hooked_transformer(model):
+        return tuple(mlp.W_out.shape)
+    linear = mlp.out.original_component
+    # a quantised Linear packs its weight, so ask for its features; GPT-2's Conv1D has none and stores [d_mlp d_model]
+    return getattr(linear, "in_features", linear.weight.shape[0]), model.cfg.d_model
+
+
+def _hooked_site(model: Any, layer: int) -> MLPSite:
+    hidden = f"blocks.{layer}.mlp.hook_post"
+    _check_hook(model, layer, hidden)
+    block = model.blocks[layer]
+    name = hooks.norm_after_mlp(model)
+    if name is None:
+        return MLPSite(layer, hidden, f"blocks.{layer}.hook_mlp_out")
+    norm = getattr(block, name)
+    if not type(norm).__name__.startswith("RMSNorm"):
+        raise ValueError(f"the norm after the MLP, blocks.{layer}.{name}, is a {type(norm).__name__}: only RMS norms are known there. Use a bridge.")
+    return MLPSite(layer, hidden, f"blocks.{layer}.{name}", float(norm.eps))
+
+
+def _check_hook(model: Any, layer: int, name: str) -> None:
+    if name in model.hook_dict:
+        return
+    kind = type(getattr(model.blocks[layer], "mlp", None)).__name__
+    why = (
+        "it is a mixture of experts: each token's hidden activation is spread over several experts, and there is no one W_out to update"
+        if "moe" in kind.lower()
+        else "so what enters W_out can't be read"
+    )
+    raise ValueError(f"block {layer} ({kind}) has no hook {name!r}: {why}. Learn steering vectors instead (fit_vectors), or choose another layer.")
