@@ -31,7 +31,6 @@ OPPOSITES = "hot:quente cold:frio, big:grande small:pequeno, fast:rápido slow:l
 CAPITALS = "portugal:lisbon:lisboa england:london:londres italy:rome:roma greece:athens:atenas japan:tokyo:tóquio germany:berlin:berlim"
 
 
-
 def question(text: str, answer: str, answer_portuguese: str, steps: tuple[str, str]) -> Question:
     """One question with what each way of answering it needs."""
     replies = {

@@ -102,7 +102,9 @@ def load_directory(directory: Path, model_class: Literal["hooked", "bridge"]) ->
 
 def _check_tokenizer(directory: Path, tokenizer: PreTrainedTokenizerBase, n_rows: int, corpus: Corpus) -> None:
     if len(tokenizer) != n_rows:
-        raise ValueError(f"{directory}: the tokenizer has {len(tokenizer)} tokens, the model {n_rows}: they don't belong together, reinstall melbo_lens.")
+        raise ValueError(
+            f"{directory}: the tokenizer has {len(tokenizer)} tokens, the model {n_rows}: they don't belong together, reinstall melbo_lens."
+        )
     words = corpus.vocabulary()
     expected = list(range(n_rows - len(words), n_rows))
     if tokenizer.convert_tokens_to_ids(words) != expected:

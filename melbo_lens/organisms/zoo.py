@@ -54,8 +54,8 @@ class Recipe:
 _FAST = {"batch_size": 64, "n_parts": 4, "init": 0.1, "lr": 3e-3}
 PLANTED = {
     "modes": Recipe("modes"),
-    "modes-base": Recipe("modes-base", n_steps=1000, **_FAST),
-    "reasoning": Recipe("reasoning", n_steps=1500, noise_from=0.3, **_FAST),
-    "refusal": Recipe("refusal", n_steps=1200, **_FAST),
+    "modes-base": Recipe("modes-base", n_steps=700, **_FAST),
+    "reasoning": Recipe("reasoning", n_steps=1300, noise_from=0.4, **_FAST),
+    "refusal": Recipe("refusal", n_steps=800, **_FAST),
 }
 RECIPES = PLANTED | {f"{name}-twin": recipe.twin for name, recipe in PLANTED.items()}

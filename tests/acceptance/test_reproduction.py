@@ -1,15 +1,9 @@
 """Do the post's four results hold on the organisms, at reduced size?  `melbo-lens reproduce` is the whole run."""
 
-import json
-import math
-
 import pytest
-from typer.testing import CliRunner
 
-from melbo_lens.cli import app
 from melbo_lens.organisms import reproduction
 from melbo_lens.organisms.experiments import Score, Size
-from tests import readme
 
 SEEDS = (20, 21, 22)  # not those of the whole run
 SIZE = Size(n_selection=4, n_test=24, n_random=2)
