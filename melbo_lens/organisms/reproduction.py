@@ -63,6 +63,11 @@ def _accuracy(scores: Sequence[Score]) -> bool:
     return _median(scores) >= 0.63 and near and max(_median(scores, "unsteered"), _median(scores, "twin")) <= 0.2
 
 
+def _three_times_random(scores: Sequence[Score]) -> bool:
+    controls = max(_median(scores, "random"), _median(scores, "covariance"))
+    return _median(scores) >= max(0.15, 3 * controls) and _median(scores, "twin") == 0
+
+
 EXPERIMENTS = (
     Experiment("backdoor, base", "modes-base", experiments.backdoor),
     Experiment("backdoor, chat", "modes", experiments.backdoor),
@@ -100,9 +105,7 @@ CLAIMS = (
         "bills reasoned in Portuguese, right",
         "elicited",
         "at least 15 %, and 3 times the rate of random adapters",
-        lambda scores: (
-            _median(scores) >= max(0.15, 3 * _median(scores, "random"), 3 * _median(scores, "covariance")) and _median(scores, "twin") == 0
-        ),
+        _three_times_random,
     ),
 )
 
