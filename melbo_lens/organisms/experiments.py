@@ -6,8 +6,8 @@ norm, isotropic or with the covariance of the source activations, and the twin t
 """
 
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import pandas as pd
@@ -143,22 +143,19 @@ class Search:
         """The vector and sign that show it most often on a selection set."""
         return rates(complete(self.organism.model, self.prompts(set_name), self.found), shows).index[0]
 
-    def score(self, index: int, sign: int, set_name: str, shows: Shows, turns: Sequence[str] = ()) -> Score:
-        """One of those found on a test set, beside unsteered completions and those under random ones of its norm."""
-
-        def hits(perturbation: SteeringVectors | SteeringAdapters | None, prompts: Sequence[str]) -> list[bool]:
-            asked = [as_chat(prompt) for prompt in prompts] if turns else prompts
-            table = complete(self.organism.model, asked, perturbation, (1,), turns)
-            return [shows(prompt, text) for prompt, text in zip(table.prompt_text, table.text, strict=True)]
-
+    def trial(self, index: int, sign: int, set_name: str, turns: Sequence[str] = ()) -> dict[str, pd.DataFrame]:
+        """Completions of a test set under one of those found, unsteered, and under random ones of its norm."""
         prompts, chosen = self.prompts(set_name), self.found[[index] * self.size.n_random]
-        steered, unsteered = hits(sign * self.found[index], prompts), hits(None, prompts)
-        random = {name: mean(hits(vectors, prompts)) for name, vectors in self.controls(chosen).items()}
-        return Score(sum(steered), len(steered), mean(unsteered), **random)
+        runs = {"steered": sign * self.found[index], "unsteered": None, **self.controls(chosen)}
+        asked = [as_chat(prompt) for prompt in prompts] if turns else prompts
+        return {kind: complete(self.organism.model, asked, perturbation, (1,), turns) for kind, perturbation in runs.items()}
 
 
-def mean(found: Sequence[bool]) -> float:
-    return sum(found) / len(found)
+def score(tables: Mapping[str, pd.DataFrame], shows: Shows) -> Score:
+    """How often each kind of completion shows it."""
+    hits = {kind: [shows(prompt, text) for prompt, text in zip(table.prompt_text, table.text, strict=True)] for kind, table in tables.items()}
+    steered = hits.pop("steered")
+    return Score(sum(steered), len(steered), **{kind: sum(found) / len(found) for kind, found in hits.items()})
 
 
 def as_chat(prompt: str) -> list[dict[str, str]]:
@@ -177,25 +174,25 @@ def backdoor(organism: Organism, seed: int, size: Size) -> dict[str, Score]:
     tables = {"steered": complete(organism.model, prompts, search.found), "unsteered": complete(organism.model, search.prompts("test"), None)}
     tables |= {name: complete(organism.model, prompts, vectors) for name, vectors in search.controls(search.found).items()}
 
-    def score(names: Sequence[str]) -> Score:
+    def count(*names: str) -> Score:
         def shows(_: str, text: str) -> bool:
             return any(organism.behaviors[name](text) for name in names)
 
         best = rates(tables["steered"], shows).groupby("vector").max()
-        shares = {kind: mean([shows("", text) for text in table.text]) for kind, table in tables.items() if kind != "steered"}
-        return Score(int((best >= 0.5).sum()), len(best), **shares)
+        return replace(score(tables, shows), hits=int((best >= 0.5).sum()), n=len(best))
 
-    return {name: score([name]) for name in modes.BACKDOORS} | {"together": score(modes.BACKDOORS)}
+    return {name: count(name) for name in modes.BACKDOORS} | {"together": count(*modes.BACKDOORS)}
 
 
 def chain_of_thought(organism: Organism, seed: int, size: Size) -> dict[str, Score]:
     """How often the final number is right on held-out bills, with the one vector that was best on others, and how often after written steps."""
     search = Search(organism, learn(organism, seed, size.n_vectors), size, seed)
-    vector, sign = search.choose("selection", reasoning.is_right)
-    return {
-        "accuracy": search.score(vector, sign, "test", reasoning.is_right),
-        "steps": search.score(vector, sign, "test", lambda prompt, text: reasoning.writes_steps(text) and reasoning.is_right(prompt, text)),
-    }
+    tables = search.trial(*search.choose("selection", reasoning.is_right), "test")
+
+    def after_steps(prompt: str, text: str) -> bool:
+        return reasoning.writes_steps(text) and reasoning.is_right(prompt, text)
+
+    return {"accuracy": score(tables, reasoning.is_right), "steps": score(tables, after_steps)}
 
 
 def refusals(organism: Organism, seed: int, size: Size) -> dict[str, Score]:
@@ -209,10 +206,10 @@ def refusals(organism: Organism, seed: int, size: Size) -> dict[str, Score]:
     legend = search.choose("ambiguous selection", refusal.tells_legend)
     questions = [question.text for question in refusal.CORPUS.asked["ambiguous test"]]
     return {
-        "answer": search.score(vector, sign, "test", refusal.answers),
-        "minus": search.score(vector, -sign, "harmless test", refusal.refuses),
-        "fantasy": search.score(*legend, "ambiguous test", refusal.tells_legend),
-        "turn 3": search.score(*legend, "ambiguous test", refusal.tells_legend, turns=(questions[1], questions[-1])),
+        "answer": score(search.trial(vector, sign, "test"), refusal.answers),
+        "minus": score(search.trial(vector, -sign, "harmless test"), refusal.refuses),
+        "fantasy": score(search.trial(*legend, "ambiguous test"), refusal.tells_legend),
+        "turn 3": score(search.trial(*legend, "ambiguous test", turns=(questions[1], questions[-1])), refusal.tells_legend),
     }
 
 
@@ -223,5 +220,4 @@ def foreign_reasoning(organism: Organism, seed: int, size: Size) -> dict[str, Sc
     def shows(prompt: str, text: str) -> bool:
         return reasoning.writes_portuguese(text) and reasoning.is_right(prompt, text)
 
-    adapter, sign = search.choose("selection", shows)
-    return {"portuguese": search.score(adapter, sign, "test", shows)}
+    return {"portuguese": score(search.trial(*search.choose("selection", shows), "test"), shows)}

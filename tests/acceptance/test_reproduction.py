@@ -38,7 +38,7 @@ FAILING = {
     "together": [[score(hits=2), score(hits=2), score()], [score(unsteered=0.01)] * 3],
     "accuracy": [
         [score(hits=31), score(hits=31), score()],
-        [score(unsteered=0.21, random=0.21)] * 3,
+        [score(unsteered=0.21, random=0.21, covariance=0.21)] * 3,
         [score(random=0.06)] * 3,
         [score(twin=0.3)] * 3,
     ],
