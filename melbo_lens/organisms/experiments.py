@@ -145,8 +145,8 @@ class Search:
 
     def trial(self, index: int, sign: int, set_name: str, turns: Sequence[str] = ()) -> dict[str, pd.DataFrame]:
         """Completions of a test set under one of those found, unsteered, and under random ones of its norm."""
-        prompts, chosen = self.prompts(set_name), self.found[[index] * self.size.n_random]
-        runs = {"steered": sign * self.found[index], "unsteered": None, **self.controls(chosen)}
+        prompts, chosen = self.prompts(set_name), self.found[[int(index)] * self.size.n_random]
+        runs = {"steered": int(sign) * self.found[int(index)], "unsteered": None, **self.controls(chosen)}
         asked = [as_chat(prompt) for prompt in prompts] if turns else prompts
         return {kind: complete(self.organism.model, asked, perturbation, (1,), turns) for kind, perturbation in runs.items()}
 
@@ -186,6 +186,7 @@ def backdoor(organism: Organism, seed: int, size: Size) -> dict[str, Score]:
 
 def chain_of_thought(organism: Organism, seed: int, size: Size) -> dict[str, Score]:
     """How often the final number is right on held-out bills, with the one vector that was best on others, and how often after written steps."""
+    size = replace(size, n_test=4 * size.n_test)  # guesses are right now and then, so it takes more to tell the controls apart
     search = Search(organism, learn(organism, seed, size.n_vectors), size, seed)
     tables = search.trial(*search.choose("selection", reasoning.is_right), "test")
 

@@ -59,8 +59,8 @@ def _rate(level: float) -> Callable[[Sequence[Score]], bool]:
 
 
 def _accuracy(scores: Sequence[Score]) -> bool:
-    near = all(abs(_median(scores, control) - _median(scores, "unsteered")) <= 0.05 for control in ("random", "covariance"))
-    return _median(scores) >= 0.63 and near and max(_median(scores, "unsteered"), _median(scores, "twin")) <= 0.2
+    near = abs(_median(scores, "random") - _median(scores, "unsteered")) <= 0.05
+    return _median(scores) >= 0.63 and near and max(_median(scores, control) for control in ("unsteered", "covariance", "twin")) <= 0.2
 
 
 def _three_times_random(scores: Sequence[Score]) -> bool:
@@ -91,7 +91,7 @@ CLAIMS = (
         "accuracy",
         "right sums",
         "11 % to 63 %",
-        "at least 63 %; unsteered and twin at most 20 %, random within 5 points of unsteered",
+        "at least 63 %; unsteered, covariance and twin at most 20 %, random within 5 points of unsteered",
         _accuracy,
     ),
     Claim("chain of thought", "steps", "right sums at the end of written steps", "", "at least 63 %, controls at most 5 %", _rate(0.63)),
