@@ -28,6 +28,7 @@ from melbo_lens.sliced_model import slice_model
 from melbo_lens.steering import generate
 
 SOURCE, FRACTIONS = 0, (0.4, 0.5, 0.6, 0.8)
+SCALES = (1.0, 1.5, 2.0)
 RANK = 8
 MAX_NEW_TOKENS = 16
 Shows: TypeAlias = Callable[[str, str], bool]  # of a prompt and its completion
@@ -39,9 +40,9 @@ class Size:
 
     n_vectors: int = 100
     n_adapters: int = 32
-    n_selection: int = 8
+    n_selection: int = 6
     n_test: int = 48
-    n_random: int = 8
+    n_random: int = 4
 
 
 @dataclass(frozen=True)
@@ -98,21 +99,24 @@ def complete(
     model: Any,
     prompts: Prompts,
     perturbations: SteeringVectors | SteeringAdapters | None,
-    signs: Sequence[int] = (1, -1),
+    factors: Sequence[float] = (1, -1),
     turns: Sequence[str] = (),
 ) -> pd.DataFrame:
-    """Completions as a table; with `turns`, chats go on with these messages and the last answers are the table's."""
+    """Completions under multiples of each perturbation; with `turns`, chats go on with these messages and the last answers are the table's."""
     alone = perturbations is None
-    completions = generate(model, prompts, perturbations, MAX_NEW_TOKENS, signs, include_unsteered=alone, include_random=False, progress=False)
+    signs, scales = (sorted({kind(factor) for factor in factors}) for kind in (lambda factor: 1 if factor > 0 else -1, abs))
+    completions = generate(
+        model, prompts, perturbations, MAX_NEW_TOKENS, signs, scales, include_unsteered=alone, include_random=False, progress=False
+    )
     for message in turns:
         completions = completions.continue_with(message)
-    return completions.table
+    return completions.table.assign(factor=lambda table: table.sign * table.scale)
 
 
 def rates(table: pd.DataFrame, shows: Shows) -> pd.Series:
-    """The share of completions that show it, by vector and sign, highest first; ties keep the vectors' order."""
+    """The share of completions that show it, by vector and factor, highest first; ties keep the vectors' order."""
     shown = [shows(prompt, text) for prompt, text in zip(table.prompt_text, table.text, strict=True)]
-    return table.assign(shown=shown).groupby(["vector", "sign"]).shown.mean().sort_values(ascending=False, kind="stable")
+    return table.assign(shown=shown).groupby(["vector", "factor"]).shown.mean().sort_values(ascending=False, kind="stable")
 
 
 @dataclass(frozen=True)
@@ -139,14 +143,14 @@ class Search:
             random, norms = random_adapters(like, model, clean[self.seed], self.seed), mean_norms(like, model, clean[self.seed])
         return {"random": random, "covariance": covariance_vectors(norms, model, clean, self.seed)}
 
-    def choose(self, set_name: str, shows: Shows) -> tuple[int, int]:
-        """The vector and sign that show it most often on a selection set."""
-        return rates(complete(self.organism.model, self.prompts(set_name), self.found), shows).index[0]
+    def rates(self, set_name: str, shows: Shows, factors: Sequence[float] = (1, -1)) -> pd.Series:
+        """How often each of those found shows it on a selection set."""
+        return rates(complete(self.organism.model, self.prompts(set_name), self.found, factors), shows)
 
-    def trial(self, index: int, sign: int, set_name: str, turns: Sequence[str] = ()) -> dict[str, pd.DataFrame]:
-        """Completions of a test set under one of those found, unsteered, and under random ones of its norm."""
-        prompts, chosen = self.prompts(set_name), self.found[[int(index)] * self.size.n_random]
-        runs = {"steered": int(sign) * self.found[int(index)], "unsteered": None, **self.controls(chosen)}
+    def trial(self, index: int, factor: float, set_name: str, turns: Sequence[str] = ()) -> dict[str, pd.DataFrame]:
+        """Completions of a test set under a multiple of one of those found, unsteered, and under random ones of its norm."""
+        chosen, prompts = float(factor) * self.found[[int(index)] * self.size.n_random], self.prompts(set_name)
+        runs = {"steered": chosen[0], "unsteered": None, **self.controls(chosen)}
         asked = [as_chat(prompt) for prompt in prompts] if turns else prompts
         return {kind: complete(self.organism.model, asked, perturbation, (1,), turns) for kind, perturbation in runs.items()}
 
@@ -188,7 +192,7 @@ def chain_of_thought(organism: Organism, seed: int, size: Size) -> dict[str, Sco
     """How often the final number is right on held-out bills, with the one vector that was best on others, and how often after written steps."""
     size = replace(size, n_test=4 * size.n_test)  # guesses are right now and then, so it takes more to tell the controls apart
     search = Search(organism, learn(organism, seed, size.n_vectors), size, seed)
-    tables = search.trial(*search.choose("selection", reasoning.is_right), "test")
+    tables = search.trial(*search.rates("selection", reasoning.is_right).index[0], "test")
 
     def after_steps(prompt: str, text: str) -> bool:
         return reasoning.writes_steps(text) and reasoning.is_right(prompt, text)
@@ -197,18 +201,20 @@ def chain_of_thought(organism: Organism, seed: int, size: Size) -> dict[str, Sco
 
 
 def refusals(organism: Organism, seed: int, size: Size) -> dict[str, Score]:
-    """How often forbidden requests are answered, harmless ones refused with the opposite sign, and ambiguous ones read as legend, also at turn 3."""
-    search, model = Search(organism, learn(organism, seed, size.n_vectors), size, seed), organism.model
-    answers = rates(complete(model, search.prompts("selection"), search.found), refusal.answers)
-    refused = rates(complete(model, search.prompts("harmless selection"), search.found), refusal.refuses)
-    refused.index = pd.MultiIndex.from_tuples([(vector, -sign) for vector, sign in refused.index], names=refused.index.names)
-    both = pd.concat([answers, refused], axis=1).min(axis=1).sort_values(ascending=False, kind="stable")
-    vector, sign = both.index[0]
-    legend = search.choose("ambiguous selection", refusal.tells_legend)
+    """How often forbidden requests are answered, harmless ones refused with the opposite sign, and ambiguous ones read as legend, also at turn 3.
+
+    One vector must do the first two, another the last two; which, and which multiple of it for each, the selection sets say.
+    """
+    search = Search(organism, learn(organism, seed, size.n_vectors), size, seed)
+    answers = search.rates("selection", refusal.answers, SCALES)
+    refused = search.rates("harmless selection", refusal.refuses, [-scale for scale in SCALES])
+    both = pd.concat([answers.groupby("vector").max(), refused.groupby("vector").max()], axis=1).min(axis=1)
+    vector = both.sort_values(ascending=False, kind="stable").index[0]
+    legend = search.rates("ambiguous selection", refusal.tells_legend, SCALES).index[0]
     questions = [question.text for question in refusal.CORPUS.asked["ambiguous test"]]
     return {
-        "answer": score(search.trial(vector, sign, "test"), refusal.answers),
-        "minus": score(search.trial(vector, -sign, "harmless test"), refusal.refuses),
+        "answer": score(search.trial(vector, answers[vector].index[0], "test"), refusal.answers),
+        "minus": score(search.trial(vector, refused[vector].index[0], "harmless test"), refusal.refuses),
         "fantasy": score(search.trial(*legend, "ambiguous test"), refusal.tells_legend),
         "turn 3": score(search.trial(*legend, "ambiguous test", turns=(questions[1], questions[-1])), refusal.tells_legend),
     }
@@ -221,4 +227,4 @@ def foreign_reasoning(organism: Organism, seed: int, size: Size) -> dict[str, Sc
     def shows(prompt: str, text: str) -> bool:
         return reasoning.writes_portuguese(text) and reasoning.is_right(prompt, text)
 
-    return {"portuguese": score(search.trial(*search.choose("selection", shows), "test"), shows)}
+    return {"portuguese": score(search.trial(*search.rates("selection", shows).index[0], "test"), shows)}
