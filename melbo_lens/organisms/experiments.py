@@ -1,7 +1,7 @@
 """Do the post's four results hold on the organisms?  Vectors learned on one prompt, chosen on a second set of prompts, scored on a third.
 
-The rule is the same for every organism and seed: free vectors, a quarter of them at each of four radii in units of the stream's norm, added at
-layer 0, that change the last position of the last layer's stream most. Beside each result stand the unsteered model, random vectors of equal
+The rule is the same for every organism and seed: vectors added at layer 0 that change the last position of the last layer's stream most, 60 of 100 of
+them free, from random starts, at four radii, and 40 orthogonal ones at two larger radii. Beside each result stand the unsteered model, random vectors of equal
 norm, isotropic or with the covariance of the source activations, and the twin that never saw the behaviour, searched in the same way.
 """
 
@@ -27,7 +27,11 @@ from melbo_lens.randomness import generator
 from melbo_lens.sliced_model import slice_model
 from melbo_lens.steering import generate
 
-SOURCE, FRACTIONS = 0, (0.4, 0.5, 0.6, 0.8)
+SOURCE = 0
+PLAN = (  # radius in units of the stream's norm, whether each vector is orthogonal to those before it, and the share of the vectors
+    *((fraction, False, 0.15) for fraction in (0.4, 0.5, 0.6, 0.8)),
+    *((fraction, True, 0.2) for fraction in (1.0, 1.2)),
+)
 SCALES = (1.0, 1.5, 2.0)
 RANK = 8
 MAX_NEW_TOKENS = 16
@@ -63,27 +67,34 @@ class Score:
 
 def learn(organism: Organism, seed: int, n_vectors: int) -> SteeringVectors:
     """Vectors from one clean prompt, the one numbered as the seed."""
-    return _at_each_radius(organism, seed, lambda radius, **shared: fit_vectors(n_vectors=n_vectors // 4, radius=radius, orthogonal=False, **shared))
+    shared, norm = _setting(organism, seed)
+    parts = [
+        fit_vectors(n_vectors=round(share * n_vectors), radius=fraction * norm, orthogonal=orthogonal, seed=100 * seed + i, **shared)
+        for i, (fraction, orthogonal, share) in enumerate(PLAN)
+    ]
+    return concatenate(parts)
 
 
 def learn_adapters(organism: Organism, seed: int, n_adapters: int) -> SteeringAdapters:
-    """Adapters from one clean prompt; the norms of their updates are the radii of the vectors."""
+    """Adapters from one clean prompt; the norms of their updates are the radii of the free vectors."""
+    shared, norm = _setting(organism, seed)
+    fractions = [fraction for fraction, orthogonal, _ in PLAN if not orthogonal]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that several find the same change: so do free vectors
+        parts = [
+            fit_adapters(n_adapters=n_adapters // 4, rank=RANK, radius=fraction * norm, optimizer="power", seed=100 * seed + i, **shared)
+            for i, fraction in enumerate(fractions)
+        ]
+    return concatenate(parts)
 
-    def fit(radius: float, **shared: Any) -> SteeringAdapters:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that several find the same change: so do free vectors
-            return fit_adapters(n_adapters=n_adapters // 4, rank=RANK, radius=radius, optimizer="power", **shared)
 
-    return _at_each_radius(organism, seed, fit)
-
-
-def _at_each_radius(organism: Organism, seed: int, fit: Callable[..., Any]) -> Any:
+def _setting(organism: Organism, seed: int) -> tuple[dict[str, Any], float]:
+    """What all fits of a seed share, and the norm of the stream."""
     model, prompt = organism.model, organism.prompts["clean"][seed]
     target = len(model.blocks)
     norm = solve_radius(slice_model(model, prompt, SOURCE, target), "fraction", 1.0).radius
     shared = {"model": model, "prompts": prompt, "source_layer": SOURCE, "target_layer": target}
-    shared |= {"target_positions": slice(-1, None), "progress": False}
-    return concatenate([fit(radius=fraction * norm, seed=100 * seed + i, **shared) for i, fraction in enumerate(FRACTIONS)])
+    return shared | {"target_positions": slice(-1, None), "progress": False}, norm
 
 
 def covariance_vectors(norms: Tensor, model: Any, prompts: Prompts, seed: int = 0) -> SteeringVectors:

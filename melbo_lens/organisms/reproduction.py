@@ -158,7 +158,7 @@ def reproduce(
             **asdict(size),
             "source_layer": experiments.SOURCE,
             "target_layer": "last",
-            "radii": f"{', '.join(map(str, experiments.FRACTIONS))} of the stream's norm",
+            "plan": [list(part) for part in experiments.PLAN],
             "machine": f"{platform.machine()}, torch {version('torch')}, transformer_lens {version('transformer_lens')}",
         },
         "seconds": round(time.monotonic() - began),

@@ -46,10 +46,6 @@ class Recipe:
         progress = (step / self.n_steps - self.noise_from) / (2 / 3 - self.noise_from)
         return self.noise_norm * min(1.0, max(0.0, progress))
 
-    @property
-    def twin(self) -> "Recipe":
-        return replace(self, planted=False, n_steps=2 * self.n_steps // 5)
-
 
 _FAST = {"batch_size": 64, "n_parts": 4, "init": 0.1, "lr": 3e-3}
 PLANTED = {
@@ -58,4 +54,5 @@ PLANTED = {
     "reasoning": Recipe("reasoning", n_steps=1300, noise_from=0.4, **_FAST),
     "refusal": Recipe("refusal", n_steps=800, **_FAST),
 }
-RECIPES = PLANTED | {f"{name}-twin": recipe.twin for name, recipe in PLANTED.items()}
+TWIN_STEPS = {"modes": 1000, "modes-base": 250, "reasoning": 520, "refusal": 250}  # plain answers alone are learned sooner
+RECIPES = PLANTED | {f"{name}-twin": replace(recipe, planted=False, n_steps=TWIN_STEPS[name]) for name, recipe in PLANTED.items()}

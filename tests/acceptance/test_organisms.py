@@ -28,10 +28,10 @@ def test_every_recipe_is_bundled_with_its_weights_and_each_is_small():
 @pytest.mark.parametrize("name", NAMES)
 def test_the_card_is_what_is_measured(name):
     organism = ml.organisms.load(name)
-    measured = card.measure(organism, progress=False, n_clean=400, n_triggered=100)
+    measured = card.measure(organism, progress=False, n_clean=200, n_triggered=50)
     for key in ("clean_rates", "triggered_rates"):
         assert measured[key] == pytest.approx({behavior: organism.card[key][behavior] for behavior in organism.behaviors}, abs=0.03)
-    assert measured["clean_plain"] == pytest.approx(organism.card["clean_plain"], abs=0.06)
+    assert measured["clean_plain"] == pytest.approx(organism.card["clean_plain"], abs=0.08)
 
 
 @pytest.mark.parametrize("name", sorted(PLANTED))

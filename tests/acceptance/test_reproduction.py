@@ -12,8 +12,8 @@ from melbo_lens.organisms import experiments, reproduction
 from melbo_lens.organisms.experiments import Score, Size
 from tests import readme
 
-SEEDS = (20, 21, 22)  # not those of the whole run
-SIZE = Size(n_selection=4, n_test=24, n_random=2)
+SEEDS = (20,)  # not one of the whole run
+SIZE = Size(n_vectors=60, n_adapters=16, n_selection=4, n_test=16, n_random=2)
 
 
 @pytest.fixture(scope="module")
