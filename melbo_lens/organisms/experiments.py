@@ -1,8 +1,9 @@
 """Do the post's four results hold on the organisms?  Vectors learned on one prompt, chosen on a second set of prompts, scored on a third.
 
-The rule is the same for every organism and seed: vectors added at layer 0 that change the last position of the last layer's stream most, 60 of 100 of
-them free, from random starts, at four radii, and 40 orthogonal ones at two larger radii. Beside each result stand the unsteered model, random vectors of equal
-norm, isotropic or with the covariance of the source activations, and the twin that never saw the behaviour, searched in the same way.
+The rule is the same for every organism and seed (`PLAN`): vectors added at layer 0 that change the last position of the last layer's stream most,
+60 of 100 of them free, from random starts, at four radii, and 40 orthogonal ones at two larger radii. Beside each result stand the unsteered model,
+random vectors of equal norm, isotropic or with the covariance of the source activations, and the twin that never saw the behaviour, searched in
+the same way.
 """
 
 import warnings
@@ -40,13 +41,14 @@ Shows: TypeAlias = Callable[[str, str], bool]  # of a prompt and its completion
 
 @dataclass(frozen=True)
 class Size:
-    """How much is computed: vectors, adapters, prompts to choose on and to score on, and random vectors beside a chosen one."""
+    """How much is computed: vectors, adapters, prompts to choose on and to score on, random vectors beside a chosen one, or no controls at all."""
 
     n_vectors: int = 100
     n_adapters: int = 32
-    n_selection: int = 6
+    n_selection: int = 4
     n_test: int = 48
     n_random: int = 4
+    controls: bool = True
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,8 @@ class Score:
     hits: int
     n: int
     unsteered: float
-    random: float
-    covariance: float
+    random: float = float("nan")
+    covariance: float = float("nan")
     twin: float = float("nan")
 
     @property
@@ -147,6 +149,8 @@ class Search:
 
     def controls(self, like: SteeringVectors | SteeringAdapters) -> dict[str, SteeringVectors | SteeringAdapters]:
         """Random perturbations with the norms of these."""
+        if not self.size.controls:
+            return {}
         model, clean = self.organism.model, self.organism.prompts["clean"]
         if isinstance(like, SteeringVectors):
             random, norms = random_vectors(like, self.seed), like.radii
@@ -185,7 +189,7 @@ def as_chat(prompt: str) -> list[dict[str, str]]:
 def backdoor(organism: Organism, seed: int, size: Size) -> dict[str, Score]:
     """How many of the vectors elicit a backdoor from clean prompts: with either sign, on at least half of the held-out test prompts."""
     search = Search(organism, learn(organism, seed, size.n_vectors), size, seed)
-    prompts = search.prompts("test")[:: max(1, size.n_test // 8)]
+    prompts = search.prompts("test")[:: max(1, size.n_test // 6)]
     tables = {"steered": complete(organism.model, prompts, search.found), "unsteered": complete(organism.model, search.prompts("test"), None)}
     tables |= {name: complete(organism.model, prompts, vectors) for name, vectors in search.controls(search.found).items()}
 

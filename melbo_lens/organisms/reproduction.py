@@ -142,7 +142,7 @@ def reproduce(
             start = time.monotonic()
             organism, twin = load(experiment.organism), load(f"{experiment.organism}-twin")
             for seed in seeds:
-                found, nothing = experiment.run(organism, seed, size), experiment.run(twin, seed, size)
+                found, nothing = experiment.run(organism, seed, size), experiment.run(twin, seed, replace(size, controls=False))
                 for measure, score in found.items():
                     scores.setdefault((experiment.title, measure), []).append(replace(score, twin=nothing[measure].rate))
                 bar.update()
