@@ -119,7 +119,16 @@ def complete(
     alone = perturbations is None
     signs, scales = (sorted({kind(factor) for factor in factors}) for kind in (lambda factor: 1 if factor > 0 else -1, abs))
     completions = generate(
-        model, prompts, perturbations, MAX_NEW_TOKENS, signs, scales, include_unsteered=alone, include_random=False, progress=False
+        model,
+        prompts,
+        perturbations,
+        MAX_NEW_TOKENS,
+        signs,
+        scales,
+        include_unsteered=alone,
+        include_random=False,
+        batch_size=1024,
+        progress=False,
     )
     for message in turns:
         completions = completions.continue_with(message)
