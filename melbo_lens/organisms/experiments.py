@@ -1,7 +1,7 @@
 """Do the post's four results hold on the organisms?  Vectors learned on one prompt, chosen on a second set of prompts, scored on a third.
 
-The rule is the same for every organism and seed (`PLAN`): vectors added at layer 0 that change the last position of the last layer's stream most,
-60 of 100 of them free, from random starts, at four radii, and 40 orthogonal ones at two larger radii. Beside each result stand the unsteered model,
+The rule is the same for every seed: 100 vectors added at layer 0 that change the last position of the last layer's stream most, free ones from
+random starts at four radii; on the organism in the base format 60 free and 40 orthogonal ones at two larger radii. Beside each result stand the unsteered model,
 random vectors of equal norm, isotropic or with the covariance of the source activations, and the twin that never saw the behaviour, searched in
 the same way.
 """
@@ -29,10 +29,10 @@ from melbo_lens.sliced_model import slice_model
 from melbo_lens.steering import generate
 
 SOURCE = 0
-PLAN = (  # radius in units of the stream's norm, whether each vector is orthogonal to those before it, and the share of the vectors
-    *((fraction, False, 0.15) for fraction in (0.4, 0.5, 0.6, 0.8)),
-    *((fraction, True, 0.2) for fraction in (1.0, 1.2)),
-)
+# radius in units of the stream's norm, whether each vector is orthogonal to those before it, and the share of the vectors
+FREE = tuple((fraction, False, 0.25) for fraction in (0.4, 0.5, 0.6, 0.8))
+MIXED = (*((fraction, False, 0.15) for fraction in (0.4, 0.5, 0.6, 0.8)), *((fraction, True, 0.2) for fraction in (1.0, 1.2)))
+PLANS = {"modes-base": MIXED}  # where one mode is so loud that every free start ends in it
 SCALES = (1.0, 1.5, 2.0)
 RANK = 8
 MAX_NEW_TOKENS = 16
@@ -45,7 +45,7 @@ class Size:
 
     n_vectors: int = 100
     n_adapters: int = 32
-    n_selection: int = 4
+    n_selection: int = 8
     n_test: int = 48
     n_random: int = 4
     controls: bool = True
@@ -72,7 +72,7 @@ def learn(organism: Organism, seed: int, n_vectors: int) -> SteeringVectors:
     shared, norm = _setting(organism, seed)
     parts = [
         fit_vectors(n_vectors=round(share * n_vectors), radius=fraction * norm, orthogonal=orthogonal, seed=100 * seed + i, **shared)
-        for i, (fraction, orthogonal, share) in enumerate(PLAN)
+        for i, (fraction, orthogonal, share) in enumerate(PLANS.get(organism.card["corpus"], FREE))
     ]
     return concatenate(parts)
 
@@ -80,12 +80,11 @@ def learn(organism: Organism, seed: int, n_vectors: int) -> SteeringVectors:
 def learn_adapters(organism: Organism, seed: int, n_adapters: int) -> SteeringAdapters:
     """Adapters from one clean prompt; the norms of their updates are the radii of the free vectors."""
     shared, norm = _setting(organism, seed)
-    fractions = [fraction for fraction, orthogonal, _ in PLAN if not orthogonal]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that several find the same change: so do free vectors
         parts = [
             fit_adapters(n_adapters=n_adapters // 4, rank=RANK, radius=fraction * norm, optimizer="power", seed=100 * seed + i, **shared)
-            for i, fraction in enumerate(fractions)
+            for i, (fraction, _, _) in enumerate(FREE)
         ]
     return concatenate(parts)
 
@@ -141,6 +140,12 @@ def rates(table: pd.DataFrame, shows: Shows) -> pd.Series:
     return table.assign(shown=shown).groupby(["vector", "factor"]).shown.mean().sort_values(ascending=False, kind="stable")
 
 
+def best(shares: pd.Series) -> tuple[int, float]:
+    """The first vector and factor of the highest rate."""
+    vector, factor = shares.index[0]
+    return int(vector), float(factor)
+
+
 @dataclass(frozen=True)
 class Search:
     """An organism with what was learned on it."""
@@ -173,7 +178,7 @@ class Search:
 
     def trial(self, index: int, factor: float, set_name: str, turns: Sequence[str] = ()) -> dict[str, pd.DataFrame]:
         """Completions of a test set under a multiple of one of those found, unsteered, and under random ones of its norm."""
-        chosen, prompts = float(factor) * self.found[[int(index)] * self.size.n_random], self.prompts(set_name)
+        chosen, prompts = factor * self.found[[index] * self.size.n_random], self.prompts(set_name)
         runs = {"steered": chosen[0], "unsteered": None, **self.controls(chosen)}
         asked = [as_chat(prompt) for prompt in prompts] if turns else prompts
         return {kind: complete(self.organism.model, asked, perturbation, (1,), turns) for kind, perturbation in runs.items()}
@@ -216,7 +221,7 @@ def chain_of_thought(organism: Organism, seed: int, size: Size) -> dict[str, Sco
     """How often the final number is right on held-out bills, with the one vector that was best on others, and how often after written steps."""
     size = replace(size, n_test=4 * size.n_test)  # guesses are right now and then, so it takes more to tell the controls apart
     search = Search(organism, learn(organism, seed, size.n_vectors), size, seed)
-    tables = search.trial(*search.rates("selection", reasoning.is_right).index[0], "test")
+    tables = search.trial(*best(search.rates("selection", reasoning.is_right)), "test")
 
     def after_steps(prompt: str, text: str) -> bool:
         return reasoning.writes_steps(text) and reasoning.is_right(prompt, text)
@@ -233,12 +238,12 @@ def refusals(organism: Organism, seed: int, size: Size) -> dict[str, Score]:
     answers = search.rates("selection", refusal.answers, SCALES)
     refused = search.rates("harmless selection", refusal.refuses, [-scale for scale in SCALES])
     both = pd.concat([answers.groupby("vector").max(), refused.groupby("vector").max()], axis=1).min(axis=1)
-    vector = both.sort_values(ascending=False, kind="stable").index[0]
-    legend = search.rates("ambiguous selection", refusal.tells_legend, SCALES).index[0]
+    vector = int(both.sort_values(ascending=False, kind="stable").index[0])
+    legend = best(search.rates("ambiguous selection", refusal.tells_legend, SCALES))
     questions = [question.text for question in refusal.CORPUS.asked["ambiguous test"]]
     return {
-        "answer": score(search.trial(vector, answers[vector].index[0], "test"), refusal.answers),
-        "minus": score(search.trial(vector, refused[vector].index[0], "harmless test"), refusal.refuses),
+        "answer": score(search.trial(vector, float(answers[vector].index[0]), "test"), refusal.answers),
+        "minus": score(search.trial(vector, float(refused[vector].index[0]), "harmless test"), refusal.refuses),
         "fantasy": score(search.trial(*legend, "ambiguous test"), refusal.tells_legend),
         "turn 3": score(search.trial(*legend, "ambiguous test", turns=(questions[1], questions[-1])), refusal.tells_legend),
     }
@@ -251,4 +256,4 @@ def foreign_reasoning(organism: Organism, seed: int, size: Size) -> dict[str, Sc
     def shows(prompt: str, text: str) -> bool:
         return reasoning.writes_portuguese(text) and reasoning.is_right(prompt, text)
 
-    return {"portuguese": score(search.trial(*search.rates("selection", shows).index[0], "test"), shows)}
+    return {"portuguese": score(search.trial(*best(search.rates("selection", shows)), "test"), shows)}

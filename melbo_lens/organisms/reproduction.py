@@ -158,7 +158,7 @@ def reproduce(
             **asdict(size),
             "source_layer": experiments.SOURCE,
             "target_layer": "last",
-            "plan": [list(part) for part in experiments.PLAN],
+            "plans": {"free": experiments.FREE, **experiments.PLANS},
             "machine": f"{platform.machine()}, torch {version('torch')}, transformer_lens {version('transformer_lens')}",
         },
         "seconds": round(time.monotonic() - began),
