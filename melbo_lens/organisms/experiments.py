@@ -1,9 +1,9 @@
 """Do the post's four results hold on the organisms?  Vectors learned on one prompt, chosen on a second set of prompts, scored on a third.
 
 The rule is the same for every seed: 100 vectors added at layer 0 that change the last position of the last layer's stream most, free ones from
-random starts at four radii; on the organism in the base format 60 free and 40 orthogonal ones at two larger radii. Beside each result stand the unsteered model,
-random vectors of equal norm, isotropic or with the covariance of the source activations, and the twin that never saw the behaviour, searched in
-the same way.
+random starts at four radii; on the organism in the base format 60 free and 40 orthogonal ones at two larger radii. Beside each result stand the
+unsteered model, random vectors of equal norm, isotropic or with the covariance of the source activations, and the twin that never saw the
+behaviour, searched in the same way.
 """
 
 import warnings
