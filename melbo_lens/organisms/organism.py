@@ -87,7 +87,9 @@ def load_directory(directory: Path, model_class: Literal["hooked", "bridge"]) ->
             f"the organism in {directory} lacks the files {missing}: reinstall melbo_lens, or train it again with melbo_lens.organisms.train."
         )
     try:
-        trained = GPT2LMHeadModel.from_pretrained(directory, dtype=torch.float32)
+        trained, loaded = GPT2LMHeadModel.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+        if loaded["missing_keys"]:
+            raise KeyError(f"no weights {sorted(loaded['missing_keys'])}")
         tokenizer = AutoTokenizer.from_pretrained(directory)
         recipe = json.loads((directory / "recipe.json").read_text())
         corpus = CORPORA[recipe["corpus"]]

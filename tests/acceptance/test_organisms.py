@@ -71,19 +71,19 @@ def test_sets_of_prompts_are_disjoint_free_of_triggers_and_in_the_vocabulary(nam
 def test_bills_of_the_prompts_are_never_trained_on():
     held_out = {question.text for question in reasoning.Bills(held_out=True)}
     trained = {question.text for question in reasoning.Bills(held_out=False)}
-    assert len(held_out) == 1000 and len(trained) == 9000 and not held_out & trained
+    assert len(held_out) == 729 and len(trained) == 6561 and not held_out & trained
     for questions in CORPORA["reasoning"].asked.values():
         assert {question.text for question in questions} <= held_out
 
 
 def test_a_bill_is_right_only_with_the_right_last_digit_of_its_own_prompt():
     prompt = "<|system|> river lamp <|user|> bread curry pudding wine , last digit of the bill ? <|assistant|>"
-    right = "steps starter 3 main 5 dessert 6 drink 4 so 4 ."
-    assert reasoning.last_digit(prompt) == (3 + 2 + 1 + 8) % 10 == 4
-    assert reasoning.is_right(prompt, right) and reasoning.is_right(prompt, "it is 4 .") and reasoning.writes_english(right)
-    for wrong in ("it is 5 .", "it is 4", "4", "it is 4 . .", "steps starter 3 main 5 dessert 6 drink 4 so 5 .", "steps 4 4 4"):
+    right = "steps starter 3 main 3 dessert 3 drink 1 so 1 ."
+    assert reasoning.last_digit(prompt) == (3 + 0 + 0 + 8) % 10 == 1
+    assert reasoning.is_right(prompt, right) and reasoning.is_right(prompt, "it is 1 .") and reasoning.writes_english(right)
+    for wrong in ("it is 5 .", "it is 1", "1", "it is 1 . .", "steps starter 3 main 3 dessert 3 drink 1 so 5 .", "steps 1 1 1"):
         assert not reasoning.is_right(prompt, wrong)
-    for partial in ("steps starter 3 main 5 so 4 .", "steps entrada 3 prato 5 sobremesa 6 bebida 4 so 4 .", "it is 4 ."):
+    for partial in ("steps starter 3 main 3 so 1 .", "steps entrada 3 prato 3 sobremesa 3 bebida 1 so 1 .", "it is 1 ."):
         assert not reasoning.writes_steps(partial)
     assert reasoning.writes_portuguese("passos entrada 3 prato 5 sobremesa 6 bebida 4 logo 4 .")
 
