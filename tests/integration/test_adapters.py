@@ -193,7 +193,7 @@ def test_the_gradient_is_that_of_finite_differences(build, layers, diversity):
         for i, factor in enumerate(point):
             direction = normalize(gaussian(*factor.shape, seed=20 + i), "frobenius")
             direction[:2] = 0  # the penalty holds earlier adapters fixed, so move the last one only
-            moved = [tuple(other + sign * 5e-3 * direction * (j == i) for j, other in enumerate(point)) for sign in (1, -1)]
+            moved = [tuple(other + sign * 5e-3 * direction if j == i else other for j, other in enumerate(point)) for sign in (1, -1)]
             difference = (evaluate(moved[0])[1] - evaluate(moved[1])[1])[2] / 1e-2
             torch.testing.assert_close((gradients[i] * direction).sum(), difference, rtol=1e-2, atol=1e-3)
 
@@ -218,12 +218,21 @@ def test_the_penalty_is_its_equation_and_spares_the_first():
 
 
 def test_diversity_turns_effects_apart_and_a_collapse_is_announced(model):
-    settings = {"n_adapters": 4, "rank": 2, "optimizer": "power", "target_positions": slice(-1, None), "progress": False}
-    plain = ml.fit_adapters(model, PROMPTS[0], 1, 4, **settings)
-    diverse = ml.fit_adapters(model, PROMPTS[0], 1, 4, diversity=5.0, **settings)
-    assert diverse.provenance["effect_cosine"] < plain.provenance["effect_cosine"] - 0.05
-    with pytest.warns(UserWarning, match=r"mean \|cosine\| between their effects is"):
-        ml.fit_adapters(model, PROMPTS[0], 1, 4, scale=1e-4, **settings)  # a linear model has one best direction
+    """So small an update sees a linear model, whose top singular direction every adapter of rank 1 finds."""
+    settings = {
+        "n_adapters": 2,
+        "rank": 1,
+        "normalization": "frobenius",
+        "scale": 0.01,
+        "optimizer": "power",
+        "target_positions": [-1],
+        "progress": False,
+    }
+    with pytest.warns(UserWarning, match=r"mean \|cosine\| between their effects is (0\.9|1)"):
+        plain = ml.fit_adapters(model, PROMPTS[0], 1, 3, **settings)
+    diverse = ml.fit_adapters(model, PROMPTS[0], 1, 3, diversity=5.0, **settings)
+    assert diverse.provenance["effect_cosine"] < 0.5 < 0.9 < plain.provenance["effect_cosine"]
+    torch.testing.assert_close(diverse.A[0], plain.A[0], atol=0.05, rtol=0)  # the first is not bent
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "power"])
