@@ -9,7 +9,7 @@ from melbo_lens import hooks
 from melbo_lens.factors import normalize
 from melbo_lens.methods.adapter_gradients import AdapterObjective, penalized
 from melbo_lens.mlp import mlp_site, widths
-from melbo_lens.sliced_model import slice_model
+from melbo_lens.sliced_model import SlicedModel, slice_model
 from tests import models
 from tests.oracles.textbook_adapters import TextbookAdapters
 
@@ -208,6 +208,18 @@ def test_the_batch_size_changes_rounding_only(build, diversity):
             parts = objective(model, diversity, batch_size)(point)
             for one, other in zip((*whole[:2], *whole[2]), (*parts[:2], *parts[2]), strict=True):
                 torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_no_pass_has_more_rows_than_the_batch_size(build, monkeypatch):
+    rows = []
+    original = SlicedModel.change_under
+    monkeypatch.setattr(SlicedModel, "change_under", lambda self, added, prompts: rows.append(len(prompts)) or original(self, added, prompts))
+    model = build("llama", "bridge")
+    with hooks.frozen(model):
+        for batch_size, most in ((64, 6), (4, 4), (3, 2), (1, 1)):  # three adapters on two prompts
+            rows.clear()
+            objective(model, 0.5, batch_size)(random_point(model))
+            assert max(rows) == most and sum(rows) == 12  # changes, then gradients
 
 
 def test_the_penalty_is_its_equation_and_spares_the_first():
