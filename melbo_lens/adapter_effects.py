@@ -1,7 +1,7 @@
 """What does an adapter do at its source?  The bias that each position receives, the vector nearest to it, and the control of equal norm."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from melbo_lens.factors import normalize
 from melbo_lens.perturbations import SteeringVectors
 from melbo_lens.prompts import PromptBatch, Prompts, pad, tokenize
 from melbo_lens.randomness import gaussian_rows
+
+ROWS_AT_ONCE = 128
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -69,11 +71,12 @@ def effect(adapters: SteeringAdapters, model: Any, prompts: Prompts, layer: int 
     before = [other for other in adapters.source_layers if other < layer]
     parts = []
     with hooks.frozen(model), torch.no_grad():
-        clean = None if before else _mlp_out(adapters, model, batch, layer, [])
-        for adapter in adapters:
-            plain = _mlp_out(adapter, model, batch, layer, before) if clean is None else clean
-            parts.append((_mlp_out(adapter, model, batch, layer, [*before, layer]) - plain).masked_fill(~own[..., None], 0))
-    return AdapterEffect(torch.stack(parts), own, layer)
+        clean = _mlp_out(adapters[:1], model, batch, layer, [])
+        for first in range(0, len(adapters), max(1, ROWS_AT_ONCE // len(batch))):
+            some = adapters[first : first + max(1, ROWS_AT_ONCE // len(batch))]
+            plain = _mlp_out(some, model, batch, layer, before) if before else clean
+            parts.append((_mlp_out(some, model, batch, layer, [*before, layer]) - plain).masked_fill(~own[..., None], 0))
+    return AdapterEffect(torch.cat(parts), own, layer)
 
 
 def to_vectors(adapters: SteeringAdapters, model: Any, prompts: Prompts) -> SteeringVectors:
@@ -127,9 +130,9 @@ def random_adapters(like: SteeringAdapters, model: Any, prompts: Prompts | None 
         for layer, pair in like.factors.items()
     }
     provenance = {"method": "random_adapters", "seed": seed, "normalization": how, "matched_to": dict(like.provenance)}
-    control = SteeringAdapters(factors, torch.ones_like(like.scales), provenance=provenance).on(model)
-    wanted = mean_norms(like, model, prompts)
-    scales = like.scales.sign() * torch.tensor([scale_for_norm(control[k], model, prompts, float(wanted[k])) for k in range(len(like))]).to(wanted)
+    # a norm after the MLP takes an update and its negative differently, so the control has the sign of what it is matched to
+    control = SteeringAdapters(factors, torch.where(like.scales < 0, -1.0, 1.0).to(like.scales), provenance=provenance).on(model)
+    scales = control.scales * scales_for_norms(control, model, prompts, mean_norms(like, model, prompts))
     return SteeringAdapters(factors, scales, provenance=provenance, sites=control.sites)
 
 
@@ -143,28 +146,32 @@ def fitting_prompts(adapters: SteeringAdapters, prompts: Prompts | None, device:
     return pad([list(row) for row in rows], adapters.provenance.get("prompts", [""] * len(rows)), device=device)
 
 
-def scale_for_norm(adapter: SteeringAdapters, model: Any, prompts: Prompts, norm: float) -> float:
-    """The scale at which one adapter's update has this mean norm: in proportion where nothing bends the update, else bracketed and solved.
+def scales_for_norms(adapters: SteeringAdapters, model: Any, prompts: Prompts, norms: Float[Tensor, " adapter"]) -> Float[Tensor, " adapter"]:
+    """The factors by which the adapters' updates have these mean norms: in proportion where nothing bends an update, else bracketed and solved.
 
     Raises:
         ValueError: no scale gives that norm.
     """
+    guesses = norms / mean_norms(adapters, model, prompts)
+    reached = mean_norms(adapters * guesses, model, prompts)
+    bent = ((reached - norms).abs() > 1e-4 * norms).tolist()
+    solved = [_solved(adapters[k], model, prompts, float(norms[k]), guess) if bent[k] else guess for k, guess in enumerate(guesses.tolist())]
+    return torch.tensor(solved).to(guesses)
 
-    def excess(scale: float) -> float:
-        return float(mean_norms(adapter.rescaled(torch.full((1,), scale), "trial"), model, prompts)[0]) - norm
 
-    if norm == 0:
-        return 0.0
-    guess = norm / (excess(1.0) + norm)
-    if abs(excess(guess)) <= 1e-4 * norm:
-        return guess
+def _solved(adapter: SteeringAdapters, model: Any, prompts: Prompts, norm: float, guess: float) -> float:
+    def excess(factor: float) -> float:
+        return float(mean_norms(adapter * factor, model, prompts)[0]) - norm
+
     low = high = guess
     while excess(low) > 0:
         low /= 2
     while excess(high) < 0:
         high *= 2
         if high > 1e5 * guess:
-            raise ValueError(f"no scale gives an update of mean norm {norm:.4g} at the source: the norm after the MLP bounds it. Give a scale.")
+            raise ValueError(
+                f"no scale gives an update of mean norm {norm:.4g} at the source: the norm after the MLP bounds it. Use a smaller scale."
+            )
     return float(brentq(excess, low, high, rtol=1e-5))
 
 
@@ -173,11 +180,14 @@ def _random_factor(like: Tensor, how: Any, seed: int, layer: int, name: str) -> 
     return normalize(rows.view(like.shape).to(like.device), how)
 
 
-def _mlp_out(adapter: SteeringAdapters, model: Any, batch: PromptBatch, layer: int, acting: Sequence[int]) -> Tensor:
-    """What one block adds to the stream by its MLP, float32, while the adapter's updates at the layers `acting` are on."""
+def _mlp_out(
+    adapters: SteeringAdapters, model: Any, batch: PromptBatch, layer: int, acting: Sequence[int]
+) -> Float[Tensor, "adapter prompt pos d_model"]:
+    """What one block adds to the stream by its MLP, float32, while the updates at the layers `acting` are on, for every adapter."""
     seen: list[Tensor] = []
-    name = f"blocks.{layer}.hook_mlp_out"
-    active = [] if not acting else SteeringAdapters({i: adapter.factors[i] for i in acting}, adapter.scales, sites=adapter.sites).hooks()
-    read = (name, lambda activation, hook: seen.append(activation.float().clone()))
-    hooks.record(model, batch.tokens, layer, layer + 1, [*active, read])
-    return seen[0]
+    read = (f"blocks.{layer}.hook_mlp_out", lambda activation, hook: seen.append(activation.float().clone()))
+    index = [k for k in range(len(adapters)) for _ in range(len(batch))]
+    some = replace(adapters, factors={i: adapters.factors[i] for i in acting}) if acting else None
+    active = some.row_hooks(index, torch.ones(len(index))) if some is not None else []
+    hooks.record(model, batch.tokens.repeat(len(adapters), 1), layer, layer + 1, [*active, read])
+    return seen[0].unflatten(0, (len(adapters), len(batch)))

@@ -1,17 +1,18 @@
 """What else was learned?  `SteeringAdapters`: low-rank updates of MLP output weights, an immutable value without a model inside."""
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Any, SupportsIndex, TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from melbo_lens.mlp import MLPSite, Update, mlp_site, usual_site, widths
-from melbo_lens.perturbations import HookFunction, SteeringVectors
+from melbo_lens.mlp import MLPSite, mlp_site, usual_site, widths
+from melbo_lens.perturbations import HookFunction, SteeringVectors, chosen_rows
 
 Factors: TypeAlias = tuple[Tensor, Tensor]  # A [adapter rank d_mlp], B [adapter d_model rank]
 
@@ -117,7 +118,7 @@ class SteeringAdapters:
         return [
             hook
             for layer, (a, b) in self.factors.items()
-            for hook in self.sites[layer].hooks(_row_update(a, b, list(index), coefficients.to(self.scales) * self.scales[list(index)]))
+            for hook in self.sites[layer].hooks(RowUpdate(a, b, list(index), coefficients.to(self.scales) * self.scales[list(index)]))
         ]
 
     def on(self, model: Any) -> "SteeringAdapters":
@@ -176,12 +177,8 @@ class SteeringAdapters:
     def __iter__(self) -> Iterator["SteeringAdapters"]:
         return (self[i] for i in range(len(self)))
 
-    def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> "SteeringAdapters":
-        if isinstance(index, int) and not -len(self) <= index < len(self):
-            raise IndexError(f"adapter {index} was asked for, there are {len(self)}: use 0 to {len(self) - 1}.")
-        kept = torch.arange(len(self), device=self.scales.device)[[index] if isinstance(index, int) else index]
-        if len(kept) == 0:
-            raise IndexError(f"the selection {index!r} holds no adapter; there are {len(self)}.")
+    def __getitem__(self, index: SupportsIndex | slice | Sequence[int] | Tensor) -> "SteeringAdapters":
+        kept = chosen_rows(index, len(self), "adapter").to(self.scales.device)
         chosen = [*self.provenance.get("rows", range(len(self)))]
         return replace(
             self,
@@ -246,36 +243,46 @@ class SteeringAdapters:
 Perturbation: TypeAlias = SteeringVectors | SteeringAdapters
 
 
-def _row_update(a: Tensor, b: Tensor, index: list[int], coefficients: Tensor) -> Update:
-    """``c_r * B A a`` for each row r; rows of one adapter go together, so that no factor is copied for every row."""
-    rows_of = {k: [r for r, other in enumerate(index) if other == k and coefficients[r] != 0] for k in dict.fromkeys(index)}
-    here: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
+@dataclass(eq=False)
+class RowUpdate:
+    """``c_r * B A a`` for each row r of a batch; rows of one adapter go together, so that no factor is copied for every row."""
 
-    def update(hidden: Tensor) -> Tensor:
-        if len(index) not in (1, hidden.shape[0]):
+    a: Float[Tensor, "adapter rank d_mlp"]
+    b: Float[Tensor, "adapter d_model rank"]
+    index: Sequence[int]
+    coefficients: Float[Tensor, " row"]
+
+    def __call__(self, hidden: Float[Tensor, "row_or_any pos d_mlp"]) -> Float[Tensor, "row_or_any pos d_model"]:
+        if len(self.index) not in (1, hidden.shape[0]):
             raise ValueError(
-                f"{len(index)} steering adapters can't be applied to a batch of {hidden.shape[0]} rows: "
+                f"{len(self.index)} steering adapters can't be applied to a batch of {hidden.shape[0]} rows: "
                 "use one adapter (adapters[k]), or a batch with one row for each adapter."
             )
-        if hidden.device not in here:
-            here[hidden.device] = tuple(tensor.to(hidden.device) for tensor in (a, b, coefficients))
-        a_here, b_here, c_here = here[hidden.device]
-        if len(index) == 1:
-            return c_here * (hidden.float() @ a_here[index[0]].T @ b_here[index[0]].T)
-        gained = hidden.new_zeros(*hidden.shape[:-1], b.shape[1], dtype=torch.float32)
-        for k, rows in rows_of.items():
-            if rows:
-                gained[rows] = c_here[rows][:, None, None] * (hidden[rows].float() @ a_here[k].T @ b_here[k].T)
+        if self.a.device != hidden.device:  # once: a decoder calls this for every token
+            self.a, self.b, self.coefficients = (tensor.to(hidden.device) for tensor in (self.a, self.b, self.coefficients))
+        if len(self.index) == 1:
+            return self.coefficients * (hidden.float() @ self.a[self.index[0]].T @ self.b[self.index[0]].T)
+        gained = hidden.new_zeros(*hidden.shape[:-1], self.b.shape[1], dtype=torch.float32)
+        for k, rows in self._rows.items():
+            c = self.coefficients[rows][:, None, None]
+            gained[rows] = c * (hidden[rows].float() @ self.a[k].T @ self.b[k].T)
         return gained
 
-    return update
+    @cached_property
+    def _rows(self) -> dict[int, list[int]]:
+        """The rows of each adapter that it changes."""
+        acting = [r for r, coefficient in enumerate(self.coefficients.tolist()) if coefficient != 0]
+        return {k: [r for r in acting if self.index[r] == k] for k in dict.fromkeys(self.index[r] for r in acting)}
 
 
-def low_rank_update(a: Tensor, b: Tensor, scales: Tensor, n_prompts: int) -> Callable[[Tensor], Tensor]:
-    """``scale * B A a`` for a batch whose rows are adapter by adapter the same prompts; differentiable in the factors."""
+@dataclass(eq=False)
+class GridUpdate:
+    """``scale * B A a`` for a batch whose rows are, adapter by adapter, the same prompts; differentiable in the factors."""
 
-    def update(hidden: Tensor) -> Tensor:
-        grid = hidden.float().unflatten(0, (-1, n_prompts))  # [adapter prompt pos d_mlp]
-        return (scales[:, None, None, None] * (grid @ a.mT[:, None] @ b.mT[:, None])).flatten(0, 1)
+    a: Float[Tensor, "adapter rank d_mlp"]
+    b: Float[Tensor, "adapter d_model rank"]
+    scales: Float[Tensor, " adapter"]
 
-    return update
+    def __call__(self, hidden: Float[Tensor, "row pos d_mlp"]) -> Float[Tensor, "row pos d_model"]:
+        grid = hidden.float().unflatten(0, (len(self.scales), -1))  # [adapter prompt pos d_mlp]
+        return (self.scales[:, None, None, None] * (grid @ self.a.mT[:, None] @ self.b.mT[:, None])).flatten(0, 1)

@@ -1,7 +1,7 @@
 """How is a TransformerLens model touched?  The only file that attaches hooks, calls a block or knows the model classes."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -60,7 +60,10 @@ def hook_point(model: Any, name: str) -> nn.Module:
     Raises:
         ValueError: the model has no such hook.
     """
-    points = model.hook_dict
+    return _named(model.hook_dict, name)
+
+
+def _named(points: Mapping[str, nn.Module], name: str) -> nn.Module:
     if name not in points:
         near = sorted(other for other in points if other.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1])[:4]
         hint = f"did you mean one of {near}?" if near else "this model has none of that kind (an attention-only model has no MLP)."
@@ -73,6 +76,19 @@ def resolved_name(model: Any, name: str) -> str:
     return str(hook_point(model, name).name)
 
 
+@dataclass(frozen=True)
+class _Counted:
+    """A hook function that counts its calls."""
+
+    function: Callable[..., Any]
+    fired: list[int]
+    number: int
+
+    def __call__(self, activation: Tensor, hook: Any) -> Any:
+        self.fired[self.number] += 1
+        return self.function(activation, hook=hook)
+
+
 @contextmanager
 def attached(model: Any, hooks: Sequence[Hook]) -> Iterator[list[int]]:
     """Attaches forward hooks for the length of a block and removes exactly those, whatever happens.
@@ -81,19 +97,12 @@ def attached(model: Any, hooks: Sequence[Hook]) -> Iterator[list[int]]:
         How often each hook has fired so far, a list that grows as the model runs.
     """
     fired = [0] * len(hooks)
-
-    def counted(i: int, function: Callable[..., Any]) -> Callable[..., Any]:
-        def hook_function(activation: Tensor, hook: Any) -> Any:
-            fired[i] += 1
-            return function(activation, hook=hook)
-
-        return hook_function
-
-    points = [(hook_point(model, name), function) for name, function in hooks]  # all names are known before any hook is attached
+    known = model.hook_dict if hooks else {}  # a bridge builds it anew each time it is asked
+    points = [(_named(known, name), function) for name, function in hooks]  # all names are known before any hook is attached
     with ExitStack() as stack:
         for i, (point, function) in enumerate(points):
             before = set(map(id, point.fwd_hooks))
-            point.add_hook(counted(i, function))
+            point.add_hook(_Counted(function, fired, i))
             handle = next(handle for handle in point.fwd_hooks if id(handle) not in before)
             stack.callback(_detach, point, handle)
         yield fired

@@ -29,27 +29,40 @@ class MLPSite:
 
     def hooks(self, update: Update) -> list[hooks.Hook]:
         """Hooks that add `update(hidden)` to the MLP's output, before the norm that may follow."""
-        seen: list[Tensor] = []
-
-        def read_hidden(activation: Tensor, hook: Any = None) -> None:
-            seen[:] = [activation]
-
-        def add_update(output: Tensor, hook: Any = None) -> Tensor:
-            return (output + update(seen.pop())).to(output.dtype)  # added in float32, rounded once
-
-        def read_scale(scale: Tensor, hook: Any = None) -> None:
-            seen.append(scale)
-
-        def add_within_norm(normalized: Tensor, hook: Any = None) -> Tensor:
-            # x / rms(x) and rms(x) are all that can be hooked here: together they are x
-            scale, hidden = seen.pop(), seen.pop()
-            output = normalized.float() * scale.float() + update(hidden)
-            return (output / (output.square().mean(-1, keepdim=True) + self.norm_eps).sqrt()).to(normalized.dtype)
-
+        tap = _Tap(update, self.norm_eps or 0.0)
         if self.norm_eps is None:
-            return [(self.hidden_hook, read_hidden), (self.output_hook, add_update)]
+            return [(self.hidden_hook, tap.read_hidden), (self.output_hook, tap.add_update)]
         norm = self.output_hook
-        return [(self.hidden_hook, read_hidden), (f"{norm}.hook_scale", read_scale), (f"{norm}.hook_normalized", add_within_norm)]
+        return [(self.hidden_hook, tap.read_hidden), (f"{norm}.hook_scale", tap.read_scale), (f"{norm}.hook_normalized", tap.add_within_norm)]
+
+
+@dataclass(eq=False)
+class _Tap:
+    """What one forward pass hands from the hidden activation's hook to the output's."""
+
+    update: Update
+    norm_eps: float
+    hidden: Tensor | None = None
+    scale: Tensor | None = None
+
+    def read_hidden(self, activation: Tensor, hook: Any = None) -> None:
+        self.hidden = activation
+
+    def read_scale(self, scale: Tensor, hook: Any = None) -> None:
+        self.scale = scale
+
+    def add_update(self, output: Tensor, hook: Any = None) -> Tensor:
+        return (output + self.update(self._taken())).to(output.dtype)  # added in float32, rounded once
+
+    def add_within_norm(self, normalized: Tensor, hook: Any = None) -> Tensor:
+        # x / rms(x) and rms(x) are all that can be hooked here: together they are x
+        output = normalized.float() * self.scale.float() + self.update(self._taken())
+        self.scale = None
+        return (output / (output.square().mean(-1, keepdim=True) + self.norm_eps).sqrt()).to(normalized.dtype)
+
+    def _taken(self) -> Tensor:
+        hidden, self.hidden = self.hidden, None
+        return hidden
 
 
 def usual_site(layer: int) -> MLPSite:

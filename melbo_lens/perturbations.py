@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from numbers import Integral
+from typing import Any, SupportsIndex, TypeAlias
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from melbo_lens.manifolds import to_sphere
@@ -153,13 +154,8 @@ class SteeringVectors:
     def __iter__(self) -> Iterator["SteeringVectors"]:
         return (self[i] for i in range(len(self)))
 
-    def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> "SteeringVectors":
-        rows = [index] if isinstance(index, int) else index
-        if isinstance(index, int) and not -len(self) <= index < len(self):
-            raise IndexError(f"vector {index} was asked for, there are {len(self)}: use 0 to {len(self) - 1}.")
-        kept = torch.arange(len(self), device=self.values.device)[rows]
-        if len(kept) == 0:
-            raise IndexError(f"the selection {index!r} holds no vector; there are {len(self)}.")
+    def __getitem__(self, index: SupportsIndex | slice | Sequence[int] | Tensor) -> "SteeringVectors":
+        kept = chosen_rows(index, len(self), "vector").to(self.values.device)
         chosen = [*self.provenance.get("rows", range(len(self)))]
         provenance = {**self.provenance, "rows": [chosen[i] for i in kept.tolist()]}
         return replace(self, values=self.values[kept], history=self.history[:, kept.to(self.history.device)], provenance=provenance)
@@ -253,6 +249,21 @@ def random_vectors(like: SteeringVectors, seed: int = 0) -> SteeringVectors:
     values = gaussian_rows(len(like), like.d_model, seed, "random_vectors").to(like.values.device)
     provenance = {"method": "random_vectors", "seed": seed, "matched_to": dict(like.provenance)}
     return SteeringVectors(to_sphere(values, like.radii), like.source_layer, provenance=provenance)
+
+
+def chosen_rows(index: SupportsIndex | slice | Sequence[int] | Tensor, n: int, word: str) -> Int[Tensor, " row"]:
+    """The rows that an index means, one integer (also numpy's) as a list of one.
+
+    Raises:
+        IndexError: an integer out of range, or a selection of nothing.
+    """
+    one = isinstance(index, Integral)
+    if one and not -n <= int(index) < n:
+        raise IndexError(f"{word} {index} was asked for, there are {n}: use 0 to {n - 1}.")
+    kept = torch.arange(n)[[int(index)] if one else index.cpu() if isinstance(index, Tensor) else index]
+    if len(kept) == 0:
+        raise IndexError(f"the selection {index!r} holds no {word}; there are {n}.")
+    return kept
 
 
 def _check_rows(n_vectors: int, activation: Tensor) -> None:

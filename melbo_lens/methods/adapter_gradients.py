@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from melbo_lens.adapters import low_rank_update
+from melbo_lens.adapters import GridUpdate
 from melbo_lens.factors import Point, Values
 from melbo_lens.methods.gradients import power_of_two
 from melbo_lens.mlp import MLPSite
@@ -93,7 +93,7 @@ class AdapterObjective:
         """Target changes and target masks of rows: adapter by adapter these prompts."""
         rows = torch.arange(len(self.sliced.batch), device=self.sliced.device)[prompts]
         triples = zip(self.sites, factors[::2], factors[1::2], strict=True)
-        added = [hook for site, a, b in triples for hook in site.hooks(low_rank_update(a, b, scales, len(rows)))]
+        added = [hook for site, a, b in triples for hook in site.hooks(GridUpdate(a, b, scales))]
         rows = rows.repeat(len(scales))
         return self.sliced.change_under(added, rows), self.sliced.batch.target_mask[rows]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from melbo_lens import hooks
-from melbo_lens.adapter_effects import scale_for_norm
+from melbo_lens.adapter_effects import scales_for_norms
 from melbo_lens.adapters import SteeringAdapters
 from melbo_lens.calibration import solve_radius
 from melbo_lens.factors import Normalization, Point, adamw, alternate, normalize, point_of
@@ -208,10 +208,10 @@ def _update_norm(objective: AdapterObjective, start: Point, how: Normalization, 
     """The radius; with a norm after the MLP, the norm before it at which random updates have the radius after it."""
     few = tuple(normalize(factor[:4], how) for factor in start)
     factors = {site.layer: (few[2 * i], few[2 * i + 1]) for i, site in enumerate(objective.sites)}
-    random = SteeringAdapters(factors, torch.ones(len(few[0])), sites={site.layer: site for site in objective.sites})
-    batch = objective.sliced.batch
-    scales = [scale_for_norm(adapter, objective.sliced.model, batch, radius) for adapter in random]
-    return float((torch.tensor(scales) * objective.norms(few).cpu()).mean())
+    random = SteeringAdapters(factors, torch.ones(len(few[0]), device=few[0].device), sites={site.layer: site for site in objective.sites})
+    norms = torch.full((len(random),), radius, device=random.scales.device)
+    scales = scales_for_norms(random, objective.sliced.model, objective.sliced.batch, norms)
+    return float((scales * objective.norms(few)).mean())
 
 
 def _ascend(objective: AdapterObjective, start: Point, settings: dict, checkpoint: Any, progress: bool) -> State:

@@ -24,17 +24,25 @@ from melbo_lens.calibration import solve_radius
 from melbo_lens.methods.gradients import objective_and_gradient
 from tests import models
 from tests.oracles.textbook import Textbook
+from tests.oracles.textbook_adapters import TextbookAdapters
 
 RESULTS = Path(__file__).parent / "results.json"
 THREADS, SOURCE, TARGET, N_TOKENS, N_ROWS = 2, 7, 16, 32, 32
 
 
-def deep_model():
-    """24 layers, d_model 512, a vocabulary of 32,768, random weights."""
+def deep_network():
+    """A Hugging Face GPT-2 of 24 layers, d_model 512, a vocabulary of 32,768, random weights."""
     config = GPT2Config(vocab_size=32768, n_positions=64, n_embd=512, n_layer=24, n_head=8, bos_token_id=1, eos_token_id=2, pad_token_id=0)
-    with tempfile.TemporaryDirectory() as directory, torch.random.fork_rng():
+    with torch.random.fork_rng():
         torch.manual_seed(0)
-        network = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def deep_model():
+    """The same as a bridge."""
+    network = deep_network()
+    config = network.config
+    with tempfile.TemporaryDirectory() as directory:
         config.save_pretrained(directory)
         models.tokenizer().save_pretrained(directory)
         return TransformerBridge.boot_transformers(directory, hf_model=network, device="cpu", dtype=torch.float32).eval()
@@ -122,6 +130,26 @@ def ascents(n_vectors=8, n_steps=300):
     return summary | {f"{c}_worst": min(row[c] for row in rows) for c in columns} | {"cases": rows}
 
 
+def adapter_ascents(n_adapters=8, rank=16):
+    """`power` against 400 AdamW steps at the better of two learning rates, on the same slice and at the same fixed scale: time and mean objective."""
+    rows = []
+    for seed, (model, prompt, source, target, radius) in enumerate(tqdm(list(ascent_cases())[:4], desc="adapters: power against AdamW")):
+        settings = {"n_adapters": n_adapters, "rank": rank, "target_positions": slice(-1, None), "seed": seed, "progress": False}
+        # the scale at which learned updates have about the case's radius
+        scale = float(ml.fit_adapters(model, prompt, source, target, radius=radius, optimizer="power", n_steps=20, **settings).scales.median())
+
+        def run(optimizer, lr=None, scale=scale, model=model, prompt=prompt, source=source, target=target, settings=settings):
+            return seconds(lambda: ml.fit_adapters(model, prompt, source, target, scale=scale, optimizer=optimizer, lr=lr, **settings))
+
+        spent, found = max((run("adamw", lr) for lr in (1e-3, 1e-2)), key=lambda pair: float(pair[1].history[-1].mean()))
+        fast, power = run("power")
+        objectives = [float(one.history[-1].mean()) for one in (power, found)]
+        rows.append({"case": f"{source} to {target}, scale {scale:.3g}", "speedup": spent / fast, "objective": objectives[0] / objectives[1]})
+    return {f"{name}_{how.__name__}": how(row[name] for row in rows) for name in ("speedup", "objective") for how in (statistics.median, min)} | {
+        "cases": rows
+    }
+
+
 def generation(n_vectors=32, n_tokens=64, repeats=3):
     """64 tokens for each of 32 vectors and both signs, as rows of one batch, against TransformerLens' cached generation one vector at a time.
 
@@ -148,6 +176,37 @@ def generation(n_vectors=32, n_tokens=64, repeats=3):
     return {"seconds_one_by_one": slow, "seconds_batched": fast, "factor": slow / fast}
 
 
+def adapters(n_adapters=16, rank=64, n_steps=100, repeats=3):
+    """Seconds per adapter and step of the published recipe: the textbook's loop, and all adapters at once, with the peak memory of the latter.
+
+    A step of the textbook costs the same whichever it is, so a few are timed; the library runs them all.
+    """
+    tokens = torch.randint(3, 32768, (1, N_TOKENS), generator=torch.Generator().manual_seed(0))
+    network = deep_network()
+    name = f"transformer.h.{SOURCE}.mlp.c_proj.weight"
+    book = TextbookAdapters(network, [name], [tokens], TARGET, [range(N_TOKENS - 3, N_TOKENS)], transposed=True)
+    d_mlp, d_model = network.get_parameter(name).shape
+    start = [[(torch.randn(rank, d_mlp), torch.randn(d_model, rank))]]
+    textbook = statistics.median(seconds(book.learn, start, 0.1, "column", 3, 1e-3)[0] / 3 for _ in range(repeats))
+    del network, book
+    model = deep_model()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    spent, _ = seconds(
+        lambda: ml.fit_adapters(model, tokens, SOURCE, TARGET, n_adapters=n_adapters, rank=rank, scale=0.1, n_steps=n_steps, progress=False)
+    )
+    ours = spent / (n_adapters * n_steps)
+    return {
+        "n_adapters": n_adapters,
+        "rank": rank,
+        "n_steps": n_steps,
+        "seconds_textbook": textbook,
+        "seconds": ours,
+        "factor": textbook / ours,
+        "peak_rss_kib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "rss_before_kib": before,
+    }
+
+
 def memory(batch_size):
     """Bytes kept for the backward pass at the worst moment, and peak resident memory, of one gradient of 32 vectors on the deep model."""
     model = deep_model()
@@ -172,9 +231,9 @@ def memory(batch_size):
     return {"saved_bytes": max(chunks), "peak_rss_kib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, "rss_before_kib": before}
 
 
-def memory_apart(batch_size):
+def apart(call):
     """In a process of its own, because peak resident memory never falls."""
-    code = f"import json, torch; torch.set_num_threads({THREADS}); from tests.benchmarks.run import memory; print(json.dumps(memory({batch_size})))"
+    code = f"import json, torch; torch.set_num_threads({THREADS}); from tests.benchmarks import run; print(json.dumps(run.{call}))"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     return json.loads(output.strip().splitlines()[-1])
 
@@ -184,12 +243,15 @@ def main():
     step = step_cost()
     power = ascents()
     written = generation()
-    whole, half = memory_apart(N_ROWS), memory_apart(N_ROWS // 2)
+    many_adapters, adapter_power = apart("adapters()"), adapter_ascents()
+    whole, half = apart(f"memory({N_ROWS})"), apart(f"memory({N_ROWS // 2})")
     results = {
         "machine": f"{THREADS} CPU threads, {platform.machine()}, torch {torch.__version__.split('+')[0]}, float32",
         "step": step,
         "power": power,
         "generation": written,
+        "adapters": many_adapters,
+        "adapter_power": adapter_power,
         "memory": {"rows_32": whole, "rows_16": half, "saved_ratio": half["saved_bytes"] / whole["saved_bytes"]},
     }
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
@@ -204,6 +266,14 @@ def main():
             title = f"{label}: {'times faster than' if what == 'speedup' else 'objective against'} 300 AdamW steps, median of 8"
             table.add_row(title, target, format(power[f"{name}_{what}_median"], form), format(power[f"{name}_{what}_worst"], form))
     table.add_row("completing with 32 vectors and both signs at once: times faster", "10", f"{written['factor']:.0f}", "")
+    label = f"adapter and step, {many_adapters['n_adapters']} of rank {many_adapters['rank']} x {many_adapters['n_steps']} steps: times faster"
+    table.add_row(label, "4", f"{many_adapters['factor']:.1f}", "")
+    table.add_row(
+        "  peak resident, of it before the fit", "", " ".join(f"{many_adapters[k] / 2**10:.0f} MiB" for k in ("peak_rss_kib", "rss_before_kib")), ""
+    )
+    for name, form in (("speedup", ".1f"), ("objective", ".3f")):
+        title = f"adapters, power: {'times faster than' if name == 'speedup' else 'objective against'} 400 AdamW steps, median of 4"
+        table.add_row(title, "", format(adapter_power[f"{name}_median"], form), format(adapter_power[f"{name}_min"], form))
     table.add_row("bytes kept for backward at half the batch size", "at most .60", f"{results['memory']['saved_ratio']:.2f}", "")
     for name, measured in (("32", whole), ("16", half)):
         table.add_row(

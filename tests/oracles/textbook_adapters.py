@@ -17,8 +17,9 @@ def normalized(matrix, how):
 class TextbookAdapters:
     """The objective of low-rank updates of one weight of a Hugging Face model, for prompts (each [1 pos]) and their target positions."""
 
-    def __init__(self, network, weight_names, prompts, target_layer, positions, p=2, q=2):
-        self.network, self.names, self.prompts = network, weight_names, prompts
+    def __init__(self, network, weight_names, prompts, target_layer, positions, p=2, q=2, transposed=False):
+        """`transposed`: the weights are [d_mlp d_model], as GPT-2 keeps them."""
+        self.network, self.names, self.prompts, self.transposed = network, weight_names, prompts, transposed
         self.target, self.positions, self.p, self.q = target_layer, positions, p, q
         for parameter in network.parameters():
             parameter.requires_grad_(False)
@@ -32,7 +33,8 @@ class TextbookAdapters:
 
     def value(self, factors, scale):
         """Sum over prompts of ( sum_t ||change_t||^p )^(1/q); `factors` is a pair (A, B) for each weight [d_model d_mlp]."""
-        changed = {name: self.weights[name] + scale * b @ a for name, (a, b) in zip(self.names, factors, strict=True)}
+        updates = [scale * (a.T @ b.T if self.transposed else b @ a) for a, b in factors]
+        changed = {name: self.weights[name] + update for name, update in zip(self.names, updates, strict=True)}
         total = 0.0
         for tokens, clean, positions in zip(self.prompts, self.clean, self.positions, strict=True):
             change = self.read(changed, tokens) - clean
