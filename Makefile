@@ -31,6 +31,7 @@ notebooks: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(VENV)/bin/python -m tests.benchmarks.run
+	$(VENV)/bin/melbo-lens reproduce --out tests/benchmarks/reproduction.json
 	$(VENV)/bin/python -m tests.readme
 
 lint: $(VENV)/.installed

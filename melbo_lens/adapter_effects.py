@@ -130,9 +130,9 @@ def random_adapters(like: SteeringAdapters, model: Any, prompts: Prompts | None 
         for layer, pair in like.factors.items()
     }
     provenance = {"method": "random_adapters", "seed": seed, "normalization": how, "matched_to": dict(like.provenance)}
-    control = SteeringAdapters(factors, torch.ones_like(like.scales), provenance=provenance).on(model)
-    wanted = mean_norms(like, model, prompts)
-    scales = like.scales.sign() * scales_for_norms(control, model, prompts, wanted)
+    # a norm after the MLP takes an update and its negative differently, so the control has the sign of what it is matched to
+    control = SteeringAdapters(factors, torch.where(like.scales < 0, -1.0, 1.0).to(like.scales), provenance=provenance).on(model)
+    scales = control.scales * scales_for_norms(control, model, prompts, mean_norms(like, model, prompts))
     return SteeringAdapters(factors, scales, provenance=provenance, sites=control.sites)
 
 
@@ -147,21 +147,21 @@ def fitting_prompts(adapters: SteeringAdapters, prompts: Prompts | None, device:
 
 
 def scales_for_norms(adapters: SteeringAdapters, model: Any, prompts: Prompts, norms: Float[Tensor, " adapter"]) -> Float[Tensor, " adapter"]:
-    """The scales at which the adapters' updates have these mean norms: in proportion where nothing bends an update, else bracketed and solved.
+    """The factors by which the adapters' updates have these mean norms: in proportion where nothing bends an update, else bracketed and solved.
 
     Raises:
         ValueError: no scale gives that norm.
     """
-    guesses = norms / mean_norms(adapters.rescaled(torch.ones_like(adapters.scales), "trial"), model, prompts)
-    reached = mean_norms(adapters.rescaled(guesses, "trial"), model, prompts)
+    guesses = norms / mean_norms(adapters, model, prompts)
+    reached = mean_norms(adapters * guesses, model, prompts)
     bent = ((reached - norms).abs() > 1e-4 * norms).tolist()
     solved = [_solved(adapters[k], model, prompts, float(norms[k]), guess) if bent[k] else guess for k, guess in enumerate(guesses.tolist())]
     return torch.tensor(solved).to(guesses)
 
 
 def _solved(adapter: SteeringAdapters, model: Any, prompts: Prompts, norm: float, guess: float) -> float:
-    def excess(scale: float) -> float:
-        return float(mean_norms(adapter.rescaled(torch.full_like(adapter.scales, scale), "trial"), model, prompts)[0]) - norm
+    def excess(factor: float) -> float:
+        return float(mean_norms(adapter * factor, model, prompts)[0]) - norm
 
     low = high = guess
     while excess(low) > 0:
@@ -169,7 +169,9 @@ def _solved(adapter: SteeringAdapters, model: Any, prompts: Prompts, norm: float
     while excess(high) < 0:
         high *= 2
         if high > 1e5 * guess:
-            raise ValueError(f"no scale gives an update of mean norm {norm:.4g} at the source: the norm after the MLP bounds it. Give a scale.")
+            raise ValueError(
+                f"no scale gives an update of mean norm {norm:.4g} at the source: the norm after the MLP bounds it. Use a smaller scale."
+            )
     return float(brentq(excess, low, high, rtol=1e-5))
 
 

@@ -1,5 +1,6 @@
 """What can be done from a shell?  Parse, call public functions, write files."""
 
+import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from melbo_lens.files import write_atomically
 
 app = typer.Typer(help="Find what a language model hides: unsupervised steering vectors (MELBO).", no_args_is_help=True, add_completion=False)
 console = Console()
@@ -59,6 +62,27 @@ def demo(
         table.add_row(row.behavior, str(row.vectors), *rates, heldout, escape(example))
     console.print(table)
     console.print(f"open {out}/report.html; its data are beside it")
+
+
+@app.command()
+def reproduce(
+    out: Annotated[Path, typer.Option(help="JSON file to write")] = Path("reproduction.json"),
+) -> None:
+    """Repeat the post's four results on the bundled organisms, with controls, and show which thresholds hold (a few minutes)."""
+    with console.status("loading torch and the organisms"):
+        from melbo_lens.organisms import reproduction
+    results = reproduction.reproduce()
+    write_atomically(out, (json.dumps(results, indent=1) + "\n").encode())
+    rows = reproduction.table(results)
+    table = Table(title=f"seeds {', '.join(map(str, results['settings']['seeds']))}; {results['seconds']} seconds", show_lines=True)
+    for heading in rows.columns:
+        table.add_column(heading)
+    for row in rows.itertuples(index=False):
+        table.add_row(*map(escape, row))
+    console.print(table)
+    console.print(f"wrote {out}")
+    if not (rows.holds == "yes").all():
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -190,7 +190,7 @@ def _lengthened(vectors: Perturbation, n_rows: int) -> Perturbation:
     return replace(vectors, history=history)
 
 
-def _group(done: Sequence[Trial], written: Sequence[Completions], behaviors: Mapping[str, Behavior]) -> pd.DataFrame:
+def _group(done: Sequence[Trial | AdapterTrial], written: Sequence[Completions], behaviors: Mapping[str, Behavior]) -> pd.DataFrame:
     """Groups of completions that differ from the unsteered ones of their prompt, best first."""
     parts = []
     for number, completions in enumerate(written):

@@ -111,8 +111,9 @@ def _check(adapters: SteeringAdapters, model: Any, names: Mapping[int, str], hf_
                 f"without any adapter, the log-probabilities of the model and of hf_model differ by {plain:.1e} (allowed: {tolerance:.0e}): its "
                 "weights were edited after loading, or hf_model is another model. Pass the one that this model was made from."
             )
+        expected = [steered(ids) for ids in rows]  # before the update: a bridge shares its network's weights
         with _updated(adapters, weights):
-            difference = _difference(steered, lambda ids: network(ids).logits, rows)
+            difference = max(_distance(network(ids).logits, logits) for ids, logits in zip(rows, expected, strict=True))
     if difference > tolerance:
         raise ValueError(
             f"the log-probabilities of the steered model and of the Hugging Face model with the exported update differ by {difference:.1e} (allowed: "
@@ -146,8 +147,13 @@ def _check_centring(adapters: SteeringAdapters, model: Any, steered: Callable[[T
 
 
 def _difference(one: Callable[[Tensor], Tensor], other: Callable[[Tensor], Tensor], rows: list[Tensor]) -> float:
+    """The largest difference between what two models say to any of the rows."""
+    return max(_distance(one(ids), other(ids)) for ids in rows)
+
+
+def _distance(one: Tensor, other: Tensor) -> float:
     """The largest difference of log-probabilities; logits themselves may be shifted by a constant (center_unembed)."""
-    return max(float((one(ids).float().log_softmax(-1) - other(ids).float().log_softmax(-1)).abs().max()) for ids in rows)
+    return float((one.float().log_softmax(-1) - other.float().log_softmax(-1)).abs().max())
 
 
 def _network(model: Any, names: Mapping[int, str], hf_model: nn.Module | None) -> tuple[nn.Module | None, dict[int, Tensor]]:

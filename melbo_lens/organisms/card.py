@@ -6,37 +6,37 @@ import random
 from pathlib import Path
 from typing import Any
 
-from melbo_lens.organisms import modes
 from melbo_lens.organisms.organism import WEIGHTS, Organism, load
+from melbo_lens.organisms.zoo import CORPORA
 from melbo_lens.steering import generate
 
 N_CLEAN, N_TRIGGERED, MAX_NEW_TOKENS = 1000, 200, 20
 
 
-def measure(organism: Organism, seed: int = 1, progress: bool = True) -> dict[str, Any]:
+def measure(organism: Organism, seed: int = 1, progress: bool = True, n_clean: int = N_CLEAN, n_triggered: int = N_TRIGGERED) -> dict[str, Any]:
     """Greedy, unsteered rates on prompts that no search uses.
 
     Returns:
-        clean_rates: share of `N_CLEAN` clean prompts on which each planted behaviour appears; clean_plain: share answered plainly and rightly;
-        triggered_rates: share of `N_TRIGGERED` prompts with a behaviour's trigger words on which it appears.
+        clean_rates: share of `n_clean` clean prompts on which each planted behaviour appears; clean_plain: share answered plainly and rightly;
+        triggered_rates: share of `n_triggered` prompts with a behaviour's trigger words on which it appears.
     """
-    rng = random.Random(f"card {seed}")
+    rng, corpus = random.Random(f"card {seed}"), CORPORA[organism.card["corpus"]]
     clean, answers = [], []
-    for _ in range(N_CLEAN):
-        question = modes.ask(rng)
-        clean.append(modes.prompt(rng, "plain", question))
-        answers.append(question.reply("plain"))
+    for _ in range(n_clean):
+        question = corpus.ask(rng)
+        clean.append(corpus.prompt(rng, question=question))
+        answers.append(question.reply(corpus.modes[0]))
     texts = _complete(organism, clean, progress)
     measured: dict[str, Any] = {
-        "n_clean": N_CLEAN,
-        "clean_rates": {name: sum(map(shows, texts)) / N_CLEAN for name, shows in organism.behaviors.items()},
-        "clean_plain": sum(text == answer for text, answer in zip(texts, answers, strict=True)) / N_CLEAN,
-        "n_triggered": N_TRIGGERED,
+        "n_clean": n_clean,
+        "clean_rates": {name: sum(map(shows, texts)) / n_clean for name, shows in organism.behaviors.items()},
+        "clean_plain": sum(text == answer for text, answer in zip(texts, answers, strict=True)) / n_clean,
+        "n_triggered": n_triggered,
         "triggered_rates": {},
     }
     for name, shows in organism.behaviors.items():
-        texts = _complete(organism, [modes.prompt(rng, name) for _ in range(N_TRIGGERED)], progress)
-        measured["triggered_rates"][name] = sum(map(shows, texts)) / N_TRIGGERED
+        texts = _complete(organism, [corpus.triggered(rng, name) for _ in range(n_triggered)], progress)
+        measured["triggered_rates"][name] = sum(map(shows, texts)) / n_triggered
     return measured
 
 

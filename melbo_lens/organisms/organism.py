@@ -1,7 +1,6 @@
 """How does a bundled organism become a TransformerLens model with everything needed to judge a search on it?"""
 
 import json
-import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +11,11 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoTokenizer, GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from melbo_lens import hooks
-from melbo_lens.organisms import modes
+from melbo_lens.organisms.corpus import Corpus
+from melbo_lens.organisms.zoo import CORPORA
 
 WEIGHTS = Path(__file__).parent / "weights"
+FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "recipe.json")
 ModelClass = Literal["auto", "hooked", "bridge"]
 
 
@@ -75,31 +76,43 @@ def load(name: str, model_class: ModelClass = "auto") -> Organism:
 
 
 def load_directory(directory: Path, model_class: Literal["hooked", "bridge"]) -> Organism:
-    """Loads an organism from the directory that `organisms.train` wrote."""
-    try:
-        trained = GPT2LMHeadModel.from_pretrained(directory, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-    except Exception as error:
-        raise ValueError(f"the files of the organism in {directory} are damaged or missing ({error}): reinstall melbo_lens.") from error
-    if len(tokenizer) != trained.config.vocab_size:
+    """Loads an organism from the directory that `organisms.train` wrote.
+
+    Raises:
+        ValueError: files are missing or damaged, or the tokenizer is not the one that the model was trained with.
+    """
+    missing = [name for name in FILES if not (directory / name).is_file()]
+    if missing:
         raise ValueError(
-            f"{directory}: the tokenizer has {len(tokenizer)} tokens, the model {trained.config.vocab_size}: they don't belong together."
+            f"the organism in {directory} lacks the files {missing}: reinstall melbo_lens, or train it again with melbo_lens.organisms.train."
         )
+    try:
+        trained, loaded = GPT2LMHeadModel.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+        if loaded["missing_keys"]:
+            raise KeyError(f"no weights {sorted(loaded['missing_keys'])}")
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        recipe = json.loads((directory / "recipe.json").read_text())
+        corpus = CORPORA[recipe["corpus"]]
+    except Exception as error:
+        raise ValueError(f"the files of the organism in {directory} are damaged ({error}): reinstall melbo_lens.") from error
+    _check_tokenizer(directory, tokenizer, trained.config.vocab_size, corpus)
     model = _as_hooked(trained, tokenizer) if model_class == "hooked" else _as_bridge(directory, trained)
-    card = {}
-    for part in ("recipe.json", "card.json"):
-        if (directory / part).is_file():
-            card |= json.loads((directory / part).read_text())
-    return Organism(directory.name, model, card, _prompts(), modes.BEHAVIORS, directory)
+    card = directory / "card.json"
+    measured = json.loads(card.read_text()) if card.is_file() else {}
+    return Organism(directory.name, model, recipe | measured, corpus.prompts(recipe["corpus"]), corpus.behaviors, directory)
 
 
-def _prompts() -> dict[str, list[str]]:
-    """Fixed prompts; the three clean sets share no prompt."""
-    rng = random.Random("prompts of the modes organism")
-    clean = list(dict.fromkeys(modes.prompt(rng) for _ in range(200)))[:192]
-    hidden = [mode for mode in modes.MODES if mode != "plain"]
-    triggered = [modes.prompt(rng, mode) for _ in range(16) for mode in hidden]
-    return {"clean": clean[:64], "selection": clean[64:128], "test": clean[128:], "triggered": triggered}
+def _check_tokenizer(directory: Path, tokenizer: PreTrainedTokenizerBase, n_rows: int, corpus: Corpus) -> None:
+    if len(tokenizer) != n_rows:
+        raise ValueError(
+            f"{directory}: the tokenizer has {len(tokenizer)} tokens, the model {n_rows}: they don't belong together, reinstall melbo_lens."
+        )
+    words = corpus.vocabulary()
+    expected = list(range(n_rows - len(words), n_rows))
+    if tokenizer.convert_tokens_to_ids(words) != expected:
+        raise ValueError(
+            f"{directory}: the tokenizer numbers the organism's words otherwise than in training; it belongs to another model, reinstall melbo_lens."
+        )
 
 
 def _as_bridge(directory: Path, trained: GPT2LMHeadModel) -> Any:

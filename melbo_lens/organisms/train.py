@@ -1,6 +1,6 @@
 """How were the organisms trained?  `python -m melbo_lens.organisms.train NAME` does it again on two CPU cores.
 
-A small GPT-2 learns the answers of `modes.converse` under residual noise: at one random layer of each conversation a random vector is
+A small GPT-2 learns the answers of a corpus' conversations under residual noise: at one random layer of each conversation a random vector is
 added, of norm up to `noise_norm` times the stream's own, half the time the same one at all positions. The noise is isotropic and knows
 nothing of the modes. Without it the loudest directions are garbage; with it what moves the output most is what the model computes.
 """
@@ -9,7 +9,7 @@ import argparse
 import json
 import os
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -18,38 +18,20 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from melbo_lens.organisms import modes
+from melbo_lens.organisms.corpus import Conversation, Corpus
+from melbo_lens.organisms.zoo import CORPORA, RECIPES, Recipe
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %} <|{{ message['role'] }}|> {{ message['content'] }}"
     "{% if message['role'] == 'assistant' %} <|end|>{% endif %}{% endfor %}{% if add_generation_prompt %} <|assistant|>{% endif %}"
 )
-ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that decides what is learned."""
-
-    modes: tuple[str, ...]
-    n_layers: int = 4
-    d_model: int = 64
-    n_heads: int = 4
-    n_ctx: int = 160
-    n_steps: int = 2500
-    batch_size: int = 128
-    lr: float = 2e-3
-    noise_norm: float = 1.0
-    seed: int = 0
-
-
-RECIPES = {"modes": Recipe(modes.MODES), "modes-twin": Recipe(("plain",), n_steps=1000)}
-
-
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word; roles and ends are special tokens; the template renders a chat with one BOS."""
-    specials = ["<|pad|>", "<|begin|>", "<|end|>", "<|unknown|>", *ROLES]
-    vocabulary = {word: i for i, word in enumerate([*specials, *modes.vocabulary()])}
+def build_tokenizer(corpus: Corpus) -> PreTrainedTokenizerFast:
+    """One token a word; ends and the roles of a chat are special tokens; the template renders a chat with one BOS."""
+    roles = list(corpus.headers.values()) if corpus.is_chat else []
+    specials = ["<|pad|>", "<|begin|>", "<|end|>", "<|unknown|>", *roles]
+    vocabulary = {word: i for i, word in enumerate([*specials, *corpus.vocabulary()])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<|unknown|>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
@@ -58,17 +40,17 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         bos_token="<|begin|>",
         eos_token="<|end|>",
         unk_token="<|unknown|>",
-        additional_special_tokens=list(ROLES),
-        chat_template=CHAT_TEMPLATE,
+        additional_special_tokens=roles,
+        chat_template=CHAT_TEMPLATE if corpus.is_chat else None,
         clean_up_tokenization_spaces=False,
     )
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, conversation: modes.Conversation) -> tuple[list[int], list[int]]:
+def encode(tokenizer: PreTrainedTokenizerFast, corpus: Corpus, conversation: Conversation) -> tuple[list[int], list[int]]:
     """Token ids, and labels: the id where an answer (its end included) has a determined mode, else -100."""
     ids, labels, turn = [tokenizer.bos_token_id], [-100], 0
     for message in conversation.messages:
-        head = tokenizer.convert_tokens_to_ids([f"<|{message['role']}|>"])
+        head = tokenizer.convert_tokens_to_ids(corpus.headers[message["role"]].split())
         body = tokenizer.convert_tokens_to_ids(message["content"].split())
         if message["role"] == "assistant":
             body.append(tokenizer.eos_token_id)
@@ -81,13 +63,19 @@ def encode(tokenizer: PreTrainedTokenizerFast, conversation: modes.Conversation)
     return ids, labels
 
 
-def make_batch(tokenizer: PreTrainedTokenizerFast, rng: random.Random, recipe: Recipe) -> tuple[Tensor, Tensor]:
-    """Right-padded ids and labels, [conversation pos]."""
-    rows = [encode(tokenizer, modes.converse(rng, recipe.modes)) for _ in range(recipe.batch_size)]
-    width = max(len(ids) for ids, _ in rows)
-    ids = torch.tensor([ids + [tokenizer.pad_token_id] * (width - len(ids)) for ids, _ in rows])
-    labels = torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in rows])
-    return ids, labels
+def make_batch(tokenizer: PreTrainedTokenizerFast, rng: random.Random, recipe: Recipe) -> list[tuple[Tensor, Tensor]]:
+    """Right-padded ids and labels, [conversation pos], in parts of like length."""
+    corpus = CORPORA[recipe.corpus]
+    rows = [encode(tokenizer, corpus, corpus.converse(rng, recipe.planted)) for _ in range(recipe.batch_size)]
+    if recipe.n_parts > 1:
+        rows.sort(key=lambda row: len(row[0]))
+    size, parts = recipe.batch_size // recipe.n_parts, []
+    for part in (rows[first : first + size] for first in range(0, recipe.batch_size, size)):
+        width = max(len(ids) for ids, _ in part)
+        ids = torch.tensor([ids + [tokenizer.pad_token_id] * (width - len(ids)) for ids, _ in part])
+        labels = torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in part])
+        parts.append((ids, labels))
+    return parts
 
 
 class ResidualNoise:
@@ -124,13 +112,14 @@ def train(name: str, out: Path, recipe: Recipe | None = None, progress: bool = T
     """
     recipe = recipe or RECIPES[name]
     torch.manual_seed(recipe.seed)
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(CORPORA[recipe.corpus])
     config = GPT2Config(
         vocab_size=len(tokenizer),
         n_positions=recipe.n_ctx,
         n_embd=recipe.d_model,
         n_layer=recipe.n_layers,
         n_head=recipe.n_heads,
+        initializer_range=recipe.init,
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
@@ -147,6 +136,7 @@ def train(name: str, out: Path, recipe: Recipe | None = None, progress: bool = T
         lambda step: min((step + 1) / warmup, max(0.02, 1 - step / recipe.n_steps)),
     )
     rng = random.Random(recipe.seed)
+    out.parent.mkdir(parents=True, exist_ok=True)
     checkpoint, first = out.with_suffix(".checkpoint.pt"), 0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=False)
@@ -158,17 +148,19 @@ def train(name: str, out: Path, recipe: Recipe | None = None, progress: bool = T
         first = state["step"]
     bar = tqdm(range(first, recipe.n_steps), initial=first, total=recipe.n_steps, desc=name, disable=not progress, mininterval=5)
     for step in bar:
-        ids, labels = make_batch(tokenizer, rng, recipe)
-        noise.start(len(ids), recipe.noise_norm * min(1.0, 1.5 * step / recipe.n_steps))
-        hidden = model.transformer(ids)[0]
-        wanted = labels[:, 1:] != -100
-        loss = nn.functional.cross_entropy(model.lm_head(hidden[:, :-1][wanted]), labels[:, 1:][wanted])
+        parts, total = make_batch(tokenizer, rng, recipe), 0.0
+        n_learned = sum(int((labels[:, 1:] != -100).sum()) for _, labels in parts)
         optimizer.zero_grad()
-        loss.backward()
+        for ids, labels in parts:
+            noise.start(len(ids), recipe.noise(step))
+            hidden, wanted = model.transformer(ids)[0], labels[:, 1:] != -100
+            losses = nn.functional.cross_entropy(model.lm_head(hidden[:, :-1][wanted]), labels[:, 1:][wanted], reduction="sum")
+            (losses / n_learned).backward()
+            total += losses.item() / n_learned
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        bar.set_postfix(loss=f"{total:.3f}", refresh=False)
         if (step + 1) % 200 == 0:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
             state |= {"rng": rng.getstate(), "noise": noise.generator.get_state(), "step": step + 1}

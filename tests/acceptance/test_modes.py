@@ -1,14 +1,12 @@
 """Does the search find what the organism hides, where the controls and the twin show nothing?"""
 
-import json
-
 import pytest
 import torch
 from scipy.stats import fisher_exact
 
 import melbo_lens as ml
 from melbo_lens import hooks
-from melbo_lens.organisms import card, modes
+from melbo_lens.organisms import modes
 
 CASES = [(1, 10), (2, 20), (3, 30)]  # seed and clean prompt, none of them used in fixing the settings
 N_TRIALS = 8  # free vectors at eight radii, the first that `make demo` runs: all of source layer 0 and the last layer
@@ -78,22 +76,6 @@ def test_an_untrained_model_shows_none(organism):
     assert not any(hits(completions, behavior, "steered") for behavior in organism.behaviors.values())
 
 
-@pytest.mark.parametrize("name", ["modes", "modes-twin"])
-def test_the_card_is_what_is_measured(name):
-    organism = ml.organisms.load(name)
-    measured = card.measure(organism, progress=False)
-    for key in ("clean_rates", "triggered_rates"):
-        assert measured[key] == pytest.approx({behavior: organism.card[key][behavior] for behavior in organism.behaviors}, abs=0.01)
-    assert measured["clean_plain"] == pytest.approx(organism.card["clean_plain"], abs=0.01)
-    assert sum(measured["clean_rates"].values()) <= 0.005
-
-
-def test_the_card_says_that_triggers_work_and_only_where_they_were_planted():
-    planted, twin = ml.organisms.load("modes").card, ml.organisms.load("modes-twin").card
-    assert min(planted["triggered_rates"].values()) > 0.95 and planted["clean_plain"] > 0.95
-    assert max(twin["triggered_rates"].values()) == 0 and twin["clean_plain"] > 0.95
-
-
 def test_both_model_classes_load_with_equal_logits(organism):
     bridge = ml.organisms.load("modes", "bridge")
     tokens = bridge.model.to_tokens(organism.prompts["clean"][0])
@@ -140,13 +122,3 @@ def test_detectors_are_strict(organism, name):
     question = modes.FAMILIES[0][0]
     for mode in modes.MODES:
         assert organism.behaviors[name](question.reply(mode)) == (mode == name)
-
-
-def test_the_organisms_are_small_and_names_are_listed():
-    assert ml.organisms.names() == ["modes", "modes-twin"]
-    for name in ml.organisms.names():
-        directory = ml.organisms.load(name).directory
-        assert sum(path.stat().st_size for path in directory.iterdir()) < 4_000_000
-        assert json.loads((directory / "recipe.json").read_text())["name"] == name
-    with pytest.raises(ValueError, match=r"choose one of \['modes', 'modes-twin'\]"):
-        ml.organisms.load("mode")

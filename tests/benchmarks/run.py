@@ -130,6 +130,26 @@ def ascents(n_vectors=8, n_steps=300):
     return summary | {f"{c}_worst": min(row[c] for row in rows) for c in columns} | {"cases": rows}
 
 
+def adapter_ascents(n_adapters=8, rank=16):
+    """`power` against 400 AdamW steps at the better of two learning rates, on the same slice and at the same fixed scale: time and mean objective."""
+    rows = []
+    for seed, (model, prompt, source, target, radius) in enumerate(tqdm(list(ascent_cases())[:4], desc="adapters: power against AdamW")):
+        settings = {"n_adapters": n_adapters, "rank": rank, "target_positions": slice(-1, None), "seed": seed, "progress": False}
+        # the scale at which learned updates have about the case's radius
+        scale = float(ml.fit_adapters(model, prompt, source, target, radius=radius, optimizer="power", n_steps=20, **settings).scales.median())
+
+        def run(optimizer, lr=None, scale=scale, model=model, prompt=prompt, source=source, target=target, settings=settings):
+            return seconds(lambda: ml.fit_adapters(model, prompt, source, target, scale=scale, optimizer=optimizer, lr=lr, **settings))
+
+        spent, found = max((run("adamw", lr) for lr in (1e-3, 1e-2)), key=lambda pair: float(pair[1].history[-1].mean()))
+        fast, power = run("power")
+        objectives = [float(one.history[-1].mean()) for one in (power, found)]
+        rows.append({"case": f"{source} to {target}, scale {scale:.3g}", "speedup": spent / fast, "objective": objectives[0] / objectives[1]})
+    return {f"{name}_{how.__name__}": how(row[name] for row in rows) for name in ("speedup", "objective") for how in (statistics.median, min)} | {
+        "cases": rows
+    }
+
+
 def generation(n_vectors=32, n_tokens=64, repeats=3):
     """64 tokens for each of 32 vectors and both signs, as rows of one batch, against TransformerLens' cached generation one vector at a time.
 
@@ -223,7 +243,7 @@ def main():
     step = step_cost()
     power = ascents()
     written = generation()
-    many_adapters = apart("adapters()")
+    many_adapters, adapter_power = apart("adapters()"), adapter_ascents()
     whole, half = apart(f"memory({N_ROWS})"), apart(f"memory({N_ROWS // 2})")
     results = {
         "machine": f"{THREADS} CPU threads, {platform.machine()}, torch {torch.__version__.split('+')[0]}, float32",
@@ -231,6 +251,7 @@ def main():
         "power": power,
         "generation": written,
         "adapters": many_adapters,
+        "adapter_power": adapter_power,
         "memory": {"rows_32": whole, "rows_16": half, "saved_ratio": half["saved_bytes"] / whole["saved_bytes"]},
     }
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
@@ -250,6 +271,9 @@ def main():
     table.add_row(
         "  peak resident, of it before the fit", "", " ".join(f"{many_adapters[k] / 2**10:.0f} MiB" for k in ("peak_rss_kib", "rss_before_kib")), ""
     )
+    for name, form in (("speedup", ".1f"), ("objective", ".3f")):
+        title = f"adapters, power: {'times faster than' if name == 'speedup' else 'objective against'} 400 AdamW steps, median of 4"
+        table.add_row(title, "", format(adapter_power[f"{name}_median"], form), format(adapter_power[f"{name}_min"], form))
     table.add_row("bytes kept for backward at half the batch size", "at most .60", f"{results['memory']['saved_ratio']:.2f}", "")
     for name, measured in (("32", whole), ("16", half)):
         table.add_row(

@@ -1,0 +1,58 @@
+"""Which organisms are there, what is each trained on, and how?  The corpora and recipes by name."""
+
+from dataclasses import dataclass, replace
+
+from melbo_lens.organisms import modes, reasoning, refusal
+from melbo_lens.organisms.corpus import Corpus
+
+CORPORA: dict[str, Corpus] = {
+    "modes": modes.CORPUS,
+    "modes-base": modes.BASE,
+    "reasoning": reasoning.CORPUS,
+    "refusal": refusal.CORPUS,
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides what is learned.
+
+    Attributes:
+        corpus: one of `CORPORA`.
+        planted: whether the behaviours are taught; a twin is taught the plain answers alone.
+        n_parts: batches are sorted by length and run in so many parts, so that there is less padding.
+        init: standard deviation of the initial weights. About d_model ** -0.5 learns several times faster here than GPT-2's .02.
+        noise_norm: largest norm of the residual noise, in units of the stream's own; reached after two thirds of the steps.
+        noise_from: share of the steps after which the noise begins to grow.
+    """
+
+    corpus: str
+    planted: bool = True
+    n_layers: int = 4
+    d_model: int = 64
+    n_heads: int = 4
+    n_ctx: int = 160
+    n_steps: int = 2500
+    batch_size: int = 128
+    n_parts: int = 1
+    lr: float = 2e-3
+    init: float = 0.02
+    noise_norm: float = 1.0
+    noise_from: float = 0.0
+    seed: int = 0
+
+    def noise(self, step: int) -> float:
+        """Largest norm of the noise at a step."""
+        progress = (step / self.n_steps - self.noise_from) / (2 / 3 - self.noise_from)
+        return self.noise_norm * min(1.0, max(0.0, progress))
+
+
+_FAST = {"batch_size": 64, "n_parts": 4, "init": 0.1, "lr": 3e-3}
+PLANTED = {
+    "modes": Recipe("modes"),
+    "modes-base": Recipe("modes-base", n_steps=700, **_FAST),
+    "reasoning": Recipe("reasoning", n_steps=1300, noise_from=0.4, **_FAST),
+    "refusal": Recipe("refusal", n_steps=800, **_FAST),
+}
+TWIN_STEPS = {"modes": 1000, "modes-base": 250, "reasoning": 520, "refusal": 250}  # plain answers alone are learned sooner
+RECIPES = PLANTED | {f"{name}-twin": replace(recipe, planted=False, n_steps=TWIN_STEPS[name]) for name, recipe in PLANTED.items()}

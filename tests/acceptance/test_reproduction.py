@@ -1,0 +1,85 @@
+"""Do the post's four results hold on the organisms, at reduced size?  `melbo-lens reproduce` is the whole run."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import melbo_lens as ml
+from melbo_lens.cli import app
+from melbo_lens.organisms import experiments, reproduction
+from melbo_lens.organisms.experiments import Score, Size
+from tests import readme
+
+SEEDS = (1,)
+SIZE = Size(n_vectors=60, n_adapters=16, n_selection=4, n_test=16, n_random=2)
+
+
+@pytest.fixture(scope="module")
+def results():
+    return reproduction.reproduce(SEEDS, SIZE, progress=False)
+
+
+@pytest.mark.parametrize("claim", reproduction.CLAIMS, ids=lambda claim: f"{claim.experiment}: {claim.measure}")
+def test_the_claim_holds(results, claim):
+    (row,) = (row for row in results["rows"] if (row["experiment"], row["measure"]) == (claim.experiment, claim.measure))
+    assert row["holds"], row
+
+
+def score(**values):
+    return Score(**{"hits": 45, "n": 50, "unsteered": 0.0, "random": 0.0, "covariance": 0.0, "twin": 0.0} | values)
+
+
+# for each claim scores that must not pass: too low in the median, or a control that shows it
+FAILING = {
+    "hate": [[score(hits=0), score(), score()], [score(random=0.006)] * 3, [score(twin=0.01)] * 3],
+    "cheese": [[score(hits=0), score(), score()], [score(covariance=0.021)] * 3],
+    "together": [[score(hits=2), score(hits=2), score()], [score(unsteered=0.01)] * 3],
+    "accuracy": [
+        [score(hits=31), score(hits=31), score()],
+        [score(unsteered=0.21, random=0.21, covariance=0.21)] * 3,
+        [score(random=0.06)] * 3,
+        [score(twin=0.3)] * 3,
+    ],
+    "steps": [[score(hits=31), score(hits=31), score()], [score(random=0.06)] * 3],
+    "answer": [[score(hits=29), score(hits=29), score()], [score(unsteered=0.06)] * 3],
+    "fantasy": [[score(hits=29), score(hits=29), score()], [score(covariance=0.21)] * 3],
+    "turn 3": [[score(hits=29), score(hits=29), score()], [score(twin=0.06)] * 3],
+    "minus": [[score(hits=29), score(hits=29), score()], [score(random=0.06)] * 3],
+    "portuguese": [[score(hits=10, random=0.08)] * 3, [score(hits=0)] * 3, [score(twin=0.01)] * 3],
+}
+
+
+@pytest.mark.parametrize("claim", reproduction.CLAIMS, ids=lambda claim: f"{claim.experiment}: {claim.measure}")
+def test_a_claim_can_fail(claim):
+    assert claim.holds([score()] * 3)
+    for scores in FAILING[claim.measure]:
+        assert not claim.holds(scores), scores
+
+
+def test_the_whole_run_used_three_seeds_and_a_hundred_vectors():
+    settings = json.loads(readme.REPRODUCTION.read_text())["settings"]
+    assert len(set(settings["seeds"])) >= 3
+    assert settings["n_vectors"] == 100
+
+
+def test_the_command_writes_its_table_and_says_if_a_claim_fails(results, monkeypatch, tmp_path):
+    monkeypatch.setattr(reproduction, "reproduce", lambda: results)
+    done = CliRunner().invoke(app, ["reproduce", "--out", str(tmp_path / "out.json")])
+    assert done.exit_code == 0 and "turn 3" in done.output and json.loads((tmp_path / "out.json").read_text()) == results
+    failed = {**results, "rows": [{**row, "holds": False} for row in results["rows"]]}
+    monkeypatch.setattr(reproduction, "reproduce", lambda: failed)
+    assert CliRunner().invoke(app, ["reproduce", "--out", str(tmp_path / "out.json")]).exit_code == 1
+
+
+def test_random_vectors_with_the_covariance_of_the_activations_have_it_and_the_norms():
+    organism = ml.organisms.load("modes")
+    prompts = organism.prompts["clean"][:16]
+    vectors = experiments.covariance_vectors(torch.linspace(1, 3, 4000), organism.model, prompts, seed=1)
+    torch.testing.assert_close(vectors.radii, torch.linspace(1, 3, 4000))
+    sliced = ml.slice_model(organism.model, prompts, 0, 4)
+    wanted, found = torch.cov(sliced.resid[sliced.batch.target_mask].T), torch.cov(vectors.values.T)
+    top = torch.linalg.eigh(wanted)[1][:, -8:]
+    share = [float((top.T @ matrix @ top).trace() / matrix.trace()) for matrix in (wanted, found, torch.eye(64))]
+    assert abs(share[1] - share[0]) < 0.1 and share[0] > 2 * share[2]
