@@ -14,6 +14,7 @@ pytestmark = pytest.mark.browser
 # every way in which text could become a program; each would set window.hacked
 ATTACKS = (
     "</script><script>window.hacked=1</script><img src=x onerror=window.hacked=2><svg onload=window.hacked=3>\"'&<a href='javascript:hacked=4'>b</a>"
+    "<img/src='x'/onerror=window.hacked=5>"
 )
 VISIBLE = "[...document.querySelectorAll('#table tbody tr')].filter(row => row.offsetParent !== null)"
 
