@@ -18,8 +18,9 @@ $(VENV)/.installed: pyproject.toml $(LOCK)
 demo: $(VENV)/.installed
 	$(VENV)/bin/melbo-lens demo
 
+# a process with one thread for each core: the models are too small to share
 test: $(VENV)/.installed
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n logical --dist loadfile
 
 # the page and the notebooks as a person sees them; needs chromium and chromedriver
 look: $(VENV)/.installed
