@@ -75,10 +75,14 @@ def reproduce(
     write_atomically(out, (json.dumps(results, indent=1) + "\n").encode())
     rows = reproduction.table(results)
     table = Table(title=f"seeds {', '.join(map(str, results['settings']['seeds']))}; {results['seconds']} seconds", show_lines=True)
-    for heading in rows.columns:
+    # one column for all controls, one for what is measured: it must fit a terminal of 80 columns
+    for heading in ("result", "the post", "here", "95 %", "\n".join(reproduction.CONTROLS), "sec.", "holds"):
         table.add_column(heading)
-    for row in rows.itertuples(index=False):
-        table.add_row(*map(escape, row))
+    for row in rows.to_dict("records"):
+        controls = "\n".join(row[control] for control in reproduction.CONTROLS)
+        result = f"{row['experiment']}: {row['measure']}"
+        cells = (result, row["the post"], row["here"], row["95 % interval"], controls, row["seconds"], row["holds"])
+        table.add_row(*map(escape, cells))
     console.print(table)
     console.print(f"wrote {out}")
     if not (rows.holds == "yes").all():
