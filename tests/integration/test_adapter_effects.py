@@ -148,6 +148,8 @@ def test_signs_factors_and_subsets_scale_the_update(model):
     effect = adapters.effect(model, PROMPTS).values
     torch.testing.assert_close((-adapters).effect(model, PROMPTS).values, -effect, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close((2 * adapters[[2, 0]]).effect(model, PROMPTS).values, 2 * effect[[2, 0]], atol=1e-5, rtol=1e-4)
+    alone = torch.tensor([[1, 5, 9]])  # one adapter on one row takes a way of its own
+    torch.testing.assert_close((-adapters[0]).effect(model, alone).values, -adapters[0].effect(model, alone).values, atol=1e-5, rtol=1e-4)
     assert adapters[[2, 0]].provenance["rows"] == [2, 0] and adapters[-1].provenance["rows"] == [2]
     assert len(ml.concatenate([adapters, adapters[1]])) == 4
     with pytest.raises(ValueError, match="have scales from"):
