@@ -84,7 +84,7 @@ def reproduce(
         cells = (result, row["the post"], row["here"], row["95 % interval"], controls, row["seconds"], row["holds"])
         table.add_row(*map(escape, cells))
     console.print(table)
-    console.print(f"wrote {out}")
+    console.print(f"wrote {out}", soft_wrap=True)
     if not (rows.holds == "yes").all():
         raise typer.Exit(1)
 
@@ -134,7 +134,7 @@ def fit(
             measured = _measured(loaded, prompts, prompt[0], vectors, positions)
             ml.save_results(out, vectors, completions, title=f"Vectors of {model}", **measured)
     console.print(escape(repr(vectors)))
-    console.print(f"wrote {', '.join(sorted(path.name for path in out.iterdir()))} to {out}")
+    console.print(f"wrote {', '.join(sorted(path.name for path in out.iterdir()))} to {out}", soft_wrap=True)
 
 
 @app.command()
@@ -165,7 +165,7 @@ def discover(
         layers, rates = f"{entry.source_layer} to {entry.target_layer}", (f"{entry.random_rate:.1%}", f"{entry.heldout_rate:.0%}")
         table.add_row(str(row), escape(entry.example), layers, f"{entry.radius:.3g}", str(entry.n_vectors), *rates)
     console.print(table)
-    console.print(f"wrote groups.csv and a vector for each of the first groups to {out}")
+    console.print(f"wrote groups.csv and a vector for each of the first groups to {out}", soft_wrap=True)
 
 
 @app.command()
@@ -181,7 +181,7 @@ def report(
         raise typer.BadParameter("a behavior is NAME=REGULAR EXPRESSION, as --behavior 'portuguese=a resposta'.")
     with _errors_in_a_sentence():
         path = ml.report_directory(directory, dict(entry.split("=", 1) for entry in behavior or []), out)
-    console.print(f"wrote {path}, {path.stat().st_size / 1e6:.1f} MB")
+    console.print(f"wrote {path}, {path.stat().st_size / 1e6:.1f} MB", soft_wrap=True)
 
 
 def _measured(model: Any, prompts: Any, first: str, vectors: Any, positions: slice) -> dict[str, Any]:
