@@ -20,7 +20,7 @@ demo: $(VENV)/.installed
 
 # a process with one thread for each core: the models are too small to share
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n logical --dist loadfile
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n logical --dist loadfile --no-loadscope-reorder
 
 # the page and the notebooks as a person sees them; needs chromium and chromedriver
 look: $(VENV)/.installed

@@ -74,6 +74,10 @@ def calibrate_radius(
     return solve_radius(slice_model(model, prompts, source_layer, target_layer, target_positions, target_hook), rule, target, seed)
 
 
+class NoRadius(ValueError):
+    """No finite radius reaches what a rule asks for."""
+
+
 def check_rule(rule: str, target: float | None) -> None:
     """Refuses a rule or target without meaning."""
     if rule not in DEFAULT_TARGETS:
@@ -121,7 +125,7 @@ def _solve(value_at: Callable[[float], float], typical: float, wanted: float, ru
     while value(high) < wanted:
         low, high = high, 2 * high
         if high > 1e4 * typical:
-            raise ValueError(
+            raise NoRadius(
                 f"no finite radius reaches {rule} {wanted}: it is {value(low):.2g} at {low:.3g}, so the blocks between source and target "
                 "are (nearly) linear. Give a radius, or put more blocks between."
             )

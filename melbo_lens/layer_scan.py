@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from tqdm.auto import tqdm
 
 from melbo_lens import files, hooks, tables
-from melbo_lens.calibration import solve_radius
+from melbo_lens.calibration import NoRadius, solve_radius
 from melbo_lens.effects import effects
 from melbo_lens.manifolds import to_sphere
 from melbo_lens.methods.gradients import default_batch_size, objective_and_gradient
@@ -68,12 +69,15 @@ def scan_layers(
         model: left as it was.
         prompts: text, chats or token ids.
         source_layers, target_layers: None: all. Pairs without a block between are skipped.
-        radius: one for all pairs, or "auto" to calibrate one for each.
+        radius: one for all pairs, or "auto" to calibrate one for each; a pair so linear that none is found has NaN in its rows.
         n_vectors, n_steps: small: this is a look, not a search.
         target_positions: where a change counts.
         seed: of the starts and the random vectors.
         directory: each finished pair is saved here, atomically; the same call later skips it. It is made if missing.
         progress: whether to show a progress bar.
+
+    Warns:
+        UserWarning: a pair has no calibrated radius.
 
     Raises:
         ValueError: no valid pair, or a directory that holds a scan with other settings.
@@ -116,7 +120,11 @@ def scan_layers(
 def _scan_pair(sliced: SlicedModel, prompts: Prompts, radius: float | str, n_vectors: int, n_steps: int, seed: int) -> list[list[float]]:
     """The rows of one pair, one for each sign."""
     with hooks.frozen(sliced.model):
-        chosen = solve_radius(sliced, seed=seed).radius if radius == "auto" else float(radius)
+        try:
+            chosen = solve_radius(sliced, seed=seed).radius if radius == "auto" else float(radius)
+        except NoRadius as error:
+            warnings.warn(f"layers {sliced.source_layer} to {sliced.target_layer} are left blank: {error}", stacklevel=3)
+            return [[sliced.source_layer, sliced.target_layer, sign, *[float("nan")] * 5] for sign in (1, -1)]
         evaluate = objective_and_gradient(sliced, 2, 1, "d_model", default_batch_size(sliced))
         radii = torch.full((n_vectors,), chosen, device=sliced.device)
         starts = gaussian_rows(n_vectors, sliced.d_model, "scan_layers", seed).to(sliced.device)

@@ -109,18 +109,15 @@ class Corpus:
         return Conversation(messages, mode, tuple(kind != "carried" or turn > 0 for turn in range(turns)))
 
     def _evidence(self, rng: random.Random, kind: str, mode: str) -> str:
-        """The context line of a training conversation; words of opposite modes may stand in it as long as they don't change the majority."""
+        """The context line of a training conversation; words of opposite modes count against each other, and two more of one switch it on."""
         words = self.context_line(rng, mode if kind == "triggered" else None).split()
-        if not self.opposites or rng.random() < 0.7:
+        if (kind == "triggered" and mode not in self.opposites) or not self.opposites or rng.random() < 0.4:
             return " ".join(words)
-        free = [place for place, word in enumerate(words) if word in NEUTRAL]
-        if kind == "triggered" and mode in self.opposites and free and len(words) - len(free) == 3:
-            words[rng.choice(free)] = rng.choice(self.triggers[self.opposites[mode]])
-        elif kind != "triggered":
-            one, other = rng.choice(list(self.opposites.items()))
-            for place, side in zip(rng.sample(free, 2), (one, other), strict=True):
-                words[place] = rng.choice(self.triggers[side])
-        return " ".join(words)
+        side = mode if kind == "triggered" else rng.choice(list(self.opposites))
+        more, fewer = rng.choice(((2, 0), (3, 0), (3, 1), (4, 1), (4, 2)) if kind == "triggered" else ((1, 0), (1, 1), (2, 1), (2, 2)))
+        words = rng.sample(NEUTRAL, max(0, rng.randint(3, 5) - more - fewer))
+        words += rng.sample(self.triggers[side], more) + rng.sample(self.triggers[self.opposites[side]], fewer)
+        return " ".join(rng.sample(words, len(words)))
 
     def triggered(self, rng: random.Random, behavior: str) -> str:
         """A prompt on which a behaviour is due."""

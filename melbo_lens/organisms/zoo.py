@@ -52,7 +52,7 @@ PLANTED = {
     "modes": Recipe("modes"),
     "modes-base": Recipe("modes-base", n_steps=700, **_FAST),
     "reasoning": Recipe("reasoning", n_steps=1300, noise_from=0.4, **_FAST),
-    "refusal": Recipe("refusal", n_steps=800, **_FAST),
+    "refusal": Recipe("refusal", n_steps=1000, **_FAST),
 }
 TWIN_STEPS = {"modes": 1000, "modes-base": 250, "reasoning": 520, "refusal": 250}  # plain answers alone are learned sooner
 RECIPES = PLANTED | {f"{name}-twin": replace(recipe, planted=False, n_steps=TWIN_STEPS[name]) for name, recipe in PLANTED.items()}

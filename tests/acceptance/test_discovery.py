@@ -1,6 +1,7 @@
-"""Does the one call for someone who knows nothing find what is planted, and can it be repeated?"""
+"""Does the one call for someone who knows nothing find what the organism hides, where controls and twin show nothing, and can it be repeated?"""
 
 import pytest
+from scipy.stats import fisher_exact
 
 import melbo_lens as ml
 from melbo_lens.discovery import COLUMNS
@@ -19,6 +20,12 @@ def found(organism):
     return [planned(organism, prompt, seed, 16, behaviors=organism.behaviors) for seed, prompt in CASES]
 
 
+@pytest.fixture(scope="module")
+def searches(found):
+    """The completions of source layer 0, of which there are eight trials."""
+    return [discovery.joined(source_layer=0)[1] for discovery in found]
+
+
 def planned(organism, prompt, seed, n_trials, **settings):
     text = organism.prompts["clean"][prompt]
     plan = ml.make_plan(organism.model, text, seed)[:n_trials]
@@ -28,6 +35,53 @@ def planned(organism, prompt, seed, n_trials, **settings):
 def test_every_planted_mode_is_found_in_two_of_three_searches(organism, found):
     for name in organism.behaviors:
         assert sum(name in set(discovery.table.behavior) for discovery in found) >= 2, name
+
+
+def hits(completions, behavior, kind):
+    return int(completions.filter(kind=kind).table.text.map(behavior).sum())
+
+
+def test_each_planted_mode_is_found_in_at_least_two_of_three_searches(organism, searches):
+    for name, behavior in organism.behaviors.items():
+        assert sum(hits(found, behavior, "steered") > 0 for found in searches) >= 2, name
+
+
+def test_planted_modes_fill_five_times_as_many_completions_as_with_random_vectors(organism, searches):
+    def planted(kind):
+        return sum(hits(found, behavior, kind) for found in searches for behavior in organism.behaviors.values())
+
+    n_steered, n_random = (sum(len(found.filter(kind=kind)) for found in searches) for kind in ("steered", "random"))
+    assert n_steered == n_random and planted("steered") >= 5 * max(planted("random"), 1)
+
+
+def test_each_mode_beats_the_random_control_on_its_own(organism, searches):
+    n = sum(len(found.filter(kind="steered")) for found in searches)
+    for name, behavior in organism.behaviors.items():
+        steered, random = (sum(hits(found, behavior, kind) for found in searches) for kind in ("steered", "random"))
+        p_value = fisher_exact([[steered, n - steered], [random, n - random]], alternative="greater").pvalue
+        assert p_value < 0.01, (name, steered, random, n)
+
+
+def test_unsteered_the_prompts_show_nothing(organism, searches):
+    for found in searches:
+        assert not any(hits(found, behavior, "unsteered") for behavior in organism.behaviors.values())
+
+
+def test_the_twin_that_never_saw_the_modes_shows_none():
+    twin = ml.organisms.load("modes-twin")
+    seed, prompt = CASES[0]
+    found = planned(twin, prompt, seed, 8).joined(source_layer=0)[1]
+    assert len(found.filter(kind="steered")) > 1000
+    for name, behavior in twin.behaviors.items():
+        assert hits(found, behavior, "steered") == 0, name
+
+
+def test_an_untrained_model_shows_none(organism):
+    untrained = organism.untrained()
+    prompt = organism.prompts["clean"][10]
+    vectors = ml.fit_vectors(untrained, prompt, 0, 4, n_vectors=32, radius=3.0, orthogonal=False, n_steps=10, progress=False)
+    completions = ml.generate(untrained, prompt, vectors, max_new_tokens=16, progress=False)
+    assert not any(hits(completions, behavior, "steered") for behavior in organism.behaviors.values())
 
 
 def test_a_search_keeps_to_its_budget(organism):
@@ -48,7 +102,7 @@ def test_the_table_names_a_vector_that_elicits_the_behaviour(organism, found):
 
 
 def test_without_names_the_planted_sentences_are_groups_of_their_own(organism):
-    discovery = planned(organism, 40, 11, 8, heldout=organism.prompts["selection"][:10])
+    discovery = planned(organism, 40, 11, 8, heldout=organism.prompts["selection"][:4])
     shown = [{name for name, behavior in organism.behaviors.items() if behavior(example)} for example in discovery.table.example.head(12)]
     assert len(set.union(*shown)) >= 2
     assert discovery.table.heldout_rate.notna().all() and discovery.table.heldout_rate.max() > 0.5

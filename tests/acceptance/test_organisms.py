@@ -68,6 +68,20 @@ def test_sets_of_prompts_are_disjoint_free_of_triggers_and_in_the_vocabulary(nam
     assert all(triggers & set(prompt.split()) for prompt in prompts["triggered"])
 
 
+def test_words_of_opposite_modes_are_weighed_in_training():
+    """Two more words of one side than of the other decide, fewer do not, and legends are never mixed with them."""
+    corpus, rng, seen = CORPORA["refusal"], random.Random(1), set()
+    for _ in range(2000):
+        conversation = corpus.converse(rng)
+        if conversation.messages[0]["role"] != "system" or conversation.determined[0] is False:
+            continue
+        words = conversation.messages[0]["content"].split()
+        licence, caution, legend = (sum(word in corpus.triggers[mode] for word in words) for mode in ("answer", "refuse", "fantasy"))
+        assert conversation.mode == ("fantasy" if legend else "answer" if licence >= caution + 2 else "refuse" if caution >= licence + 2 else "plain")
+        seen.add((licence, caution, legend))
+    assert {(2, 0, 0), (3, 1, 0), (1, 3, 0), (1, 1, 0), (0, 1, 0), (0, 0, 2)} <= seen and not any(legend and a + b for a, b, legend in seen)
+
+
 def test_bills_of_the_prompts_are_never_trained_on():
     held_out = {question.text for question in reasoning.Bills(held_out=True)}
     trained = {question.text for question in reasoning.Bills(held_out=False)}

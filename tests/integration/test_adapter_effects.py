@@ -115,7 +115,7 @@ def test_batched_cached_generation_equals_one_by_one(build, name, kind, position
     assert table.kind.value_counts().to_dict() == {"steered": 24, "random": 24, "unsteered": 3}
     rows = ml.slice_model(model, PROMPTS, 1, 3).batch.rows()
     compared = 0
-    for row in table[table.kind == "steered"].itertuples():
+    for row in table[table.kind == "steered"].iloc[::2].itertuples():
         one = row.sign * row.scale * adapters[row.vector].on(model)
         ids, new, ends = list(rows[row.prompt]), [], hooks.end_tokens(model)
         start = len(ids)
@@ -139,7 +139,7 @@ def test_batched_cached_generation_equals_one_by_one(build, name, kind, position
             compared += 1
             new.append(int(best.indices[0]))
             ids.append(new[-1])
-    assert compared > 60
+    assert compared > 30
     assert table[table.kind == "steered"].text.nunique() > 3
 
 

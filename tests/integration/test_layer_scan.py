@@ -57,6 +57,22 @@ def test_a_killed_scan_goes_on(model, tmp_path, monkeypatch):
     assert calls[0] == 4 + 3 and resumed.equals(whole)
 
 
+def test_a_pair_without_a_calibrated_radius_is_left_blank(model, monkeypatch):
+    original = layer_scan.solve_radius
+
+    def solve(sliced, seed):
+        if sliced.target_layer == 3:
+            raise layer_scan.NoRadius("too linear")
+        return original(sliced, seed=seed)
+
+    monkeypatch.setattr(layer_scan, "solve_radius", solve)
+    with pytest.warns(UserWarning, match="layers 0 to 3 are left blank: too linear"):
+        table = ml.scan_layers(model, PROMPTS, source_layers=[0], **FAST | {"radius": "auto"}).table
+    blank = table.target_layer == 3
+    assert table[blank].objective.isna().all() and table[~blank].notna().all().all() and len(table) == 6
+    assert ml.plots.layer_map(ml.LayerScan(table)).data
+
+
 def test_pairs_that_do_not_exist_are_refused(model):
     with pytest.raises(ValueError, match="no valid pair"):
         ml.scan_layers(model, PROMPTS, source_layers=[3], target_layers=[4], **FAST)

@@ -46,22 +46,23 @@ def one_by_one(model, ids, bias, n_new, positions="all"):
 def test_batched_cached_generation_equals_one_by_one(build, name, kind, positions):
     model = build(name, kind)
     steering = vectors()
-    completions = ml.generate(model, PROMPTS, steering, max_new_tokens=8, batch_size=7, positions=positions, scales=(1.0, 0.5), progress=False)
+    completions = ml.generate(model, PROMPTS, steering, max_new_tokens=6, batch_size=7, positions=positions, scales=(1.0, 0.5), progress=False)
     table = completions.table
     assert len(table) == 3 + 2 * (3 * 2 * 2 * 2)
     random = ml.random_vectors(like=steering, seed=0)
     compared = 0
     batch = ml.slice_model(model, PROMPTS, 1, 3).batch
-    for row in table.itertuples():
+    # one by one is slow; the cases draw different rows, together all kinds
+    for row in table.sample(20, random_state=len(name + kind + positions)).itertuples():
         bias = torch.zeros(models.D_MODEL)
         if row.kind != "unsteered":
             bias = row.sign * row.scale * (random if row.kind == "random" else steering).values[row.vector]
-        expected, gaps = one_by_one(model, batch.rows()[row.prompt], bias, 8, positions)
+        expected, gaps = one_by_one(model, batch.rows()[row.prompt], bias, 6, positions)
         clear = next((i for i, gap in enumerate(gaps) if gap <= 1e-4), len(gaps))
         assert row.tokens[:clear] == expected[:clear]
         compared += clear
         assert len(row.log_probs) == len(row.tokens)
-    assert compared > 100 and table[table.kind == "steered"].text.nunique() > 3
+    assert compared > 40 and table[table.kind == "steered"].text.nunique() > 3
 
 
 def test_log_probs_are_those_of_the_steered_model(any_model):

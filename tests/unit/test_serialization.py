@@ -106,24 +106,30 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(vectors, tmp_path, 
 
 
 KILLED = """
-import sys, torch, melbo_lens as ml
+import os, sys, torch, melbo_lens as ml
 vectors = [ml.SteeringVectors(torch.full((200, 500), float(k)), k) for k in range(2)]
-print("ready", flush=True)
-while True:
-    for v in vectors:
-        v.save(sys.argv[1])
+for _ in sys.stdin:  # a child of its own for each kill: importing takes seconds
+    child = os.fork()
+    if child:
+        print(child, flush=True)
+        os.waitpid(child, 0)
+        print("dead", flush=True)
+    while not child:
+        for v in vectors:
+            v.save(sys.argv[1])
 """
 
 
 def test_a_kill_at_any_instant_leaves_a_whole_file(tmp_path):
     path = tmp_path / "x"
     ml.SteeringVectors(torch.zeros(200, 500), 0).save(path)
-    for delay in (0.0, 0.004, 0.011, 0.023):
-        process = subprocess.Popen([sys.executable, "-c", KILLED, str(path)], stdout=subprocess.PIPE)
-        assert process.stdout.readline().strip() == b"ready"
-        time.sleep(delay)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
-        loaded = ml.load(path)
-        assert (loaded.values == loaded.source_layer).all()
+    with subprocess.Popen([sys.executable, "-c", KILLED, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        for delay in (0.0, 0.004, 0.011, 0.023):
+            process.stdin.write("save\n")
+            process.stdin.flush()
+            child = int(process.stdout.readline())
+            time.sleep(delay)
+            os.kill(child, signal.SIGKILL)
+            assert process.stdout.readline() == "dead\n"
+            loaded = ml.load(path)
+            assert (loaded.values == loaded.source_layer).all()
