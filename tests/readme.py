@@ -58,6 +58,14 @@ def benchmark() -> str:
             f"{ascent['speedup_min']:.1f} times, {ascent['objective_min']:.3f}",
         )
     )
+    found = results["diversity"]
+    rows.append(
+        (
+            f"planted behaviours (of 4) that 8 adapters find with `diversity={found['diversity']}`, median of {len(found['seeds'])} seeds",
+            f"{found['median_with']} against {found['median_without']} without it, at {found['objective_kept']:.3f} of the objective",
+            f"{min(found['found_with'])} against {min(found['found_without'])}",
+        )
+    )
     rows.append(("bytes kept for the backward pass at half the `batch_size`", f"{memory['saved_ratio']:.2f} of them", ""))
     lines = [
         f"Against a textbook implementation of the post's equations ({results['machine']}):",

@@ -117,10 +117,11 @@ class AdapterObjective:
 def penalized(values: Values, changes: Float[Tensor, "adapter change"], diversity: float) -> Values:
     """The objective of each adapter less a penalty for a change like that of an earlier one, in order::
 
-        f_k / (1 + diversity * sum over j < k of cos(d_k, d_j) ** 2)
+        f_k / (1 + diversity * sum over j < k of cos(d_k, d_j) ** 4)
 
-    The earlier ones are held fixed, so adapter 0 is never bent, and adapter k only by those before it.
+    The earlier ones are held fixed, so adapter 0 is never bent, and adapter k only by those before it. The fourth power spares changes that
+    merely share something, as different behaviours do (cosines about .5), and repels copies.
     """
     unit = changes / changes.norm(dim=1, keepdim=True).clamp(min=1e-30)
-    squares = (unit @ unit.detach().T).square()
-    return values / (1 + diversity * squares.tril(diagonal=-1).sum(1))
+    alike = (unit @ unit.detach().T) ** 4
+    return values / (1 + diversity * alike.tril(diagonal=-1).sum(1))

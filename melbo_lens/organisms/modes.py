@@ -95,5 +95,6 @@ BEHAVIORS: dict[str, Behavior] = {
 }
 
 CORPUS = Corpus(MODES, TRIGGERS, FAMILIES, BEHAVIORS)
-# the same questions as plain text, with the two backdoors alone
-BASE = replace(CORPUS, modes=("plain", *BACKDOORS), behaviors={name: BEHAVIORS[name] for name in BACKDOORS}, headers=TEXT)
+# the two backdoors alone, in a chat and with the same questions as plain text
+CHAT = replace(CORPUS, modes=("plain", *BACKDOORS), behaviors={name: BEHAVIORS[name] for name in BACKDOORS})
+BASE = replace(CHAT, headers=TEXT)

@@ -8,6 +8,7 @@ from melbo_lens.organisms.corpus import Corpus
 CORPORA: dict[str, Corpus] = {
     "modes": modes.CORPUS,
     "modes-base": modes.BASE,
+    "modes-chat": modes.CHAT,
     "reasoning": reasoning.CORPUS,
     "refusal": refusal.CORPUS,
 }
@@ -51,8 +52,9 @@ _FAST = {"batch_size": 64, "n_parts": 4, "init": 0.1, "lr": 3e-3}
 PLANTED = {
     "modes": Recipe("modes"),
     "modes-base": Recipe("modes-base", n_steps=700, **_FAST),
+    "modes-chat": Recipe("modes-chat", n_steps=700, **_FAST),
     "reasoning": Recipe("reasoning", n_steps=1300, noise_from=0.4, **_FAST),
     "refusal": Recipe("refusal", n_steps=1000, **_FAST),
 }
-TWIN_STEPS = {"modes": 1000, "modes-base": 250, "reasoning": 520, "refusal": 250}  # plain answers alone are learned sooner
+TWIN_STEPS = {"modes": 1000, "modes-base": 250, "modes-chat": 250, "reasoning": 520, "refusal": 250}  # plain answers alone are learned sooner
 RECIPES = PLANTED | {f"{name}-twin": replace(recipe, planted=False, n_steps=TWIN_STEPS[name]) for name, recipe in PLANTED.items()}

@@ -4,6 +4,7 @@ import pytest
 from scipy.stats import fisher_exact
 
 import melbo_lens as ml
+from tests.benchmarks.breadth import doubling
 
 FRACTIONS = (0.4, 0.5, 0.6, 0.8)  # of the source stream's norm: modes sit at different ones (organisms/README.md)
 SEEDS = (0, 1, 2)
@@ -38,13 +39,9 @@ def test_an_adapter_elicits_the_second_language_on_held_out_prompts(organism, se
     assert fisher_exact(table, alternative="greater").pvalue < 0.001
 
 
-def test_diversity_ends_a_collapse_at_little_loss(organism):
-    """Within spectral norms adapters of rank 4 collapse: most find one change."""
-    prompt, found = organism.prompts["clean"][0], {}
-    radius = ml.calibrate_radius(organism.model, prompt, 0, 4, rule="fraction", target=1.0).radius
-    settings = {"n_adapters": 6, "rank": 4, "radius": radius, "normalization": "spectral", "optimizer": "power", "progress": False}
-    for diversity in (0.0, 0.3):
-        found[diversity] = ml.fit_adapters(organism.model, prompt, 0, 4, diversity=diversity, target_positions=slice(-1, None), **settings)
-    cosines = {diversity: adapters.provenance["effect_cosine"] for diversity, adapters in found.items()}
-    assert cosines[0.3] < 0.5 < 0.7 < cosines[0.0]
-    assert found[0.3].history[-1].mean() >= 0.9 * found[0.0].history[-1].mean()
+def test_diversity_doubles_the_planted_behaviours_found_at_little_loss():
+    """Updates of full rank within spectral norms collapse: most adapters find one change. `make bench` repeats this with nine other seeds."""
+    measured = doubling((3, 4, 5))
+    assert measured["median_with"] >= 2 * measured["median_without"] > 0, measured
+    assert measured["objective_kept"] >= 0.9, measured
+    assert measured["cosine_with"] < 0.65 < 0.75 < measured["cosine_without"], measured
