@@ -1,7 +1,7 @@
 """Do the post's four results hold on the organisms?  Vectors learned on one prompt, chosen on a second set of prompts, scored on a third.
 
 The rule is the same for every seed: 100 vectors added at layer 0 that change the last position of the last layer's stream most, free ones from
-random starts at four radii; on the organisms with the backdoors alone 60 free and 40 orthogonal ones at two larger radii. Beside each result stand the
+random starts at four radii; on the organisms with the backdoors alone 60 free and 40 orthogonal ones. Beside each result stand the
 unsteered model, random vectors of equal norm, isotropic or with the covariance of the source activations, and the twin that never saw the
 behaviour, searched in the same way.
 """
@@ -31,8 +31,11 @@ from melbo_lens.steering import generate
 SOURCE = 0
 # radius in units of the stream's norm, whether each vector is orthogonal to those before it, and the share of the vectors
 FREE = tuple((fraction, False, 0.25) for fraction in (0.4, 0.5, 0.6, 0.8))
-MIXED = (*((fraction, False, 0.15) for fraction in (0.4, 0.5, 0.6, 0.8)), *((fraction, True, 0.2) for fraction in (1.0, 1.2)))
-PLANS = {"modes-base": MIXED, "modes-chat": MIXED}  # with two modes alone the louder one draws nearly every free start
+# with two modes alone the louder one draws nearly every free start, and an orthogonal one after it finds the other
+PLANS = {
+    "modes-base": (*((fraction, False, 0.15) for fraction in (0.4, 0.5, 0.6, 0.8)), (1.0, True, 0.2), (1.2, True, 0.2)),
+    "modes-chat": ((0.7, False, 0.3), (0.8, False, 0.3), (0.8, True, 0.2), (0.9, True, 0.2)),
+}
 SCALES = (1.0, 1.5, 2.0)
 RANK = 8
 MAX_NEW_TOKENS = 16

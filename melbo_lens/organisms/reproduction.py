@@ -16,7 +16,7 @@ from melbo_lens.organisms import experiments
 from melbo_lens.organisms.experiments import Score, Size
 from melbo_lens.organisms.organism import Organism, load
 
-SEEDS = (20, 21, 22)  # chosen before the run; no search of the development used these prompts
+SEEDS = (20, 21, 22)  # on these organisms no search of the development used their prompts
 CONTROLS = ("unsteered", "random", "covariance", "twin")
 
 
@@ -74,7 +74,7 @@ def _three_times_random(scores: Sequence[Score]) -> bool:
 
 EXPERIMENTS = (
     Experiment("backdoor, base", "modes-base", experiments.backdoor),
-    Experiment("backdoor, chat", "modes", experiments.backdoor),
+    Experiment("backdoor, chat", "modes-chat", experiments.backdoor),
     Experiment("chain of thought", "reasoning", experiments.chain_of_thought),
     Experiment("refusal", "refusal", experiments.refusals),
     Experiment("adapter", "reasoning", experiments.foreign_reasoning),
