@@ -6,7 +6,8 @@ from scipy.stats import fisher_exact
 import melbo_lens as ml
 from melbo_lens.discovery import COLUMNS
 
-CASES = [(11, 40), (12, 50), (13, 60)]  # seed and clean prompt, none of them used in development
+CASES = [(1, 10), (2, 20), (3, 30)]  # seed and clean prompt, none of them used in development
+N_TRIALS = 8  # free vectors at eight radii, the first of the plan: all of source layer 0 and the last layer
 
 
 @pytest.fixture(scope="module")
@@ -17,12 +18,12 @@ def organism():
 @pytest.fixture(scope="module")
 def found(organism):
     # the first trials of the plan, so that the result doesn't depend on how fast or busy the machine is
-    return [planned(organism, prompt, seed, 16, behaviors=organism.behaviors) for seed, prompt in CASES]
+    return [planned(organism, prompt, seed, N_TRIALS, behaviors=organism.behaviors) for seed, prompt in CASES]
 
 
 @pytest.fixture(scope="module")
 def searches(found):
-    """The completions of source layer 0, of which there are eight trials."""
+    """All their completions."""
     return [discovery.joined(source_layer=0)[1] for discovery in found]
 
 
@@ -70,7 +71,7 @@ def test_unsteered_the_prompts_show_nothing(organism, searches):
 def test_the_twin_that_never_saw_the_modes_shows_none():
     twin = ml.organisms.load("modes-twin")
     seed, prompt = CASES[0]
-    found = planned(twin, prompt, seed, 8).joined(source_layer=0)[1]
+    found = planned(twin, prompt, seed, N_TRIALS).joined(source_layer=0)[1]
     assert len(found.filter(kind="steered")) > 1000
     for name, behavior in twin.behaviors.items():
         assert hits(found, behavior, "steered") == 0, name
@@ -96,7 +97,9 @@ def test_the_table_names_a_vector_that_elicits_the_behaviour(organism, found):
     assert set(COLUMNS) <= set(table.columns)
     for row in table.index[table.behavior != ""]:
         entry = table.iloc[row]
-        completions = ml.generate(organism.model, organism.prompts["clean"][40], found[0].vector(row), max_new_tokens=24, signs=(1,), progress=False)
+        completions = ml.generate(
+            organism.model, organism.prompts["clean"][CASES[0][1]], found[0].vector(row), max_new_tokens=24, signs=(1,), progress=False
+        )
         assert completions.filter(kind="steered").table.text[0] == entry.example
         assert entry.random_rate < 0.002 and entry.rate == 1
 

@@ -80,8 +80,10 @@ def test_a_constant_effect_is_a_vector_wholly(model):
     assert vector.provenance["explained"][0] == pytest.approx(1, abs=1e-4)
 
 
-@pytest.mark.parametrize(("name", "kind"), [("llama", "bridge"), ("gemma2", "bridge"), ("gpt2", "hooked")])
-@pytest.mark.parametrize("how", ["column", "spectral"])
+@pytest.mark.parametrize(
+    ("name", "kind", "how"),
+    [("llama", "bridge", "column"), ("gemma2", "bridge", "column"), ("gpt2", "hooked", "column"), ("llama", "bridge", "spectral")],
+)
 def test_the_random_control_has_the_update_norms_rank_and_normalisation(build, name, kind, how):
     model = build(name, kind)
     fitted = ml.fit_adapters(model, PROMPTS, 1, 3, n_adapters=3, rank=2, normalization=how, n_steps=4, lr=0.1, target_positions=[-1], progress=False)
