@@ -24,7 +24,7 @@ test: $(VENV)/.installed
 
 # the page and the notebooks as a person sees them; needs chromium and chromedriver
 look: $(VENV)/.installed
-	$(VENV)/bin/python -m pytest -m "browser or notebook"
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "browser or notebook"
 
 # runs the notebooks and writes their outputs
 notebooks: $(VENV)/.installed
