@@ -15,6 +15,7 @@ from melbo_lens.completions import Completions
 from melbo_lens.differences import ActivationChanges, TargetEffects
 from melbo_lens.evaluation import Behavior, Evaluation, evaluate, shows
 from melbo_lens.layer_scan import LayerScan
+from melbo_lens.perturbations import SteeringVectors
 
 HIDDEN_SETTINGS = ("prompt_tokens", "parts", "prompts", "rows", "matched_to")
 MOST_SECTIONS, MOST_ROWS = 300, 20_000
@@ -164,7 +165,7 @@ def _figures(
             lambda: plots.objective_history(vectors, control, completions),
         ),
         (
-            hasattr(vectors, "cosine_similarity"),
+            isinstance(vectors, SteeringVectors),
             "cosines",
             "Blue alike, red opposite. Branches that join low are near-duplicates.",
             lambda: plots.cosine_similarity(vectors, completions),

@@ -10,6 +10,7 @@ from scipy.cluster.hierarchy import dendrogram, linkage
 from scipy.spatial.distance import squareform
 from sklearn.decomposition import PCA
 
+from melbo_lens.adapters import SteeringAdapters
 from melbo_lens.calibration import Calibration
 from melbo_lens.completions import Completions
 from melbo_lens.differences import ActivationChanges, TargetEffects
@@ -61,7 +62,7 @@ def layer_heatmap(changes: ActivationChanges, vector: int = 0, relative: bool = 
 def cosine_similarity(of: Any, completions: Completions | None = None) -> Clustered:
     """Cosines between vectors, or between rows of `TargetEffects`, in the order of average linkage of 1 - cosine."""
     effects = isinstance(of, TargetEffects)
-    if not hasattr(of, "cosine_similarity"):
+    if isinstance(of, SteeringAdapters):
         raise TypeError(f"{type(of).__name__} have no cosines of their own: compare what they do, plots.cosine_similarity(ml.target_effects(...)).")
     n = len(of)
     some(n, "vectors")
