@@ -1,84 +1,96 @@
 """Find what a language model hides: unsupervised steering vectors and adapters (MELBO) for TransformerLens."""
 
-from melbo_lens import organisms, plots
-from melbo_lens.adapter_effects import AdapterEffect, random_adapters
-from melbo_lens.adapters import SteeringAdapters
-from melbo_lens.calibration import Calibration, calibrate_radius
-from melbo_lens.completions import Completions
-from melbo_lens.differences import ActivationChanges, TargetEffects, activation_changes, objective, target_effects
-from melbo_lens.discovery import AdapterTrial, Discovery, Trial, discover, make_plan
-from melbo_lens.effects import (
-    Effects,
-    closest_directions,
-    cluster_by_effect,
-    cluster_by_words,
-    effects,
-    max_activating,
-    rank,
-    target_changes,
-    top_tokens,
-)
-from melbo_lens.evaluation import Evaluation, evaluate, select
-from melbo_lens.layer_scan import LayerScan, scan_layers
-from melbo_lens.methods.adapters import fit_adapters
-from melbo_lens.methods.melbo import fit_vectors
-from melbo_lens.next_tokens import NextTokens, coherence, next_tokens
-from melbo_lens.perturbations import SteeringVectors, concatenate, random_vectors
-from melbo_lens.report import report
-from melbo_lens.results import report_directory, save_results
-from melbo_lens.serialization import load, save
-from melbo_lens.sliced_model import SlicedModel, slice_model
-from melbo_lens.steering import generate, steer
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from melbo_lens import organisms as organisms
+    from melbo_lens import plots as plots
+    from melbo_lens.adapter_effects import AdapterEffect as AdapterEffect
+    from melbo_lens.adapter_effects import random_adapters as random_adapters
+    from melbo_lens.adapters import SteeringAdapters as SteeringAdapters
+    from melbo_lens.calibration import Calibration as Calibration
+    from melbo_lens.calibration import calibrate_radius as calibrate_radius
+    from melbo_lens.completions import Completions as Completions
+    from melbo_lens.differences import ActivationChanges as ActivationChanges
+    from melbo_lens.differences import TargetEffects as TargetEffects
+    from melbo_lens.differences import activation_changes as activation_changes
+    from melbo_lens.differences import objective as objective
+    from melbo_lens.differences import target_effects as target_effects
+    from melbo_lens.discovery import AdapterTrial as AdapterTrial
+    from melbo_lens.discovery import Discovery as Discovery
+    from melbo_lens.discovery import Trial as Trial
+    from melbo_lens.discovery import discover as discover
+    from melbo_lens.discovery import make_plan as make_plan
+    from melbo_lens.evaluation import Evaluation as Evaluation
+    from melbo_lens.evaluation import evaluate as evaluate
+    from melbo_lens.evaluation import select as select
+    from melbo_lens.expectations import NextTokens as NextTokens
+    from melbo_lens.expectations import coherence as coherence
+    from melbo_lens.expectations import next_tokens as next_tokens
+    from melbo_lens.layer_scan import LayerScan as LayerScan
+    from melbo_lens.layer_scan import scan_layers as scan_layers
+    from melbo_lens.methods.adapters import fit_adapters as fit_adapters
+    from melbo_lens.methods.melbo import fit_vectors as fit_vectors
+    from melbo_lens.output_effects import Effects as Effects
+    from melbo_lens.output_effects import closest_directions as closest_directions
+    from melbo_lens.output_effects import cluster_by_effect as cluster_by_effect
+    from melbo_lens.output_effects import cluster_by_words as cluster_by_words
+    from melbo_lens.output_effects import effects as effects
+    from melbo_lens.output_effects import max_activating as max_activating
+    from melbo_lens.output_effects import rank as rank
+    from melbo_lens.output_effects import target_changes as target_changes
+    from melbo_lens.output_effects import top_tokens as top_tokens
+    from melbo_lens.page import report as report
+    from melbo_lens.perturbations import SteeringVectors as SteeringVectors
+    from melbo_lens.perturbations import concatenate as concatenate
+    from melbo_lens.perturbations import random_vectors as random_vectors
+    from melbo_lens.results import report_directory as report_directory
+    from melbo_lens.results import save_results as save_results
+    from melbo_lens.serialization import load as load
+    from melbo_lens.serialization import save as save
+    from melbo_lens.sliced_model import SlicedModel as SlicedModel
+    from melbo_lens.sliced_model import slice_model as slice_model
+    from melbo_lens.steering import generate as generate
+    from melbo_lens.steering import steer as steer
 
 __version__ = "0.1.0"
-__all__ = [
-    "ActivationChanges",
-    "AdapterEffect",
-    "AdapterTrial",
-    "Calibration",
-    "Completions",
-    "Discovery",
-    "Effects",
-    "Evaluation",
-    "LayerScan",
-    "NextTokens",
-    "SlicedModel",
-    "SteeringAdapters",
-    "SteeringVectors",
-    "TargetEffects",
-    "Trial",
-    "activation_changes",
-    "calibrate_radius",
-    "closest_directions",
-    "cluster_by_effect",
-    "cluster_by_words",
-    "coherence",
-    "concatenate",
-    "discover",
-    "effects",
-    "evaluate",
-    "fit_adapters",
-    "fit_vectors",
-    "generate",
-    "load",
-    "make_plan",
-    "max_activating",
-    "next_tokens",
-    "objective",
-    "organisms",
-    "plots",
-    "random_adapters",
-    "random_vectors",
-    "rank",
-    "report",
-    "report_directory",
-    "save",
-    "save_results",
-    "scan_layers",
-    "select",
-    "slice_model",
-    "steer",
-    "target_changes",
-    "target_effects",
-    "top_tokens",
-]
+
+# Where each public name lives. A module is imported when one of its names is first asked for, so that `import melbo_lens` costs nothing.
+_HOMES = {
+    "adapter_effects": "AdapterEffect random_adapters",
+    "adapters": "SteeringAdapters",
+    "calibration": "Calibration calibrate_radius",
+    "completions": "Completions",
+    "differences": "ActivationChanges TargetEffects activation_changes objective target_effects",
+    "discovery": "AdapterTrial Discovery Trial discover make_plan",
+    "evaluation": "Evaluation evaluate select",
+    "expectations": "NextTokens coherence next_tokens",
+    "layer_scan": "LayerScan scan_layers",
+    "methods.adapters": "fit_adapters",
+    "methods.melbo": "fit_vectors",
+    "output_effects": "Effects closest_directions cluster_by_effect cluster_by_words effects max_activating rank target_changes top_tokens",
+    "page": "report",
+    "perturbations": "SteeringVectors concatenate random_vectors",
+    "results": "report_directory save_results",
+    "serialization": "load save",
+    "sliced_model": "SlicedModel slice_model",
+    "steering": "generate steer",
+}
+_MODULES = ("organisms", "plots")
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
+__all__ = sorted([*_HOME_OF, *_MODULES])  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"melbo_lens.{name}")
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'melbo_lens' has no attribute {name!r}")
+    value = getattr(import_module(f"melbo_lens.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

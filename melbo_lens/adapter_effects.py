@@ -9,10 +9,11 @@ from jaxtyping import Bool, Float
 from scipy.optimize import brentq
 from torch import Tensor
 
-from melbo_lens import hooks
+from melbo_lens import blocks, hooks
+from melbo_lens.arguments import public
 from melbo_lens.adapters import SteeringAdapters
 from melbo_lens.factors import normalize
-from melbo_lens.perturbations import SteeringVectors
+from melbo_lens.perturbations import SteeringVectors, objective_of
 from melbo_lens.prompts import PromptBatch, Prompts, pad, tokenize
 from melbo_lens.randomness import gaussian_rows
 
@@ -47,6 +48,7 @@ class AdapterEffect:
         return f"AdapterEffect({n} adapters on {prompts} prompts at layer {self.layer}, mean norm {self.norms().mean():.3g})"
 
 
+@public
 def effect(adapters: SteeringAdapters, model: Any, prompts: Prompts, layer: int | None = None) -> AdapterEffect:
     """The bias that each position receives at a source layer: the MLP's output with that layer's update minus without.
 
@@ -67,7 +69,7 @@ def effect(adapters: SteeringAdapters, model: Any, prompts: Prompts, layer: int 
     if layer not in adapters.factors:
         raise ValueError(f"layer={layer} is no source layer of these adapters: choose from {list(adapters.source_layers)}.")
     batch = tokenize(model, prompts)
-    own = torch.arange(batch.tokens.shape[1], device=batch.tokens.device) < batch.lengths[:, None]
+    own = batch.own
     before = [other for other in adapters.source_layers if other < layer]
     parts = []
     with hooks.frozen(model), torch.no_grad():
@@ -79,6 +81,7 @@ def effect(adapters: SteeringAdapters, model: Any, prompts: Prompts, layer: int 
     return AdapterEffect(torch.cat(parts), own, layer)
 
 
+@public
 def to_vectors(adapters: SteeringAdapters, model: Any, prompts: Prompts) -> SteeringVectors:
     """The steering vector nearest to each adapter: the mean of the biases it gives, which has the least squared distance to them.
 
@@ -110,6 +113,7 @@ def mean_norms(adapters: SteeringAdapters, model: Any, prompts: Prompts) -> Floa
     return torch.stack([effect(adapters, model, prompts, layer).norms() for layer in adapters.source_layers]).mean(0)
 
 
+@public
 def random_adapters(like: SteeringAdapters, model: Any, prompts: Prompts | None = None, seed: int = 0) -> SteeringAdapters:
     """The norm-matched control: Gaussian factors of the same rank and normalisation, scaled so that adapter k's update has, over the prompts, the
     mean norm at the source of `like`'s adapter k. Equal norms of the factors alone would be no control.
@@ -129,9 +133,9 @@ def random_adapters(like: SteeringAdapters, model: Any, prompts: Prompts | None 
         layer: tuple(_random_factor(factor, how, seed, layer, name) for factor, name in zip(pair, "AB", strict=True))
         for layer, pair in like.factors.items()
     }
-    provenance = {"method": "random_adapters", "seed": seed, "normalization": how, "matched_to": dict(like.provenance)}
+    provenance = {"method": "random_adapters", "seed": seed, "normalization": how, **objective_of(like), "matched_to": dict(like.provenance)}
     # a norm after the MLP takes an update and its negative differently, so the control has the sign of what it is matched to
-    control = SteeringAdapters(factors, torch.where(like.scales < 0, -1.0, 1.0).to(like.scales), provenance=provenance).on(model)
+    control = SteeringAdapters(factors, torch.where(like.scales < 0, -1, 1).to(like.scales), provenance=provenance).on(model)
     scales = control.scales * scales_for_norms(control, model, prompts, mean_norms(like, model, prompts))
     return SteeringAdapters(factors, scales, provenance=provenance, sites=control.sites)
 
@@ -156,7 +160,7 @@ def scales_for_norms(adapters: SteeringAdapters, model: Any, prompts: Prompts, n
     reached = mean_norms(adapters * guesses, model, prompts)
     bent = ((reached - norms).abs() > 1e-4 * norms).tolist()
     solved = [_solved(adapters[k], model, prompts, float(norms[k]), guess) if bent[k] else guess for k, guess in enumerate(guesses.tolist())]
-    return torch.tensor(solved).to(guesses)
+    return torch.tensor(solved, dtype=guesses.dtype, device=guesses.device)
 
 
 def _solved(adapter: SteeringAdapters, model: Any, prompts: Prompts, norm: float, guess: float) -> float:
@@ -188,6 +192,6 @@ def _mlp_out(
     read = (f"blocks.{layer}.hook_mlp_out", lambda activation, hook: seen.append(activation.float().clone()))
     index = [k for k in range(len(adapters)) for _ in range(len(batch))]
     some = replace(adapters, factors={i: adapters.factors[i] for i in acting}) if acting else None
-    active = some.row_hooks(index, torch.ones(len(index))) if some is not None else []
-    hooks.record(model, batch.tokens.repeat(len(adapters), 1), layer, layer + 1, [*active, read])
+    active = some.row_hooks(index, some.scales.new_ones(len(index))) if some is not None else []
+    blocks.record(model, batch.tokens.repeat(len(adapters), 1), layer, layer + 1, [*active, read])
     return seen[0].unflatten(0, (len(adapters), len(batch)))

@@ -12,8 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from melbo_lens import tables
+from melbo_lens.arguments import plain, plain_json
 from melbo_lens.mlp import MLPSite, mlp_site, usual_site, widths
-from melbo_lens.perturbations import HookFunction, SteeringVectors, chosen_rows
+from melbo_lens.perturbations import HookFunction, SteeringVectors, chosen_rows, no_history
 
 Factors: TypeAlias = tuple[Tensor, Tensor]  # A [adapter rank d_mlp], B [adapter d_model rank]
 
@@ -34,7 +35,7 @@ class SteeringAdapters:
 
     factors: Mapping[int, Factors]
     scales: Float[Tensor, " adapter"]
-    history: Float[Tensor, "step adapter_or_0"] = field(default_factory=lambda: torch.zeros(0, 0))
+    history: Float[Tensor, "step adapter_or_0"] = field(default_factory=lambda: no_history(0))
     provenance: Mapping[str, Any] = field(default_factory=dict)
     sites: Mapping[int, MLPSite] = field(default_factory=dict)
     fitted_on: "weakref.ref[Any] | None" = None  # lets to_peft check itself while the model is still there; never saved
@@ -42,6 +43,7 @@ class SteeringAdapters:
     __array_ufunc__ = None  # a number from a table, numpy's, times adapters is adapters
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "factors", {plain(layer): pair for layer, pair in self.factors.items()})
         if not self.factors:
             raise ValueError("factors is empty: give A and B of at least one source layer.")
         n = len(next(iter(self.factors.values()))[0])
@@ -53,18 +55,18 @@ class SteeringAdapters:
                 )
             if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
                 raise ValueError(f"the factors of layer {layer} hold NaN or infinity: a perturbation must be finite.")
-            if layer < 0:
-                raise ValueError(f"source layer {layer} must not be negative: count blocks from 0.")
+            if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
+                raise ValueError(f"source layer {layer!r} must be an integer of at least 0: count blocks from 0.")
         if tuple(self.scales.shape) != (n,) or not torch.isfinite(self.scales).all():
             raise ValueError(f"scales must be {n} finite numbers, one for each adapter; got {self.scales}.")
-        history = self.history if self.history.numel() else torch.zeros(0, n)
+        history = self.history if self.history.numel() else no_history(n)
         if history.ndim != 2 or history.shape[1] != n:
             raise ValueError(f"history must be [step adapter] with {n} columns; got {tuple(history.shape)}.")
         kept = {layer: tuple(factor.detach().float().clone() for factor in self.factors[layer]) for layer in sorted(self.factors)}
         object.__setattr__(self, "factors", MappingProxyType(kept))
         object.__setattr__(self, "scales", self.scales.detach().to(kept[min(kept)][0]).clone())
         object.__setattr__(self, "history", history.detach().float().clone())
-        object.__setattr__(self, "provenance", dict(self.provenance))
+        object.__setattr__(self, "provenance", plain_json(self.provenance, "provenance"))
         object.__setattr__(self, "sites", {layer: self.sites.get(layer, usual_site(layer)) for layer in kept})
 
     @classmethod
@@ -73,7 +75,14 @@ class SteeringAdapters:
     ) -> "SteeringAdapters":
         """Wraps factors made elsewhere; 2-D ones are one adapter."""
         a, b = (factor[None] if factor.ndim == 2 else factor for factor in (a, b))
-        return cls({source_layer: (a, b)}, torch.full((len(a),), float(scale)), provenance={"method": "from_factors"})
+        return cls({source_layer: (a, b)}, a.new_full((len(a),), float(scale), dtype=torch.float32), provenance={"method": "from_factors"})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a pickle or a copy holds: everything but the memory of the model."""
+        return {**vars(self), "factors": dict(self.factors), "fitted_on": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, factors=MappingProxyType(state["factors"]))
 
     @property
     def A(self) -> Float[Tensor, "adapter rank d_mlp"]:
@@ -114,7 +123,7 @@ class SteeringAdapters:
 
         One adapter acts on every batch row; n adapters need a batch of exactly n rows, adapter k acting on row k.
         """
-        return self.row_hooks(range(len(self)), torch.ones(len(self)))
+        return self.row_hooks(range(len(self)), self.scales.new_ones(len(self)))
 
     def row_hooks(self, index: Sequence[int], coefficients: Float[Tensor, " row"]) -> list[tuple[str, HookFunction]]:
         """Hooks for a batch whose row r gets `coefficients[r]` times the adapter `index[r]`; a single entry acts on every row."""
@@ -172,7 +181,7 @@ class SteeringAdapters:
         """The same factors with other scales; `how` says in the provenance where these come from."""
         # the history belongs to the fitted update, so a derived value has none
         provenance = {**self.provenance, "derived": [*self.provenance.get("derived", []), how]}
-        return replace(self, scales=scales, history=torch.zeros(0, 0), provenance=provenance)
+        return replace(self, scales=scales, history=no_history(0), provenance=provenance)
 
     def __len__(self) -> int:
         return len(self.scales)
@@ -196,9 +205,9 @@ class SteeringAdapters:
 
     def __mul__(self, factor: float | Float[Tensor, " adapter"]) -> "SteeringAdapters":
         """Scales all updates by one number, or each by its own."""
-        return self.rescaled(
-            self.scales * torch.as_tensor(factor).to(self.scales), "scaled row by row" if isinstance(factor, Tensor) else f"times {factor:g}"
-        )
+        factor = plain(factor)
+        how = "scaled row by row" if isinstance(factor, Tensor) else f"times {factor:g}"
+        return self.rescaled(self.scales * (factor.to(self.scales) if isinstance(factor, Tensor) else factor), how)
 
     __rmul__ = __mul__
 

@@ -1,5 +1,6 @@
 """Which radius?  The one at which the blocks between source and target stop being linear, or another stated rule."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -11,7 +12,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from melbo_lens import hooks, tables
-from melbo_lens.manifolds import to_sphere
+from melbo_lens.arguments import public
+from melbo_lens.manifolds import unit
+from melbo_lens.passes import forward
 from melbo_lens.prompts import Positions, Prompts
 from melbo_lens.randomness import gaussian_rows
 from melbo_lens.sliced_model import SlicedModel, slice_model
@@ -19,6 +22,8 @@ from melbo_lens.sliced_model import SlicedModel, slice_model
 Rule: TypeAlias = Literal["nonlinearity", "fraction", "kl"]
 DEFAULT_TARGETS = {"nonlinearity": 0.5, "fraction": 0.35, "kl": 0.1}
 N_DIRECTIONS = 8
+STEPS = (3e-2, 1e-2, 3e-3, 1e-3)  # of central differences, as shares of the stream's norm
+AGREEMENT = 0.05  # how far two neighbouring steps may be apart
 
 
 @dataclass(frozen=True, repr=False)
@@ -44,6 +49,7 @@ class Calibration:
         return f"Calibration(radius {self.radius:.4g}: {self.rule} {self.target:g}, {len(self.curve)} radii tried)"
 
 
+@public
 def calibrate_radius(
     model: Any,
     prompts: Prompts,
@@ -100,11 +106,10 @@ def solve_radius(sliced: SlicedModel, rule: Rule = "nonlinearity", target: float
     check_rule(rule, target)
     wanted = DEFAULT_TARGETS[rule] if target is None else target
     batch = sliced.batch
-    own = torch.arange(batch.tokens.shape[1], device=sliced.device) < batch.lengths[:, None]
-    typical = float(sliced.resid.float().norm(dim=-1)[own].mean()) or 1.0  # only where to begin; a stream of zeros has no scale
+    typical = float(sliced.resid.float().norm(dim=-1)[batch.own].mean()) or 1.0  # only where to begin; a stream of zeros has no scale
     if rule == "fraction":
         return Calibration(wanted * typical, ((wanted * typical, wanted),), rule, wanted)
-    directions = to_sphere(gaussian_rows(N_DIRECTIONS, sliced.d_model, seed, "calibration"), torch.ones(N_DIRECTIONS)).to(sliced.device)
+    directions = unit(gaussian_rows(N_DIRECTIONS, sliced.d_model, seed, "calibration")).to(sliced.device)
     with hooks.frozen(sliced.model):
         if rule == "kl":
             clean = _next_token_log_probs(sliced, None)
@@ -146,24 +151,45 @@ def _nonlinearity(sliced: SlicedModel, directions: Tensor, linear: Float[Tensor,
 
 def _selected(sliced: SlicedModel, vectors: Float[Tensor, "direction d_model"]) -> Float[Tensor, "direction change"]:
     """The change at all target positions of all prompts, one long row for each direction."""
-    everyone = torch.arange(len(sliced.batch), device=sliced.device)
+    everyone = sliced.everyone
     with torch.no_grad():
         return torch.stack([sliced.change(v.expand(len(everyone), -1), everyone)[sliced.batch.target_mask].flatten() for v in vectors])
 
 
 def _directional_derivatives(sliced: SlicedModel, directions: Float[Tensor, "direction d_model"]) -> Float[Tensor, "direction change"]:
-    """J v by forward differentiation; attention takes its plain form, the only one that has it."""
-    everyone = torch.arange(len(sliced.batch), device=sliced.device)
-    rows = []
-    with sdpa_kernel(SDPBackend.MATH):
-        for v in directions:
-            primal = torch.zeros_like(v)
+    """J v by forward differentiation, or by differences where an operation between has none (mixtures of experts, for one)."""
 
-            def change(bias: Tensor) -> Tensor:
-                return sliced.change(bias.expand(len(everyone), -1), everyone)[sliced.batch.target_mask].flatten()
+    def change(bias: Tensor) -> Tensor:
+        everyone = sliced.everyone
+        return sliced.change(bias.expand(len(everyone), -1), everyone)[sliced.batch.target_mask].flatten()
 
-            rows.append(torch.func.jvp(change, (primal,), (v,))[1].detach())
-    return torch.stack(rows)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):  # the only form of attention that has a forward derivative
+            return torch.stack([torch.func.jvp(change, (torch.zeros_like(v),), (v,))[1].detach() for v in directions])
+    except torch.OutOfMemoryError:
+        raise
+    except (NotImplementedError, RuntimeError) as missing:
+        return _central_differences(sliced, directions, missing)
+
+
+def _central_differences(sliced: SlicedModel, directions: Float[Tensor, "direction d_model"], missing: Exception) -> Float[Tensor, "direction change"]:
+    """``(D(h v) - D(-h v)) / 2 h`` at the step h, in shares of the stream's norm, where two neighbouring steps agree best.
+
+    Raises:
+        NoRadius: no two steps agree to within a twentieth.
+    """
+    typical = float(sliced.resid.float().norm(dim=-1)[sliced.batch.own].median()) or 1.0
+    estimates = []
+    for step in (share * typical for share in STEPS):
+        estimates.append((_selected(sliced, step * directions) - _selected(sliced, -step * directions)) / (2 * step))
+    apart = [float((larger - smaller).norm() / smaller.norm().clamp(min=1e-30)) for larger, smaller in itertools.pairwise(estimates)]
+    best = min(range(len(apart)), key=apart.__getitem__)
+    if not apart[best] <= AGREEMENT:
+        raise NoRadius(
+            f"the blocks between have no forward derivative ({missing}), and differences disagree by {apart[best]:.0%} between the best two steps: "
+            'give a radius, or calibrate one with rule="kl".'
+        ) from missing
+    return estimates[best + 1]
 
 
 def _kl(sliced: SlicedModel, clean: Float[Tensor, "prompt d_vocab"], vectors: Float[Tensor, "direction d_model"]) -> float:
@@ -177,6 +203,6 @@ def _next_token_log_probs(sliced: SlicedModel, vector: Float[Tensor, " d_model"]
 
     added = [] if vector is None else [(sliced.source_hook, add)]
     with torch.no_grad(), hooks.attached(sliced.model, added):
-        logits = hooks.forward(sliced.model, sliced.batch.tokens)
+        logits = forward(sliced.model, sliced.batch.tokens)
     last = sliced.batch.lengths - 1
     return logits[torch.arange(len(last), device=logits.device), last].float().log_softmax(-1)

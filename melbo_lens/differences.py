@@ -15,8 +15,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from melbo_lens import files, hooks
+from melbo_lens.arguments import public
 from melbo_lens.objectives import TokenNorm, change_objective, check_exponents
-from melbo_lens.prompts import Positions, PromptBatch, Prompts, tokenize
+from melbo_lens.perturbations import objective_of
+from melbo_lens.passes import forward
+from melbo_lens.prompts import Positions, PromptBatch, Prompts, one_prompt, token_texts, tokenize
 
 ROWS_AT_ONCE = 64
 
@@ -68,13 +71,15 @@ class TargetEffects:
         values: the changes at all target positions of all prompts, flattened.
         vectors: which perturbation each row belongs to.
         signs: with which sign it was applied.
-        target_layer: where it was read, the stream that enters this block.
+        target_layer: where it was read, the stream that enters this block; None for another activation.
+        target_hook: the activation that was read.
     """
 
     values: Float[Tensor, "row feature"]
     vectors: tuple[int, ...]
     signs: tuple[int, ...]
-    target_layer: int
+    target_layer: int | None
+    target_hook: str = ""
 
     def __len__(self) -> int:
         return len(self.values)
@@ -86,19 +91,21 @@ class TargetEffects:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one safetensors file, atomically."""
-        header = {"vectors": list(self.vectors), "signs": list(self.signs), "target_layer": self.target_layer}
+        header = {"vectors": list(self.vectors), "signs": list(self.signs), "target_layer": self.target_layer, "target_hook": self.target_hook}
         files.write(path, "TargetEffects", {"values": self.values}, header)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "TargetEffects":
         """Reads what `save` wrote."""
         tensors, header = files.read(path, "TargetEffects")
-        return cls(tensors["values"], tuple(header["vectors"]), tuple(header["signs"]), header["target_layer"])
+        return cls(tensors["values"], tuple(header["vectors"]), tuple(header["signs"]), header["target_layer"], header.get("target_hook", ""))
 
     def __repr__(self) -> str:
-        return f"TargetEffects({len(self)} rows of {self.values.shape[1]} numbers, at layer {self.target_layer})"
+        where = f"layer {self.target_layer}" if self.target_layer is not None else self.target_hook
+        return f"TargetEffects({len(self)} rows of {self.values.shape[1]} numbers, at {where})"
 
 
+@public
 def activation_changes(model: Any, prompt: Prompts, perturbations: Any, layers: Sequence[int] | None = None) -> ActivationChanges:
     """The change of the residual stream at each token of one prompt and each layer, for each perturbation.
 
@@ -120,19 +127,21 @@ def activation_changes(model: Any, prompt: Prompts, perturbations: Any, layers: 
     if not chosen or any(not 1 <= layer <= n_layers for layer in chosen):
         raise ValueError(f"layers={chosen} must hold layers from 1 to n_layers = {n_layers}: layer T is the stream that enters block T.")
     with hooks.frozen(model), torch.no_grad():
-        clean = _streams(model, batch.tokens, None, chosen)
+        names = [_stream_name(layer) for layer in chosen]
+        clean = _read(model, batch.tokens, None, names)
         norms = [
             torch.stack([(stream - was).norm(dim=-1) for stream, was in zip(streams, clean, strict=True)], dim=1)
-            for streams in (_streams(model, batch.tokens.expand(len(part), -1), part, chosen) for part in _parts(perturbations))
+            for streams in (_read(model, batch.tokens.expand(len(part), -1), part, names) for part in _parts(perturbations))
         ]
     return ActivationChanges(
         torch.cat(norms).cpu(),
         torch.stack([stream[0].norm(dim=-1) for stream in clean]).cpu(),
-        tuple(texts(model, batch.rows()[0])),
+        tuple(token_texts(model, batch.rows()[0])),
         tuple(chosen),
     )
 
 
+@public
 def target_effects(
     model: Any,
     prompts: Prompts,
@@ -140,27 +149,35 @@ def target_effects(
     target_layer: int | None = None,
     target_positions: Positions = slice(-1, None),
     signs: Sequence[int] = (1,),
+    target_hook: str | None = None,
 ) -> TargetEffects:
-    """What each perturbation changes in the stream that enters a layer, at the target positions of all prompts: its effect.
+    """What each perturbation changes at its target, at the target positions of all prompts: its effect.
 
     Args:
         model: left as it was.
         prompts: text, chats or token ids.
         perturbations: vectors or adapters; each acts by itself.
-        target_layer: None takes the one that they were learned for.
+        target_layer: the change is read in the stream that enters this layer; None takes the place where the perturbations, or those that they
+            are a control of, were learned to act.
         target_positions: of each prompt's own tokens.
         signs: +1, -1 or both.
+        target_hook: read this activation instead of a layer's stream.
+
+    Raises:
+        ValueError: the perturbations know no target and none is given, or the model has no such layer or hook.
+        FloatingPointError: NaN or infinity at the target.
     """
     batch = _target_batch(model, prompts, target_positions)
-    layer = _target_layer(model, perturbations, target_layer)
+    layer, name = _target(model, perturbations, target_layer, target_hook)
     rows = []
     for sign in signs:
         signed = perturbations if sign == 1 else -perturbations
-        rows.append(torch.cat([changes[:, batch.target_mask].flatten(1) for changes in _target(model, batch, signed, layer)]).cpu())
+        rows.append(torch.cat([changes[:, batch.target_mask].flatten(1) for changes in _changes(model, batch, signed, name)]).cpu())
     n, several = len(perturbations), len(tuple(signs))
-    return TargetEffects(torch.cat(rows), tuple(range(n)) * several, tuple(sign for sign in signs for _ in range(n)), layer)
+    return TargetEffects(torch.cat(rows), tuple(range(n)) * several, tuple(sign for sign in signs for _ in range(n)), layer, name)
 
 
+@public
 def objective(
     model: Any,
     prompts: Prompts,
@@ -170,42 +187,59 @@ def objective(
     p: float = 2,
     q: float = 1,
     token_norm: TokenNorm = "d_model",
+    target_hook: str | None = None,
 ) -> Float[Tensor, " vector"]:
     """The objective that `fit_vectors` maximises, summed over prompts, of any perturbations: of random ones it is the level to beat.
 
     Args:
-        model, prompts, target_layer, target_positions, p, q, token_norm: as in `fit_vectors`; give the same.
+        model, prompts, target_layer, target_positions, p, q, token_norm, target_hook: as in `fit_vectors`; give the same. Without a target, that of
+            the perturbations, or of those that they are a control of.
         perturbations: vectors or adapters.
+
+    Raises:
+        ValueError: the perturbations know no target and none is given, or the model has no such layer or hook.
+        FloatingPointError: NaN or infinity at the target.
     """
     check_exponents(p, q, token_norm)
     batch = _target_batch(model, prompts, target_positions)
+    _, name = _target(model, perturbations, target_layer, target_hook)
     parts = []
-    for changes in _target(model, batch, perturbations, _target_layer(model, perturbations, target_layer)):
+    for changes in _changes(model, batch, perturbations, name):
         n = len(changes)
         mask = batch.target_mask.expand(n, -1, -1).flatten(0, 1)
         parts.append(change_objective(changes.flatten(0, 1), mask, p, q, token_norm).view(n, -1).sum(1))
     return torch.cat(parts).cpu()
 
 
-def _target(model: Any, batch: PromptBatch, perturbations: Any, layer: int) -> Iterator[Float[Tensor, "vector prompt pos d_model"]]:
-    """Changes of the stream that enters a layer, some perturbations at a time."""
+def _changes(model: Any, batch: PromptBatch, perturbations: Any, name: str) -> Iterator[Float[Tensor, "vector prompt pos d_target"]]:
+    """Changes of an activation, some perturbations at a time."""
     perturbations = perturbations.on(model)
     with hooks.frozen(model), torch.no_grad():
-        (clean,) = _streams(model, batch.tokens, None, [layer])
-        for part in _parts(perturbations):
-            changes = [_streams(model, row.expand(len(part), -1), part, [layer])[0] - was for row, was in zip(batch.tokens, clean, strict=True)]
-            yield torch.stack(changes, dim=1)
+        (clean,) = _read(model, batch.tokens, None, [name])
+        for first, part in zip(range(0, len(perturbations), ROWS_AT_ONCE), _parts(perturbations), strict=True):
+            changes = [_read(model, row.expand(len(part), -1), part, [name])[0] - was for row, was in zip(batch.tokens, clean, strict=True)]
+            stacked = torch.stack(changes, dim=1)
+            bad = ~torch.isfinite(stacked[:, batch.own]).flatten(1).all(1)
+            if bad.any():
+                raise FloatingPointError(
+                    f"vectors {[first + i for i in bad.nonzero()[:, 0].tolist()]} make {name!r} NaN or infinite in {hooks.dtype_of(model)}: use a "
+                    "smaller scale, or load the model in bfloat16 or float32."
+                )
+            yield stacked
 
 
-def _streams(model: Any, tokens: Tensor, perturbations: Any, layers: Sequence[int]) -> list[Float[Tensor, "row pos d_model"]]:
-    """Float32 streams that enter the layers, one forward pass."""
-    seen: dict[int, Tensor] = {}
-    readers = [
-        (f"blocks.{layer - 1}.hook_resid_post", lambda stream, hook, layer=layer: seen.update({layer: stream.float()})) for layer in set(layers)
-    ]
+def _read(model: Any, tokens: Tensor, perturbations: Any, names: Sequence[str]) -> list[Float[Tensor, "row pos d"]]:
+    """Float32 activations at these hooks, axes after `pos` flattened, from one forward pass."""
+    seen: dict[str, Tensor] = {}
+    readers = [(name, lambda activation, hook, name=name: seen.update({name: activation.float().flatten(2)})) for name in dict.fromkeys(names)]
     with hooks.attached(model, [*([] if perturbations is None else perturbations.hooks()), *readers]):
-        hooks.forward(model, tokens)
-    return [seen[layer] for layer in layers]
+        forward(model, tokens)
+    return [seen[name] for name in names]
+
+
+def _stream_name(layer: int) -> str:
+    """The stream that enters a layer is the one that leaves the block before it."""
+    return f"blocks.{layer - 1}.hook_resid_post"
 
 
 def _parts(perturbations: Any) -> Iterator[Any]:
@@ -219,21 +253,23 @@ def _target_batch(model: Any, prompts: Prompts, positions: Positions) -> PromptB
     return tokenize(model, prompts, positions)
 
 
-def _target_layer(model: Any, perturbations: Any, layer: int | None) -> int:
+def _target(model: Any, perturbations: Any, layer: int | None, hook: str | None) -> tuple[int | None, str]:
+    """The target layer, None if it is none, and the name of the activation to read."""
     n_layers = len(model.blocks)
-    learned_for = getattr(perturbations, "provenance", {}).get("target_layer")
-    chosen = learned_for or n_layers if layer is None else layer
-    if not 1 <= chosen <= n_layers:
-        raise ValueError(f"target_layer={chosen} must lie from 1 to n_layers = {n_layers}: it is the stream that enters that block.")
-    return chosen
-
-
-def one_prompt(batch: PromptBatch) -> None:
-    """Refuses several prompts."""
-    if len(batch) != 1:
-        raise ValueError(f"{len(batch)} prompts were given, this looks at the tokens of one: call it for each.")
-
-
-def texts(model: Any, ids: list[int]) -> list[str]:
-    """Each token by itself, as text."""
-    return [model.tokenizer.decode([i]) if model.tokenizer is not None else str(i) for i in ids]
+    if layer is not None and hook is not None:
+        raise ValueError(f"target_layer={layer} and target_hook={hook!r} were given: one place is read, leave one of them out.")
+    if layer is None and hook is None:
+        learned_for = objective_of(perturbations)
+        layer = learned_for.get("target_layer")
+        hook = learned_for.get("target_hook") if layer is None else None
+    if layer is None and hook is None:
+        raise ValueError(
+            "these perturbations don't know at which layer they are to act (they were not learned, or joined over several targets): give "
+            f"target_layer, from 1 to n_layers = {n_layers}, or target_hook."
+        )
+    if hook is not None:
+        hooks.hook_point(model, hook)
+        return None, hook
+    if not 1 <= layer <= n_layers:
+        raise ValueError(f"target_layer={layer} must lie from 1 to n_layers = {n_layers}: it is the stream that enters that block.")
+    return layer, _stream_name(layer)

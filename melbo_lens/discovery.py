@@ -11,10 +11,11 @@ import torch
 from tqdm.auto import tqdm
 
 from melbo_lens import hooks, tables
+from melbo_lens.arguments import plain, public
 from melbo_lens.adapters import Perturbation, SteeringAdapters
 from melbo_lens.calibration import solve_radius
 from melbo_lens.completions import Completions
-from melbo_lens.effects import cluster, word_counts
+from melbo_lens.output_effects import cluster, word_counts
 from melbo_lens.evaluation import Behavior, shows
 from melbo_lens.methods.adapters import fit_adapters
 from melbo_lens.methods.melbo import fit_vectors
@@ -29,6 +30,12 @@ ALIKE = 0.5  # completions whose token counts have a smaller average cosine dist
 SHARE_FOR_HELDOUT = 0.25
 
 
+def _make_plain(trial: Any) -> None:
+    """Numbers read from a table are NumPy's; a plan holds Python's."""
+    for name, value in vars(trial).items():
+        object.__setattr__(trial, name, plain(value))
+
+
 @dataclass(frozen=True)
 class Trial:
     """One fit of a plan: which layers, which radius, how many vectors, orthogonal or free."""
@@ -39,6 +46,9 @@ class Trial:
     n_vectors: int
     orthogonal: bool
     seed: int
+
+    def __post_init__(self) -> None:
+        _make_plain(self)
 
     def fit(self, model: Any, prompts: Prompts, target_positions: Positions) -> SteeringVectors:
         return fit_vectors(model, prompts, **asdict(self), target_positions=target_positions, progress=False)
@@ -55,6 +65,9 @@ class AdapterTrial:
     rank: int
     seed: int
     diversity: float = 0.0
+
+    def __post_init__(self) -> None:
+        _make_plain(self)
 
     def fit(self, model: Any, prompts: Prompts, target_positions: Positions) -> SteeringAdapters:
         with warnings.catch_warnings():
@@ -93,14 +106,16 @@ class Discovery:
             pairs = sorted({(trial.source_layer, trial.target_layer) for trial in self.plan})
             raise ValueError(f"no trial was at source_layer={source_layer}, target_layer={target_layer}: choose from the pairs {pairs}.")
         longest = max(len(self.vectors[i].history) for i in chosen)
-        tables, first = [], 0
+        tables, known, first = [], [], 0
         for i in chosen:
-            table = self.completions[i].table
             # every trial completes the prompts unsteered too; once is enough
-            tables.append((table if first == 0 else table[table.kind != "unsteered"]).assign(vector=lambda rows, first=first: rows.vector + first))
+            completions = self.completions[i] if first == 0 else self.completions[i].filter(kind=["steered", "random"])
+            tables.append(completions.table.assign(vector=completions.table.vector + first))
+            known.append(completions.prompt_tokens)
             first += len(self.vectors[i])
         vectors = concatenate([_lengthened(self.vectors[i], longest) for i in chosen])
-        return vectors, Completions(pd.concat(tables, ignore_index=True), self.completions[chosen[0]].settings)
+        ids = None if None in known else tuple(row for rows in known for row in rows)
+        return vectors, Completions(pd.concat(tables, ignore_index=True), self.completions[chosen[0]].settings, ids)
 
     def __repr__(self) -> str:
         return f"Discovery({len(self.table)} groups from {len(self.plan)} trials)"
@@ -109,6 +124,7 @@ class Discovery:
         return tables.html(repr(self), self.table.drop(columns="trial"))
 
 
+@public
 def discover(
     model: Any,
     prompts: Prompts,
@@ -169,6 +185,7 @@ def discover(
     return Discovery(table, tuple(done), tuple(fitted), tuple(written), settings)
 
 
+@public
 def make_plan(model: Any, prompts: Prompts, seed: int = 0) -> list[Trial]:
     """Layer pairs from early to the last layer, at radii around the stream's own norm: free vectors first, orthogonal ones after."""
     n_layers = len(model.blocks)

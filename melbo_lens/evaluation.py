@@ -8,6 +8,7 @@ import pandas as pd
 from scipy.stats import binomtest, false_discovery_control, fisher_exact
 
 from melbo_lens import tables
+from melbo_lens.arguments import public
 from melbo_lens.completions import Completions
 
 Behavior: TypeAlias = str | Callable[[str], bool]
@@ -41,6 +42,7 @@ class Evaluation:
         return tables.html(repr(self), self.summary, note=self.note) + tables.html("Each vector and sign, the surest first:", shown, most=40)
 
 
+@public
 def evaluate(completions: Completions, behaviors: Mapping[str, Behavior], level: float = 0.05) -> Evaluation:
     """Counts behaviours in completions and tests every vector against the pooled random controls.
 
@@ -98,6 +100,7 @@ def shows(texts: pd.Series, behavior: Behavior) -> pd.Series:
     return pd.Series(found, index=texts.index, dtype=bool)
 
 
+@public
 def select(behaviors: Mapping[str, Behavior], on: Completions, score: Completions) -> pd.DataFrame:
     """Chooses the vector, sign and scale with the highest rate of each behaviour on one set, and scores it on another.
 

@@ -13,6 +13,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from melbo_lens import files, hooks
+from melbo_lens.passes import forward
 from melbo_lens.adapter_effects import fitting_prompts
 from melbo_lens.adapters import SteeringAdapters
 from melbo_lens.prompts import Prompts, tokenize
@@ -88,15 +89,15 @@ def to_peft(
 
 def _check(adapters: SteeringAdapters, model: Any, names: Mapping[int, str], hf_model: nn.Module | None, prompts: Prompts) -> bool:
     """Compares the steered model with the Hugging Face one whose W_out is updated; False if there is none to compare with."""
-    rows = [torch.tensor([row], device=next(model.parameters()).device) for row in tokenize(model, prompts).rows()[:N_PROBES]]
+    rows = [torch.tensor([row], dtype=torch.long, device=next(model.parameters()).device) for row in tokenize(model, prompts).rows()[:N_PROBES]]
     tolerance = TOLERANCES.get(next(model.parameters()).dtype, 1e-4)
 
     def ours(ids: Tensor) -> Tensor:
-        return hooks.forward(model, ids)
+        return forward(model, ids)
 
     def steered(ids: Tensor) -> Tensor:
         with hooks.attached(model, adapters.hooks()):
-            return hooks.forward(model, ids)
+            return forward(model, ids)
 
     with hooks.frozen(model), torch.no_grad():
         _check_centring(adapters, model, steered, rows, tolerance)
@@ -135,7 +136,7 @@ def _check_centring(adapters: SteeringAdapters, model: Any, steered: Callable[[T
 
     def without_mean(ids: Tensor) -> Tensor:
         with hooks.attached(model, same.hooks()):
-            return hooks.forward(model, ids)
+            return forward(model, ids)
 
     difference = _difference(steered, without_mean, rows)
     if difference > tolerance:

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from melbo_lens.optimization import State
+from melbo_lens.optimization import State, moments_of, whole
 
 Normalization: TypeAlias = Literal["column", "frobenius", "spectral"]
 Matrices: TypeAlias = Float[Tensor, "*batch row column"]
@@ -61,8 +61,8 @@ def adamw(evaluate: Evaluate, start: Point, how: Normalization, n_steps: int, lr
         step, history = int(state["step"]), state["history"].clone()
         parameters = [nn.Parameter(factor.clone()) for factor in point_of(state)]
         optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.0, amsgrad=True)
-        for i, parameter in enumerate(parameters if step else []):
-            optimizer.state[parameter] = {name: state[f"{name}.{i}"].clone() for name in MOMENTS}
+        for i, parameter in enumerate(parameters):
+            optimizer.state[parameter] = {name: state[f"{name}.{i}"].clone() for name in MOMENTS} if step else moments_of(parameter)
         history[step], _, gradients = evaluate(point_of(state))
         if step < n_steps:
             for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -71,7 +71,7 @@ def adamw(evaluate: Evaluate, start: Point, how: Normalization, n_steps: int, lr
         moved = {f"point.{i}": normalize(parameter.detach(), how) if step < n_steps else parameter.detach() for i, parameter in enumerate(parameters)}
         moments = {f"{name}.{i}": optimizer.state[p][name] for i, p in enumerate(parameters) for name in MOMENTS if optimizer.state[p]}
         # a new mapping of new tensors, so that whoever holds an earlier state holds a whole one
-        state = {**moved, **moments, "history": history, "step": torch.tensor(step + 1)}
+        state = {**moved, **moments, "history": history, "step": whole(step + 1)}
         yield state
 
 
@@ -94,7 +94,7 @@ def alternate(
     if state is None:
         first = tuple(normalize(factor, how) for factor in start)
         state = _blank(first, n_steps) | {f"moving.{i}": factor for i, factor in enumerate(first)}
-        state |= {"scores": state["history"].clone(), "settled": torch.tensor(0)}
+        state |= {"scores": state["history"].clone(), "settled": whole(0)}
     while int(state["step"]) <= n_steps and not int(state["settled"]):
         step, history, scores = int(state["step"]), state["history"].clone(), state["scores"].clone()
         moving = tuple(state[f"moving.{i}"] for i in range(len(start)))
@@ -110,7 +110,7 @@ def alternate(
             for i, (factor, gradient) in enumerate(zip(moving, gradients, strict=True))
         ]
         state = {f"point.{i}": factor for i, factor in enumerate(best)} | {f"moving.{i}": factor for i, factor in enumerate(moved)}
-        state |= {"history": history, "scores": scores, "step": torch.tensor(step + 1), "settled": torch.tensor(int(settled))}
+        state |= {"history": history, "scores": scores, "step": whole(step + 1), "settled": whole(int(settled))}
         yield state
 
 
@@ -121,4 +121,4 @@ def point_of(state: State) -> Point:
 
 def _blank(point: Point, n_steps: int) -> State:
     history = point[0].new_full((n_steps + 1, len(point[0])), float("nan"))
-    return {f"point.{i}": factor for i, factor in enumerate(point)} | {"history": history, "step": torch.tensor(0)}
+    return {f"point.{i}": factor for i, factor in enumerate(point)} | {"history": history, "step": whole(0)}

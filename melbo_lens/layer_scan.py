@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from melbo_lens import files, hooks, tables
 from melbo_lens.calibration import NoRadius, solve_radius
-from melbo_lens.effects import effects
+from melbo_lens.output_effects import effects
 from melbo_lens.manifolds import to_sphere
 from melbo_lens.methods.gradients import default_batch_size, objective_and_gradient
 from melbo_lens.optimization import power
@@ -126,8 +126,8 @@ def _scan_pair(sliced: SlicedModel, prompts: Prompts, radius: float | str, n_vec
             warnings.warn(f"layers {sliced.source_layer} to {sliced.target_layer} are left blank: {error}", stacklevel=3)
             return [[sliced.source_layer, sliced.target_layer, sign, *[float("nan")] * 5] for sign in (1, -1)]
         evaluate = objective_and_gradient(sliced, 2, 1, "d_model", default_batch_size(sliced))
-        radii = torch.full((n_vectors,), chosen, device=sliced.device)
         starts = gaussian_rows(n_vectors, sliced.d_model, "scan_layers", seed).to(sliced.device)
+        radii = starts.new_full((n_vectors,), chosen)
         *_, state = power(evaluate, starts[None], radii, n_steps)
         values = state["values"]
         random = to_sphere(gaussian_rows(2 * n_vectors, sliced.d_model, "scan control", seed).to(sliced.device), radii.repeat(2))

@@ -13,6 +13,11 @@ def to_sphere(rows: Rows, radii: Float[Tensor, "*batch row"]) -> Rows:
     return rows * torch.where(norms > 0, radii[..., None] / norms.clamp(min=torch.finfo(rows.dtype).tiny), torch.zeros_like(norms))
 
 
+def unit(rows: Rows) -> Rows:
+    """The direction of each row; a row of zeros stays zero."""
+    return to_sphere(rows, rows.new_ones(rows.shape[:-1]))
+
+
 def project_off(rows: Rows, found: Float[Tensor, "*batch other d_model"]) -> Rows:
     """Removes from each row what lies in the span of `found`, whose rows are orthogonal to each other (any length above 0).
 
@@ -20,7 +25,7 @@ def project_off(rows: Rows, found: Float[Tensor, "*batch other d_model"]) -> Row
     """
     if found.shape[-2] == 0:
         return rows
-    basis = to_sphere(found, torch.ones(found.shape[:-1], dtype=found.dtype, device=found.device))
+    basis = unit(found)
     for _ in range(2):
         rows = rows - (rows @ basis.mT) @ basis
     return rows
@@ -37,7 +42,6 @@ def orthonormalize(rows: Rows) -> Rows:
 
     So row 0 never depends on the others. Computed as a QR decomposition with a positive diagonal, which is the same and stable.
     """
-    unit = to_sphere(rows, torch.ones(rows.shape[:-1], dtype=rows.dtype, device=rows.device))
-    q, r = torch.linalg.qr(unit.mT)
+    q, r = torch.linalg.qr(unit(rows).mT)
     signs = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(q.dtype)
     return (q * signs[..., None, :]).mT

@@ -42,7 +42,7 @@ def adamw(
     n_vectors = len(start)
     if state is None:
         history = start.new_full((n_steps + 1, n_vectors), float("nan"))
-        state = {"values": start.clone(), "history": history, "group": torch.tensor(0), "step": torch.tensor(0)}
+        state = {"values": start.clone(), "history": history, "group": whole(0), "step": whole(0)}
     groups = [slice(k, k + 1) for k in range(n_vectors)] if orthogonal else [slice(0, n_vectors)]
     while int(state["group"]) < len(groups):
         number, step = int(state["group"]), int(state["step"])
@@ -51,8 +51,7 @@ def adamw(
         found, radius = values[: rows.start], radii[rows]
         theta = nn.Parameter(values[rows] if step else to_sphere(project_off(values[rows], found), radius))
         optimizer = torch.optim.AdamW([theta], lr=lr, betas=(0.9, 0.98), weight_decay=0.0, amsgrad=True)
-        if step:
-            optimizer.state[theta] = {name: state[f"adamw_{name}"].clone() for name in MOMENTS}
+        optimizer.state[theta] = {name: state[f"adamw_{name}"].clone() for name in MOMENTS} if step else moments_of(theta)
         while step <= n_steps:
             history[step, rows], gradient = evaluate(theta.detach())
             if step < n_steps:
@@ -63,7 +62,7 @@ def adamw(
             values[rows] = theta.detach()
             moments = {f"adamw_{name}": moment.clone() for name, moment in optimizer.state[theta].items()}
             done = step > n_steps
-            position = {"group": torch.tensor(number + done), "step": torch.tensor(0 if done else step)}
+            position = {"group": whole(number + done), "step": whole(0 if done else step)}
             # a new mapping of new tensors, so that whoever holds an earlier state holds a whole one
             state = {"values": values.clone(), "history": history.clone(), **position, **moments}
             yield state
@@ -146,11 +145,22 @@ def power(
             "best_value": best_value,
             "best_theta": best_theta,
             "last_score": score,
-            "block": torch.tensor(number),
-            "step": torch.tensor(step + 1),
+            "block": whole(number),
+            "step": whole(step + 1),
             "settled": state["settled"] + (freeze and not late) * len(block),
         }
         yield state
+
+
+def moments_of(parameter: Tensor) -> State:
+    """AdamW's state before its first step. torch would make one by itself, in the default dtype and on the default device."""
+    zeros = [torch.zeros_like(parameter) for _ in MOMENTS[1:]]
+    return {"step": torch.tensor(0.0, dtype=torch.float32, device="cpu"), **dict(zip(MOMENTS[1:], zeros, strict=True))}
+
+
+def whole(number: int) -> Tensor:
+    """An integer as a state keeps it."""
+    return torch.tensor(number, dtype=torch.long, device="cpu")
 
 
 def _blank(theta: Float[Tensor, "restart problem row d_model"], n_steps: int, block_size: int) -> State:
@@ -162,9 +172,9 @@ def _blank(theta: Float[Tensor, "restart problem row d_model"], n_steps: int, bl
         "best_value": theta.new_zeros(problems, block_size),
         "best_theta": theta.new_zeros(problems, block_size, d_model),
         "last_score": theta.new_full((restarts, problems), float("inf")),
-        "block": torch.tensor(0),
-        "step": torch.tensor(0),
-        "settled": torch.tensor(0),
+        "block": whole(0),
+        "step": whole(0),
+        "settled": whole(0),
     }
 
 

@@ -10,7 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from melbo_lens import tables
-from melbo_lens.manifolds import to_sphere
+from melbo_lens.arguments import plain, plain_json, public
+from melbo_lens.manifolds import to_sphere, unit
 from melbo_lens.randomness import gaussian_rows
 
 HookFunction: TypeAlias = Callable[..., Tensor]
@@ -31,7 +32,7 @@ class SteeringVectors:
 
     values: Float[Tensor, "vector d_model"]  # 2-D also for one vector
     source_layer: int
-    history: Float[Tensor, "step vector_or_0"] = field(default_factory=lambda: torch.zeros(0, 0))
+    history: Float[Tensor, "step vector_or_0"] = field(default_factory=lambda: no_history(0))
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     __array_ufunc__ = None  # a number from a table, numpy's, times vectors is vectors
@@ -41,15 +42,17 @@ class SteeringVectors:
             raise ValueError(f"values must be a floating-point tensor [vector d_model] that is not empty; got {tuple(self.values.shape)}.")
         if not torch.isfinite(self.values).all():
             raise ValueError("values hold NaN or infinity: a perturbation must be finite.")
-        if self.source_layer < 0:
-            raise ValueError(f"source_layer={self.source_layer} must not be negative: count blocks from 0.")
-        history = self.history if self.history.numel() else torch.zeros(0, len(self.values))
+        source_layer = plain(self.source_layer)
+        if isinstance(source_layer, bool) or not isinstance(source_layer, int) or source_layer < 0:
+            raise ValueError(f"source_layer={source_layer!r} must be an integer of at least 0: count blocks from 0.")
+        history = self.history if self.history.numel() else no_history(len(self.values))
         if history.ndim != 2 or history.shape[1] != len(self.values):
             raise ValueError(f"history must be [step vector] with {len(self.values)} columns; got {tuple(history.shape)}.")
         # copies: what the caller does with its tensors later must not change this value
         object.__setattr__(self, "values", self.values.detach().float().clone())
         object.__setattr__(self, "history", history.detach().float().clone())
-        object.__setattr__(self, "provenance", dict(self.provenance))
+        object.__setattr__(self, "source_layer", source_layer)
+        object.__setattr__(self, "provenance", plain_json(self.provenance, "provenance"))
 
     @classmethod
     def from_tensor(cls, values: Float[Tensor, "vector d_model"], source_layer: int) -> "SteeringVectors":
@@ -79,7 +82,7 @@ class SteeringVectors:
 
         One vector is added to every batch row; n vectors need a batch of exactly n rows, vector k going to row k.
         """
-        return self.row_hooks(range(len(self)), torch.ones(len(self)))
+        return self.row_hooks(range(len(self)), self.values.new_ones(len(self)))
 
     def row_hooks(self, index: Sequence[int], coefficients: Float[Tensor, " row"]) -> list[tuple[str, HookFunction]]:
         """Hooks for a batch whose row r gets `coefficients[r]` times the vector `index[r]`; a single entry is added to every row."""
@@ -108,11 +111,12 @@ class SteeringVectors:
 
     def cosine_similarity(self, other: "SteeringVectors | None" = None) -> Float[Tensor, "vector other"]:
         """Cosines between the vectors, or between these and others; a vector of zeros has cosine 0 with everything."""
-        mine, theirs = (to_sphere(v.values.double(), torch.ones(len(v)).to(v.values.double())) for v in (self, other or self))
+        mine, theirs = (unit(v.values.double()) for v in (self, other or self))
         return (mine @ theirs.T).float()
 
     def rescaled(self, radius: float | Float[Tensor, " vector"]) -> "SteeringVectors":
         """The same directions with another norm, one for all or one for each."""
+        radius = plain(radius)
         radii = torch.as_tensor(radius, dtype=torch.float32, device=self.values.device).expand(len(self))
         return self._derived(to_sphere(self.values, radii), f"rescaled to {radius if isinstance(radius, int | float) else 'given radii'}")
 
@@ -135,13 +139,13 @@ class SteeringVectors:
 
         One vector is removed from every batch row; n vectors need a batch of exactly n rows.
         """
-        if not layers:
+        if len(layers) == 0:
             raise ValueError("layers is empty: name at least one layer to remove the direction from, as range(model.cfg.n_layers).")
-        unit = to_sphere(self.values, torch.ones(len(self), device=self.values.device))
+        directions = unit(self.values)
 
         def remove_direction(activation: Float[Tensor, "batch pos d_model"], hook: Any = None) -> Float[Tensor, "batch pos d_model"]:
             _check_rows(len(self), activation)
-            v = unit.to(activation.device)[:, None, :]
+            v = directions.to(activation.device)[:, None, :]
             exact = activation.float()
             return (exact - (exact * v).sum(-1, keepdim=True) * v).to(activation.dtype)
 
@@ -241,10 +245,21 @@ def concatenate(several: Sequence[Any]) -> Any:
     first = several[0].provenance
     shared = {key: first[key] for key in first if key != "rows" and all(one.provenance.get(key, one) == first[key] for one in several)}
     same_length = len({one.history.shape[0] for one in several}) == 1
-    history = torch.cat([one.history.to(several[0].history.device) for one in several], dim=1) if same_length else torch.zeros(0, 0)
+    history = torch.cat([one.history.to(several[0].history.device) for one in several], dim=1) if same_length else no_history(0)
     return several[0].joined(several, history, {**shared, "parts": [dict(one.provenance) for one in several]})
 
 
+def no_history(n: int) -> Float[Tensor, "0 n"]:
+    """The history of n perturbations that were not fitted."""
+    return torch.zeros(0, n, dtype=torch.float32, device="cpu")
+
+
+def objective_of(perturbations: Any) -> dict[str, Any]:
+    """Where the change was read that these were learned to maximise: what a control must know, to be measured at the same place."""
+    return {key: perturbations.provenance[key] for key in ("target_layer", "target_hook") if key in perturbations.provenance}
+
+
+@public
 def random_vectors(like: SteeringVectors, seed: int = 0) -> SteeringVectors:
     """The norm-matched control: isotropic random directions, vector k with the norm of `like`'s vector k.
 
@@ -253,7 +268,7 @@ def random_vectors(like: SteeringVectors, seed: int = 0) -> SteeringVectors:
         seed: vector k depends on (seed, k) alone.
     """
     values = gaussian_rows(len(like), like.d_model, seed, "random_vectors").to(like.values.device)
-    provenance = {"method": "random_vectors", "seed": seed, "matched_to": dict(like.provenance)}
+    provenance = {"method": "random_vectors", "seed": seed, **objective_of(like), "matched_to": dict(like.provenance)}
     return SteeringVectors(to_sphere(values, like.radii), like.source_layer, provenance=provenance)
 
 
@@ -266,7 +281,8 @@ def chosen_rows(index: SupportsIndex | slice | Sequence[int] | Tensor, n: int, w
     one = isinstance(index, Integral)
     if one and not -n <= int(index) < n:
         raise IndexError(f"{word} {index} was asked for, there are {n}: use 0 to {n - 1}.")
-    kept = torch.arange(n)[[int(index)] if one else index.cpu() if isinstance(index, Tensor) else index]
+    everything = torch.arange(n, device="cpu")
+    kept = everything[[int(index)] if one else index.cpu() if isinstance(index, Tensor) else index]
     if len(kept) == 0:
         raise IndexError(f"the selection {index!r} holds no {word}; there are {n}.")
     return kept

@@ -1,15 +1,18 @@
 """How does a user's prompt become tokens?  Text, chats or token ids in, one right-padded `PromptBatch` out."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-Chat: TypeAlias = list[dict[str, str]]
+Chat: TypeAlias = list[dict[str, Any]]
 Positions: TypeAlias = slice | list[int]
+
+SPACE_MARK = "\u2581"  # how SentencePiece writes a space that belongs to a token
 
 
 @dataclass(frozen=True)
@@ -31,12 +34,24 @@ class PromptBatch:
     def __len__(self) -> int:
         return len(self.texts)
 
+    @property
+    def own(self) -> Bool[Tensor, "prompt pos"]:
+        """True at each prompt's own positions, False in the padding."""
+        return torch.arange(self.tokens.shape[1], device=self.tokens.device) < self.lengths[:, None]
+
     def rows(self) -> list[list[int]]:
         """Each prompt's own token ids, without padding."""
         return [ids[:n] for ids, n in zip(self.tokens.tolist(), self.lengths.tolist(), strict=True)]
 
 
-Prompts: TypeAlias = str | list[str] | Chat | list[Chat] | Tensor | PromptBatch
+@runtime_checkable
+class AsPrompts(Protocol):
+    """Completions: prompts and what was written after them, as the ids that they were."""
+
+    def as_prompts(self) -> PromptBatch: ...
+
+
+Prompts: TypeAlias = str | list[str] | Chat | list[Chat] | Tensor | PromptBatch | AsPrompts
 
 
 def tokenize(
@@ -48,12 +63,13 @@ def tokenize(
 ) -> PromptBatch:
     """Turns prompts into tokens as the model's own tokenizer does.
 
-    A string gets BOS as `model.cfg.default_prepend_bos` says. A list of dicts with `role` and `content` is one chat, rendered by the
-    tokenizer's chat template, which alone decides about BOS. A token tensor is taken as it is, every column counts. So are the tokens of a
-    batch made before.
+    A string gets BOS as `model.cfg.default_prepend_bos` says, and one that begins with it already gets no second. A list of dicts with `role`
+    and `content` is one chat, rendered by the tokenizer's chat template, which alone decides about BOS; a chat that ends with a message of the
+    assistant is left open there, so that the message goes on. A token tensor is taken as it is, every column counts. So are the tokens of a
+    batch made before, and of completions (prompt and what was written).
 
     Args:
-        model: its tokenizer and `cfg.n_ctx` are used.
+        model: its tokenizer, `cfg.n_ctx` and `cfg.d_vocab` are used.
         prompts: one prompt or many.
         target_positions: a slice or a list of indices into each prompt's own tokens (BOS included, padding never).
         n_new_tokens: room that must stay free in the context.
@@ -64,16 +80,27 @@ def tokenize(
 
     Raises:
         TypeError: prompts are none of the forms above.
-        ValueError: no prompt, an empty prompt, one that is too long, no tokenizer, or positions that select nothing.
+        ValueError: no prompt, an empty prompt, one that is too long, ids outside the vocabulary, no tokenizer, a chat that the template refuses,
+            or positions that select nothing.
+
+    Warns:
+        UserWarning: a text begins with the begin-of-sequence token.
     """
+    if isinstance(prompts, AsPrompts):
+        prompts = prompts.as_prompts()
     if isinstance(prompts, PromptBatch):
         rows, texts = prompts.rows(), prompts.texts
+        _check_ids(model, rows)
     elif isinstance(prompts, Tensor):
         rows, texts = _token_rows(model, prompts)
     else:
         listed = as_list(prompts)
         texts = tuple(_text(model, prompt, i, add_generation_prompt) for i, prompt in enumerate(listed))
-        rows = [_ids(model, text, isinstance(prompt, list)) for text, prompt in zip(texts, listed, strict=True)]
+        rows = [
+            _chat_ids(model, text) if isinstance(prompt, list) else _text_ids(model, text, i)
+            for i, (text, prompt) in enumerate(zip(texts, listed, strict=True))
+        ]
+        _check_ids(model, rows)
     n_ctx = getattr(model.cfg, "n_ctx", None)
     for i, row in enumerate(rows):
         if not row:
@@ -85,12 +112,14 @@ def tokenize(
 
 
 def pad(rows: list[list[int]], texts: Sequence[str], target_positions: Positions = slice(None), device: Any = None) -> PromptBatch:
-    """Token ids of each prompt as one right-padded batch."""
+    """Token ids of each prompt as one right-padded batch, on the CPU unless a device is given."""
+    device = torch.device("cpu") if device is None else device
     width = max(map(len, rows))
     filler = rows[0][0]  # any id in the vocabulary will do: later positions can't be seen by earlier ones
-    tokens = torch.tensor([row + [filler] * (width - len(row)) for row in rows], device=device)
-    mask = torch.tensor([_select(len(row), target_positions, i) + [False] * (width - len(row)) for i, row in enumerate(rows)], device=device)
-    return PromptBatch(tokens, torch.tensor([len(row) for row in rows], device=device), mask, tuple(texts))
+    chosen = [_select(len(row), target_positions, i) + [False] * (width - len(row)) for i, row in enumerate(rows)]
+    tokens = torch.tensor([row + [filler] * (width - len(row)) for row in rows], dtype=torch.long, device=device)
+    lengths = torch.tensor([len(row) for row in rows], dtype=torch.long, device=device)
+    return PromptBatch(tokens, lengths, torch.tensor(chosen, dtype=torch.bool, device=device), tuple(texts))
 
 
 def as_list(prompts: Prompts) -> list[Any]:
@@ -104,15 +133,50 @@ def as_list(prompts: Prompts) -> list[Any]:
     return [list(prompts)] if isinstance(prompts[0], dict) else list(prompts)
 
 
+def one_prompt(batch: PromptBatch) -> None:
+    """Refuses several prompts."""
+    if len(batch) != 1:
+        raise ValueError(f"{len(batch)} prompts were given, this looks at the tokens of one: call it for each.")
+
+
+def decoded(model: Any, ids: Sequence[int]) -> str:
+    """The ids as text; as numbers where the model has no tokenizer."""
+    return model.tokenizer.decode(list(ids)) if model.tokenizer is not None else " ".join(map(str, ids))
+
+
+def token_texts(model: Any, ids: Sequence[int]) -> list[str]:
+    """Each token by itself, as text."""
+    return [decoded(model, [i]) for i in ids]
+
+
+def text_after(model: Any, before: Sequence[int], new: Sequence[int]) -> str:
+    """The new ids as text that can stand right after the text of the ids before.
+
+    A SentencePiece tokenizer drops the space of a token that begins a text; here the token begins none, so the space is put back.
+    """
+    alone = decoded(model, new)
+    if model.tokenizer is None or not new or not str(model.tokenizer.convert_ids_to_tokens(new[0])).startswith(SPACE_MARK):
+        return alone
+    start, whole = decoded(model, before), decoded(model, [*before, *new])
+    return whole[len(start) :] if whole.startswith(start) else alone
+
+
+def _check_ids(model: Any, rows: Sequence[Sequence[int]]) -> None:
+    d_vocab = getattr(model.cfg, "d_vocab", None) or 0
+    for i, row in enumerate(rows):
+        outside = [token for token in row if token < 0 or (0 < d_vocab <= token)]
+        if outside:
+            raise ValueError(f"prompts[{i}] holds the token ids {outside[:5]}, the model's vocabulary has 0 to {d_vocab - 1}: use ids within it.")
+
+
 def _token_rows(model: Any, tokens: Tensor) -> tuple[list[list[int]], tuple[str, ...]]:
-    if tokens.ndim not in (1, 2) or tokens.is_floating_point() or tokens.numel() == 0:
+    if tokens.ndim not in (1, 2) or tokens.is_floating_point() or tokens.dtype == torch.bool or tokens.numel() == 0:
         raise ValueError(
             f"a tensor of prompts must hold integer token ids, [prompt pos] or [pos], at least one; got {tuple(tokens.shape)} {tokens.dtype}."
         )
     rows = (tokens if tokens.ndim == 2 else tokens[None]).tolist()
-    tokenizer = model.tokenizer
-    texts = tuple(tokenizer.decode(row) if tokenizer is not None else " ".join(map(str, row)) for row in rows)
-    return rows, texts
+    _check_ids(model, rows)
+    return rows, tuple(decoded(model, row) for row in rows)
 
 
 def _text(model: Any, prompt: Any, i: int, add_generation_prompt: bool) -> str:
@@ -122,16 +186,49 @@ def _text(model: Any, prompt: Any, i: int, add_generation_prompt: bool) -> str:
         if not prompt:
             raise ValueError(f"prompts[{i}] is empty: it has no text. Give at least one word.")
         return prompt
-    if not (isinstance(prompt, list) and prompt and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in prompt)):
+    if not (isinstance(prompt, list) and prompt and all(map(_is_message, prompt))):
         raise TypeError(f"prompts[{i}] must be text or a list of messages with the keys 'role' and 'content'; got {prompt!r}.")
     if not getattr(model.tokenizer, "chat_template", None):
         raise ValueError(f"prompts[{i}] is a chat but the tokenizer has no chat template: set tokenizer.chat_template, or pass text.")
-    return model.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=add_generation_prompt)
+    return _render(model.tokenizer, prompt, i, add_generation_prompt)
 
 
-def _ids(model: Any, text: str, is_chat: bool) -> list[int]:
+def _is_message(message: Any) -> bool:
+    return isinstance(message, dict) and "role" in message and ("content" in message or "tool_calls" in message)
+
+
+def _render(tokenizer: Any, chat: Chat, i: int, add_generation_prompt: bool) -> str:
+    """The chat as its template writes it; a last message of the assistant is left open."""
+    keywords = {"add_generation_prompt": add_generation_prompt}
+    opened = add_generation_prompt and chat[-1]["role"] == "assistant" and isinstance(chat[-1].get("content"), str)
+    if opened and not chat[-1]["content"] and not chat[-1].get("tool_calls"):
+        chat = chat[:-1]  # an answer of which nothing is said yet is one that is to be generated
+    elif opened:
+        keywords = {"continue_final_message": True}
+    remedy = "end the chat with a message of the user, or pass the text itself" if opened else "change the chat, or pass the text itself"
+    try:
+        return tokenizer.apply_chat_template(chat, tokenize=False, **keywords)
+    except Exception as error:  # whatever a template raises: Jinja's errors, or Python's from within it
+        what = "ends with a message of the assistant, with which this chat template can't go on" if opened else "is refused by the chat template"
+        raise ValueError(f"prompts[{i}] {what} ({type(error).__name__}: {error}): {remedy}.") from error
+
+
+def _chat_ids(model: Any, text: str) -> list[int]:
+    # as the tokenizer's own apply_chat_template has it: the template wrote all special tokens that there should be
+    return list(model.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _text_ids(model: Any, text: str, i: int) -> list[int]:
+    begin, keywords = getattr(model.tokenizer, "bos_token", None), {}
+    if begin and text.startswith(begin) and model.cfg.default_prepend_bos:
+        warnings.warn(
+            f"prompts[{i}] begins with the tokenizer's begin token {begin!r} already, so no second one is put before it. A chat or a completion can "
+            "be given as it is: messages, or rows of Completions.",
+            stacklevel=2,
+        )
+        keywords = {"prepend_bos": False}
     # truncate=False: a prompt that is too long must be refused, not shortened in silence
-    return model.to_tokens(text, truncate=False, **({"prepend_bos": False} if is_chat else {}))[0].tolist()
+    return model.to_tokens(text, truncate=False, **keywords)[0].tolist()
 
 
 def _select(length: int, positions: Positions, i: int) -> list[bool]:

@@ -12,7 +12,7 @@ from melbo_lens import files
 from melbo_lens.completions import Completions
 from melbo_lens.differences import ActivationChanges, TargetEffects
 from melbo_lens.evaluation import Behavior, shows
-from melbo_lens.report import report
+from melbo_lens.page import report
 from melbo_lens.serialization import load
 
 

@@ -9,9 +9,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from melbo_lens import hooks
+from melbo_lens import blocks, hooks
+from melbo_lens.arguments import public
 from melbo_lens.prompts import Positions, PromptBatch, Prompts, tokenize
-from melbo_lens.randomness import generator
+from melbo_lens.randomness import gaussian
 
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
@@ -39,16 +40,21 @@ class SlicedModel:
     target_layer: int | None
     source_hook: str
     target_hook: str
-    calls: tuple[hooks.BlockCall, ...]
+    calls: tuple[blocks.BlockCall, ...]
     resid: Float[Tensor, "prompt pos d_model"]
     target: Float[Tensor, "prompt pos d_target"]
     streams: tuple[Tensor, ...] = ()
-    source_call: hooks.BlockCall | None = None
+    source_call: blocks.BlockCall | None = None
     entry: Float[Tensor, "prompt pos d_model"] | None = None
 
     @property
     def d_model(self) -> int:
         return self.resid.shape[-1]
+
+    @property
+    def everyone(self) -> Int[Tensor, " prompt"]:
+        """The number of each prompt: rows that are the prompts themselves."""
+        return torch.arange(len(self.batch), device=self.device)
 
     @property
     def device(self) -> torch.device:
@@ -90,9 +96,8 @@ class SlicedModel:
         Raises:
             RuntimeError: it does not reproduce the recorded stream.
         """
-        everyone = torch.arange(len(self.batch), device=self.device)
         with hooks.frozen(self.model), torch.no_grad():
-            _compare(self.source_call(self.entry, everyone, len(everyone)), self.resid, f"block {self.source_layer} replayed by itself")
+            _compare(self.source_call(self.entry, self.everyone, len(self.batch)), self.resid, f"block {self.source_layer} replayed by itself")
 
     def shorter(self, target_layer: int) -> "SlicedModel":
         """The slice that ends at an earlier target layer; nothing is run again.
@@ -116,11 +121,10 @@ class SlicedModel:
         """
         if self.resid.dtype == torch.float32 or self.target_layer is None:
             return self
-        calls = tuple(hooks.in_float32(call) for call in self.calls)
+        calls = tuple(blocks.in_float32(call) for call in self.calls)
         resid = self.resid.float()
-        everyone = torch.arange(len(self.batch), device=self.device)
         with hooks.frozen(self.model), torch.no_grad():
-            target = _replay(self.model, calls, None, resid, everyone, len(self.batch))
+            target = _replay(self.model, calls, None, resid, self.everyone, len(self.batch))
         return replace(self, calls=calls, resid=resid, target=target)
 
     @property
@@ -128,6 +132,7 @@ class SlicedModel:
         return None if self.target_layer is not None else self.target_hook
 
 
+@public
 def slice_model(
     model: Any,
     prompts: Prompts,
@@ -157,12 +162,11 @@ def slice_model(
     """
     hooks.check_model(model)
     last, target_name = _target(model, source_layer, target_layer, target_hook)
-    hooks.hook_point(model, f"blocks.{source_layer}.hook_mlp_out")
-    source_hook = hooks.resolved_name(model, f"blocks.{source_layer}.hook_mlp_out")
+    source_hook = hooks.resolved_name(model, hooks.mlp_output(model, source_layer))
     batch = tokenize(model, prompts, target_positions)
     with hooks.frozen(model):
-        whole = hooks.record(model, batch.tokens, source_layer, last)
-        recording = hooks.Recording(whole.calls[1:], whole.streams[1:])
+        whole = blocks.record_with_axes(model, batch.tokens, source_layer, last)
+        recording = blocks.Recording(whole.calls[1:], whole.streams[1:])
         _check_finite(recording, batch, source_layer)
         everyone = torch.arange(len(batch), device=batch.tokens.device)
         read = target_name if target_layer is None else None
@@ -215,7 +219,7 @@ def _stream_name(layer: int, n_layers: int) -> str:
 
 def _replay(
     model: Any,
-    calls: tuple[hooks.BlockCall, ...] | list[hooks.BlockCall],
+    calls: tuple[blocks.BlockCall, ...] | list[blocks.BlockCall],
     read: str | None,
     stream: Tensor,
     prompts: Tensor,
@@ -233,10 +237,9 @@ def _replay(
     return seen[0].flatten(2)
 
 
-def _check_finite(recording: hooks.Recording, batch: PromptBatch, source_layer: int) -> None:
-    own = torch.arange(batch.tokens.shape[1], device=batch.tokens.device) < batch.lengths[:, None]
+def _check_finite(recording: blocks.Recording, batch: PromptBatch, source_layer: int) -> None:
     for i, stream in enumerate(recording.streams):
-        bad = ~torch.isfinite(stream).all(-1) & own
+        bad = ~torch.isfinite(stream).all(-1) & batch.own
         if bad.any():
             prompt, position = bad.nonzero()[0].tolist()
             raise FloatingPointError(
@@ -245,7 +248,7 @@ def _check_finite(recording: hooks.Recording, batch: PromptBatch, source_layer: 
             )
 
 
-def _check_replay(recording: hooks.Recording, everyone: Tensor, source_layer: int) -> None:
+def _check_replay(recording: blocks.Recording, everyone: Tensor, source_layer: int) -> None:
     for i, call in enumerate(recording.calls):
         _compare(
             call(recording.streams[i], everyone, len(everyone)),
@@ -257,16 +260,17 @@ def _check_replay(recording: hooks.Recording, everyone: Tensor, source_layer: in
 def _check_hooked_run(sliced: SlicedModel, last: int) -> None:
     """A random perturbation at the hook must do what the replay says: it does not in a model that scales or normalises the sum afterwards."""
     typical = sliced.resid.float().norm(dim=-1).mean()
-    noise = torch.randn(sliced.d_model, generator=generator("slice check")).to(sliced.device)
+    noise = gaussian((sliced.d_model,), "slice check").to(sliced.device)
     vector = noise / noise.norm() * typical * 0.1
     seen: list[Tensor] = []
     add = (f"blocks.{sliced.source_layer}.hook_mlp_out", lambda activation, hook: (activation + vector).to(activation.dtype))
     read = [(sliced.target_hook, lambda activation, hook: seen.append(activation.flatten(2)))] if sliced.target_layer is None else []
-    hooked = hooks.record(sliced.model, sliced.batch.tokens, sliced.source_layer + 1, last, [add, *read])
-    backwards = torch.arange(len(sliced.batch), device=sliced.device).flip(0)  # another order of rows, so that arguments must follow their prompts
-    replayed = sliced.change(vector.expand(len(backwards), -1), backwards) + sliced.target[backwards]
+    hooked = blocks.record(sliced.model, sliced.batch.tokens, sliced.source_layer + 1, last, [add, *read])
+    # another order and another number of rows, so that arguments must follow their prompts
+    rows = torch.cat([sliced.everyone, sliced.everyone[:1]]).flip(0)
+    replayed = sliced.change(vector.expand(len(rows), -1), rows) + sliced.target[rows]
     expected = seen[0] if seen else hooked.streams[-1]
-    _compare(replayed, expected[backwards], f"the blocks after a perturbation at {sliced.source_hook!r}")
+    _compare(replayed, expected[rows], f"the blocks after a perturbation at {sliced.source_hook!r}")
 
 
 def _compare(replayed: Tensor, recorded: Tensor, what: str) -> None:

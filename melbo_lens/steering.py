@@ -10,10 +10,12 @@ import pandas as pd
 from torch import Tensor
 
 from melbo_lens import hooks
+from melbo_lens.arguments import counts, public
 from melbo_lens.adapter_effects import random_adapters
 from melbo_lens.adapters import Perturbation
 from melbo_lens.completions import COLUMNS, Completions
-from melbo_lens.decoding import Decoding, Positions, Run
+from melbo_lens.decoding import Decoding, Run
+from melbo_lens.passes import Positions
 from melbo_lens.perturbations import SteeringVectors, concatenate, random_vectors
 from melbo_lens.prompts import Chat, PromptBatch, Prompts, as_list, tokenize
 
@@ -34,6 +36,7 @@ def steer(model: Any, perturbation: Perturbation | Sequence[Perturbation]) -> It
         yield model
 
 
+@public
 def generate(
     model: Any,
     prompts: Prompts,
@@ -77,6 +80,10 @@ def generate(
 
     Raises:
         TypeError, ValueError: bad arguments, said before the model runs.
+        FloatingPointError: a perturbation makes the logits NaN or infinite; names it, its scale and the model's dtype.
+
+    Warns:
+        UserWarning: the model's cache gives other logits than a pass without it, and generation goes on without.
     """
     hooks.check_model(model)
     if perturbations is not None:
@@ -129,16 +136,20 @@ def _complete(
     ]
 
     def continue_with(message: str) -> Completions:
-        longer = [
-            [*chat, {"role": "assistant", "content": new_text}, {"role": "user", "content": message}]
-            for chat, (_, _, new_text) in zip(chats, written, strict=True)
-        ]
+        longer = [[*answered(chat, text), {"role": "user", "content": message}] for chat, (_, _, text) in zip(chats, written, strict=True)]
         batch = tokenize(decoding.model, longer, n_new_tokens=decoding.max_new_tokens)
         later = replace(decoding, turn=decoding.turn + 1)
         return _complete(later, runs, list(batch.texts), batch.rows(), longer, settings, batch_size, progress)
 
     table = pd.DataFrame(columns, columns=COLUMNS).astype({"vector": "Int64"})
-    return Completions(table, settings, None if chats is None else continue_with)
+    return Completions(table, settings, tuple(map(tuple, rows)), None if chats is None else continue_with)
+
+
+def answered(chat: Chat, text: str) -> Chat:
+    """The chat with what the model wrote: a message of its own, or the rest of the message that the chat ends with."""
+    if chat[-1]["role"] == "assistant" and isinstance(chat[-1].get("content"), str):
+        return [*chat[:-1], {**chat[-1], "content": chat[-1]["content"] + text}]
+    return [*chat, {"role": "assistant", "content": text}]
 
 
 def _stops(stop: str | Sequence[str] | None) -> list[str]:
@@ -172,9 +183,7 @@ def _check_settings(
     positions: str,
     batch_size: int | None,
 ) -> None:
-    for name, value in (("max_new_tokens", max_new_tokens), ("n_samples", n_samples), ("batch_size", batch_size)):
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name}={value!r} must be an integer of at least 1.")
+    counts(max_new_tokens=max_new_tokens, n_samples=n_samples, batch_size=batch_size)
     if not signs or any(sign not in (1, -1) for sign in signs):
         raise ValueError(f"signs={signs!r} must hold +1, -1 or both; use scales for other multiples.")
     if not scales or any(not 0 < scale < float("inf") for scale in scales):

@@ -46,7 +46,7 @@ class AdapterObjective:
     def scales(self, point: Point) -> Values:
         """What multiplies each adapter's update."""
         if self.scale is not None:
-            return torch.full((len(point[0]),), self.scale, device=point[0].device)
+            return point[0].new_full((len(point[0]),), self.scale)
         return self.update_norm / self.norms(point).clamp(min=torch.finfo(point[0].dtype).tiny)
 
     def norms(self, point: Point) -> Values:
@@ -60,7 +60,7 @@ class AdapterObjective:
         """Objective, score (objective less penalty) and the gradient of the score, all for fixed scales."""
         scales = self.scales(point)
         score, cotangents = self._penalized(self.changes(point, scales)) if self.diversity else (None, None)
-        values = torch.zeros(len(point[0]), device=point[0].device)
+        values = point[0].new_zeros(len(point[0]))
         gradients = tuple(torch.zeros_like(factor) for factor in point)
         for adapters, prompts in self._chunks(len(point[0])):
             leaves = tuple(factor[adapters].detach().requires_grad_() for factor in point)
@@ -82,7 +82,7 @@ class AdapterObjective:
 
     def changes(self, point: Point, scales: Values) -> Float[Tensor, "adapter prompt pos d_target"]:
         """The target change of every adapter on every prompt, 0 outside the target positions."""
-        whole = torch.zeros(len(point[0]), *self.sliced.target.shape, device=point[0].device)
+        whole = point[0].new_zeros(len(point[0]), *self.sliced.target.shape)
         with torch.no_grad():
             for adapters, prompts in self._chunks(len(point[0])):
                 change, mask = self._change(tuple(factor[adapters] for factor in point), scales[adapters], prompts)
@@ -91,7 +91,7 @@ class AdapterObjective:
 
     def _change(self, factors: Point, scales: Values, prompts: slice) -> tuple[Tensor, Tensor]:
         """Target changes and target masks of rows: adapter by adapter these prompts."""
-        rows = torch.arange(len(self.sliced.batch), device=self.sliced.device)[prompts]
+        rows = self.sliced.everyone[prompts]
         triples = zip(self.sites, factors[::2], factors[1::2], strict=True)
         added = [hook for site, a, b in triples for hook in site.hooks(GridUpdate(a, b, scales))]
         rows = rows.repeat(len(scales))

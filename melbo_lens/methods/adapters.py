@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from melbo_lens import hooks
+from melbo_lens.arguments import counts, public
 from melbo_lens.adapter_effects import scales_for_norms
 from melbo_lens.adapters import SteeringAdapters
 from melbo_lens.calibration import solve_radius
@@ -35,6 +36,7 @@ ALIKE = 0.9  # mean |cosine| between effects from which one is warned
 Optimizer = Literal["adamw", "power"]
 
 
+@public
 def fit_adapters(
     model: Any,
     prompts: Prompts,
@@ -193,14 +195,13 @@ def _starts(model: Any, layers: Sequence[int], n_adapters: int, rank: int, seed:
 
 def _hidden(sliced: SlicedModel, sites: Sequence[MLPSite]) -> list[Float[Tensor, "position d_mlp"]]:
     """The clean hidden activations at each site, at the prompts' own positions."""
-    own = torch.arange(sliced.batch.tokens.shape[1], device=sliced.device) < sliced.batch.lengths[:, None]
     seen: dict[int, Tensor] = {}
 
     def read(layer: int):
-        return lambda activation, hook: seen.update({layer: activation.float()[own]})
+        return lambda activation, hook: seen.update({layer: activation.float()[sliced.batch.own]})
 
     with torch.no_grad():
-        sliced.change_under([(site.hidden_hook, read(site.layer)) for site in sites], torch.arange(len(sliced.batch), device=sliced.device))
+        sliced.change_under([(site.hidden_hook, read(site.layer)) for site in sites], sliced.everyone)
     return [seen[site.layer] for site in sites]
 
 
@@ -208,8 +209,8 @@ def _update_norm(objective: AdapterObjective, start: Point, how: Normalization, 
     """The radius; with a norm after the MLP, the norm before it at which random updates have the radius after it."""
     few = tuple(normalize(factor[:4], how) for factor in start)
     factors = {site.layer: (few[2 * i], few[2 * i + 1]) for i, site in enumerate(objective.sites)}
-    random = SteeringAdapters(factors, torch.ones(len(few[0]), device=few[0].device), sites={site.layer: site for site in objective.sites})
-    norms = torch.full((len(random),), radius, device=random.scales.device)
+    random = SteeringAdapters(factors, few[0].new_ones(len(few[0])), sites={site.layer: site for site in objective.sites})
+    norms = random.scales.new_full((len(random),), radius)
     scales = scales_for_norms(random, objective.sliced.model, objective.sliced.batch, norms)
     return float((scales * objective.norms(few)).mean())
 
@@ -255,9 +256,7 @@ def _check_settings(
     lr: float | None,
     batch_size: int | None,
 ) -> None:
-    for name, value in (("n_adapters", n_adapters), ("rank", rank), ("n_steps", n_steps), ("batch_size", batch_size)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name}={value!r} must be an integer of at least 1.")
+    counts(n_adapters=n_adapters, rank=rank, n_steps=n_steps, batch_size=batch_size)
     if scale is not None and alpha is not None:
         raise ValueError(f"scale={scale!r} and alpha={alpha!r} say the same thing (scale = alpha / rank): give one of them.")
     if scale not in (None, "auto") and (isinstance(scale, str) or not 0 < scale < float("inf")):

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from melbo_lens import hooks
+from melbo_lens.arguments import counts, public
 from melbo_lens.calibration import solve_radius
 from melbo_lens.methods import checkpoints
 from melbo_lens.methods.gradients import default_batch_size, objective_and_gradient
@@ -27,6 +28,7 @@ DEFAULT_LR = 1e-3
 Optimizer = Literal["power", "adamw"]
 
 
+@public
 def fit_vectors(
     model: Any,
     prompts: Prompts,
@@ -133,7 +135,7 @@ def fit_vectors(
 def _ascend(sliced: SlicedModel, starts: Float[Tensor, "restart vector d_model"], settings: dict, checkpoint: Any, progress: bool) -> State:
     n_vectors, n_steps = settings["n_vectors"], settings["n_steps"]
     evaluate = objective_and_gradient(sliced, settings["p"], settings["q"], settings["token_norm"], settings["batch_size"])
-    radii = torch.full((n_vectors,), settings["radius"], device=sliced.device)
+    radii = starts.new_full((n_vectors,), settings["radius"])
     saved = checkpoints.resume(checkpoint, settings)
     saved = None if saved is None else {name: tensor.to(sliced.device) for name, tensor in saved.items()}
     if settings["optimizer"] == "adamw":
@@ -179,9 +181,7 @@ def _check_settings(
     batch_size: int | None,
     init: Tensor | None,
 ) -> None:
-    for name, value in (("n_vectors", n_vectors), ("n_steps", n_steps), ("restarts", restarts), ("batch_size", batch_size)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name}={value!r} must be an integer of at least 1.")
+    counts(n_vectors=n_vectors, n_steps=n_steps, restarts=restarts, batch_size=batch_size)
     if radius != "auto" and (isinstance(radius, str) or not 0 < radius < float("inf")):
         raise ValueError(f'radius={radius!r} must be a positive, finite number, or "auto" to calibrate one.')
     if optimizer not in DEFAULT_STEPS:

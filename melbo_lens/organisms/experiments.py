@@ -24,7 +24,7 @@ from melbo_lens.organisms import modes, reasoning, refusal
 from melbo_lens.organisms.organism import Organism
 from melbo_lens.perturbations import SteeringVectors, concatenate, random_vectors
 from melbo_lens.prompts import Prompts
-from melbo_lens.randomness import generator
+from melbo_lens.randomness import gaussian
 from melbo_lens.sliced_model import slice_model
 from melbo_lens.steering import generate
 
@@ -106,7 +106,7 @@ def covariance_vectors(norms: Tensor, model: Any, prompts: Prompts, seed: int = 
     sliced = slice_model(model, prompts, SOURCE, len(model.blocks))
     activations = sliced.resid[sliced.batch.target_mask].float()
     activations = activations - activations.mean(0)
-    draws = torch.randn(len(norms), len(activations), generator=generator("covariance_vectors", seed))
+    draws = gaussian((len(norms), len(activations)), "covariance_vectors", seed)
     return SteeringVectors.from_tensor(draws.to(activations) @ activations, SOURCE).rescaled(norms)
 
 

@@ -7,7 +7,7 @@ import torch
 import melbo_lens as ml
 from melbo_lens import hooks
 from melbo_lens.completions import COLUMNS
-from melbo_lens.effects import cluster
+from melbo_lens.output_effects import cluster
 from tests import models
 
 PROMPTS = ["w1 w2 w3", "w4 w5 w6 w7 w8 w9"]

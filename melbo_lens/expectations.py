@@ -1,5 +1,6 @@
 """What does a model expect next, and how natural does it find what was written?  Log-probabilities, steered and unsteered."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,9 +9,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from melbo_lens import hooks
+from melbo_lens.arguments import public
 from melbo_lens.completions import Completions
-from melbo_lens.differences import ROWS_AT_ONCE, one_prompt, texts
-from melbo_lens.prompts import Prompts, tokenize
+from melbo_lens.differences import ROWS_AT_ONCE
+from melbo_lens.passes import forward
+from melbo_lens.prompts import Prompts, one_prompt, token_texts, tokenize
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -22,7 +25,7 @@ class NextTokens:
         log_probs: of the token that does follow, the last token has none.
         ranks: how many tokens are more likely than that one.
         top_tokens: for each condition and position, the k most likely next tokens.
-        top_log_probs: theirs.
+        top_log_probs: the log-probabilities of `top_tokens`.
         conditions: "unsteered" and the perturbations.
     """
 
@@ -37,12 +40,13 @@ class NextTokens:
         return f"NextTokens({len(self.tokens)} tokens; {', '.join(self.conditions)})"
 
 
+@public
 def next_tokens(model: Any, prompt: Prompts, perturbations: Any = None, k: int = 10) -> NextTokens:
     """The next-token log-probabilities at each position of one text, unsteered and under each perturbation.
 
     Args:
         model: left as it was.
-        prompt: one text, chat or row of token ids.
+        prompt: one text, chat or row of token ids, or one completion (`completions[3]`: its prompt and what was written, as the ids they were).
         perturbations: None: unsteered only.
         k: how many of the most likely tokens to keep.
     """
@@ -55,20 +59,24 @@ def next_tokens(model: Any, prompt: Prompts, perturbations: Any = None, k: int =
     log_probs, ranks, best, values = [], [], [], []
     runs = [None, *(perturbations[[i]].on(model) for i in range(len(perturbations)))] if perturbations is not None else [None]
     with hooks.frozen(model), torch.no_grad():
-        for run in runs:
+        for i, run in enumerate(runs):
             with hooks.attached(model, [] if run is None else run.hooks()):
-                logits = hooks.forward(model, batch.tokens).float().log_softmax(-1)
+                logits = forward(model, batch.tokens).float().log_softmax(-1)
+            if logits.isnan().any():
+                who = f"vector {i - 1} makes the logits" if run is not None else "the unsteered model's logits are"
+                raise FloatingPointError(f"{who} NaN in {hooks.dtype_of(model)}: use a smaller scale, or load the model in bfloat16 or float32.")
             followed = logits[:, :-1].gather(-1, following)
             log_probs.append(followed[0, :, 0].cpu())
             ranks.append((logits[:, :-1] > followed).sum(-1)[0].cpu())
             top = logits[0].topk(k)
             values.append(top.values.cpu())
-            best.append(tuple(tuple(texts(model, row)) for row in top.indices.tolist()))
+            best.append(tuple(tuple(token_texts(model, row)) for row in top.indices.tolist()))
     conditions = ("unsteered", *(f"vector {i}" for i in range(len(runs) - 1)))
-    tokens = tuple(texts(model, batch.rows()[0]))
+    tokens = tuple(token_texts(model, batch.rows()[0]))
     return NextTokens(tokens, torch.stack(log_probs), torch.stack(ranks), tuple(best), torch.stack(values), conditions)
 
 
+@public
 def coherence(model: Any, completions: Completions) -> Float[Tensor, " completion"]:
     """How natural the unsteered model finds each completion: its mean log-probability per new token, NaN for an empty one.
 
@@ -77,24 +85,25 @@ def coherence(model: Any, completions: Completions) -> Float[Tensor, " completio
         completions: from `generate`.
     """
     hooks.check_model(model)
-    found = torch.full((len(completions),), float("nan"))
-    rows = list(enumerate(zip(completions.table.prompt_text, completions.table.tokens, strict=True)))
-    prompts = {text: _prompt_ids(model, text) for text in dict.fromkeys(completions.table.prompt_text)}
-    rows = sorted(((i, prompts[text], list(new)) for i, (text, new) in rows if len(new)), key=lambda row: len(row[1]) + len(row[2]))
+    found = torch.full((len(completions),), float("nan"), dtype=torch.float32, device="cpu")
+    prompts = _prompt_rows(model, completions)
+    rows = [(i, prompts[i], list(new)) for i, new in enumerate(completions.table.tokens) if len(new)]
+    rows = sorted(rows, key=lambda row: len(row[1]) + len(row[2]))
     device = next(model.parameters()).device
     with hooks.frozen(model), torch.no_grad():
         for first in range(0, len(rows), ROWS_AT_ONCE):
             chunk = rows[first : first + ROWS_AT_ONCE]
             width = max(len(prompt) + len(new) for _, prompt, new in chunk)
-            tokens = torch.tensor([(prompt + new + [prompt[0]] * width)[:width] for _, prompt, new in chunk], device=device)
-            log_probs = hooks.forward(model, tokens)[:, :-1].float().log_softmax(-1).gather(-1, tokens[:, 1:, None])[:, :, 0]
+            tokens = torch.tensor([(prompt + new + [prompt[0]] * width)[:width] for _, prompt, new in chunk], dtype=torch.long, device=device)
+            log_probs = forward(model, tokens)[:, :-1].float().log_softmax(-1).gather(-1, tokens[:, 1:, None])[:, :, 0]
             for row, (i, prompt, new) in zip(log_probs, chunk, strict=True):
                 found[i] = row[len(prompt) - 1 : len(prompt) + len(new) - 1].mean()
     return found
 
 
-def _prompt_ids(model: Any, text: str) -> list[int]:
-    """Ids of a prompt as it was rendered: a chat has its BOS already."""
-    ids = tokenize(model, text).rows()[0]
-    begin = getattr(model.tokenizer, "bos_token_id", None)
-    return ids[1:] if len(ids) > 1 and begin is not None and ids[:2] == [begin, begin] else ids
+def _prompt_rows(model: Any, completions: Completions) -> Sequence[list[int]]:
+    """The ids of each row's prompt: those that were used, or, of completions that don't know them, those that its text has."""
+    if completions.prompt_tokens is not None:
+        return [list(ids) for ids in completions.prompt_tokens]
+    known = {text: tokenize(model, text).rows()[0] for text in completions.table.prompt_text.drop_duplicates()}
+    return [known[text] for text in completions.table.prompt_text]

@@ -11,12 +11,14 @@ from jaxtyping import Float
 from sklearn.cluster import AgglomerativeClustering
 from torch import Tensor
 
-from melbo_lens import hooks, tables
+from melbo_lens import blocks, hooks, tables
+from melbo_lens.arguments import public
 from melbo_lens.adapters import Perturbation
 from melbo_lens.completions import Completions
-from melbo_lens.manifolds import to_sphere
+from melbo_lens.manifolds import unit
+from melbo_lens.passes import forward
 from melbo_lens.perturbations import SteeringVectors
-from melbo_lens.prompts import Prompts, tokenize
+from melbo_lens.prompts import Prompts, decoded, tokenize
 from melbo_lens.sliced_model import SlicedModel
 
 ROWS_AT_ONCE = 128
@@ -43,6 +45,7 @@ class Effects:
         return tables.html(repr(self), self.table)
 
 
+@public
 def effects(
     model: Any,
     prompts: Prompts,
@@ -68,7 +71,7 @@ def effects(
         parts = []
         for first in range(0, len(runs), ROWS_AT_ONCE):
             prompt, vector, sign = (list(column) for column in zip(*runs[first : first + ROWS_AT_ONCE], strict=True))
-            steering = vectors.row_hooks(vector, torch.tensor(sign, dtype=torch.float32))
+            steering = vectors.row_hooks(vector, torch.tensor(sign, dtype=torch.float32, device="cpu"))
             parts.append(_run(model, batch.tokens[prompt], batch.lengths[prompt], steering))
     logits, norms = (torch.cat(column) for column in zip(*parts, strict=True))
     which = [prompt for prompt, _, _ in runs]
@@ -88,12 +91,13 @@ def _run(model: Any, tokens: Tensor, lengths: Tensor, steering: list[hooks.Hook]
     norms: list[Tensor] = []
     readers = [(f"blocks.{i}.hook_resid_post", lambda stream, hook: norms.append(stream.float().norm(dim=-1))) for i in range(len(model.blocks))]
     with hooks.attached(model, [*steering, *readers]):
-        logits = hooks.forward(model, tokens)
+        logits = forward(model, tokens)
     own = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
     stacked = torch.stack(norms, dim=1).masked_fill(~own[:, None], float("nan"))
     return logits[torch.arange(len(tokens), device=tokens.device), lengths - 1].float(), stacked
 
 
+@public
 def top_tokens(model: Any, vectors: SteeringVectors, k: int = 10, prompts: Prompts | None = None, position: int = -1) -> pd.DataFrame:
     """The tokens that each vector promotes and suppresses most.
 
@@ -114,11 +118,12 @@ def top_tokens(model: Any, vectors: SteeringVectors, k: int = 10, prompts: Promp
     rows = []
     for vector, route in product(range(len(vectors)), changes):
         change = changes[route][vector]
-        best = [[(_token(model, int(i)), float(change[i])) for i in (sign * change).topk(k).indices] for sign in (1, -1)]
+        best = [[(decoded(model, [int(i)]), float(change[i])) for i in (sign * change).topk(k).indices] for sign in (1, -1)]
         rows.append((vector, route, *best))
     return pd.DataFrame(rows, columns=["vector", "route", "promoted", "suppressed"])
 
 
+@public
 def max_activating(model: Any, vectors: SteeringVectors, texts: Prompts, k: int = 5) -> pd.DataFrame:
     """The positions in texts whose stream after the source layer has the highest cosine with each vector.
 
@@ -128,21 +133,21 @@ def max_activating(model: Any, vectors: SteeringVectors, texts: Prompts, k: int 
     hooks.check_model(model)
     batch = tokenize(model, texts)
     with hooks.frozen(model):
-        stream = hooks.record(model, batch.tokens, vectors.source_layer + 1, vectors.source_layer + 1).streams[-1].float()
-    own = torch.arange(stream.shape[1], device=stream.device) < batch.lengths[:, None]
-    places = own.nonzero().tolist()
-    cosines = to_sphere(stream[own], torch.ones(len(places), device=stream.device)) @ _unit(vectors.values.to(stream.device)).T
+        stream = blocks.record(model, batch.tokens, vectors.source_layer + 1, vectors.source_layer + 1).streams[-1].float()
+    places = batch.own.nonzero().tolist()
+    cosines = unit(stream[batch.own]) @ unit(vectors.values.to(stream.device)).T
     rows = []
     for vector in range(len(vectors)):
         best = cosines[:, vector].topk(min(k, len(places)))
         for rank, (value, index) in enumerate(zip(best.values.tolist(), best.indices.tolist(), strict=True)):
             text, position = places[index]
             ids = batch.rows()[text]
-            before = "".join(_token(model, i) + " " for i in ids[:position]).strip()
-            rows.append((vector, rank, text, position, _token(model, ids[position]), before, value))
+            before = "".join(decoded(model, [i]) + " " for i in ids[:position]).strip()
+            rows.append((vector, rank, text, position, decoded(model, [ids[position]]), before, value))
     return pd.DataFrame(rows, columns=["vector", "rank", "text", "position", "token", "before", "cosine"])
 
 
+@public
 def closest_directions(
     vectors: SteeringVectors, matrix: Float[Tensor, "direction d_model"], names: Sequence[str] | None = None, k: int = 5
 ) -> pd.DataFrame:
@@ -155,7 +160,7 @@ def closest_directions(
         raise ValueError(f"matrix has rows of width {matrix.shape[1]}, the vectors have d_model {vectors.d_model}: transpose it, or use another.")
     if names is not None and len(names) != len(matrix):
         raise ValueError(f"{len(names)} names were given for {len(matrix)} directions: give one for each.")
-    cosines = _unit(vectors.values) @ _unit(matrix.float().to(vectors.values.device)).T
+    cosines = unit(vectors.values) @ unit(matrix.float().to(vectors.values.device)).T
     rows = []
     for vector, row in enumerate(cosines):
         for rank, index in enumerate(row.abs().topk(min(k, len(row))).indices.tolist()):
@@ -163,6 +168,7 @@ def closest_directions(
     return pd.DataFrame(rows, columns=["vector", "rank", "direction", "name", "cosine"])
 
 
+@public
 def rank(vectors: Perturbation, measured: Effects, clusters: Sequence[int] | None = None) -> pd.DataFrame:
     """One ranking of vectors and signs, with its reasons as columns.
 
@@ -188,10 +194,10 @@ def rank(vectors: Perturbation, measured: Effects, clusters: Sequence[int] | Non
     return best.assign(near_duplicates=[int(sizes[key]) - 1 for key in zip(best.cluster, best.sign, strict=True)]).reset_index(drop=True)
 
 
+@public
 def target_changes(sliced: SlicedModel, perturbations: Perturbation) -> Float[Tensor, "perturbation change"]:
     """What each vector or adapter changes at the target positions of all prompts, as one long row."""
-    everyone = torch.arange(len(sliced.batch), device=sliced.device)
-    changes = []
+    everyone, changes = sliced.everyone, []
     with hooks.frozen(sliced.model), torch.no_grad():
         for one in perturbations.on(sliced.model):
             if isinstance(one, SteeringVectors):
@@ -202,11 +208,13 @@ def target_changes(sliced: SlicedModel, perturbations: Perturbation) -> Float[Te
     return torch.stack(changes)
 
 
+@public
 def cluster_by_effect(sliced: SlicedModel, vectors: Perturbation, threshold: float = 0.3) -> list[int]:
     """A label for each vector or adapter; those whose target changes have an average cosine distance below `threshold` share one."""
     return cluster(target_changes(sliced, vectors), threshold)
 
 
+@public
 def cluster_by_words(completions: Completions, threshold: float = 0.3) -> pd.DataFrame:
     """Clusters vectors and signs by the words of their steered completions: vector, sign, cluster.
 
@@ -221,7 +229,7 @@ def word_counts(texts: Sequence[str]) -> Tensor:
     """How often each word occurs in each text, [text word]; a text without words counts one empty word."""
     split = [text.split() or [""] for text in texts]
     vocabulary = {word: i for i, word in enumerate(dict.fromkeys(word for words in split for word in words))}
-    counts = torch.zeros(len(texts), max(len(vocabulary), 1))
+    counts = torch.zeros(len(texts), max(len(vocabulary), 1), dtype=torch.float32, device="cpu")
     for row, words in zip(counts, split, strict=True):
         for word in words:
             row[vocabulary[word]] += 1
@@ -232,15 +240,7 @@ def cluster(features: Float[Tensor, "row feature"], threshold: float) -> list[in
     """Labels by average-linkage clustering of cosine distances; the first row has label 0, labels are numbered by first appearance."""
     if len(features) < 2:
         return [0] * len(features)
-    distances = (1 - _unit(features.double()) @ _unit(features.double()).T).clamp(min=0).cpu().numpy()
+    distances = (1 - unit(features.double()) @ unit(features.double()).T).clamp(min=0).cpu().numpy()
     found = AgglomerativeClustering(n_clusters=None, metric="precomputed", linkage="average", distance_threshold=threshold).fit_predict(distances)
     order = {label: i for i, label in enumerate(dict.fromkeys(found.tolist()))}
     return [order[label] for label in found.tolist()]
-
-
-def _unit(rows: Tensor) -> Tensor:
-    return to_sphere(rows, torch.ones(len(rows), dtype=rows.dtype, device=rows.device))
-
-
-def _token(model: Any, token: int) -> str:
-    return model.tokenizer.decode([token]) if model.tokenizer is not None else str(token)

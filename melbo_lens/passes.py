@@ -1,0 +1,180 @@
+"""How does a model go over tokens?  One uncached pass, or token by token with a cache that is not believed before it has proved itself."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from typing import Any, Literal, TypeAlias
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from melbo_lens.hooks import Hook, attached, is_hooked_transformer
+
+Positions: TypeAlias = Literal["all", "prompt", "generated"]  # of which tokens a perturbation takes hold
+Steering: TypeAlias = Callable[[Sequence[int]], list[Hook]]  # row numbers -> hooks for a batch of exactly these rows
+
+# How far a step with the cache may be from a pass without it, as a share of the logits' norm.
+TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1.5e-1}
+TOKENS_AT_ONCE = 4096  # of an uncached pass, whose logits are large
+
+
+def forward(model: Any, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """Logits of one uncached pass; without a mask every column of `tokens` counts."""
+    if is_hooked_transformer(model):
+        # HookedTransformer would guess a mask from the tokenizer's padding token
+        mask = torch.ones_like(tokens) if attention_mask is None else attention_mask.to(tokens)
+        return model(tokens, attention_mask=mask)
+    keywords = {} if attention_mask is None else {"attention_mask": attention_mask.to(tokens)}
+    return model(tokens, use_cache=False, **keywords)
+
+
+class Decoder:
+    """Feeds prompts of different lengths to a model token by token, each row under hooks of its own.
+
+    Keys and values are cached, in a left-padded batch. Before that is believed, the row with the most padding is compared with a pass of it alone,
+    without padding or cache: at the first step if there is padding, at the first cached step, and at the first one after rows were dropped. Where
+    they differ, a warning says so, and every later step runs all tokens again without cache, which is slower and right.
+    """
+
+    def __init__(self, model: Any, rows: Sequence[Sequence[int]], steering: Steering, positions: Positions = "all", cached: bool = True) -> None:
+        """
+        Args:
+            model: frozen by the caller.
+            rows: the prompts' token ids.
+            steering: hooks for a batch of the given rows.
+            positions: where they take hold.
+            cached: False never uses a cache.
+        """
+        self.model, self.steering, self.positions, self.cached = model, steering, positions, cached
+        self.ids = [list(row) for row in rows]  # prompt and new tokens, of rows that were dropped too
+        self.lengths = [len(row) for row in rows]
+        self.alive = list(range(len(rows)))
+        self.device = next(model.parameters()).device
+        self.doubtful = True
+        self.cache: Any = None
+        width = max(self.lengths)
+        self.mask = self._tensor([[False] * (width - n) + [True] * n for n in self.lengths], torch.bool)
+
+    def first(self) -> Float[Tensor, "row d_vocab"]:
+        """Logits after each prompt."""
+        if not self.cached:
+            return self._uncached(self.alive)
+        width = max(self.lengths)
+        if is_hooked_transformer(self.model):
+            from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
+
+            self.cache = TransformerLensKeyValueCache.init_cache(self.model.cfg, self.device, len(self.alive))
+        tokens = self._tensor([[ids[0]] * (width - len(ids)) + ids for ids in self.ids], torch.long)
+        logits = self._step(tokens, self.positions != "generated")
+        return logits if min(self.lengths) == width else self._proved(logits)
+
+    def next(self, chosen: Tensor) -> Float[Tensor, "row d_vocab"]:
+        """Logits after one more token of each row."""
+        for i, token in zip(self.alive, chosen.tolist(), strict=True):
+            self.ids[i].append(token)
+        if not self.cached:
+            return self._uncached(self.alive)
+        if not self.doubtful:
+            return self._step(chosen[:, None], self.positions != "prompt")
+        try:
+            logits = self._step(chosen[:, None], self.positions != "prompt")
+        except torch.OutOfMemoryError:
+            raise
+        except (TypeError, AttributeError, ValueError, IndexError, KeyError, RuntimeError) as error:
+            return self._distrusted(f"failed ({type(error).__name__}: {error})")
+        self.doubtful = False
+        return self._proved(logits)
+
+    def keep(self, places: Sequence[int]) -> bool:
+        """Goes on with the rows at these places of the batch only; False, and nothing changed, where the model's cache can't drop any."""
+        if self.cached and not self._drop(self._tensor(places, torch.long)):
+            return False
+        self.alive = [self.alive[place] for place in places]
+        self.doubtful = True
+        return True
+
+    def _step(self, tokens: Tensor, steered: bool) -> Tensor:
+        """One pass with the cache over the last columns of the mask."""
+        with attached(self.model, self.steering(self.alive) if steered else []):
+            if is_hooked_transformer(self.model):
+                new = self.mask[:, self.mask.shape[1] - tokens.shape[1] :]
+                logits = self.model(tokens, attention_mask=new.to(tokens), past_kv_cache=self.cache)
+            else:
+                # the bridge derives positions from the mask, for those of its models that take positions
+                known = {} if self.cache is None else {"past_key_values": self.cache}
+                logits, self.cache = self.model(
+                    tokens, return_type="logits_and_cache", attention_mask=self.mask.to(tokens), use_cache=True, **known
+                )
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
+        return logits[:, -1].float()
+
+    def _drop(self, places: Tensor) -> bool:
+        if is_hooked_transformer(self.model):
+            self.cache.previous_attention_mask = self.cache.previous_attention_mask[places]
+            for entry in self.cache.entries:
+                entry.past_keys, entry.past_values = entry.past_keys[places], entry.past_values[places]
+        else:
+            # reordering for a beam search takes any rows, of keys and values and of recurrent states alike; selecting indices forgets the latter
+            parts = [self.cache, *(getattr(self.cache, "layers", None) or [])]
+            if not all(callable(getattr(part, "reorder_cache", None)) for part in parts):
+                return False
+            self.cache.reorder_cache(places)
+        self.mask = self.mask[places]
+        return True
+
+    def _proved(self, logits: Tensor) -> Tensor:
+        """The logits if the row with the most padding is right, else those of a pass without cache."""
+        row = min(range(len(self.alive)), key=lambda place: self.lengths[self.alive[place]])
+        alone = self._uncached([self.alive[row]])[0]
+        finite = torch.isfinite(alone)
+        if not finite.any():
+            return logits  # overflow is told by whoever chooses a token
+        expected, found = (values[finite] - values[finite].mean() for values in (alone, logits[row]))
+        error = float((found - expected).norm() / expected.norm().clamp(min=1e-30))
+        allowed = TOLERANCES.get(next(self.model.parameters()).dtype, 1e-3)
+        if error <= allowed:
+            return logits
+        return self._distrusted(f"is off by {error:.1e} of the logits' norm (allowed: {allowed:.0e})")
+
+    def _distrusted(self, what: str) -> Tensor:
+        self.cached, self.cache = False, None
+        warnings.warn(
+            f"generation goes on without a cache, right but slower: a step with the cache of this model {what}, compared with a pass of the whole "
+            f"text. The versions are transformers {version('transformers')} and transformer_lens {version('transformer_lens')}; another version of "
+            "either may have a cache that works.",
+            stacklevel=2,
+        )
+        return self._uncached(self.alive)
+
+    def _uncached(self, rows: Sequence[int]) -> Float[Tensor, "row d_vocab"]:
+        """Logits after all tokens of these rows so far, some rows at a time, without cache; padding on the right is never seen."""
+        width = max(len(self.ids[i]) for i in rows)
+        parts, at_once = [], max(1, TOKENS_AT_ONCE // width)
+        for part in (rows[first : first + at_once] for first in range(0, len(rows), at_once)):
+            tokens = self._tensor([self.ids[i] + self.ids[i][:1] * (width - len(self.ids[i])) for i in part], torch.long)
+            hooks = self.steering(part)
+            if self.positions != "all":
+                generated = torch.arange(width, device=self.device) >= self._tensor([self.lengths[i] for i in part], torch.long)[:, None]
+                hooks = _at(hooks, generated if self.positions == "generated" else ~generated)
+            with attached(self.model, hooks):
+                logits = forward(self.model, tokens)
+            last = self._tensor([len(self.ids[i]) - 1 for i in part], torch.long)
+            parts.append(logits[torch.arange(len(part), device=logits.device), last].float())
+        return torch.cat(parts)
+
+    def _tensor(self, values: Any, dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=self.device)
+
+
+def _at(hooks: Sequence[Hook], where: Bool[Tensor, "row pos"]) -> list[Hook]:
+    """The hooks, with what they change kept at some positions only; they act on each position by itself."""
+
+    def limited(function: Callable[..., Any]) -> Callable[..., Any]:
+        def at_some_positions(activation: Tensor, hook: Any) -> Tensor | None:
+            changed = function(activation, hook=hook)
+            return None if changed is None else torch.where(where[..., None].to(changed.device), changed, activation)
+
+        return at_some_positions
+
+    return [(name, limited(function)) for name, function in hooks]
