@@ -7,11 +7,12 @@ if TYPE_CHECKING:
     from melbo_lens import organisms as organisms
     from melbo_lens import plots as plots
     from melbo_lens.adapter_effects import AdapterEffect as AdapterEffect
-    from melbo_lens.adapter_effects import random_adapters as random_adapters
     from melbo_lens.adapters import SteeringAdapters as SteeringAdapters
     from melbo_lens.calibration import Calibration as Calibration
     from melbo_lens.calibration import calibrate_radius as calibrate_radius
     from melbo_lens.completions import Completions as Completions
+    from melbo_lens.controls import random_adapters as random_adapters
+    from melbo_lens.controls import random_vectors as random_vectors
     from melbo_lens.differences import ActivationChanges as ActivationChanges
     from melbo_lens.differences import TargetEffects as TargetEffects
     from melbo_lens.differences import activation_changes as activation_changes
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
     from melbo_lens.page import report as report
     from melbo_lens.perturbations import SteeringVectors as SteeringVectors
     from melbo_lens.perturbations import concatenate as concatenate
-    from melbo_lens.perturbations import random_vectors as random_vectors
     from melbo_lens.results import report_directory as report_directory
     from melbo_lens.results import save_results as save_results
     from melbo_lens.serialization import load as load
@@ -58,10 +58,11 @@ __version__ = "0.1.0"
 
 # Where each public name lives. A module is imported when one of its names is first asked for, so that `import melbo_lens` costs nothing.
 _HOMES = {
-    "adapter_effects": "AdapterEffect random_adapters",
+    "adapter_effects": "AdapterEffect",
     "adapters": "SteeringAdapters",
     "calibration": "Calibration calibrate_radius",
     "completions": "Completions",
+    "controls": "random_adapters random_vectors",
     "differences": "ActivationChanges TargetEffects activation_changes objective target_effects",
     "discovery": "AdapterTrial Discovery Trial discover make_plan",
     "evaluation": "Evaluation evaluate select",
@@ -71,7 +72,7 @@ _HOMES = {
     "methods.melbo": "fit_vectors",
     "output_effects": "Effects closest_directions cluster_by_effect cluster_by_words effects max_activating rank target_changes top_tokens",
     "page": "report",
-    "perturbations": "SteeringVectors concatenate random_vectors",
+    "perturbations": "SteeringVectors concatenate",
     "results": "report_directory save_results",
     "serialization": "load save",
     "sliced_model": "SlicedModel slice_model",
@@ -79,7 +80,7 @@ _HOMES = {
 }
 _MODULES = ("organisms", "plots")
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
-__all__ = sorted([*_HOME_OF, *_MODULES])  # noqa: PLE0605
+__all__ = sorted([*_HOME_OF, *_MODULES])
 
 
 def __getattr__(name: str) -> Any:

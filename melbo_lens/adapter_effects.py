@@ -1,4 +1,4 @@
-"""What does an adapter do at its source?  The bias that each position receives, the vector nearest to it, and the control of equal norm."""
+"""What does an adapter do at its source?  The bias that each position receives, and the vector nearest to it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -6,16 +6,13 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
-from scipy.optimize import brentq
 from torch import Tensor
 
 from melbo_lens import blocks, hooks
-from melbo_lens.arguments import public
 from melbo_lens.adapters import SteeringAdapters
-from melbo_lens.factors import normalize
-from melbo_lens.perturbations import SteeringVectors, objective_of
-from melbo_lens.prompts import PromptBatch, Prompts, pad, tokenize
-from melbo_lens.randomness import gaussian_rows
+from melbo_lens.arguments import public
+from melbo_lens.perturbations import SteeringVectors
+from melbo_lens.prompts import PromptBatch, Prompts, tokenize
 
 ROWS_AT_ONCE = 128
 
@@ -111,77 +108,6 @@ def to_vectors(adapters: SteeringAdapters, model: Any, prompts: Prompts) -> Stee
 def mean_norms(adapters: SteeringAdapters, model: Any, prompts: Prompts) -> Float[Tensor, " adapter"]:
     """The mean norm of each adapter's update over the prompts' own positions and its source layers."""
     return torch.stack([effect(adapters, model, prompts, layer).norms() for layer in adapters.source_layers]).mean(0)
-
-
-@public
-def random_adapters(like: SteeringAdapters, model: Any, prompts: Prompts | None = None, seed: int = 0) -> SteeringAdapters:
-    """The norm-matched control: Gaussian factors of the same rank and normalisation, scaled so that adapter k's update has, over the prompts, the
-    mean norm at the source of `like`'s adapter k. Equal norms of the factors alone would be no control.
-
-    Args:
-        like: number, shapes, normalisation and update norms are taken from it.
-        model: the one that `like` was learned on.
-        prompts: those that `like` was learned on; None takes them from its provenance.
-        seed: adapter k depends on (seed, k) alone.
-
-    Raises:
-        ValueError: no prompts known, or no scale gives that norm (a norm after the MLP bounds what an update can do).
-    """
-    prompts = fitting_prompts(like, prompts, next(model.parameters()).device)
-    how = like.provenance.get("normalization", "frobenius")
-    factors = {
-        layer: tuple(_random_factor(factor, how, seed, layer, name) for factor, name in zip(pair, "AB", strict=True))
-        for layer, pair in like.factors.items()
-    }
-    provenance = {"method": "random_adapters", "seed": seed, "normalization": how, **objective_of(like), "matched_to": dict(like.provenance)}
-    # a norm after the MLP takes an update and its negative differently, so the control has the sign of what it is matched to
-    control = SteeringAdapters(factors, torch.where(like.scales < 0, -1, 1).to(like.scales), provenance=provenance).on(model)
-    scales = control.scales * scales_for_norms(control, model, prompts, mean_norms(like, model, prompts))
-    return SteeringAdapters(factors, scales, provenance=provenance, sites=control.sites)
-
-
-def fitting_prompts(adapters: SteeringAdapters, prompts: Prompts | None, device: Any = None) -> Prompts:
-    """These prompts, or the ones that the adapters were learned on."""
-    if prompts is not None:
-        return prompts
-    rows = adapters.provenance.get("prompt_tokens")
-    if not rows:
-        raise ValueError("these adapters know no prompts that they were learned on (they were not fitted): give prompts=.")
-    return pad([list(row) for row in rows], adapters.provenance.get("prompts", [""] * len(rows)), device=device)
-
-
-def scales_for_norms(adapters: SteeringAdapters, model: Any, prompts: Prompts, norms: Float[Tensor, " adapter"]) -> Float[Tensor, " adapter"]:
-    """The factors by which the adapters' updates have these mean norms: in proportion where nothing bends an update, else bracketed and solved.
-
-    Raises:
-        ValueError: no scale gives that norm.
-    """
-    guesses = norms / mean_norms(adapters, model, prompts)
-    reached = mean_norms(adapters * guesses, model, prompts)
-    bent = ((reached - norms).abs() > 1e-4 * norms).tolist()
-    solved = [_solved(adapters[k], model, prompts, float(norms[k]), guess) if bent[k] else guess for k, guess in enumerate(guesses.tolist())]
-    return torch.tensor(solved, dtype=guesses.dtype, device=guesses.device)
-
-
-def _solved(adapter: SteeringAdapters, model: Any, prompts: Prompts, norm: float, guess: float) -> float:
-    def excess(factor: float) -> float:
-        return float(mean_norms(adapter * factor, model, prompts)[0]) - norm
-
-    low = high = guess
-    while excess(low) > 0:
-        low /= 2
-    while excess(high) < 0:
-        high *= 2
-        if high > 1e5 * guess:
-            raise ValueError(
-                f"no scale gives an update of mean norm {norm:.4g} at the source: the norm after the MLP bounds it. Use a smaller scale."
-            )
-    return float(brentq(excess, low, high, rtol=1e-5))
-
-
-def _random_factor(like: Tensor, how: Any, seed: int, layer: int, name: str) -> Tensor:
-    rows = gaussian_rows(len(like), like[0].numel(), seed, "random_adapters", layer, name)
-    return normalize(rows.view(like.shape).to(like.device), how)
 
 
 def _mlp_out(

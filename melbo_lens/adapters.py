@@ -3,22 +3,23 @@
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from types import MappingProxyType
-from typing import Any, SupportsIndex, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from melbo_lens import tables
-from melbo_lens.arguments import plain, plain_json
+from melbo_lens.arguments import plain_fields, plain_json, public
 from melbo_lens.mlp import MLPSite, mlp_site, usual_site, widths
-from melbo_lens.perturbations import HookFunction, SteeringVectors, chosen_rows, no_history
+from melbo_lens.perturbations import HookFunction, Index, SteeringVectors, chosen_rows, no_history
+from melbo_lens.updates import RowUpdate
 
 Factors: TypeAlias = tuple[Tensor, Tensor]  # A [adapter rank d_mlp], B [adapter d_model rank]
 
 
+@plain_fields
 @dataclass(frozen=True, eq=False, repr=False)
 class SteeringAdapters:
     """Adapters of one or several source layers: the MLP output there gains ``scale * B A a``, a the hidden activation that enters W_out.
@@ -43,7 +44,6 @@ class SteeringAdapters:
     __array_ufunc__ = None  # a number from a table, numpy's, times adapters is adapters
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "factors", {plain(layer): pair for layer, pair in self.factors.items()})
         if not self.factors:
             raise ValueError("factors is empty: give A and B of at least one source layer.")
         n = len(next(iter(self.factors.values()))[0])
@@ -56,7 +56,7 @@ class SteeringAdapters:
             if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
                 raise ValueError(f"the factors of layer {layer} hold NaN or infinity: a perturbation must be finite.")
             if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
-                raise ValueError(f"source layer {layer!r} must be an integer of at least 0: count blocks from 0.")
+                raise ValueError(f"source layer {layer!r} must be an integer and must not be negative: count blocks from 0.")
         if tuple(self.scales.shape) != (n,) or not torch.isfinite(self.scales).all():
             raise ValueError(f"scales must be {n} finite numbers, one for each adapter; got {self.scales}.")
         history = self.history if self.history.numel() else no_history(n)
@@ -70,6 +70,7 @@ class SteeringAdapters:
         object.__setattr__(self, "sites", {layer: self.sites.get(layer, usual_site(layer)) for layer in kept})
 
     @classmethod
+    @public
     def from_factors(
         cls, a: Float[Tensor, "adapter rank d_mlp"], b: Float[Tensor, "adapter d_model rank"], source_layer: int, scale: float = 1.0
     ) -> "SteeringAdapters":
@@ -189,7 +190,7 @@ class SteeringAdapters:
     def __iter__(self) -> Iterator["SteeringAdapters"]:
         return (self[i] for i in range(len(self)))
 
-    def __getitem__(self, index: SupportsIndex | slice | Sequence[int] | Tensor) -> "SteeringAdapters":
+    def __getitem__(self, index: Index) -> "SteeringAdapters":
         kept = chosen_rows(index, len(self), "adapter").to(self.scales.device)
         chosen = [*self.provenance.get("rows", range(len(self)))]
         return replace(
@@ -203,14 +204,15 @@ class SteeringAdapters:
     def __neg__(self) -> "SteeringAdapters":
         return self.rescaled(-self.scales, "negated")
 
+    @public
     def __mul__(self, factor: float | Float[Tensor, " adapter"]) -> "SteeringAdapters":
         """Scales all updates by one number, or each by its own."""
-        factor = plain(factor)
         how = "scaled row by row" if isinstance(factor, Tensor) else f"times {factor:g}"
         return self.rescaled(self.scales * (factor.to(self.scales) if isinstance(factor, Tensor) else factor), how)
 
     __rmul__ = __mul__
 
+    @public
     def __truediv__(self, divisor: float) -> "SteeringAdapters":
         return self * (1 / divisor)
 
@@ -256,48 +258,3 @@ class SteeringAdapters:
 
 
 Perturbation: TypeAlias = SteeringVectors | SteeringAdapters
-
-
-@dataclass(eq=False)
-class RowUpdate:
-    """``c_r * B A a`` for each row r of a batch; rows of one adapter go together, so that no factor is copied for every row."""
-
-    a: Float[Tensor, "adapter rank d_mlp"]
-    b: Float[Tensor, "adapter d_model rank"]
-    index: Sequence[int]
-    coefficients: Float[Tensor, " row"]
-
-    def __call__(self, hidden: Float[Tensor, "row_or_any pos d_mlp"]) -> Float[Tensor, "row_or_any pos d_model"]:
-        if len(self.index) not in (1, hidden.shape[0]):
-            raise ValueError(
-                f"{len(self.index)} steering adapters can't be applied to a batch of {hidden.shape[0]} rows: "
-                "use one adapter (adapters[k]), or a batch with one row for each adapter."
-            )
-        if self.a.device != hidden.device:  # once: a decoder calls this for every token
-            self.a, self.b, self.coefficients = (tensor.to(hidden.device) for tensor in (self.a, self.b, self.coefficients))
-        if len(self.index) == 1:
-            return self.coefficients * (hidden.float() @ self.a[self.index[0]].T @ self.b[self.index[0]].T)
-        gained = hidden.new_zeros(*hidden.shape[:-1], self.b.shape[1], dtype=torch.float32)
-        for k, rows in self._rows.items():
-            c = self.coefficients[rows][:, None, None]
-            gained[rows] = c * (hidden[rows].float() @ self.a[k].T @ self.b[k].T)
-        return gained
-
-    @cached_property
-    def _rows(self) -> dict[int, list[int]]:
-        """The rows of each adapter that it changes."""
-        acting = [r for r, coefficient in enumerate(self.coefficients.tolist()) if coefficient != 0]
-        return {k: [r for r in acting if self.index[r] == k] for k in dict.fromkeys(self.index[r] for r in acting)}
-
-
-@dataclass(eq=False)
-class GridUpdate:
-    """``scale * B A a`` for a batch whose rows are, adapter by adapter, the same prompts; differentiable in the factors."""
-
-    a: Float[Tensor, "adapter rank d_mlp"]
-    b: Float[Tensor, "adapter d_model rank"]
-    scales: Float[Tensor, " adapter"]
-
-    def __call__(self, hidden: Float[Tensor, "row pos d_mlp"]) -> Float[Tensor, "row pos d_model"]:
-        grid = hidden.float().unflatten(0, (len(self.scales), -1))  # [adapter prompt pos d_mlp]
-        return (self.scales[:, None, None, None] * (grid @ self.a.mT[:, None] @ self.b.mT[:, None])).flatten(0, 1)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 
 
 def plain(value: Any) -> Any:
@@ -41,8 +42,7 @@ def plain_json(value: Any, what: str) -> Any:
     value = plain(value)
     if isinstance(value, Mapping):
         return {key if isinstance(key, str) else str(plain(key)): plain_json(item, f"{what}[{key!r}]") for key, item in value.items()}
-    if isinstance(value, np.ndarray | Tensor | pd.Series | pd.Index):
-        return value.tolist()
+    value = as_list(value)
     if isinstance(value, list | tuple | set | frozenset | range):
         return [plain_json(item, what) for item in value]
     if value is None or isinstance(value, bool | int | float | str):
@@ -51,7 +51,8 @@ def plain_json(value: Any, what: str) -> Any:
 
 
 def public(function: Callable[P, R]) -> Callable[P, R]:
-    """Marks a public call: its scalars become Python numbers, and its arrays do where its signature asks for a sequence; autocast is off inside.
+    """Marks a public call: its scalars become Python numbers, and its arrays do where its signature asks for a sequence; autocast and inference mode
+    are off inside.
 
     So what reaches a file is JSON by construction, and a model computes in its own dtype whatever surrounds the call.
     """
@@ -62,15 +63,33 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         bound = signature.bind(*args, **kwargs)
         for name, value in bound.arguments.items():
-            if name in lists and isinstance(value, np.ndarray | Tensor | pd.Series | pd.Index):
-                value = value.tolist()
-            bound.arguments[name] = plain(value)
+            bound.arguments[name] = plain(as_list(value) if name in lists else value)
         if "seed" in bound.arguments:
             check_seed(bound.arguments["seed"])
-        with _without_autocast():
+        with _without_autocast(), torch.inference_mode(False):
             return function(*bound.args, **bound.kwargs)
 
+    call.is_public = True
     return call
+
+
+def plain_fields(cls: type[T]) -> type[T]:
+    """Marks a dataclass that users make: the scalars among its fields become Python numbers before it sees them."""
+    make = cls.__init__
+
+    @wraps(make)
+    def __init__(self: T, *args: Any, **kwargs: Any) -> None:
+        make(self, *map(plain, args), **{name: plain(value) for name, value in kwargs.items()})
+
+    cls.__init__ = __init__
+    return cls
+
+
+def as_list(values: Any) -> Any:
+    """Arrays, tensors, columns, tuples and ranges as lists; what is none of them stays."""
+    if isinstance(values, np.ndarray | Tensor | pd.Series | pd.Index):
+        return values.tolist()
+    return list(values) if isinstance(values, tuple | range) else values
 
 
 @contextmanager

@@ -22,8 +22,9 @@ from melbo_lens.sliced_model import SlicedModel, slice_model
 Rule: TypeAlias = Literal["nonlinearity", "fraction", "kl"]
 DEFAULT_TARGETS = {"nonlinearity": 0.5, "fraction": 0.35, "kl": 0.1}
 N_DIRECTIONS = 8
-STEPS = (3e-2, 1e-2, 3e-3, 1e-3)  # of central differences, as shares of the stream's norm
+STEPS = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4)  # of central differences, as shares of the stream's norm
 AGREEMENT = 0.05  # how far two neighbouring steps may be apart
+NEARLY_LINEAR = 0.1  # blocks whose nonlinearity stays below this at any radius have no radius
 
 
 @dataclass(frozen=True, repr=False)
@@ -96,7 +97,8 @@ def solve_radius(sliced: SlicedModel, rule: Rule = "nonlinearity", target: float
     """The radius at which a rule reaches its target; random unit directions v stand for all.
 
     - "nonlinearity": the rms over v of ``||D(R v) - R J v|| / ||R J v||``, D the change of the target activations at the target positions
-      and J v its directional derivative at 0, both in float32.
+      and J v its directional derivative at 0, both in float32. Where the curve levels off below the default target, half of that level is the
+      target. Mixtures of experts jump at tiny radii, where a token changes its expert: there the last rise counts, or the least of the curve.
     - "fraction": that fraction of the mean norm of the stream that leaves the source block, at the prompts' own positions.
     - "kl": the mean over v and prompts of ``KL(clean || steered)`` between next-token distributions after each prompt, in nats.
 
@@ -113,33 +115,49 @@ def solve_radius(sliced: SlicedModel, rule: Rule = "nonlinearity", target: float
     with hooks.frozen(sliced.model):
         if rule == "kl":
             clean = _next_token_log_probs(sliced, None)
-            return _solve(lambda radius: _kl(sliced, clean, radius * directions), typical, wanted, rule)
+            return _solve(lambda radius: _kl(sliced, clean, radius * directions), typical, wanted, rule, False)
         exact = sliced.in_float32()
         linear = _directional_derivatives(exact, directions)
-        return _solve(lambda radius: _nonlinearity(exact, directions, linear, radius), typical, wanted, rule)
+        return _solve(lambda radius: _nonlinearity(exact, directions, linear, radius), typical, wanted, rule, target is None)
 
 
-def _solve(value_at: Callable[[float], float], typical: float, wanted: float, rule: Rule) -> Calibration:
+def _solve(value_at: Callable[[float], float], typical: float, wanted: float, rule: Rule, may_lower: bool) -> Calibration:
     """Brackets the solution by doublings from a tenth of the stream's norm, then bisects log R."""
     curve: dict[float, float] = {}
 
     def value(radius: float) -> float:
         return curve.setdefault(radius, value_at(radius))
 
-    low = high = 0.1 * typical
-    while value(high) < wanted:
-        low, high = high, 2 * high
-        if high > 1e4 * typical:
-            raise NoRadius(
-                f"no finite radius reaches {rule} {wanted}: it is {value(low):.2g} at {low:.3g}, so the blocks between source and target "
-                "are (nearly) linear. Give a radius, or put more blocks between."
-            )
-    while value(low) >= wanted and low > 1e-6 * typical:
-        low, high = low / 2, low
-    for _ in range(6):
-        middle = (low * high) ** 0.5
-        low, high = (middle, high) if value(middle) < wanted else (low, middle)
-    return Calibration((low * high) ** 0.5, tuple(sorted(curve.items())), rule, wanted)
+    def solved() -> float:
+        low = high = 0.1 * typical
+        while value(low) >= wanted and low > 1e-6 * typical:
+            if value(low / 2) > value(low):  # it jumps at small radii already; what counts is where it rises for good
+                low = high = min((0.1 * 2**i * typical for i in range(10)), key=lambda radius: (value(radius) >= wanted, value(radius)))
+                if value(low) >= wanted:
+                    return low
+                break
+            low, high = low / 2, low
+        while value(high) < wanted:
+            low, high = high, 2 * high
+            if high > 1e4 * typical:
+                raise NoRadius(
+                    f"no finite radius reaches {rule} {wanted:.3g}: it is {value(low):.2g} at {low:.3g}, so the blocks between source and target "
+                    "are (nearly) linear. Give a radius, or put more blocks between."
+                )
+        for _ in range(6):
+            middle = (low * high) ** 0.5
+            low, high = (middle, high) if value(middle) < wanted else (low, middle)
+        return (low * high) ** 0.5
+
+    try:
+        radius = solved()
+    except NoRadius:
+        level = max(curve.values())
+        if not may_lower or level < NEARLY_LINEAR:
+            raise
+        wanted = level / 2
+        radius = solved()
+    return Calibration(radius, tuple(sorted(curve.items())), rule, wanted)
 
 
 def _nonlinearity(sliced: SlicedModel, directions: Tensor, linear: Float[Tensor, "direction change"], radius: float) -> float:
@@ -172,7 +190,9 @@ def _directional_derivatives(sliced: SlicedModel, directions: Float[Tensor, "dir
         return _central_differences(sliced, directions, missing)
 
 
-def _central_differences(sliced: SlicedModel, directions: Float[Tensor, "direction d_model"], missing: Exception) -> Float[Tensor, "direction change"]:
+def _central_differences(
+    sliced: SlicedModel, directions: Float[Tensor, "direction d_model"], missing: Exception
+) -> Float[Tensor, "direction change"]:
     """``(D(h v) - D(-h v)) / 2 h`` at the step h, in shares of the stream's norm, where two neighbouring steps agree best.
 
     Raises:
@@ -204,5 +224,6 @@ def _next_token_log_probs(sliced: SlicedModel, vector: Float[Tensor, " d_model"]
     added = [] if vector is None else [(sliced.source_hook, add)]
     with torch.no_grad(), hooks.attached(sliced.model, added):
         logits = forward(sliced.model, sliced.batch.tokens)
-    last = sliced.batch.lengths - 1
-    return logits[torch.arange(len(last), device=logits.device), last].float().log_softmax(-1)
+    after = logits[sliced.everyone.to(logits.device), sliced.batch.lengths - 1].float()
+    hooks.check_finite(sliced.model, after, ["the unsteered model" if vector is None else "a random vector"] * len(after), "the logits")
+    return after.log_softmax(-1)

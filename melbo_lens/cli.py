@@ -1,6 +1,7 @@
 """What can be done from a shell?  Parse, call public functions, write files."""
 
-import json
+import io
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from melbo_lens.files import write_atomically
+from melbo_lens.files import write_json, write_text
 
 app = typer.Typer(help="Find what a language model hides: unsupervised steering vectors (MELBO).", no_args_is_help=True, add_completion=False)
 console = Console()
@@ -29,6 +30,9 @@ Device = Annotated[str | None, typer.Option(help="as torch names it; default: ch
 @app.callback()
 def prepare() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal may lack letters that a model writes
 
 
 @app.command()
@@ -46,7 +50,7 @@ def demo(
     prompt = organism.prompts["clean"][0]
     found = ml.discover(organism.model, prompt, budget, organism.behaviors, heldout=organism.prompts["selection"][:16], seed=seed)
     vectors, completions = found.joined(source_layer=0, target_layer=len(organism.model.blocks))
-    found.table.to_csv(out / "groups.csv", index=False)
+    write_text(out / "groups.csv", found.table.to_csv(index=False))
     measured = _measured(organism.model, prompt, prompt, vectors, slice(-1, None))
     ml.save_results(out, vectors, completions, organism.behaviors, "What the modes organism hides", **measured)
     console.print(f"\nprompt: {escape(prompt)}")
@@ -72,7 +76,7 @@ def reproduce(
     with console.status("loading torch and the organisms"):
         from melbo_lens.organisms import reproduction
     results = reproduction.reproduce()
-    write_atomically(out, (json.dumps(results, indent=1) + "\n").encode())
+    write_json(out, results)
     rows = reproduction.table(results)
     table = Table(title=f"seeds {', '.join(map(str, results['settings']['seeds']))}; {results['seconds']} seconds", show_lines=True)
     # one column for all controls, one for what is measured: it must fit a terminal of 80 columns
@@ -155,7 +159,7 @@ def discover(
     out.mkdir(parents=True, exist_ok=True)
     with _errors_in_a_sentence():
         found = ml.discover(loaded, prompt if len(prompt) > 1 else prompt[0], budget, heldout=heldout or None, seed=seed)
-        found.table.to_csv(out / "groups.csv", index=False)
+        write_text(out / "groups.csv", found.table.to_csv(index=False))
         for row in range(min(len(found.table), 20)):
             found.vector(row).save(out / f"group-{row}.safetensors")
     table = Table(title=repr(found), show_lines=True)

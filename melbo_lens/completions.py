@@ -6,14 +6,13 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, SupportsIndex
+from typing import Any
 
 import pandas as pd
-from torch import Tensor
 
 from melbo_lens import files, tables
-from melbo_lens.arguments import plain_json, public
-from melbo_lens.perturbations import chosen_rows
+from melbo_lens.arguments import as_list, plain_json, public
+from melbo_lens.perturbations import Index, chosen_rows
 from melbo_lens.prompts import PromptBatch, pad
 
 COLUMNS = ["prompt", "prompt_text", "kind", "vector", "sign", "scale", "sample", "text", "tokens", "log_probs"]
@@ -56,7 +55,7 @@ class Completions:
     def __iter__(self) -> Iterator["Completions"]:
         return (self[i] for i in range(len(self)))
 
-    def __getitem__(self, index: SupportsIndex | slice | Sequence[int] | Tensor) -> "Completions":
+    def __getitem__(self, index: Index) -> "Completions":
         return self._rows(chosen_rows(index, len(self), "completion").tolist())
 
     def __getstate__(self) -> dict[str, Any]:
@@ -81,6 +80,7 @@ class Completions:
         for column, wanted in columns.items():
             if column not in self.table.columns:
                 raise ValueError(f"there is no column {column!r} to filter by: choose from {list(self.table.columns)}.")
+            wanted = as_list(wanted)
             kept &= self.table[column].isin([wanted] if isinstance(wanted, str) or not isinstance(wanted, Iterable) else list(wanted))
         return self._rows(kept.to_numpy().nonzero()[0].tolist())
 
@@ -172,5 +172,5 @@ class Completions:
 
 def _as_json(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row in JSON's types, with null for NaN and for no vector."""
-    log_probs = [None if math.isnan(value) else float(value) for value in row["log_probs"]]
+    log_probs = [None if math.isnan(value) else float(value) if math.isfinite(value) else str(value) for value in row["log_probs"]]
     return plain_json({**row, "vector": None if pd.isna(row["vector"]) else int(row["vector"]), "log_probs": log_probs}, "a completion")

@@ -27,6 +27,12 @@ class Run:
     scale: float
     sample: int
 
+    @property
+    def name(self) -> str:
+        """Who is at fault if the logits overflow."""
+        who = "the unsteered model" if self.vector is None else f"the {self.kind} vector {self.vector} at {self.sign * self.scale:+g}"
+        return f"{who}, on prompt {self.prompt},"
+
 
 @dataclass(frozen=True)
 class Decoding:
@@ -65,7 +71,8 @@ class Decoding:
         chosen = draws  # of no meaning before the first step
         for step in range(self.max_new_tokens):
             logits = decoder.next(chosen) if step else decoder.first()
-            self._check_finite(logits, [runs[i] for i in decoder.alive])
+            # NaN would be read as one token again and again
+            hooks.check_finite(self.model, logits, [runs[i].name for i in decoder.alive], "the logits")
             chosen = self._choose(logits, draws[decoder.alive, step])
             chosen_log_probs = logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0].tolist()
             for i, token, log_prob in zip(decoder.alive, chosen.tolist(), chosen_log_probs, strict=True):
@@ -85,17 +92,6 @@ class Decoding:
                 chosen = chosen[left]
         written = [(ids, probs, self._text(row, ids)) for row, ids, probs in zip(rows, new, log_probs, strict=True)]
         return written, decoder.cached
-
-    def _check_finite(self, logits: Tensor, runs: list[Run]) -> None:
-        """Refuses logits among which none is the largest: they would be read as one token again and again."""
-        broken = (~torch.isfinite(logits.amax(-1))).nonzero()[:, 0].tolist()
-        if broken:
-            first = runs[broken[0]]
-            who = "the unsteered model" if first.kind == "unsteered" else f"the {first.kind} vector {first.vector} at {first.sign * first.scale:+g}"
-            raise FloatingPointError(
-                f"{who} has NaN or infinite logits on prompt {first.prompt} in {hooks.dtype_of(self.model)} ({len(broken)} of {len(runs)} rows): use "
-                "smaller scales, or load the model in bfloat16 or float32."
-            )
 
     def _steering(self, runs: list[Run]) -> list[hooks.Hook]:
         """Hooks for a batch whose rows are these runs."""

@@ -17,8 +17,8 @@ from torch import Tensor
 from melbo_lens import files, hooks
 from melbo_lens.arguments import public
 from melbo_lens.objectives import TokenNorm, change_objective, check_exponents
-from melbo_lens.perturbations import objective_of
 from melbo_lens.passes import forward
+from melbo_lens.perturbations import objective_of
 from melbo_lens.prompts import Positions, PromptBatch, Prompts, one_prompt, token_texts, tokenize
 
 ROWS_AT_ONCE = 64
@@ -117,6 +117,7 @@ def activation_changes(model: Any, prompt: Prompts, perturbations: Any, layers: 
 
     Raises:
         ValueError: several prompts, or a layer that the model does not have.
+        FloatingPointError: NaN or infinity in the stream.
     """
     hooks.check_model(model)
     batch = tokenize(model, prompt)
@@ -133,8 +134,10 @@ def activation_changes(model: Any, prompt: Prompts, perturbations: Any, layers: 
             torch.stack([(stream - was).norm(dim=-1) for stream, was in zip(streams, clean, strict=True)], dim=1)
             for streams in (_read(model, batch.tokens.expand(len(part), -1), part, names) for part in _parts(perturbations))
         ]
+    change = torch.cat(norms)
+    hooks.check_finite(model, change, [f"vector {k}" for k in range(len(change))], "the stream")
     return ActivationChanges(
-        torch.cat(norms).cpu(),
+        change.cpu(),
         torch.stack([stream[0].norm(dim=-1) for stream in clean]).cpu(),
         tuple(token_texts(model, batch.rows()[0])),
         tuple(chosen),
@@ -219,12 +222,7 @@ def _changes(model: Any, batch: PromptBatch, perturbations: Any, name: str) -> I
         for first, part in zip(range(0, len(perturbations), ROWS_AT_ONCE), _parts(perturbations), strict=True):
             changes = [_read(model, row.expand(len(part), -1), part, [name])[0] - was for row, was in zip(batch.tokens, clean, strict=True)]
             stacked = torch.stack(changes, dim=1)
-            bad = ~torch.isfinite(stacked[:, batch.own]).flatten(1).all(1)
-            if bad.any():
-                raise FloatingPointError(
-                    f"vectors {[first + i for i in bad.nonzero()[:, 0].tolist()]} make {name!r} NaN or infinite in {hooks.dtype_of(model)}: use a "
-                    "smaller scale, or load the model in bfloat16 or float32."
-                )
+            hooks.check_finite(model, stacked[:, batch.own].abs(), [f"vector {first + i}" for i in range(len(part))], repr(name))
             yield stacked
 
 

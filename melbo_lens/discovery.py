@@ -11,14 +11,14 @@ import torch
 from tqdm.auto import tqdm
 
 from melbo_lens import hooks, tables
-from melbo_lens.arguments import plain, public
 from melbo_lens.adapters import Perturbation, SteeringAdapters
+from melbo_lens.arguments import plain_fields, public
 from melbo_lens.calibration import solve_radius
 from melbo_lens.completions import Completions
-from melbo_lens.output_effects import cluster, word_counts
 from melbo_lens.evaluation import Behavior, shows
 from melbo_lens.methods.adapters import fit_adapters
 from melbo_lens.methods.melbo import fit_vectors
+from melbo_lens.output_effects import cluster, word_counts
 from melbo_lens.perturbations import SteeringVectors, concatenate
 from melbo_lens.prompts import Positions, Prompts
 from melbo_lens.sliced_model import slice_model
@@ -30,12 +30,7 @@ ALIKE = 0.5  # completions whose token counts have a smaller average cosine dist
 SHARE_FOR_HELDOUT = 0.25
 
 
-def _make_plain(trial: Any) -> None:
-    """Numbers read from a table are NumPy's; a plan holds Python's."""
-    for name, value in vars(trial).items():
-        object.__setattr__(trial, name, plain(value))
-
-
+@plain_fields
 @dataclass(frozen=True)
 class Trial:
     """One fit of a plan: which layers, which radius, how many vectors, orthogonal or free."""
@@ -47,13 +42,11 @@ class Trial:
     orthogonal: bool
     seed: int
 
-    def __post_init__(self) -> None:
-        _make_plain(self)
-
     def fit(self, model: Any, prompts: Prompts, target_positions: Positions) -> SteeringVectors:
         return fit_vectors(model, prompts, **asdict(self), target_positions=target_positions, progress=False)
 
 
+@plain_fields
 @dataclass(frozen=True)
 class AdapterTrial:
     """One fit of adapters: which layers, the mean norm of their updates, how many, of which rank."""
@@ -65,9 +58,6 @@ class AdapterTrial:
     rank: int
     seed: int
     diversity: float = 0.0
-
-    def __post_init__(self) -> None:
-        _make_plain(self)
 
     def fit(self, model: Any, prompts: Prompts, target_positions: Positions) -> SteeringAdapters:
         with warnings.catch_warnings():
@@ -169,13 +159,20 @@ def discover(
             start = time.monotonic()
             if done and start - began + longest > allowed:
                 break
-            vectors = trial.fit(model, prompts, target_positions)
-            written.append(generate(model, prompts, vectors, max_new_tokens=max_new_tokens, seed=trial.seed, progress=False))
+            try:
+                vectors = trial.fit(model, prompts, target_positions)
+                completions = generate(model, prompts, vectors, max_new_tokens=max_new_tokens, seed=trial.seed, progress=False)
+            except FloatingPointError as error:
+                warnings.warn(f"{trial} is left out: {error}", stacklevel=2)
+                continue
+            written.append(completions)
             fitted.append(vectors)
             done.append(trial)
             longest = max(longest, time.monotonic() - start)
             bar.set_postfix_str(f"{len(done)} trials", refresh=False)
             bar.update(round(time.monotonic() - began) - bar.n)
+    if not done:
+        raise FloatingPointError("no trial could be completed, see the warnings: use smaller radii, or load the model in bfloat16 or float32.")
     table = _group(done, written, behaviors or {})
     if heldout is not None and len(table):
         table["heldout_rate"] = [

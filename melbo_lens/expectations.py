@@ -61,10 +61,9 @@ def next_tokens(model: Any, prompt: Prompts, perturbations: Any = None, k: int =
     with hooks.frozen(model), torch.no_grad():
         for i, run in enumerate(runs):
             with hooks.attached(model, [] if run is None else run.hooks()):
-                logits = forward(model, batch.tokens).float().log_softmax(-1)
-            if logits.isnan().any():
-                who = f"vector {i - 1} makes the logits" if run is not None else "the unsteered model's logits are"
-                raise FloatingPointError(f"{who} NaN in {hooks.dtype_of(model)}: use a smaller scale, or load the model in bfloat16 or float32.")
+                logits = forward(model, batch.tokens).float()
+            hooks.check_finite(model, logits, ["the unsteered model" if run is None else f"vector {i - 1}"], "the logits")
+            logits = logits.log_softmax(-1)
             followed = logits[:, :-1].gather(-1, following)
             log_probs.append(followed[0, :, 0].cpu())
             ranks.append((logits[:, :-1] > followed).sum(-1)[0].cpu())
@@ -95,7 +94,9 @@ def coherence(model: Any, completions: Completions) -> Float[Tensor, " completio
             chunk = rows[first : first + ROWS_AT_ONCE]
             width = max(len(prompt) + len(new) for _, prompt, new in chunk)
             tokens = torch.tensor([(prompt + new + [prompt[0]] * width)[:width] for _, prompt, new in chunk], dtype=torch.long, device=device)
-            log_probs = forward(model, tokens)[:, :-1].float().log_softmax(-1).gather(-1, tokens[:, 1:, None])[:, :, 0]
+            logits = forward(model, tokens)[:, :-1].float()
+            hooks.check_finite(model, logits, ["the unsteered model"] * len(chunk), "the logits")
+            log_probs = logits.log_softmax(-1).gather(-1, tokens[:, 1:, None])[:, :, 0]
             for row, (i, prompt, new) in zip(log_probs, chunk, strict=True):
                 found[i] = row[len(prompt) - 1 : len(prompt) + len(new) - 1].mean()
     return found

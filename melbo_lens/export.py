@@ -13,9 +13,9 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from melbo_lens import files, hooks
-from melbo_lens.passes import forward
-from melbo_lens.adapter_effects import fitting_prompts
 from melbo_lens.adapters import SteeringAdapters
+from melbo_lens.controls import fitting_prompts
+from melbo_lens.passes import forward
 from melbo_lens.prompts import Prompts, tokenize
 from melbo_lens.sliced_model import TOLERANCES
 

@@ -1,6 +1,7 @@
 """How do tensors get to the disk and back?  As one safetensors file each, written atomically and read without running anything in it."""
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Collection, Mapping
@@ -39,6 +40,36 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
         with suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes text as UTF-8, atomically; half of a surrogate pair, which UTF-8 can't say, is written as an escape."""
+    write_atomically(path, text.encode("utf-8", "backslashreplace"))
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Writes JSON in plain ASCII, atomically; NaN, which JSON has not, is null."""
+    write_text(path, json.dumps(_without_nan(value), indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Reads what `write_json` wrote.
+
+    Raises:
+        ValueError: the file is no JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: it is no JSON ({error}).") from error
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _without_nan(item) for key, item in value.items()}
+    return [_without_nan(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -52,7 +52,8 @@ def check_model(model: Any) -> None:
     parameters = list(nn.Module.parameters(model))
     if any(parameter.is_inference() for parameter in parameters):
         raise ValueError(
-            "model was loaded inside torch.inference_mode(), so its weights can take part in no derivative: load it outside (torch.no_grad() is fine)."
+            "model was loaded inside torch.inference_mode(), so no derivative can be taken through its weights: load it outside "
+            "(torch.no_grad() does no harm)."
         )
     devices = {parameter.device for parameter in parameters}
     if len(devices) > 1:
@@ -89,17 +90,19 @@ def mlp_output(model: Any, layer: int) -> str:
 
 
 def without_reason(model: Any, name: str) -> str:
-    """Why a block's hook is missing or silent, and which layers have one that could be used instead."""
+    """Why a hook is missing or silent, and which other blocks have one."""
     found = re.match(r"blocks\.(\d+)\.(.+)", name)
-    if found is None:
-        return "this model never runs it. Choose another hook."
+    if found is None or name in model.hook_dict:
+        attention_only = getattr(model.cfg, "attn_only", False)
+        why = "this is an attention-only model, which has no MLP" if attention_only else "this model runs it never, or more than once"
+        return f"{why}. Choose another layer or model."
     layer, kind = int(found[1]), found[2]
-    parts = ", ".join(child for child, module in model.blocks[layer].named_children() if not child.startswith(("hook_", "_")))
-    what = f"block {layer} of this {type(getattr(model, 'original_model', model)).__name__} consists of {parts or 'one part'}, and has no such activation"
-    others = [i for i in range(len(model.blocks)) if i != layer and f"blocks.{i}.{kind}" in model.hook_dict]
+    parts = ", ".join(child for child, _ in model.blocks[layer].named_children() if not child.startswith(("hook_", "_")))
+    architecture = type(getattr(model, "original_model", model)).__name__
+    others = [i for i in range(len(model.blocks)) if f"blocks.{i}.{kind}" in model.hook_dict]
     if others:
-        return f"{what}. Layers that have one: {others}."
-    return f"{what}, nor has any other block (no MLP of its own whose output could be perturbed). Choose another model."
+        return f"block {layer} of this {architecture} consists of {parts or 'one part'}. The layers that have one are {others}: choose among them."
+    return f"the blocks of this {architecture} consist of {parts or 'one part'}, without an MLP whose output is hooked. Choose another model."
 
 
 def resolved_name(model: Any, name: str) -> str:
@@ -179,13 +182,48 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(was)
 
 
-def dtype_of(model: Any) -> str:
-    """The name of the dtype of the model's weights, for messages."""
-    return str(next(model.parameters()).dtype).removeprefix("torch.")
+def check_finite(model: Any, values: Tensor, names: Sequence[str], what: str) -> None:
+    """Refuses rows whose largest number is NaN or infinite: whatever is computed from them means nothing. Single -inf are a mask's, and allowed.
+
+    Args:
+        model: for the name of its dtype.
+        values: one row for each name.
+        names: who is at fault if its row is, as "vector 3".
+        what: what the rows are, for the message.
+
+    Raises:
+        FloatingPointError: says who, what and in which dtype.
+    """
+    broken = (~torch.isfinite(values.flatten(1).amax(1))).nonzero()[:, 0].tolist()
+    if broken:
+        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        raise FloatingPointError(
+            f"{names[broken[0]]} makes {what} NaN or infinite in {dtype} ({len(broken)} of {len(names)} rows): use smaller scales, or load the model "
+            "in bfloat16 or float32."
+        )
 
 
 def end_tokens(model: Any) -> set[int]:
-    """Ids that end a completion: the tokenizer's, and those of a Hugging Face generation config (chat models often have another)."""
-    config = getattr(getattr(model, "original_model", None), "generation_config", None)
-    found = [getattr(model.tokenizer, "eos_token_id", None), getattr(config, "eos_token_id", None)]
-    return {i for entry in found if entry is not None for i in (entry if isinstance(entry, list | tuple) else [entry])}
+    """Ids that end a completion: the tokenizer's, those of a Hugging Face model's configurations, and that with which the chat template ends a turn.
+
+    A `HookedTransformer` keeps no such configuration, so for it the template alone tells that a chat model ends its turn with another token.
+    """
+    network = getattr(model, "original_model", None)
+    configs = [getattr(network, name, None) for name in ("generation_config", "config")]
+    found = [getattr(config, "eos_token_id", None) for config in [model.tokenizer, *configs]]
+    ends = {i for entry in found if entry is not None for i in (entry if isinstance(entry, list | tuple) else [entry])}
+    return ends | _end_of_turn(model.tokenizer)
+
+
+def _end_of_turn(tokenizer: Any) -> set[int]:
+    """The special token that the chat template writes right after what the assistant said, if it writes one."""
+    if not getattr(tokenizer, "chat_template", None):
+        return set()
+    said = "melbo"
+    try:
+        text = tokenizer.apply_chat_template([{"role": "user", "content": said}, {"role": "assistant", "content": said}], tokenize=False)
+        after = tokenizer(text[text.rindex(said) + len(said) :].lstrip(), add_special_tokens=False)["input_ids"]
+    except Exception:  # a template that refuses this chat says nothing about ends
+        return set()
+    special = {*tokenizer.all_special_ids, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
+    return set(after[:1]) & special

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import warnings
 from collections.abc import Sequence
@@ -10,17 +11,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
-import torch
 from tqdm.auto import tqdm
 
 from melbo_lens import files, hooks, tables
+from melbo_lens.arguments import counts, positive, public
 from melbo_lens.calibration import NoRadius, solve_radius
-from melbo_lens.output_effects import effects
 from melbo_lens.manifolds import to_sphere
 from melbo_lens.methods.gradients import default_batch_size, objective_and_gradient
+from melbo_lens.methods.provenance import fingerprint
 from melbo_lens.optimization import power
+from melbo_lens.output_effects import effects
 from melbo_lens.perturbations import SteeringVectors
-from melbo_lens.prompts import Positions, Prompts
+from melbo_lens.prompts import Positions, PromptBatch, Prompts, tokenize
 from melbo_lens.randomness import gaussian_rows
 from melbo_lens.sliced_model import SlicedModel, slice_model
 
@@ -48,6 +50,7 @@ class LayerScan:
         return tables.html(repr(self), self.table)
 
 
+@public
 def scan_layers(
     model: Any,
     prompts: Prompts,
@@ -73,15 +76,18 @@ def scan_layers(
         n_vectors, n_steps: small: this is a look, not a search.
         target_positions: where a change counts.
         seed: of the starts and the random vectors.
-        directory: each finished pair is saved here, atomically; the same call later skips it. It is made if missing.
+        directory: each finished pair is saved here, atomically; the same call later, on a model of the same weights, skips it. It is made if missing.
         progress: whether to show a progress bar.
 
     Warns:
-        UserWarning: a pair has no calibrated radius.
+        UserWarning: a pair has no calibrated radius, or the file of one is damaged, which is then measured again.
 
     Raises:
-        ValueError: no valid pair, or a directory that holds a scan with other settings.
+        ValueError: no valid pair, or a setting that breaks a rule.
     """
+    counts(n_vectors=n_vectors, n_steps=n_steps)
+    if radius != "auto":
+        positive("radius", radius, ', or "auto" to calibrate one')
     hooks.check_model(model)
     n_layers = len(model.blocks)
     sources = list(range(n_layers) if source_layers is None else source_layers)
@@ -92,32 +98,51 @@ def scan_layers(
             f"source_layers={sources} and target_layers={targets} have no valid pair: a target must be at least source + 2 "
             f"and at most n_layers = {n_layers}."
         )
-    asked = prompts.tolist() if isinstance(prompts, torch.Tensor) else prompts
-    key = json.dumps([asked, radius, n_vectors, n_steps, str(target_positions), seed, str(getattr(model.cfg, "model_name", ""))])
-    digest = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
+    batch = tokenize(model, prompts, target_positions)
+    digest = None
+    if directory is not None:
+        key = json.dumps([batch.rows(), radius, n_vectors, n_steps, str(target_positions), seed, fingerprint(model)])
+        digest = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
     rows = []
     with tqdm(total=len(pairs), desc="scan layers", unit="pair", disable=not progress) as bar:
         for source in dict.fromkeys(source for source, _ in pairs):
             longest: SlicedModel | None = None
             for target in sorted(target for other, target in pairs if other == source):
                 path = None if directory is None else Path(directory) / f"{digest}-{source}-{target}.json"
-                if path is not None and path.is_file():
-                    pair = json.loads(path.read_text())
-                else:
+                pair = None if path is None else _read_pair(path)
+                if pair is None:
                     if longest is None:
                         last = max(target for other, target in pairs if other == source)
-                        longest = slice_model(model, prompts, source, last, target_positions)
-                    pair = _scan_pair(longest.shorter(target), prompts, radius, n_vectors, n_steps, seed)
+                        longest = slice_model(model, batch, source, last, target_positions)
+                    pair = _scan_pair(longest.shorter(target), batch, radius, n_vectors, n_steps, seed)
                     if path is not None:
                         path.parent.mkdir(parents=True, exist_ok=True)
-                        files.write_atomically(path, json.dumps(pair).encode())
+                        files.write_atomically(path, _as_bytes(pair))
                 rows += pair
                 bar.update()
     settings = {"n_vectors": n_vectors, "n_steps": n_steps, "radius": radius, "seed": seed, "target_positions": str(target_positions)}
     return LayerScan(pd.DataFrame(rows, columns=COLUMNS), settings)
 
 
-def _scan_pair(sliced: SlicedModel, prompts: Prompts, radius: float | str, n_vectors: int, n_steps: int, seed: int) -> list[list[float]]:
+def _as_bytes(pair: list[list[float]]) -> bytes:
+    return json.dumps([[None if math.isnan(value) else value for value in row] for row in pair], allow_nan=False).encode()
+
+
+def _read_pair(path: Path) -> list[list[float]] | None:
+    """The rows of a pair that was finished before; None if there are none, or none that can be read."""
+    if not path.is_file():
+        return None
+    try:
+        rows = [[math.nan if value is None else value for value in row] for row in json.loads(path.read_text())]
+        if [len(row) for row in rows] != [len(COLUMNS)] * 2:
+            raise ValueError(f"it holds {len(rows)} rows")
+        return rows
+    except (ValueError, TypeError) as error:
+        warnings.warn(f"{path} is damaged ({error}): its pair of layers is measured again.", stacklevel=3)
+        return None
+
+
+def _scan_pair(sliced: SlicedModel, prompts: PromptBatch, radius: float | str, n_vectors: int, n_steps: int, seed: int) -> list[list[float]]:
     """The rows of one pair, one for each sign."""
     with hooks.frozen(sliced.model):
         try:

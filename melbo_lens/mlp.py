@@ -114,9 +114,12 @@ def _check_hook(model: Any, layer: int, name: str) -> None:
     if name in model.hook_dict:
         return
     kind = type(getattr(model.blocks[layer], "mlp", None)).__name__
-    why = (
-        "it is a mixture of experts: each token's hidden activation is spread over several experts, and there is no one W_out to update"
-        if "moe" in kind.lower()
-        else "so what enters W_out can't be read"
-    )
-    raise ValueError(f"block {layer} ({kind}) has no hook {name!r}: {why}. Learn steering vectors instead (fit_vectors), or choose another layer.")
+    if "moe" in kind.lower():
+        kinds = [type(getattr(block, "mlp", None)).__name__ for block in model.blocks]
+        dense = [i for i, other in enumerate(kinds) if "moe" not in other.lower() and name.replace(f".{layer}.", f".{i}.", 1) in model.hook_dict]
+        raise ValueError(
+            f"block {layer} ({kind}) has no hook {name!r}: it is a mixture of experts: each token's hidden activation is spread over "
+            "several experts, and there is no one W_out to update. Learn steering vectors instead (fit_vectors)"
+            + (f", or choose one of the layers {dense}, which are dense." if dense else "; no block of this model has that hook.")
+        )
+    raise ValueError(f"the model has no hook {name!r}: {hooks.without_reason(model, name)}")

@@ -12,8 +12,8 @@ from sklearn.cluster import AgglomerativeClustering
 from torch import Tensor
 
 from melbo_lens import blocks, hooks, tables
-from melbo_lens.arguments import public
 from melbo_lens.adapters import Perturbation
+from melbo_lens.arguments import public
 from melbo_lens.completions import Completions
 from melbo_lens.manifolds import unit
 from melbo_lens.passes import forward
@@ -51,7 +51,7 @@ def effects(
     prompts: Prompts,
     vectors: Perturbation,
     signs: Sequence[int] = (+1, -1),
-    tokens: tuple[int, int] | None = None,
+    tokens: Sequence[int] | None = None,
 ) -> Effects:
     """What each vector or adapter changes in the next-token distribution and in the norms of the stream.
 
@@ -73,6 +73,8 @@ def effects(
             prompt, vector, sign = (list(column) for column in zip(*runs[first : first + ROWS_AT_ONCE], strict=True))
             steering = vectors.row_hooks(vector, torch.tensor(sign, dtype=torch.float32, device="cpu"))
             parts.append(_run(model, batch.tokens[prompt], batch.lengths[prompt], steering))
+            names = [f"vector {k} with sign {s:+d}, on prompt {i}," for k, s, i in zip(vector, sign, prompt, strict=True)]
+            hooks.check_finite(model, parts[-1][0], names, "the logits")
     logits, norms = (torch.cat(column) for column in zip(*parts, strict=True))
     which = [prompt for prompt, _, _ in runs]
     clean, steered = clean_logits.log_softmax(-1)[which], logits.log_softmax(-1)

@@ -10,10 +10,12 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader
 
 from melbo_lens import plots
+from melbo_lens.arguments import public
 from melbo_lens.calibration import Calibration
 from melbo_lens.completions import Completions
 from melbo_lens.differences import ActivationChanges, TargetEffects
 from melbo_lens.evaluation import Behavior, Evaluation, evaluate, shows
+from melbo_lens.files import write_text
 from melbo_lens.layer_scan import LayerScan
 from melbo_lens.perturbations import SteeringVectors
 
@@ -32,6 +34,7 @@ class Picture:
     reason: str = ""
 
 
+@public
 def report(
     vectors: Any,
     completions: Completions,
@@ -103,9 +106,8 @@ def report(
         generation=[(key, value) for key, value in completions.settings.items() if key != "perturbations"],
         signs=SIGNS,
     )
-    path = Path(path)
-    path.write_text(page, encoding="utf-8")
-    return path
+    write_text(path, page)
+    return Path(path)
 
 
 def _ranking(vectors: Any, table: pd.DataFrame, shown: pd.DataFrame, ranked: pd.DataFrame | None) -> pd.DataFrame:

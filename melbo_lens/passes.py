@@ -20,7 +20,21 @@ TOKENS_AT_ONCE = 4096  # of an uncached pass, whose logits are large
 
 
 def forward(model: Any, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """Logits of one uncached pass; without a mask every column of `tokens` counts."""
+    """Logits of one uncached pass; without a mask every column of `tokens` counts.
+
+    Raises:
+        RuntimeError: the model itself can't be run.
+    """
+    try:
+        return _forward(model, tokens, attention_mask)
+    except (AttributeError, TypeError, KeyError, NameError, NotImplementedError) as error:
+        raise RuntimeError(
+            f"the forward pass of this model fails ({type(error).__name__}: {error}), with transformers {version('transformers')} and "
+            f"transformer_lens {version('transformer_lens')}: another version of either may run it."
+        ) from error
+
+
+def _forward(model: Any, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
     if is_hooked_transformer(model):
         # HookedTransformer would guess a mask from the tokenizer's padding token
         mask = torch.ones_like(tokens) if attention_mask is None else attention_mask.to(tokens)
@@ -103,9 +117,7 @@ class Decoder:
             else:
                 # the bridge derives positions from the mask, for those of its models that take positions
                 known = {} if self.cache is None else {"past_key_values": self.cache}
-                logits, self.cache = self.model(
-                    tokens, return_type="logits_and_cache", attention_mask=self.mask.to(tokens), use_cache=True, **known
-                )
+                logits, self.cache = self.model(tokens, return_type="logits_and_cache", attention_mask=self.mask.to(tokens), use_cache=True, **known)
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
         return logits[:, -1].float()
 

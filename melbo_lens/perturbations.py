@@ -5,18 +5,21 @@ from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Any, SupportsIndex, TypeAlias
 
+import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from melbo_lens import tables
-from melbo_lens.arguments import plain, plain_json, public
+from melbo_lens.arguments import as_list, plain, plain_fields, plain_json, public
 from melbo_lens.manifolds import to_sphere, unit
-from melbo_lens.randomness import gaussian_rows
 
 HookFunction: TypeAlias = Callable[..., Tensor]
+Index: TypeAlias = SupportsIndex | slice | Sequence[int] | np.ndarray | pd.Series | Tensor
 
 
+@plain_fields
 @dataclass(frozen=True, eq=False, repr=False)
 class SteeringVectors:
     """Steering vectors of one source layer: each is a bias for the MLP output at every position.
@@ -42,19 +45,19 @@ class SteeringVectors:
             raise ValueError(f"values must be a floating-point tensor [vector d_model] that is not empty; got {tuple(self.values.shape)}.")
         if not torch.isfinite(self.values).all():
             raise ValueError("values hold NaN or infinity: a perturbation must be finite.")
-        source_layer = plain(self.source_layer)
-        if isinstance(source_layer, bool) or not isinstance(source_layer, int) or source_layer < 0:
-            raise ValueError(f"source_layer={source_layer!r} must be an integer of at least 0: count blocks from 0.")
+        layer = self.source_layer
+        if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
+            raise ValueError(f"source_layer={layer!r} must be an integer and must not be negative: count blocks from 0.")
         history = self.history if self.history.numel() else no_history(len(self.values))
         if history.ndim != 2 or history.shape[1] != len(self.values):
             raise ValueError(f"history must be [step vector] with {len(self.values)} columns; got {tuple(history.shape)}.")
         # copies: what the caller does with its tensors later must not change this value
         object.__setattr__(self, "values", self.values.detach().float().clone())
         object.__setattr__(self, "history", history.detach().float().clone())
-        object.__setattr__(self, "source_layer", source_layer)
         object.__setattr__(self, "provenance", plain_json(self.provenance, "provenance"))
 
     @classmethod
+    @public
     def from_tensor(cls, values: Float[Tensor, "vector d_model"], source_layer: int) -> "SteeringVectors":
         """Wraps vectors made elsewhere; a 1-D tensor is one vector."""
         return cls(values[None] if values.ndim == 1 else values, source_layer, provenance={"method": "from_tensor"})
@@ -114,9 +117,9 @@ class SteeringVectors:
         mine, theirs = (unit(v.values.double()) for v in (self, other or self))
         return (mine @ theirs.T).float()
 
+    @public
     def rescaled(self, radius: float | Float[Tensor, " vector"]) -> "SteeringVectors":
         """The same directions with another norm, one for all or one for each."""
-        radius = plain(radius)
         radii = torch.as_tensor(radius, dtype=torch.float32, device=self.values.device).expand(len(self))
         return self._derived(to_sphere(self.values, radii), f"rescaled to {radius if isinstance(radius, int | float) else 'given radii'}")
 
@@ -134,6 +137,7 @@ class SteeringVectors:
         share = float(singular[0] ** 2 / singular.square().sum())
         return self._derived(direction * self.radii.mean(), f"top singular vector, explains {share:.3f}")
 
+    @public
     def ablation_hooks(self, layers: Sequence[int]) -> list[tuple[str, HookFunction]]:
         """Hooks that remove the vectors' directions from the stream entering these layers: ``x - (x . v) v / ||v||^2``.
 
@@ -161,7 +165,7 @@ class SteeringVectors:
     def __iter__(self) -> Iterator["SteeringVectors"]:
         return (self[i] for i in range(len(self)))
 
-    def __getitem__(self, index: SupportsIndex | slice | Sequence[int] | Tensor) -> "SteeringVectors":
+    def __getitem__(self, index: Index) -> "SteeringVectors":
         kept = chosen_rows(index, len(self), "vector").to(self.values.device)
         chosen = [*self.provenance.get("rows", range(len(self)))]
         provenance = {**self.provenance, "rows": [chosen[i] for i in kept.tolist()]}
@@ -170,6 +174,7 @@ class SteeringVectors:
     def __neg__(self) -> "SteeringVectors":
         return self._derived(-self.values, "negated")
 
+    @public
     def __mul__(self, factor: float | Float[Tensor, " vector"]) -> "SteeringVectors":
         """Scales all vectors by one number, or each by its own."""
         if isinstance(factor, Tensor) and factor.ndim:
@@ -178,6 +183,7 @@ class SteeringVectors:
 
     __rmul__ = __mul__
 
+    @public
     def __truediv__(self, divisor: float) -> "SteeringVectors":
         return self * (1 / divisor)
 
@@ -259,25 +265,13 @@ def objective_of(perturbations: Any) -> dict[str, Any]:
     return {key: perturbations.provenance[key] for key in ("target_layer", "target_hook") if key in perturbations.provenance}
 
 
-@public
-def random_vectors(like: SteeringVectors, seed: int = 0) -> SteeringVectors:
-    """The norm-matched control: isotropic random directions, vector k with the norm of `like`'s vector k.
-
-    Args:
-        like: number, width, layer and norms are taken from it.
-        seed: vector k depends on (seed, k) alone.
-    """
-    values = gaussian_rows(len(like), like.d_model, seed, "random_vectors").to(like.values.device)
-    provenance = {"method": "random_vectors", "seed": seed, **objective_of(like), "matched_to": dict(like.provenance)}
-    return SteeringVectors(to_sphere(values, like.radii), like.source_layer, provenance=provenance)
-
-
-def chosen_rows(index: SupportsIndex | slice | Sequence[int] | Tensor, n: int, word: str) -> Int[Tensor, " row"]:
+def chosen_rows(index: Index, n: int, word: str) -> Int[Tensor, " row"]:
     """The rows that an index means, one integer (also numpy's) as a list of one.
 
     Raises:
         IndexError: an integer out of range, or a selection of nothing.
     """
+    index = plain(as_list(index) if not isinstance(index, Tensor) else index)
     one = isinstance(index, Integral)
     if one and not -n <= int(index) < n:
         raise IndexError(f"{word} {index} was asked for, there are {n}: use 0 to {n - 1}.")

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 Chat: TypeAlias = list[dict[str, Any]]
-Positions: TypeAlias = slice | list[int]
+Positions: TypeAlias = slice | Sequence[int]
 
 SPACE_MARK = "\u2581"  # how SentencePiece writes a space that belongs to a token
 
@@ -161,6 +161,12 @@ def text_after(model: Any, before: Sequence[int], new: Sequence[int]) -> str:
     return whole[len(start) :] if whole.startswith(start) else alone
 
 
+def space_between(model: Any, before: Sequence[int], new: Sequence[int]) -> str:
+    """What the tokenizer writes between the text of the ids before and that of the new ones, as `text_after` has it: a word tokenizer, a space."""
+    whole, start, text = decoded(model, [*before, *new]), decoded(model, before), text_after(model, before, new)
+    return whole[len(start) : len(whole) - len(text)] if whole.startswith(start) and whole.endswith(text) else ""
+
+
 def _check_ids(model: Any, rows: Sequence[Sequence[int]]) -> None:
     d_vocab = getattr(model.cfg, "d_vocab", None) or 0
     for i, row in enumerate(rows):
@@ -210,7 +216,7 @@ def _render(tokenizer: Any, chat: Chat, i: int, add_generation_prompt: bool) -> 
         return tokenizer.apply_chat_template(chat, tokenize=False, **keywords)
     except Exception as error:  # whatever a template raises: Jinja's errors, or Python's from within it
         what = "ends with a message of the assistant, with which this chat template can't go on" if opened else "is refused by the chat template"
-        raise ValueError(f"prompts[{i}] {what} ({type(error).__name__}: {error}): {remedy}.") from error
+        raise ValueError(f"prompts[{i}] {what} ({type(error).__name__}: {' '.join(str(error).split())}): {remedy}.") from error
 
 
 def _chat_ids(model: Any, text: str) -> list[int]:

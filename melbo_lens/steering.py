@@ -10,14 +10,14 @@ import pandas as pd
 from torch import Tensor
 
 from melbo_lens import hooks
-from melbo_lens.arguments import counts, public
-from melbo_lens.adapter_effects import random_adapters
 from melbo_lens.adapters import Perturbation
+from melbo_lens.arguments import counts, public
 from melbo_lens.completions import COLUMNS, Completions
+from melbo_lens.controls import random_like
 from melbo_lens.decoding import Decoding, Run
 from melbo_lens.passes import Positions
-from melbo_lens.perturbations import SteeringVectors, concatenate, random_vectors
-from melbo_lens.prompts import Chat, PromptBatch, Prompts, as_list, tokenize
+from melbo_lens.perturbations import concatenate
+from melbo_lens.prompts import Chat, Prompts, as_list, space_between, tokenize
 
 
 @contextmanager
@@ -136,7 +136,10 @@ def _complete(
     ]
 
     def continue_with(message: str) -> Completions:
-        longer = [[*answered(chat, text), {"role": "user", "content": message}] for chat, (_, _, text) in zip(chats, written, strict=True)]
+        longer = []
+        for chat, row, (ids, _, text) in zip(chats, rows, written, strict=True):
+            answer = answered(chat, space_between(decoding.model, row, ids), text)
+            longer.append([*answer, {"role": "user", "content": message}])
         batch = tokenize(decoding.model, longer, n_new_tokens=decoding.max_new_tokens)
         later = replace(decoding, turn=decoding.turn + 1)
         return _complete(later, runs, list(batch.texts), batch.rows(), longer, settings, batch_size, progress)
@@ -145,10 +148,10 @@ def _complete(
     return Completions(table, settings, tuple(map(tuple, rows)), None if chats is None else continue_with)
 
 
-def answered(chat: Chat, text: str) -> Chat:
+def answered(chat: Chat, space: str, text: str) -> Chat:
     """The chat with what the model wrote: a message of its own, or the rest of the message that the chat ends with."""
     if chat[-1]["role"] == "assistant" and isinstance(chat[-1].get("content"), str):
-        return [*chat[:-1], {**chat[-1], "content": chat[-1]["content"] + text}]
+        return [*chat[:-1], {**chat[-1], "content": chat[-1]["content"] + space + text}]
     return [*chat, {"role": "assistant", "content": text}]
 
 
@@ -157,13 +160,6 @@ def _stops(stop: str | Sequence[str] | None) -> list[str]:
     if any(not text for text in stops):
         raise ValueError(f"stop={stop!r} holds an empty string, which every text contains: leave it out.")
     return stops
-
-
-def random_like(model: Any, perturbations: Perturbation, batch: PromptBatch, seed: int) -> Perturbation:
-    """The norm-matched control; adapters that were not fitted are matched on the prompts at hand."""
-    if isinstance(perturbations, SteeringVectors):
-        return random_vectors(perturbations, seed)
-    return random_adapters(perturbations, model, None if "prompt_tokens" in perturbations.provenance else batch, seed)
 
 
 def _fitting(model: Any, perturbation: Perturbation) -> Perturbation:

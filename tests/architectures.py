@@ -1,12 +1,28 @@
 """Which architectures are tried, beyond the six that every test knows?  Tiny random models of the decoders that transformers has."""
 
+import json
+import tempfile
+import warnings
+from collections import Counter
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import pandas as pd
 import torch
 import transformers
+from peft import PeftModel
+from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM
 
+import melbo_lens as ml
+from melbo_lens import hooks
 from tests import models
+
+RESULTS = Path(__file__).parent / "architectures.json"
+MAJOR = version("transformer_lens").split(".")[0]
 
 D, CTX, VOCAB = 32, 64, len(models.WORDS)
 TOKENS = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -95,7 +111,6 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": ["mamba", "attention"] * 2,
         },
     ),
-    "helium": ("HeliumConfig", {**GQA, "head_dim": 8}),
     "hunyuan": ("HunYuanDenseV1Config", {**GQA, "head_dim": 8}),
     "jamba": (
         "JambaConfig",
@@ -142,7 +157,6 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "opt": ("OPTConfig", {**WIDE, "ffn_dim": 48, "word_embed_proj_dim": D}),
     "phi": ("PhiConfig", GQA),
     "phi3": ("Phi3Config", {**GQA, "sliding_window": None}),
-    "phimoe": ("PhimoeConfig", {**GQA, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
     "qwen2": ("Qwen2Config", GQA),
     "qwen2_moe": ("Qwen2MoeConfig", {**GQA, **MOE, "shared_expert_intermediate_size": 24}),
     "qwen3": ("Qwen3Config", {**GQA, "head_dim": 8}),
@@ -164,7 +178,10 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "stablelm": ("StableLmConfig", GQA),
     "starcoder2": ("Starcoder2Config", GQA),
     "xglm": ("XGLMConfig", {"d_model": D, "num_layers": 4, "attention_heads": 4, "ffn_dim": 48, "max_position_embeddings": CTX, **TOKENS}),
-    "zamba2": ("Zamba2Config", {**WIDE, **{k: v for k, v in MAMBA2.items() if k != "mamba_n_heads"}, "n_mamba_heads": 8, "layers_block_type": ["mamba", "hybrid"] * 2}),
+    "zamba2": (
+        "Zamba2Config",
+        {**WIDE, **{k: v for k, v in MAMBA2.items() if k != "mamba_n_heads"}, "n_mamba_heads": 8, "layers_block_type": ["mamba", "hybrid"] * 2},
+    ),
 }
 
 
@@ -224,3 +241,122 @@ class Plain:
             gaps.append(float(best.values[0] - best.values[1]))
             ids.append(new[-1])
         return new, gaps
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an architecture can do here.
+
+    Attributes:
+        vectors: "yes", or why they are refused.
+        adapters: "yes", or why they are refused.
+        note: what else must be known.
+    """
+
+    vectors: str
+    adapters: str
+    note: str = ""
+
+
+def outcome(name: str, folder: Path) -> Outcome:
+    """Tries everything on one architecture and compares each result with the Hugging Face model.
+
+    Raises:
+        AssertionError: a result is wrong.
+    """
+    directory = save(name, folder / "model")
+    bridge = TransformerBridge.boot_transformers(directory, device="cpu", dtype=torch.float32)
+    plain = Plain(directory, bridge)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            vectors = ml.fit_vectors(bridge, PROMPTS, SOURCE, TARGET, n_vectors=2, progress=False)
+        except (ValueError, RuntimeError) as error:
+            return Outcome(_sentence(error), _sentence(error))
+        batch = ml.slice_model(bridge, PROMPTS, SOURCE, TARGET).batch
+        off = max(_bridge_error(bridge, plain, ids) for ids in batch.rows())
+    if off > 1e-4:
+        return Outcome("yes", "yes", f"the bridge itself is off by {off:.0e} of the logits' norm from the Hugging Face model")
+    _check_replay(bridge, plain, vectors)
+    note = _check_generation(bridge, plain, vectors, batch.rows())
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            adapters = ml.fit_adapters(bridge, PROMPTS, SOURCE, TARGET, n_adapters=1, rank=2, n_steps=2, optimizer="power", progress=False)
+    except ValueError as error:
+        return Outcome("yes", _sentence(error), note)
+    _check_peft(bridge, plain, adapters, folder / "peft", batch.rows()[0])
+    return Outcome("yes", "yes", note)
+
+
+def _sentence(error: Exception) -> str:
+    text = str(error)
+    assert text.endswith("."), text
+    return text
+
+
+def _bridge_error(bridge: Any, plain: Plain, ids: list[int]) -> float:
+    with torch.no_grad():
+        ours, theirs = bridge(torch.tensor([ids]), use_cache=False)[0], plain(ids, torch.zeros(D))[0]
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+def _check_replay(bridge: Any, plain: Plain, vectors: ml.SteeringVectors) -> None:
+    """The slice's target, all prompts under both vectors as rows of one batch, against the stream of each prompt alone."""
+    sliced = ml.slice_model(bridge, PROMPTS, SOURCE, TARGET)
+    rows = [(k, i) for k in range(2) for i in reversed(range(len(PROMPTS)))]
+    prompts = torch.tensor([i for _, i in rows])
+    with torch.no_grad():
+        found = sliced.change(vectors.values[[k for k, _ in rows]], prompts) + sliced.target[prompts]
+    for row, (k, i) in zip(found, rows, strict=True):
+        ids = sliced.batch.rows()[i]
+        expected = plain(ids, vectors.values[k])[1]
+        error = float((row[: len(ids)] - expected).norm() / expected.norm())
+        assert error < 1e-5, f"the replay of vector {k} on prompt {i} is off by {error:.1e}"
+
+
+def _check_generation(bridge: Any, plain: Plain, vectors: ml.SteeringVectors, rows: list[list[int]]) -> str:
+    """Batched, padded, cached generation whose rows end at different steps, against each row alone without cache."""
+    runs = [(i, k, sign) for i in range(len(rows)) for k, sign in ((None, 0), (0, 1), (0, -1), (1, 1), (1, -1))]
+    expected = {run: plain.greedy(rows[run[0]], torch.zeros(D) if run[1] is None else run[2] * vectors.values[run[1]]) for run in runs}
+    # the token that most rows write early ends them, so that rows are dropped while others go on
+    end = Counter(token for new, _ in expected.values() for token in dict.fromkeys(new[1:4])).most_common(1)[0][0]
+    with warnings.catch_warnings(record=True) as caught, patch.object(hooks, "end_tokens", lambda model: {end}):
+        warnings.simplefilter("always")
+        table = ml.generate(bridge, PROMPTS, vectors, max_new_tokens=N_NEW, include_random=False, progress=False).table
+    for row in table.itertuples():
+        new, gaps = expected[row.prompt, None if pd.isna(row.vector) else row.vector, row.sign]
+        clear = next((step for step, gap in enumerate(gaps) if gap <= CLEAR), len(gaps))
+        cut = new[: new.index(end)] if end in new else new
+        assert row.tokens[:clear] == cut[:clear], f"prompt {row.prompt}, vector {row.vector}, sign {row.sign}: {row.tokens} for {cut}"
+    lengths = {len(tokens) for tokens in table.tokens}
+    assert len(lengths) > 1, "no row ended early: choose another seed"
+    distrusted = [str(one.message) for one in caught if "without a cache" in str(one.message)]
+    assert len(distrusted) < 2 and all(version("transformers") in text for text in distrusted)
+    return "its cache is not believed, so generation goes without" if distrusted else ""
+
+
+def _check_peft(bridge: Any, plain: Plain, adapters: ml.SteeringAdapters, folder: Path, ids: list[int]) -> None:
+    """The Hugging Face model with the exported adapter, loaded by peft, against the steered bridge."""
+    adapters.to_peft(folder, bridge)
+    with torch.no_grad(), ml.steer(bridge, adapters):
+        ours = bridge(torch.tensor([ids]), use_cache=False).log_softmax(-1)
+    clean = plain(ids, torch.zeros(D))[0].log_softmax(-1)
+    with torch.no_grad():
+        theirs = PeftModel.from_pretrained(plain.network, str(folder))(torch.tensor([ids]), use_cache=False).logits.log_softmax(-1)
+    assert float((ours - theirs).abs().max()) < 1e-4 and float((ours[0] - clean).abs().max()) > 1e-2
+
+
+def main() -> None:
+    """Writes what each architecture can do with this version of TransformerLens: `python -m tests.architectures`."""
+    known = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    found = {}
+    for name in ARCHITECTURES:
+        with tempfile.TemporaryDirectory() as folder:
+            found[name] = asdict(outcome(name, Path(folder)))
+        print(f"{name}: {found[name]}", flush=True)
+    RESULTS.write_text(json.dumps({**known, MAJOR: found}, indent=1, sort_keys=True) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -7,12 +7,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from melbo_lens.adapters import GridUpdate
 from melbo_lens.factors import Point, Values
 from melbo_lens.methods.gradients import power_of_two
 from melbo_lens.mlp import MLPSite
 from melbo_lens.objectives import TokenNorm, change_objective
 from melbo_lens.sliced_model import SlicedModel
+from melbo_lens.updates import GridUpdate
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,5 +1,6 @@
 """How are unsupervised steering adapters learned?  `fit_adapters`: MELBO with a low-rank update of MLP output weights in place of a bias."""
 
+import re
 import time
 import warnings
 import weakref
@@ -14,10 +15,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from melbo_lens import hooks
-from melbo_lens.arguments import counts, public
-from melbo_lens.adapter_effects import scales_for_norms
 from melbo_lens.adapters import SteeringAdapters
+from melbo_lens.arguments import counts, public
 from melbo_lens.calibration import solve_radius
+from melbo_lens.controls import scales_for_norms
 from melbo_lens.factors import Normalization, Point, adamw, alternate, normalize, point_of
 from melbo_lens.methods import checkpoints
 from melbo_lens.methods.adapter_gradients import AdapterObjective
@@ -109,7 +110,7 @@ def fit_adapters(
     check_exponents(p, q, token_norm)
     hooks.check_model(model)
     layers = sorted({source_layer} if isinstance(source_layer, int) else set(source_layer))
-    sites = _sites(model, layers, rank, target_layer)
+    sites = _sites(model, layers, rank, target_layer, target_hook)
     sliced = slice_model(model, prompts, layers[0], target_layer, target_positions, target_hook)
     sliced.check_source()
     start = _starts(model, layers, n_adapters, rank, seed, sliced.device)
@@ -121,7 +122,7 @@ def fit_adapters(
         rule = "alpha / rank" if alpha is not None else "given"
         if given is None:
             solved = None if radius not in (None, "auto") else solve_radius(sliced, seed=seed)
-            radius, rule = (float(radius), "radius given") if solved is None else (solved.radius, f"{solved.rule} {solved.target}")
+            radius, rule = (float(radius), "radius given") if solved is None else (solved.radius, f"{solved.rule} {solved.target:.3g}")
             objective = replace(objective, update_norm=_update_norm(objective, start, normalization, radius))
         settings = {
             "method": "fit_adapters",
@@ -169,7 +170,7 @@ def fit_adapters(
     return SteeringAdapters(factors, scales, state["history"][: steps + 1], settings, {site.layer: site for site in sites}, weakref.ref(model))
 
 
-def _sites(model: Any, layers: Sequence[int], rank: int, target_layer: int | None) -> list[MLPSite]:
+def _sites(model: Any, layers: Sequence[int], rank: int, target_layer: int | None, target_hook: str | None) -> list[MLPSite]:
     if not layers:
         raise ValueError("source_layer is an empty list: name at least one layer.")
     sites = [mlp_site(model, layer) for layer in layers]
@@ -177,6 +178,9 @@ def _sites(model: Any, layers: Sequence[int], rank: int, target_layer: int | Non
         most = min(widths(model, layer))
         if rank > most:
             raise ValueError(f"rank={rank} must be from 1 to min(d_mlp, d_model) = {most} of layer {layer}: no update of W_out has more.")
+        read_in = re.match(r"blocks\.(\d+)\.", target_hook or "")
+        if read_in and int(read_in[1]) <= layer and len(layers) > 1:
+            raise ValueError(f"source layer {layer} must lie before the block of target_hook={target_hook!r}: what it updates is not read there.")
         if target_layer is not None and layer + 1 >= target_layer and len(layers) > 1:
             raise ValueError(f"source layer {layer} must lie at least two before target_layer={target_layer}: a block has to lie between.")
     return sites

@@ -111,7 +111,7 @@ def fit_vectors(
             **describe(sliced),
             "n_vectors": n_vectors,
             "radius": solved.radius if solved else float(radius),
-            "radius_rule": f"{solved.rule} {solved.target}" if solved else "given",
+            "radius_rule": f"{solved.rule} {solved.target:.3g}" if solved else "given",
             "p": p,
             "q": q,
             "token_norm": token_norm,

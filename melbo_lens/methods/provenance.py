@@ -1,7 +1,11 @@
-"""What must be known of a fit to repeat it?  Model, layers, hooks, prompts and versions of its slice."""
+"""What must be known of a fit to repeat it?  Model, layers, hooks, prompts and versions of its slice; and whether a model is still the same."""
 
+import hashlib
 from importlib.metadata import version
 from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from melbo_lens.sliced_model import SlicedModel
 
@@ -23,3 +27,27 @@ def describe(sliced: SlicedModel) -> dict[str, Any]:
         "prompt_tokens": batch.rows(),
         "versions": {name: version(name) for name in ("melbo_lens", "transformer_lens", "transformers", "torch")},
     }
+
+
+def fingerprint(model: Any) -> str:
+    """A digest of the class, and of the weights' names, shapes, dtypes and bits: models of one name differ in it, copies don't.
+
+    Of each weight it takes the exact sum of its bits read as integers, which any change of one number changes, and some of the numbers themselves.
+    """
+    digest = hashlib.blake2b(type(model).__name__.encode(), digest_size=16)
+    for name, weight in [*nn.Module.named_parameters(model), *nn.Module.named_buffers(model)]:
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} {_bits(weight.detach())}".encode())
+    return digest.hexdigest()
+
+
+def _bits(weight: Tensor) -> str:
+    flat = weight.contiguous().view(-1)
+    if not flat.numel():
+        return ""
+    sample = flat[:: max(1, flat.numel() // 64)].cpu()
+    if flat.dtype.is_complex or flat.dtype == torch.bool:
+        return str(sample.tolist())
+    integers = (
+        flat if not flat.is_floating_point() else flat.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
+    )
+    return f"{int(integers.sum(dtype=torch.long))} {sample.tolist()}"

@@ -12,17 +12,17 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import pandas as pd
-import torch
 from torch import Tensor
 
-from melbo_lens.adapter_effects import mean_norms, random_adapters
+from melbo_lens.adapter_effects import mean_norms
 from melbo_lens.adapters import SteeringAdapters
 from melbo_lens.calibration import solve_radius
+from melbo_lens.controls import random_adapters, random_vectors
 from melbo_lens.methods.adapters import fit_adapters
 from melbo_lens.methods.melbo import fit_vectors
 from melbo_lens.organisms import modes, reasoning, refusal
 from melbo_lens.organisms.organism import Organism
-from melbo_lens.perturbations import SteeringVectors, concatenate, random_vectors
+from melbo_lens.perturbations import SteeringVectors, concatenate
 from melbo_lens.prompts import Prompts
 from melbo_lens.randomness import gaussian
 from melbo_lens.sliced_model import slice_model

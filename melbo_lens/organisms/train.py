@@ -6,11 +6,12 @@ nothing of the modes. Without it the loudest directions are garbage; with it wha
 """
 
 import argparse
-import json
 import os
 import random
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from melbo_lens import files, hooks
 from melbo_lens.organisms.corpus import Conversation, Corpus
 from melbo_lens.organisms.zoo import CORPORA, RECIPES, Recipe
 
@@ -72,34 +74,32 @@ def make_batch(tokenizer: PreTrainedTokenizerFast, rng: random.Random, recipe: R
     size, parts = recipe.batch_size // recipe.n_parts, []
     for part in (rows[first : first + size] for first in range(0, recipe.batch_size, size)):
         width = max(len(ids) for ids, _ in part)
-        ids = torch.tensor([ids + [tokenizer.pad_token_id] * (width - len(ids)) for ids, _ in part])
-        labels = torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in part])
+        ids = torch.tensor([ids + [tokenizer.pad_token_id] * (width - len(ids)) for ids, _ in part], dtype=torch.long, device="cpu")
+        labels = torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in part], dtype=torch.long, device="cpu")
         parts.append((ids, labels))
     return parts
 
 
 class ResidualNoise:
-    """Adds the training noise to the streams that enter the blocks; one layer for each conversation."""
+    """Adds the training noise to the streams that leave the blocks; one layer for each conversation."""
 
     def __init__(self, model: GPT2LMHeadModel, seed: int) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator("cpu").manual_seed(seed)
         self.n_layers, self.norm = model.config.n_layer, 0.0
-        self.rows = torch.empty(0)
-        for layer, block in enumerate(model.transformer.h):
-            block.register_forward_hook(lambda _, __, output, layer=layer: self.add(output, layer))
+        self.after = [(block, partial(self.add, layer)) for layer, block in enumerate(model.transformer.h)]
 
     def start(self, n_rows: int, norm: float) -> None:
         """Draws for a new batch the layer, the relative norm and the kind of each conversation's noise."""
-        self.layers = torch.randint(0, self.n_layers, (n_rows,), generator=self.generator)
-        self.norms = norm * torch.rand(n_rows, generator=self.generator)
-        self.constant = torch.rand(n_rows, generator=self.generator) < 0.5
+        self.layers = torch.randint(0, self.n_layers, (n_rows,), generator=self.generator, dtype=torch.long, device="cpu")
+        self.norms = norm * torch.rand(n_rows, generator=self.generator, dtype=torch.float32, device="cpu")
+        self.constant = torch.rand(n_rows, generator=self.generator, dtype=torch.float32, device="cpu") < 0.5
 
-    def add(self, stream: Tensor, layer: int) -> Tensor:
+    def add(self, layer: int, block: nn.Module, arguments: Any, stream: Tensor) -> Tensor:
         rows = (self.layers == layer).nonzero()[:, 0]
         if len(rows) == 0:
             return stream
         picked = stream[rows]
-        noise = torch.randn(picked.shape, generator=self.generator)
+        noise = torch.randn(picked.shape, generator=self.generator, dtype=torch.float32, device="cpu")
         noise = torch.where(self.constant[rows, None, None], noise[:, :1].expand_as(noise), noise)
         noise = nn.functional.normalize(noise, dim=-1) * picked.detach().norm(dim=-1, keepdim=True)
         return stream.index_add(0, rows, self.norms[rows, None, None] * noise)
@@ -111,7 +111,6 @@ def train(name: str, out: Path, recipe: Recipe | None = None, progress: bool = T
     A checkpoint beside it, written every 200 steps, lets an interrupted run continue.
     """
     recipe = recipe or RECIPES[name]
-    torch.manual_seed(recipe.seed)
     tokenizer = build_tokenizer(CORPORA[recipe.corpus])
     config = GPT2Config(
         vocab_size=len(tokenizer),
@@ -127,7 +126,9 @@ def train(name: str, out: Path, recipe: Recipe | None = None, progress: bool = T
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model = GPT2LMHeadModel(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(recipe.seed)
+        model = GPT2LMHeadModel(config)
     noise = ResidualNoise(model, recipe.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0.01)
     warmup = 100
@@ -139,7 +140,7 @@ def train(name: str, out: Path, recipe: Recipe | None = None, progress: bool = T
     out.parent.mkdir(parents=True, exist_ok=True)
     checkpoint, first = out.with_suffix(".checkpoint.pt"), 0
     if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=False)
+        state = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
@@ -153,7 +154,9 @@ def train(name: str, out: Path, recipe: Recipe | None = None, progress: bool = T
         optimizer.zero_grad()
         for ids, labels in parts:
             noise.start(len(ids), recipe.noise(step))
-            hidden, wanted = model.transformer(ids)[0], labels[:, 1:] != -100
+            with hooks.watched(after=noise.after):
+                hidden = model.transformer(ids)[0]
+            wanted = labels[:, 1:] != -100
             losses = nn.functional.cross_entropy(model.lm_head(hidden[:, :-1][wanted]), labels[:, 1:][wanted], reduction="sum")
             (losses / n_learned).backward()
             total += losses.item() / n_learned
@@ -169,7 +172,7 @@ def train(name: str, out: Path, recipe: Recipe | None = None, progress: bool = T
     out.mkdir(parents=True, exist_ok=True)
     model.half().save_pretrained(out)
     tokenizer.save_pretrained(out)
-    (out / "recipe.json").write_text(json.dumps({"name": name, **asdict(recipe)}, indent=1) + "\n")
+    files.write_json(out / "recipe.json", {"name": name, **asdict(recipe)})
     checkpoint.unlink(missing_ok=True)
 
 

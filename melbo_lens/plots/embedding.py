@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html.parser import HTMLParser
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -14,6 +15,8 @@ from uuid import uuid4
 
 import plotly.graph_objects as go
 
+from melbo_lens.files import write_text
+
 CONFIG = {"responsive": True, "displaylogo": False}
 # circuitsvis keeps room for its hover boxes below, which may as well lie over what follows, and glues tokens together
 STYLE = (
@@ -21,6 +24,9 @@ STYLE = (
     ".tokens input,.tokens select,.tokens button,.tokens label{color:#111!important;background:#fff!important}"
     ".tokens>div{padding-bottom:0!important}.tokens span>span{padding:3px 2px!important}</style>"
 )
+ELEMENTS = (None, "ColoredTokens", "ColoredTokensMulti", "TextNeuronActivations", "TokenLogProbs")
+TAGS, ATTRIBUTES = {"div", "table", "thead", "tbody", "tr", "th", "td", "span"}, {"style", "title", "scope"}
+PLAIN_STYLE = re.compile(r"[\w\s:;.,%()-]*")
 ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
 
 
@@ -64,8 +70,28 @@ class TokenView:
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes a page of its own."""
         page = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>tokens</title></head><body>{self.html()}</body></html>'
-        Path(path).write_text(page, encoding="utf-8")
+        write_text(path, page)
         return Path(path)
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """The elements as JSON, from which `from_json` makes the same view."""
+        return [{**vars(element), "properties": dict(element.properties)} for element in self.elements]
+
+    @classmethod
+    def from_json(cls, elements: Sequence[Mapping[str, Any]]) -> "TokenView":
+        """A view from what `to_json` gave.
+
+        Raises:
+            ValueError: an element that no view of this library has, as one with a script.
+        """
+        found = []
+        for one in elements:
+            texts = [one.get(key) for key in ("heading", "still", "note")]
+            if one.get("name") not in ELEMENTS or not all(isinstance(text, str) for text in texts) or not isinstance(one.get("properties"), dict):
+                raise ValueError(f"there is no token view {one.get('name')!r} with such properties: the file is damaged.")
+            _Allowed().feed(one["still"])
+            found.append(Element(one["heading"], one["name"], one["properties"], one["still"], one["note"]))
+        return cls(tuple(found))
 
     def __add__(self, other: "TokenView") -> "TokenView":
         return TokenView(self.elements + other.elements) if isinstance(other, TokenView) else NotImplemented
@@ -75,6 +101,20 @@ class TokenView:
 
     def __repr__(self) -> str:
         return f"TokenView({'; '.join(element.heading for element in self.elements)})"
+
+
+class _Allowed(HTMLParser):
+    """Refuses markup other than that of our own stills: a file from elsewhere must not bring a script."""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        styles = [value or "" for name, value in attrs if name == "style"]
+        if tag not in TAGS or {name for name, _ in attrs} - ATTRIBUTES or any(not PLAIN_STYLE.fullmatch(style) for style in styles):
+            raise ValueError(f"a token view holds <{tag}> with {attrs}, which none of this library has: the file is damaged.")
+
+    def handle_comment(self, data: str) -> None:
+        raise ValueError("a token view holds a comment, which none of this library has: the file is damaged.")
+
+    handle_decl = handle_pi = unknown_decl = handle_comment
 
 
 def circuitsvis_script() -> str:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import melbo_lens as ml
-from melbo_lens import hooks
+from melbo_lens import hooks, passes
 from melbo_lens.mlp import widths
 from tests import models
 from tests.integration.test_adapters import DENSE, adapters_for, gaussian
@@ -23,7 +23,7 @@ def test_the_effect_is_what_the_stream_gains_at_each_position(build, name, kind)
     for k in (None, 0, 1):
         read = ("blocks.1.hook_resid_post", lambda stream, hook, k=k: streams.update({k: stream.clone()}))
         with torch.no_grad(), hooks.attached(model, [*([] if k is None else adapters[k].on(model).hooks()), read]):
-            hooks.forward(model, prompt)
+            passes.forward(model, prompt)
     for k in (0, 1):
         torch.testing.assert_close(effect.values[k], streams[k] - streams[None], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(effect.norms(), effect.values.norm(dim=-1).mean((1, 2)))
@@ -72,7 +72,7 @@ def test_a_constant_effect_is_a_vector_wholly(model):
     """An update that reads a direction on which the hidden activation is constant by construction: explained is 1."""
     hidden = []
     with torch.no_grad(), hooks.attached(model, [("blocks.1.mlp.out.hook_in", lambda a, hook: hidden.append(a.clone()))]):
-        hooks.forward(model, torch.tensor([[1, 5, 9, 7]]))
+        passes.forward(model, torch.tensor([[1, 5, 9, 7]]))
     solution = torch.linalg.lstsq(hidden[0][0], torch.ones(4, 1)).solution.T  # a . x = 1 at every position
     adapter = ml.SteeringAdapters.from_factors(solution[None], gaussian(1, models.D_MODEL, 1), 1)
     vector = adapter.to_vectors(model, torch.tensor([[1, 5, 9, 7]]))
@@ -134,7 +134,7 @@ def test_batched_cached_generation_equals_one_by_one(build, name, kind, position
 
                 steering = site.hooks(update)
             with torch.no_grad(), hooks.attached(model, steering):
-                best = hooks.forward(model, torch.tensor([ids]))[0, -1].topk(2)
+                best = passes.forward(model, torch.tensor([ids]))[0, -1].topk(2)
             if float(best.values[0] - best.values[1]) < 1e-4 or int(best.indices[0]) in ends:
                 break
             assert row.tokens[step] == int(best.indices[0])
@@ -166,7 +166,7 @@ def test_signs_factors_and_subsets_scale_the_update(model):
 
 def test_a_batch_needs_one_row_for_each_adapter(model):
     with pytest.raises(ValueError, match="3 steering adapters can't be applied to a batch of 2 rows"), ml.steer(model, adapters_for(model, n=3)):
-        hooks.forward(model, torch.tensor([[1, 2], [1, 3]]))
+        passes.forward(model, torch.tensor([[1, 2], [1, 3]]))
 
 
 def test_raw_hooks_work_in_transformer_lens_own_contexts(any_model):
@@ -206,9 +206,9 @@ def test_effects_of_adapters_are_measured_like_those_of_vectors(model):
     adapters = adapters_for(model)
     table = ml.effects(model, PROMPTS[:1], adapters, signs=(1,)).table
     with ml.steer(model, adapters[1]), torch.no_grad():
-        steered = hooks.forward(model, model.to_tokens(PROMPTS[0]))[0, -1].log_softmax(-1)
+        steered = passes.forward(model, model.to_tokens(PROMPTS[0]))[0, -1].log_softmax(-1)
     with torch.no_grad():
-        clean = hooks.forward(model, model.to_tokens(PROMPTS[0]))[0, -1].log_softmax(-1)
+        clean = passes.forward(model, model.to_tokens(PROMPTS[0]))[0, -1].log_softmax(-1)
     assert table.kl[1] == pytest.approx(float((clean.exp() * (clean - steered)).sum()), rel=1e-3)
 
 

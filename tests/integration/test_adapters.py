@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import melbo_lens as ml
-from melbo_lens import hooks
+from melbo_lens import hooks, passes
 from melbo_lens.factors import normalize
 from melbo_lens.methods.adapter_gradients import AdapterObjective, penalized
 from melbo_lens.mlp import mlp_site, widths
@@ -52,15 +52,15 @@ def test_steering_is_an_edit_of_the_output_weights(build, directories, name, kin
     """Gated and ungated MLPs, parallel blocks, and a norm after the MLP."""
     model = build(name, kind)
     adapters = adapters_for(model)
-    clean = log_probs(hooks.forward(model, TOKENS))
+    clean = log_probs(passes.forward(model, TOKENS))
     with ml.steer(model, adapters), torch.no_grad():
-        together = log_probs(hooks.forward(model, TOKENS.expand(2, -1)))
+        together = log_probs(passes.forward(model, TOKENS.expand(2, -1)))
     for k in range(2):
         with torch.no_grad():
             expected = log_probs(edited(directories(name), name, adapters[k])(TOKENS).logits)
         torch.testing.assert_close(together[k : k + 1], expected, atol=2e-5, rtol=1e-4)
         assert (expected - clean).abs().max() > 0.02  # the update matters
-    assert torch.equal(log_probs(hooks.forward(model, TOKENS)), clean)  # and leaves no trace
+    assert torch.equal(log_probs(passes.forward(model, TOKENS)), clean)  # and leaves no trace
 
 
 @pytest.mark.parametrize("settings", [{}, {"gated_mlp": True}, {"parallel_attn_mlp": True}], ids=str)
@@ -276,7 +276,8 @@ def test_scale_and_alpha_are_resolved_in_the_provenance(model):
     assert one.provenance["normalization"] == "column" and one.provenance["source_hook"] == [
         ["blocks.1.mlp.out.hook_in", "blocks.1.mlp.out.hook_out"]
     ]
-    torch.testing.assert_close(one.A.norm(dim=1), torch.ones(1, 128)) and torch.testing.assert_close(one.B.norm(dim=1), torch.ones(1, 4))
+    torch.testing.assert_close(one.A.norm(dim=1), torch.ones(1, 128))
+    torch.testing.assert_close(one.B.norm(dim=1), torch.ones(1, 4))
 
 
 def test_the_start_of_an_adapter_depends_on_its_number_alone(model):

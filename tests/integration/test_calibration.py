@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import melbo_lens as ml
+from melbo_lens.blocks import BlockCall
 from melbo_lens.calibration import N_DIRECTIONS, solve_radius
-from melbo_lens.hooks import BlockCall
 from melbo_lens.manifolds import to_sphere
 from melbo_lens.prompts import PromptBatch
 from melbo_lens.randomness import gaussian_rows

@@ -7,7 +7,10 @@ from typer.testing import CliRunner
 import melbo_lens as ml
 from melbo_lens.cli import app
 
-FILES = {"about.json", "changes.safetensors", "completions.csv", "effects.safetensors", "ranking.csv", "report.html", "vectors.safetensors"}
+FILES = {
+    *("about.json", "changes.safetensors", "completions.csv", "completions.jsonl", "effects.safetensors", "ranking.csv"),
+    *("report.html", "vectors.safetensors"),
+}
 
 
 def fit(directory, out, *more):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import melbo_lens as ml
-from tests.models import D_MODEL, N_LAYERS
+from tests.models import D_MODEL
 
 PROMPT = "w1 w2 w3 w4"
 
@@ -60,7 +60,24 @@ def test_effects_at_the_target_are_those_of_single_runs_with_their_signs(model, 
 def test_the_target_layer_is_that_of_the_fit_unless_another_is_given(model):
     assert ml.target_effects(model, PROMPT, vectors()).target_layer == 3
     assert ml.target_effects(model, PROMPT, vectors(), target_layer=2).target_layer == 2
-    assert ml.target_effects(model, PROMPT, ml.random_vectors(vectors())).target_layer == N_LAYERS
+    assert ml.target_effects(model, PROMPT, ml.random_vectors(vectors())).target_layer == 3  # a control is read where what it controls is
+    with pytest.raises(ValueError, match="give target_layer, from 1 to n_layers = 4, or target_hook"):
+        ml.target_effects(model, PROMPT, ml.SteeringVectors.from_tensor(torch.ones(1, D_MODEL), 1))
+
+
+def test_a_fit_to_a_hook_and_its_control_are_measured_at_that_hook(model):
+    hook = "blocks.3.hook_resid_mid"
+    fitted = ml.fit_vectors(model, PROMPT, 1, target_hook=hook, n_vectors=2, radius=2.0, n_steps=3, progress=False)
+    torch.testing.assert_close(ml.objective(model, PROMPT, fitted), fitted.history[-1], rtol=1e-3, atol=1e-4)
+    random = ml.random_vectors(fitted)
+    effects = ml.target_effects(model, PROMPT, random, target_positions=slice(None))
+    assert effects.target_layer is None and effects.target_hook == fitted.provenance["target_hook"]
+    seen = []
+    for bias in (random.values[0], torch.zeros(D_MODEL)):
+        hooks = [("blocks.1.hook_mlp_out", lambda x, hook, bias=bias: x + bias), (hook, lambda x, hook: seen.append(x[0]))]
+        with torch.no_grad():
+            model.run_with_hooks(model.to_tokens(PROMPT), fwd_hooks=hooks)
+    torch.testing.assert_close(effects.values[0], (seen[0] - seen[1]).flatten(), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(("p", "q", "token_norm"), [(2, 1, "d_model"), (4, 4, "pos")])

@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import melbo_lens as ml
-from melbo_lens import hooks
+from melbo_lens import passes
 from tests import models
 from tests.integration.test_adapters import TOKENS, adapters_for
 
@@ -30,9 +30,9 @@ def peft_log_probs(folder, directory):
 
 def check_equal(model, adapter, folder, directory):
     with ml.steer(model, adapter), torch.no_grad():
-        steered = hooks.forward(model, TOKENS).log_softmax(-1)
+        steered = passes.forward(model, TOKENS).log_softmax(-1)
     with torch.no_grad():
-        clean = hooks.forward(model, TOKENS).log_softmax(-1)
+        clean = passes.forward(model, TOKENS).log_softmax(-1)
     loaded = peft_log_probs(folder, directory)
     torch.testing.assert_close(loaded, steered, atol=1e-4, rtol=0)
     assert (steered - clean).abs().max() > 0.05
@@ -88,7 +88,7 @@ def test_a_hooked_transformer_without_files_says_that_it_was_not_compared(tmp_pa
     network = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(organism.directory, dtype=torch.float32), tmp_path).eval()
     ids = organism.model.to_tokens(organism.prompts["test"][0])
     with ml.steer(organism.model, adapter), torch.no_grad():
-        expected = hooks.forward(organism.model, ids).log_softmax(-1)
+        expected = passes.forward(organism.model, ids).log_softmax(-1)
         torch.testing.assert_close(network(ids).logits.log_softmax(-1), expected, atol=1e-3, rtol=0)
 
 

@@ -117,7 +117,7 @@ def test_100_vectors_and_10_prompts_stay_below_10_megabytes(tmp_path):
 
 
 def test_of_5000_vectors_the_page_says_what_it_leaves_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules["melbo_lens.report"], "MOST_ROWS", 2000)
+    monkeypatch.setattr(sys.modules["melbo_lens.page"], "MOST_ROWS", 2000)
     vectors = ml.SteeringVectors(torch.randn(5000, 4), 1)
     text = ml.report(vectors, completions("x", 5000, ("p",)).filter(kind="steered", sign=1), path=tmp_path / "many.html").read_text()
     assert "Sections of the first 300 of 5000 vectors." in text and "The first 2000 of 5000 completions." in text

@@ -1,11 +1,13 @@
 """Does the slice equal the model?  Values and gradients against whole hooked runs, on real architectures."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 import melbo_lens as ml
-from melbo_lens import hooks, sliced_model
+from melbo_lens import blocks, hooks, sliced_model
 from tests import models
 
 SOURCE, TARGET = 1, 3
@@ -108,9 +110,9 @@ class Forgetful(nn.Module):
 
 def test_a_block_that_does_not_replay_is_refused_by_name(directories):
     model = models.bridge(directories("gpt2"))
-    recording = hooks.record(model, torch.tensor([[1, 5, 6]]), 2, 4)
+    recording = blocks.record(model, torch.tensor([[1, 5, 6]]), 2, 4)
     bad = Forgetful(recording.calls[1].block)
-    recording.calls[1] = hooks.BlockCall(bad, recording.calls[1].arguments, recording.calls[1].keywords)
+    recording.calls[1] = replace(recording.calls[1], block=bad)
     with pytest.raises(RuntimeError, match="block 3"):
         sliced_model._check_replay(recording, torch.tensor([0]), 1)
 

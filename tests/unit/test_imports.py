@@ -7,13 +7,13 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "melbo_lens"
 ORDER = (
-    "randomness files tables prompts hooks mlp sliced_model objectives manifolds optimization factors perturbations adapters adapter_effects "
-    "calibration methods completions decoding steering effects differences next_tokens evaluation serialization export layer_scan discovery plots "
-    "report results organisms cli __main__ __init__"
+    "arguments randomness files tables prompts hooks passes blocks mlp sliced_model objectives manifolds optimization factors "
+    "perturbations updates adapters adapter_effects controls calibration methods completions decoding steering output_effects "
+    "differences expectations evaluation serialization export layer_scan discovery plots page results organisms cli __main__ __init__ "
 ).split()
 # what a file may be asked to do for a value by a local import
 DELEGATED = {(value, file) for value in ("perturbations", "adapters") for file in ("serialization", "adapter_effects", "export")}
-ONLY_IN = {"transformer_lens": {"hooks", "organisms", "cli", "export"}, "plotly": {"plots"}, "circuitsvis": {"plots"}}
+ONLY_IN = {"transformer_lens": {"hooks", "passes", "organisms", "cli", "export"}, "plotly": {"plots"}, "circuitsvis": {"plots"}}
 PURE = {
     "objectives": {"torch", "jaxtyping"},
     "manifolds": {"torch", "jaxtyping"},
