@@ -86,10 +86,8 @@ def plain_fields(cls: type[T]) -> type[T]:
 
 
 def as_list(values: Any) -> Any:
-    """Arrays, tensors, columns, tuples and ranges as lists; what is none of them stays."""
-    if isinstance(values, np.ndarray | Tensor | pd.Series | pd.Index):
-        return values.tolist()
-    return list(values) if isinstance(values, tuple | range) else values
+    """Arrays, tensors and columns as lists of Python numbers; what is none of them stays."""
+    return values.tolist() if isinstance(values, np.ndarray | Tensor | pd.Series | pd.Index) else values
 
 
 @contextmanager

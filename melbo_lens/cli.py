@@ -13,8 +13,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from melbo_lens.files import write_json, write_text
-
 app = typer.Typer(help="Find what a language model hides: unsupervised steering vectors (MELBO).", no_args_is_help=True, add_completion=False)
 console = Console()
 
@@ -44,13 +42,14 @@ def demo(
     """Search the bundled organism from one clean prompt and show which vectors elicit what it hides."""
     with console.status("loading torch and the organism"):
         import melbo_lens as ml
+        from melbo_lens import files
 
         organism = ml.organisms.load("modes")
     out.mkdir(parents=True, exist_ok=True)
     prompt = organism.prompts["clean"][0]
     found = ml.discover(organism.model, prompt, budget, organism.behaviors, heldout=organism.prompts["selection"][:16], seed=seed)
     vectors, completions = found.joined(source_layer=0, target_layer=len(organism.model.blocks))
-    write_text(out / "groups.csv", found.table.to_csv(index=False))
+    files.write_text(out / "groups.csv", found.table.to_csv(index=False))
     measured = _measured(organism.model, prompt, prompt, vectors, slice(-1, None))
     ml.save_results(out, vectors, completions, organism.behaviors, "What the modes organism hides", **measured)
     console.print(f"\nprompt: {escape(prompt)}")
@@ -74,9 +73,10 @@ def reproduce(
 ) -> None:
     """Repeat the post's four results on the bundled organisms, with controls, and show which thresholds hold (a few minutes)."""
     with console.status("loading torch and the organisms"):
+        from melbo_lens import files
         from melbo_lens.organisms import reproduction
     results = reproduction.reproduce()
-    write_json(out, results)
+    files.write_json(out, results)
     rows = reproduction.table(results)
     table = Table(title=f"seeds {', '.join(map(str, results['settings']['seeds']))}; {results['seconds']} seconds", show_lines=True)
     # one column for all controls, one for what is measured: it must fit a terminal of 80 columns
@@ -155,11 +155,12 @@ def discover(
     """Search a model that you know nothing of: layers, radii and vectors, within a time budget."""
     loaded = _load(model, dtype, device)
     import melbo_lens as ml
+    from melbo_lens import files
 
     out.mkdir(parents=True, exist_ok=True)
     with _errors_in_a_sentence():
         found = ml.discover(loaded, prompt if len(prompt) > 1 else prompt[0], budget, heldout=heldout or None, seed=seed)
-        write_text(out / "groups.csv", found.table.to_csv(index=False))
+        files.write_text(out / "groups.csv", found.table.to_csv(index=False))
         for row in range(min(len(found.table), 20)):
             found.vector(row).save(out / f"group-{row}.safetensors")
     table = Table(title=repr(found), show_lines=True)

@@ -22,7 +22,7 @@ from melbo_lens.methods.provenance import fingerprint
 from melbo_lens.optimization import power
 from melbo_lens.output_effects import effects
 from melbo_lens.perturbations import SteeringVectors
-from melbo_lens.prompts import Positions, PromptBatch, Prompts, tokenize
+from melbo_lens.prompts import Positions, PromptBatch, Prompts, positions_text, tokenize
 from melbo_lens.randomness import gaussian_rows
 from melbo_lens.sliced_model import SlicedModel, slice_model
 
@@ -101,7 +101,7 @@ def scan_layers(
     batch = tokenize(model, prompts, target_positions)
     digest = None
     if directory is not None:
-        key = json.dumps([batch.rows(), radius, n_vectors, n_steps, str(target_positions), seed, fingerprint(model)])
+        key = json.dumps([batch.rows(), radius, n_vectors, n_steps, positions_text(target_positions), seed, fingerprint(model)])
         digest = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
     rows = []
     with tqdm(total=len(pairs), desc="scan layers", unit="pair", disable=not progress) as bar:
@@ -120,7 +120,7 @@ def scan_layers(
                         files.write_atomically(path, _as_bytes(pair))
                 rows += pair
                 bar.update()
-    settings = {"n_vectors": n_vectors, "n_steps": n_steps, "radius": radius, "seed": seed, "target_positions": str(target_positions)}
+    settings = {"n_vectors": n_vectors, "n_steps": n_steps, "radius": radius, "seed": seed, "target_positions": positions_text(target_positions)}
     return LayerScan(pd.DataFrame(rows, columns=COLUMNS), settings)
 
 

@@ -133,6 +133,11 @@ def as_list(prompts: Prompts) -> list[Any]:
     return [list(prompts)] if isinstance(prompts[0], dict) else list(prompts)
 
 
+def positions_text(positions: Positions) -> str:
+    """Target positions as provenance keeps them, the same for a list and a tuple."""
+    return str(positions if isinstance(positions, slice) else list(positions))
+
+
 def one_prompt(batch: PromptBatch) -> None:
     """Refuses several prompts."""
     if len(batch) != 1:

@@ -3,6 +3,7 @@
 JSON lines and safetensors are read again; the CSV files beside them are for people.
 """
 
+import csv
 import json
 import math
 import os
@@ -57,7 +58,8 @@ def save_results(
     folder.mkdir(parents=True, exist_ok=True)
     vectors.save(folder / "vectors.safetensors")
     files.write_text(folder / "completions.jsonl", completions.to_lines())
-    files.write_text(folder / "completions.csv", completions.table.to_csv(index=False))
+    # quoted, so that a lone carriage return in a text ends no row
+    files.write_text(folder / "completions.csv", completions.table.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC))
     texts = completions.table.text.drop_duplicates()
     about = {
         "title": title,

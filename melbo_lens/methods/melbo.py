@@ -19,7 +19,7 @@ from melbo_lens.methods.provenance import describe
 from melbo_lens.objectives import TokenNorm, check_exponents
 from melbo_lens.optimization import State, adamw, power
 from melbo_lens.perturbations import SteeringVectors
-from melbo_lens.prompts import Positions, Prompts
+from melbo_lens.prompts import Positions, Prompts, positions_text
 from melbo_lens.randomness import gaussian_rows
 from melbo_lens.sliced_model import SlicedModel, slice_model
 
@@ -115,7 +115,7 @@ def fit_vectors(
             "p": p,
             "q": q,
             "token_norm": token_norm,
-            "target_positions": str(target_positions),
+            "target_positions": positions_text(target_positions),
             "orthogonal": orthogonal,
             "optimizer": optimizer,
             "n_steps": n_steps or DEFAULT_STEPS[optimizer],

@@ -359,3 +359,12 @@ def test_an_unknown_normalization_is_refused():
 
     with pytest.raises(ValueError, match='"column" \\(as published\\), "frobenius" or "spectral"'):
         _check_settings(2, 2, None, None, None, "nuclear", 0.0, "adamw", None, None, None)
+
+
+@pytest.mark.parametrize("layers", [[1, 2], [0, 3]])
+def test_several_source_layers_must_lie_before_the_hook_that_is_read(model, layers):
+    with pytest.raises(ValueError, match=rf"source layer {layers[1]} must lie before the block of target_hook='blocks.2.hook_resid_mid'"):
+        ml.fit_adapters(model, PROMPTS, layers, target_hook="blocks.2.hook_resid_mid", n_adapters=1, rank=1, progress=False)
+    settings = {"n_adapters": 1, "rank": 1, "radius": 1.0, "n_steps": 2, "progress": False}
+    fitted = ml.fit_adapters(model, PROMPTS, [0, 1], target_hook="blocks.2.hook_resid_mid", **settings)
+    assert fitted.source_layers == (0, 1) and (fitted.history[-1] > 0).all()

@@ -5,9 +5,10 @@ import torch
 from torch import nn
 
 import melbo_lens as ml
+from melbo_lens import calibration
 from melbo_lens.blocks import BlockCall
 from melbo_lens.calibration import N_DIRECTIONS, solve_radius
-from melbo_lens.manifolds import to_sphere
+from melbo_lens.manifolds import to_sphere, unit
 from melbo_lens.prompts import PromptBatch
 from melbo_lens.randomness import gaussian_rows
 from melbo_lens.sliced_model import SlicedModel
@@ -89,3 +90,70 @@ def test_the_kl_rule_reaches_its_divergence(any_model):
     vectors = ml.SteeringVectors(to_sphere(gaussian_rows(N_DIRECTIONS, models.D_MODEL, 0, "calibration"), torch.ones(N_DIRECTIONS)), 1)
     measured = ml.effects(any_model, ["w1 w2 w3", "w4"], solved.radius * vectors, signs=(1,)).table.kl.mean()
     assert measured == pytest.approx(0.05, rel=0.1)
+
+
+class Mixed(nn.Module):
+    """A block that bends, and that jumps where a coordinate passes a threshold, as a token that changes its expert does."""
+
+    def __init__(self, jump, near):
+        super().__init__()
+        self.jump, self.near = jump, near
+
+    def forward(self, stream):
+        jumped = (stream[..., :1] > self.near).float() * self.jump
+        return stream + torch.tanh(stream.roll(1, -1)) + jumped
+
+
+def by_blocks(block, d=8, seed=0):
+    resid = torch.randn(1, 3, d, generator=torch.Generator().manual_seed(seed))
+    batch = PromptBatch(torch.zeros(1, 3, dtype=torch.long), torch.tensor([3]), torch.ones(1, 3, dtype=torch.bool), ("p",))
+    return SlicedModel(nn.Module(), batch, 0, 2, "source", "target", (BlockCall(block, (), {}),), resid, block(resid))
+
+
+def no_forward_derivative(*_, **__):
+    raise NotImplementedError("Trying to use forward AD with _grouped_mm that does not support it")
+
+
+def test_without_forward_differentiation_differences_give_the_same_derivative(monkeypatch):
+    sliced = by_blocks(Mixed(0.0, 9.0))
+    directions = unit(gaussian_rows(8, 8, 0, "calibration"))
+    exact = calibration._directional_derivatives(sliced, directions)
+    closed = torch.stack([(v + (1 - torch.tanh(sliced.resid.roll(1, -1)) ** 2) * v.roll(1)).flatten() for v in directions])  # by hand
+    torch.testing.assert_close(exact, closed, rtol=1e-4, atol=1e-5)
+    radius = calibration.solve_radius(sliced).radius
+    monkeypatch.setattr(torch.func, "jvp", no_forward_derivative)
+    torch.testing.assert_close(calibration._directional_derivatives(sliced, directions), closed, rtol=2e-2, atol=2e-2)
+    assert calibration.solve_radius(sliced).radius == pytest.approx(radius, rel=0.02)
+
+
+def test_a_derivative_that_differences_do_not_agree_on_is_refused(monkeypatch):
+    class Noisy(nn.Module):
+        def forward(self, stream):
+            return stream + torch.sin(1e6 * stream)
+
+    monkeypatch.setattr(torch.func, "jvp", no_forward_derivative)
+    with pytest.raises(calibration.NoRadius, match=r"no forward derivative .*_grouped_mm.* give a radius"):
+        calibration.solve_radius(by_blocks(Noisy()))
+
+
+def test_where_blocks_jump_at_tiny_radii_the_last_rise_counts():
+    """A token that changes its expert at once is no end of linearity: without the jumps nearly the same radius is found."""
+    sliced = by_blocks(Mixed(0.0, 9.0))
+    smooth = calibration.solve_radius(sliced).radius
+    near = float(sliced.resid[0, 0, 0]) + 1e-4
+    found = calibration.solve_radius(by_blocks(Mixed(1.0, near)))
+    assert max(value for radius, value in found.curve if radius < smooth / 5) > 0.6  # it does jump
+    assert found.radius == pytest.approx(smooth, rel=0.5)
+
+
+def test_a_curve_that_levels_off_below_the_default_target_has_a_radius_at_half_its_level():
+    class Weak(nn.Module):
+        def forward(self, stream):
+            return stream + 0.3 * torch.tanh(stream.roll(1, -1))
+
+    found = calibration.solve_radius(by_blocks(Weak()))
+    assert found.target == pytest.approx(max(value for _, value in found.curve) / 2, rel=0.05) and found.target < 0.25
+    value = dict(found.curve)[min(dict(found.curve), key=lambda radius: abs(radius - found.radius))]
+    assert value == pytest.approx(found.target, rel=0.2)
+    with pytest.raises(calibration.NoRadius, match=r"no finite radius reaches nonlinearity 0\.5"):
+        calibration.solve_radius(by_blocks(Weak()), target=0.5)

@@ -1,5 +1,9 @@
 """Does the command line do the whole job offline?"""
 
+import os
+import subprocess
+import sys
+
 import pandas as pd
 import pytest
 from typer.testing import CliRunner
@@ -50,3 +54,23 @@ def test_demo_writes_its_folder(tmp_path):
     for behavior in ("portuguese", "reasoning", "hate", "cheese"):
         assert behavior in result.output
     assert {path.name for path in (tmp_path / "demo").iterdir()} == {"groups.csv", *FILES}
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_letters_that_a_terminal_lacks_are_replaced(encoding):
+    """A model writes any letter; the run must not die of it after the work."""
+    code = "from melbo_lens import cli; cli.prepare(); cli.console.print('Größe 🧀 ▁ 日本')"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, env={**os.environ, "PYTHONIOENCODING": encoding}, check=False)
+    assert run.returncode == 0, run.stderr.decode()
+    assert "?" in run.stdout.decode(encoding)
+
+
+def test_help_waits_for_no_library():
+    code = (
+        "import sys, melbo_lens; from melbo_lens import cli\n"
+        "try: cli.app(['--help'])\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'transformer_lens', 'transformers', 'plotly', 'pandas', 'sklearn', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0 and "discover" in run.stdout, run.stderr

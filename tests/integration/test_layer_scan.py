@@ -76,3 +76,28 @@ def test_a_pair_without_a_calibrated_radius_is_left_blank(model, monkeypatch):
 def test_pairs_that_do_not_exist_are_refused(model):
     with pytest.raises(ValueError, match="no valid pair"):
         ml.scan_layers(model, PROMPTS, source_layers=[3], target_layers=[4], **FAST)
+
+
+@pytest.mark.parametrize("change", ["weights", "dtype"])
+def test_a_scan_does_not_go_on_with_another_models_pairs(directories, tmp_path, change):
+    model = models.bridge(directories("gpt2"))
+    before = ml.scan_layers(model, PROMPTS, directory=tmp_path, **FAST).table
+    assert ml.scan_layers(models.bridge(directories("gpt2")), PROMPTS, directory=tmp_path, **FAST).table.equals(before)
+    n_files = len(list(tmp_path.iterdir()))
+    if change == "weights":
+        with torch.no_grad():
+            model.blocks[2].mlp.out.original_component.weight[0, 0] += 1e-3  # one number of one matrix
+    else:
+        model = models.bridge(directories("gpt2"), dtype=torch.bfloat16)
+    after = ml.scan_layers(model, PROMPTS, directory=tmp_path, **FAST).table
+    assert not after.equals(before) and len(list(tmp_path.iterdir())) == 2 * n_files
+
+
+def test_a_damaged_pair_is_named_and_measured_again(model, tmp_path):
+    whole = ml.scan_layers(model, PROMPTS, directory=tmp_path, **FAST).table
+    damaged = sorted(tmp_path.iterdir())[1]
+    for text in ("[[0, 2", "[]", '{"a": 1}', "[[1, 2], [3]]"):
+        damaged.write_text(text)
+        with pytest.warns(UserWarning, match=f"{damaged.name} is damaged"):
+            assert ml.scan_layers(model, PROMPTS, directory=tmp_path, **FAST).table.equals(whole)
+    assert ml.scan_layers(model, PROMPTS, directory=tmp_path, **FAST).table.equals(whole)

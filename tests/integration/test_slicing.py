@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from transformer_lens.model_bridge import TransformerBridge
 
 import melbo_lens as ml
 from melbo_lens import blocks, hooks, sliced_model
-from tests import models
+from tests import architectures, models
 
 SOURCE, TARGET = 1, 3
 CASES = [(name, kind) for name in models.CONFIGS for kind in ("bridge", "compatible")] + [("gpt2", "hooked")]
@@ -141,3 +142,24 @@ def test_half_precision_models_keep_vectors_and_objective_in_float32(directories
     assert vectors.values.dtype == vectors.history.dtype == torch.float32 and vectors.provenance["dtype"] == str(dtype)[6:]
     torch.testing.assert_close(vectors.history[0], reference.history[0], rtol=0.1, atol=0)
     assert all(parameter.dtype == dtype for parameter in nn.Module.parameters(model))
+
+
+@pytest.mark.parametrize("name", ["mpt", "bloom", "falcon_rw"])
+@pytest.mark.parametrize("n_prompts", [1, 2, 4])  # 4: as many as heads
+def test_rows_follow_their_prompts_where_heads_and_rows_share_an_axis(tmp_path, name, n_prompts):
+    model = TransformerBridge.boot_transformers(architectures.save(name, tmp_path), device="cpu", dtype=torch.float32)
+    prompts = ["w1 w2 w3", "w4 w5 w6 w7 w8 w9", "w3 w1", "w7 w7 w7 w7"][:n_prompts]
+    sliced = ml.slice_model(model, prompts, SOURCE, models.N_LAYERS)
+    vectors = torch.randn(5, models.D_MODEL, generator=torch.Generator().manual_seed(0))
+    rows = [(k, (k + 1) % n_prompts) for k in range(5)]
+    with torch.no_grad():
+        found = sliced.change(vectors, torch.tensor([i for _, i in rows]))
+        for row, (k, i) in zip(found, rows, strict=True):
+            tokens = torch.tensor([sliced.batch.rows()[i]])
+            clean, steered = (whole_run(model, tokens, SOURCE, models.N_LAYERS, scale * vectors[k])[0] for scale in (0, 1))
+            torch.testing.assert_close(row[: tokens.shape[1]], steered - clean, rtol=1e-3, atol=1e-4)
+
+
+def test_arguments_whose_rows_cannot_be_told_are_refused():
+    with pytest.raises(RuntimeError, match=r"shape \(3, 8\) for 3 prompts and \(1, 7\) for 1"):
+        blocks._row_axes((torch.zeros(3, 8),), (torch.zeros(1, 7),), 3, 1)

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+import melbo_lens as ml
+
 PACKAGE = Path(__file__).parents[2] / "melbo_lens"
 ORDER = (
     "arguments randomness files tables prompts hooks passes blocks mlp sliced_model objectives manifolds optimization factors "
@@ -65,3 +67,28 @@ def test_every_files_first_line_asks_the_question_that_it_answers(path):
     first = ast.get_docstring(ast.parse(path.read_text()))
     assert (first and first.splitlines()[0].strip()) or (path.name == "__init__.py" and not path.read_text())
     assert len(path.read_text().splitlines()) <= 300
+
+
+def test_no_public_name_hides_a_file():
+    files = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()} - {"organisms", "plots"}
+    assert not files & set(ml.__all__)
+
+
+def test_every_public_name_is_there_and_said_to_type_checkers():
+    imports = [node for node in ast.walk(ast.parse((PACKAGE / "__init__.py").read_text())) if isinstance(node, ast.ImportFrom)]
+    declared = {alias.asname for node in imports for alias in node.names} - {None}
+    assert declared == set(ml.__all__) and all(getattr(ml, name) is not None for name in ml.__all__) and set(ml.__all__) <= set(dir(ml))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        print(ml.nothing)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_only_one_file_attaches_hooks_and_none_touches_what_is_not_ours(path):
+    """Forward hooks, the global random state, unpickling, and TransformerLens' private methods."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute):
+            assert node.attr not in ("register_forward_hook", "register_forward_pre_hook", "add_hook") or path.name == "hooks.py", node.attr
+            assert ast.unparse(node) not in ("torch.manual_seed", "torch.set_default_dtype", "torch.set_default_device", "torch.set_grad_enabled")
+            assert not ast.unparse(node).startswith(("model._", "self.model._")), ast.unparse(node)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+            assert {"weights_only": "True"}.items() <= {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}.items()
