@@ -4,8 +4,10 @@ PYTHON ?= python3
 LOCK ?= requirements.lock
 VENV ?= .venv
 export HF_HUB_OFFLINE ?= 1
+# generation against uncached passes, slices against hooked runs, prompts, files and pickles
+NEWEST := $(addprefix tests/integration/test_,$(addsuffix .py,steering decoder slicing prompts results pickles calibration)) tests/unit/test_serialization.py
 
-.PHONY: demo test look notebooks bench lint clean
+.PHONY: demo test newest look notebooks bench lint clean
 
 $(VENV)/.installed: pyproject.toml $(LOCK)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "melbo_lens needs Python 3.11 or newer; set PYTHON=python3.11")'
@@ -21,6 +23,14 @@ demo: $(VENV)/.installed
 # a process with one thread for each core: the models are too small to share
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n logical --dist loadfile --no-loadscope-reorder
+
+# the core of the tests on what `pip install melbo-lens` takes today: no lock but that of torch, in an environment of its own
+newest:
+	rm -rf .venv-newest && $(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install -q --disable-pip-version-check $$(grep '^torch==' requirements.lock)
+	.venv-newest/bin/python -m pip install -q --disable-pip-version-check '.[dev]'
+	.venv-newest/bin/python -m pip list --disable-pip-version-check | grep -iE '^(torch|transformers|transformer-lens|tokenizers|pandas|numpy|peft) '
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n logical $(NEWEST)
 
 # the page and the notebooks as a person sees them; needs chromium and chromedriver
 look: $(VENV)/.installed
@@ -39,4 +49,4 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 
 clean:
-	rm -rf .venv .venv-tl4 demo-output
+	rm -rf $(VENV) .venv .venv-tl4 .venv-newest demo-output build

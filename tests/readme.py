@@ -14,6 +14,13 @@ RESULTS = ROOT / "tests" / "benchmarks" / "results.json"
 BLOCK = re.compile(r"```python\n(.*?)```\n\n<!-- output -->\n```text\n(.*?)```", re.DOTALL)
 REPRODUCTION = ROOT / "tests" / "benchmarks" / "reproduction.json"
 REPRODUCED = re.compile(r"<!-- reproduction -->\n(?:.*?)(?=\n`melbo-lens reproduce`)", re.DOTALL)
+ARCHITECTURES = ROOT / "tests" / "architectures.json"
+TRIED = re.compile(r"<!-- architectures -->\n(?:.*?)(?=\n`python -m tests.architectures`)", re.DOTALL)
+REASONS = {
+    "mixture of experts": "a mixture of experts has no one matrix to update",
+    "without an MLP": "no MLP whose output is hooked",
+    "forward pass": "this version of TransformerLens can't run it with transformers 5.23",
+}
 BENCHMARK = re.compile(r"<!-- benchmark -->\n(?:.*?)(?=\n`make bench`)", re.DOTALL)
 
 
@@ -46,6 +53,7 @@ def benchmark() -> str:
     rows.append(
         ("64 completions (32 vectors, both signs) at once, against one vector at a time", f"{results['generation']['factor']:.0f} times faster", "")
     )
+    rows.append(("— share of it in which the cache is compared with a pass without", f"{results['generation']['check_share']:.1%}", ""))
     many = results["adapters"]
     peak, before = (many[name] / 2**20 for name in ("peak_rss_kib", "rss_before_kib"))
     label = f"one adapter and step of the published recipe ({many['n_adapters']} of rank {many['rank']}, the same model)"
@@ -84,10 +92,38 @@ def reproduction() -> str:
     return "\n".join(lines)
 
 
+def architectures() -> str:
+    """The table of architectures, by what works with each version of TransformerLens."""
+    results = json.loads(ARCHITECTURES.read_text())
+    lines = ["| architecture | vectors | adapters | |", "|---|---|---|---|"]
+    alike: dict[tuple[str, str, str], list[str]] = {}
+    for name in results["3"]:
+        found = [_cells(results[major][name]) for major in ("3", "4")]
+        cells = found[0] if found[0] == found[1] else tuple(_both(*pair) for pair in zip(*found, strict=True))
+        alike.setdefault(cells, []).append(name)
+    for cells, names in sorted(alike.items(), key=lambda item: (-len(item[1]), item[1])):
+        lines.append(f"| {', '.join(names)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cells(entry: dict[str, str]) -> tuple[str, str, str]:
+    """Whether vectors and adapters work, and why not or with what."""
+    refused = entry["vectors"] if entry["vectors"] != "yes" else entry["adapters"] if entry["adapters"] != "yes" else ""
+    if "off by" in entry["note"]:
+        return "differ", "differ", entry["note"]
+    why = next((short for long, short in REASONS.items() if long in refused), refused)
+    return *("yes" if entry[kind] == "yes" else "no" for kind in ("vectors", "adapters")), " ".join(filter(None, [why, entry["note"]]))
+
+
+def _both(three: str, four: str) -> str:
+    return three if three == four else f"TransformerLens 3: {three or 'yes'}; 4: {four or 'as the others'}"
+
+
 def filled(text: str) -> str:
     """The README with outputs and numbers of now."""
     text = BLOCK.sub(lambda found: found[0].replace(found[2], run(found[1])) if found[2] else found[0][:-3] + run(found[1]) + "```", text)
     text = BENCHMARK.sub(lambda _: "<!-- benchmark -->\n" + benchmark() + "\n", text)
+    text = TRIED.sub(lambda _: "<!-- architectures -->\n" + architectures() + "\n", text)
     return REPRODUCED.sub(lambda _: "<!-- reproduction -->\n" + reproduction() + "\n", text)
 
 

@@ -38,7 +38,11 @@ def test_the_table_of_the_post_s_results_is_that_of_the_last_run():
     assert readme.reproduction() in TEXT
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "bench"])
+def test_the_table_of_architectures_is_that_of_the_tests():
+    assert readme.architectures() in TEXT
+
+
+@pytest.mark.parametrize("target", ["demo", "test", "bench", "newest"])
 def test_make_has_the_commands(target):
     assert re.search(rf"^{target}:", (readme.ROOT / "Makefile").read_text(), re.MULTILINE)
 
