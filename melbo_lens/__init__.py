@@ -7,6 +7,8 @@ if TYPE_CHECKING:
     from melbo_lens import organisms as organisms
     from melbo_lens import plots as plots
     from melbo_lens.adapter_effects import AdapterEffect as AdapterEffect
+    from melbo_lens.adapter_effects import nearest_vectors as nearest_vectors
+    from melbo_lens.adapter_effects import source_effects as source_effects
     from melbo_lens.adapters import SteeringAdapters as SteeringAdapters
     from melbo_lens.calibration import Calibration as Calibration
     from melbo_lens.calibration import calibrate_radius as calibrate_radius
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from melbo_lens.expectations import NextTokens as NextTokens
     from melbo_lens.expectations import coherence as coherence
     from melbo_lens.expectations import next_tokens as next_tokens
+    from melbo_lens.exports import export as export
     from melbo_lens.layer_scan import LayerScan as LayerScan
     from melbo_lens.layer_scan import scan_layers as scan_layers
     from melbo_lens.methods.adapters import fit_adapters as fit_adapters
@@ -43,12 +46,12 @@ if TYPE_CHECKING:
     from melbo_lens.output_effects import target_changes as target_changes
     from melbo_lens.output_effects import top_tokens as top_tokens
     from melbo_lens.page import report as report
+    from melbo_lens.perturbation import concatenate as concatenate
+    from melbo_lens.perturbation import load as load
+    from melbo_lens.perturbation import save as save
     from melbo_lens.perturbations import SteeringVectors as SteeringVectors
-    from melbo_lens.perturbations import concatenate as concatenate
     from melbo_lens.results import report_directory as report_directory
     from melbo_lens.results import save_results as save_results
-    from melbo_lens.serialization import load as load
-    from melbo_lens.serialization import save as save
     from melbo_lens.sliced_model import SlicedModel as SlicedModel
     from melbo_lens.sliced_model import slice_model as slice_model
     from melbo_lens.steering import generate as generate
@@ -58,7 +61,7 @@ __version__ = "0.1.0"
 
 # Where each public name lives. A module is imported when one of its names is first asked for, so that `import melbo_lens` costs nothing.
 _HOMES = {
-    "adapter_effects": "AdapterEffect",
+    "adapter_effects": "AdapterEffect nearest_vectors source_effects",
     "adapters": "SteeringAdapters",
     "calibration": "Calibration calibrate_radius",
     "completions": "Completions",
@@ -67,14 +70,15 @@ _HOMES = {
     "discovery": "AdapterTrial Discovery Trial discover make_plan",
     "evaluation": "Evaluation evaluate select",
     "expectations": "NextTokens coherence next_tokens",
+    "exports": "export",
     "layer_scan": "LayerScan scan_layers",
     "methods.adapters": "fit_adapters",
     "methods.melbo": "fit_vectors",
     "output_effects": "Effects closest_directions cluster_by_effect cluster_by_words effects max_activating rank target_changes top_tokens",
     "page": "report",
-    "perturbations": "SteeringVectors concatenate",
+    "perturbation": "concatenate load save",
+    "perturbations": "SteeringVectors",
     "results": "report_directory save_results",
-    "serialization": "load save",
     "sliced_model": "SlicedModel slice_model",
     "steering": "generate steer",
 }

@@ -9,12 +9,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from melbo_lens import blocks, hooks
+from melbo_lens.access import host_of
 from melbo_lens.adapters import SteeringAdapters
 from melbo_lens.arguments import public
+from melbo_lens.host import Host
 from melbo_lens.perturbations import SteeringVectors
 from melbo_lens.prompts import PromptBatch, Prompts, tokenize
 
 ROWS_AT_ONCE = 128
+VECTOR_SITES = {"mlp": "mlp_out", "attn": "attn_out"}  # where a vector acts as an update of these weights does
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -24,12 +27,14 @@ class AdapterEffect:
     Attributes:
         values: the bias that each adapter gives each position of each prompt, after a norm that follows the MLP; 0 in the padding.
         mask: True at the prompts' own positions.
-        layer: the block whose MLP output gains it.
+        layer: the block that gains it.
+        site: where a vector would be added that does the same.
     """
 
     values: Float[Tensor, "adapter prompt pos d_model"]
     mask: Bool[Tensor, "prompt pos"]
     layer: int
+    site: str = "mlp_out"
 
     def norms(self) -> Float[Tensor, " adapter"]:
         """The mean norm of the update over the prompts' own positions."""
@@ -46,7 +51,7 @@ class AdapterEffect:
 
 
 @public
-def effect(adapters: SteeringAdapters, model: Any, prompts: Prompts, layer: int | None = None) -> AdapterEffect:
+def source_effects(adapters: SteeringAdapters, model: Any, prompts: Prompts, layer: int | None = None) -> AdapterEffect:
     """The bias that each position receives at a source layer: the MLP's output with that layer's update minus without.
 
     Updates at earlier source layers act in both runs, so that each layer's own share is measured.
@@ -60,26 +65,26 @@ def effect(adapters: SteeringAdapters, model: Any, prompts: Prompts, layer: int 
     Raises:
         ValueError: the adapters don't fit the model, or `layer` is none of theirs.
     """
-    hooks.check_model(model)
-    adapters = adapters.on(model)
+    host = host_of(model)
+    adapters = adapters.on(host)
     layer = adapters.source_layer if layer is None else layer
     if layer not in adapters.factors:
         raise ValueError(f"layer={layer} is no source layer of these adapters: choose from {list(adapters.source_layers)}.")
-    batch = tokenize(model, prompts)
+    batch = tokenize(host, prompts)
     own = batch.own
     before = [other for other in adapters.source_layers if other < layer]
     parts = []
-    with hooks.frozen(model), torch.no_grad():
-        clean = _mlp_out(adapters[:1], model, batch, layer, [])
+    with hooks.frozen(host), torch.no_grad():
+        clean = _written(adapters[:1], host, batch, layer, [])
         for first in range(0, len(adapters), max(1, ROWS_AT_ONCE // len(batch))):
             some = adapters[first : first + max(1, ROWS_AT_ONCE // len(batch))]
-            plain = _mlp_out(some, model, batch, layer, before) if before else clean
-            parts.append((_mlp_out(some, model, batch, layer, [*before, layer]) - plain).masked_fill(~own[..., None], 0))
-    return AdapterEffect(torch.cat(parts), own, layer)
+            plain = _written(some, host, batch, layer, before) if before else clean
+            parts.append((_written(some, host, batch, layer, [*before, layer]) - plain).masked_fill(~own[..., None], 0))
+    return AdapterEffect(torch.cat(parts), own, layer, VECTOR_SITES[adapters.sites[layer].name])
 
 
 @public
-def to_vectors(adapters: SteeringAdapters, model: Any, prompts: Prompts) -> SteeringVectors:
+def nearest_vectors(adapters: SteeringAdapters, model: Any, prompts: Prompts) -> SteeringVectors:
     """The steering vector nearest to each adapter: the mean of the biases it gives, which has the least squared distance to them.
 
     Returns:
@@ -90,34 +95,34 @@ def to_vectors(adapters: SteeringAdapters, model: Any, prompts: Prompts) -> Stee
     Raises:
         ValueError: adapters of several source layers, or of another model.
     """
-    measured = effect(adapters, model, prompts)
+    measured = source_effects(adapters, model, prompts)
     biases = measured.values[:, measured.mask]  # [adapter position d_model]
     total = biases.square().sum((1, 2)).clamp(min=1e-30)
     means = biases.mean(1)
     explained = len(biases[0]) * means.square().sum(1) / total
     top = torch.linalg.svdvals(biases)[:, 0].square() / total
     provenance = {
-        "method": "to_vectors",
+        "method": "nearest_vectors",
         "explained": [round(share, 6) for share in explained.tolist()],
         "explained_by_direction": [round(share, 6) for share in top.tolist()],
         "adapters": dict(adapters.provenance),
     }
-    return SteeringVectors(means, measured.layer, provenance=provenance)
+    return SteeringVectors(means, measured.layer, provenance=provenance, site=measured.site)
 
 
 def mean_norms(adapters: SteeringAdapters, model: Any, prompts: Prompts) -> Float[Tensor, " adapter"]:
     """The mean norm of each adapter's update over the prompts' own positions and its source layers."""
-    return torch.stack([effect(adapters, model, prompts, layer).norms() for layer in adapters.source_layers]).mean(0)
+    return torch.stack([source_effects(adapters, model, prompts, layer).norms() for layer in adapters.source_layers]).mean(0)
 
 
-def _mlp_out(
-    adapters: SteeringAdapters, model: Any, batch: PromptBatch, layer: int, acting: Sequence[int]
+def _written(
+    adapters: SteeringAdapters, host: Host, batch: PromptBatch, layer: int, acting: Sequence[int]
 ) -> Float[Tensor, "adapter prompt pos d_model"]:
     """What one block adds to the stream by its MLP, float32, while the updates at the layers `acting` are on, for every adapter."""
     seen: list[Tensor] = []
-    read = (f"blocks.{layer}.hook_mlp_out", lambda activation, hook: seen.append(activation.float().clone()))
+    read = (adapters.sites[layer].written, lambda activation, hook: seen.append(activation.float().clone()))
     index = [k for k in range(len(adapters)) for _ in range(len(batch))]
     some = replace(adapters, factors={i: adapters.factors[i] for i in acting}) if acting else None
     active = some.row_hooks(index, some.scales.new_ones(len(index))) if some is not None else []
-    blocks.record(model, batch.tokens.repeat(len(adapters), 1), layer, layer + 1, [*active, read])
+    blocks.record(host, batch.tokens.repeat(len(adapters), 1), layer, layer + 1, [*active, read])
     return seen[0].unflatten(0, (len(adapters), len(batch)))

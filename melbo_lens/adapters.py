@@ -1,10 +1,9 @@
-"""What else was learned?  `SteeringAdapters`: low-rank updates of MLP output weights, an immutable value without a model inside."""
+"""What are steering adapters?  Low-rank updates of output weights, of one or several layers."""
 
-import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -12,45 +11,50 @@ from torch import Tensor
 
 from melbo_lens import tables
 from melbo_lens.arguments import plain_fields, plain_json, public
-from melbo_lens.mlp import MLPSite, mlp_site, usual_site, widths
-from melbo_lens.perturbations import HookFunction, Index, SteeringVectors, chosen_rows, no_history
+from melbo_lens.perturbation import Hook, Parts, Perturbation, checked_history, no_history
+from melbo_lens.sites import WeightSite, usual_site
 from melbo_lens.updates import RowUpdate
 
-Factors: TypeAlias = tuple[Tensor, Tensor]  # A [adapter rank d_mlp], B [adapter d_model rank]
+if TYPE_CHECKING:
+    from typing import Self
+else:  # the type checker of the tests takes no Self outside of a class that it checks as a whole
+    Self = Any
+
+Factors: TypeAlias = tuple[Tensor, Tensor]  # A [adapter rank d_in], B [adapter d_model rank]
 
 
 @plain_fields
 @dataclass(frozen=True, eq=False, repr=False)
-class SteeringAdapters:
-    """Adapters of one or several source layers: the MLP output there gains ``scale * B A a``, a the hidden activation that enters W_out.
+class SteeringAdapters(Perturbation):
+    """Adapters of one or several source layers: the output of some weights there gains ``scale * B A a``, a what enters the weights.
 
     Indexing, also with one integer, gives `SteeringAdapters`; a factor or a sign scales the whole update.
 
     Attributes:
-        factors: source layer -> (A [adapter rank d_mlp], B [adapter d_model rank]), float32; of one layer, `A` and `B` are these.
+        factors: source layer -> (A [adapter rank d_in], B [adapter d_model rank]), float32; of one layer, `A` and `B` are these.
         scales: the number that multiplies each adapter's update.
-        history: the objective, all prompts summed, before each step and, last, of these factors; no rows if they were not fitted.
-        provenance: every resolved setting of the fit, JSON-like.
-        sites: source layer -> where its MLP is hooked; by default as in models without a norm after the MLP.
+        history: the objective, all prompts summed, before each step and, last, of these factors; no steps if they were not fitted.
+        provenance: every resolved setting of the fit, in JSON's types.
+        sites: source layer -> which weights, and where they are hooked; by default the MLP's in models without a norm after it.
     """
 
     factors: Mapping[int, Factors]
     scales: Float[Tensor, " adapter"]
     history: Float[Tensor, "step adapter_or_0"] = field(default_factory=lambda: no_history(0))
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    sites: Mapping[int, MLPSite] = field(default_factory=dict)
-    fitted_on: "weakref.ref[Any] | None" = None  # lets to_peft check itself while the model is still there; never saved
+    sites: Mapping[int, WeightSite] = field(default_factory=dict)
 
-    __array_ufunc__ = None  # a number from a table, numpy's, times adapters is adapters
+    word = "adapter"
 
     def __post_init__(self) -> None:
         if not self.factors:
             raise ValueError("factors is empty: give A and B of at least one source layer.")
         n = len(next(iter(self.factors.values()))[0])
+        width = "d_in" if any(site.name == "attn" for site in self.sites.values()) else "d_mlp"
         for layer, (a, b) in self.factors.items():
             if a.ndim != 3 or b.ndim != 3 or not len(a) == len(b) == n or a.shape[1] != b.shape[2] or 0 in a.shape or 0 in b.shape:
                 raise ValueError(
-                    f"the factors of layer {layer} must be A [adapter rank d_mlp] and B [adapter d_model rank], not empty; "
+                    f"the factors of layer {layer} must be A [adapter rank {width}] and B [adapter d_model rank], not empty; "
                     f"got {tuple(a.shape)} and {tuple(b.shape)}."
                 )
             if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
@@ -59,34 +63,56 @@ class SteeringAdapters:
                 raise ValueError(f"source layer {layer!r} must be an integer and must not be negative: count blocks from 0.")
         if tuple(self.scales.shape) != (n,) or not torch.isfinite(self.scales).all():
             raise ValueError(f"scales must be {n} finite numbers, one for each adapter; got {self.scales}.")
-        history = self.history if self.history.numel() else no_history(n)
-        if history.ndim != 2 or history.shape[1] != n:
-            raise ValueError(f"history must be [step adapter] with {n} columns; got {tuple(history.shape)}.")
         kept = {layer: tuple(factor.detach().float().clone() for factor in self.factors[layer]) for layer in sorted(self.factors)}
         object.__setattr__(self, "factors", MappingProxyType(kept))
         object.__setattr__(self, "scales", self.scales.detach().to(kept[min(kept)][0]).clone())
-        object.__setattr__(self, "history", history.detach().float().clone())
+        object.__setattr__(self, "history", checked_history(self.history, n, self.word))
         object.__setattr__(self, "provenance", plain_json(self.provenance, "provenance"))
         object.__setattr__(self, "sites", {layer: self.sites.get(layer, usual_site(layer)) for layer in kept})
 
     @classmethod
     @public
     def from_factors(
-        cls, a: Float[Tensor, "adapter rank d_mlp"], b: Float[Tensor, "adapter d_model rank"], source_layer: int, scale: float = 1.0
+        cls, a: Float[Tensor, "adapter rank d_in"], b: Float[Tensor, "adapter d_model rank"], source_layer: int, scale: float = 1.0
     ) -> "SteeringAdapters":
         """Wraps factors made elsewhere; 2-D ones are one adapter."""
         a, b = (factor[None] if factor.ndim == 2 else factor for factor in (a, b))
         return cls({source_layer: (a, b)}, a.new_full((len(a),), float(scale), dtype=torch.float32), provenance={"method": "from_factors"})
 
-    def __getstate__(self) -> dict[str, Any]:
-        """What a pickle or a copy holds: everything but the memory of the model."""
-        return {**vars(self), "factors": dict(self.factors), "fitted_on": None}
+    def parts(self) -> tuple[Parts, dict[str, Any]]:
+        factors = {f"{name}.{layer}": factor for layer, pair in self.factors.items() for name, factor in zip("AB", pair, strict=True)}
+        return {**factors, "scales": self.scales, "history": self.history}, {"sites": [asdict(site) for site in self.sites.values()]}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, factors=MappingProxyType(state["factors"]))
+    @classmethod
+    def of_parts(cls, tensors: Parts, header: Mapping[str, Any], provenance: Mapping[str, Any]) -> Self:
+        sites = {site["layer"]: WeightSite(**site) for site in header["sites"]}
+        factors = {layer: (tensors[f"A.{layer}"], tensors[f"B.{layer}"]) for layer in sites}
+        return cls(factors, tensors["scales"], tensors["history"], provenance, sites)
+
+    def scaled_parts(self, tensors: Parts, coefficients: Float[Tensor, " row"]) -> Parts:
+        return {**tensors, "scales": tensors["scales"] * coefficients.to(self.scales)}
+
+    @classmethod
+    def check_joinable(cls, several: Sequence[Self]) -> None:
+        shapes = {tuple((layer, one.sites[layer].name, a.shape[1:], b.shape[1:]) for layer, (a, b) in one.factors.items()) for one in several}
+        if len(shapes) > 1:
+            raise ValueError(
+                "adapters of different source layers, widths or ranks can't be joined: steer with several at once, ml.steer(model, [a, b])."
+            )
+
+    def measures(self) -> dict[str, list[float]]:
+        return {"scale": self.scales.tolist()}
+
+    def __len__(self) -> int:
+        return len(self.scales)
 
     @property
-    def A(self) -> Float[Tensor, "adapter rank d_mlp"]:
+    def site(self) -> str:
+        """Which weights are updated: "mlp" or "attn"."""
+        return next(iter(self.sites.values())).name
+
+    @property
+    def A(self) -> Float[Tensor, "adapter rank d_in"]:
         return self._only()[0]
 
     @property
@@ -119,14 +145,7 @@ class SteeringAdapters:
     def d_model(self) -> int:
         return next(iter(self.factors.values()))[1].shape[1]
 
-    def hooks(self) -> list[tuple[str, HookFunction]]:
-        """Hooks for `model.hooks`, `run_with_hooks` or `add_hook`.
-
-        One adapter acts on every batch row; n adapters need a batch of exactly n rows, adapter k acting on row k.
-        """
-        return self.row_hooks(range(len(self)), self.scales.new_ones(len(self)))
-
-    def row_hooks(self, index: Sequence[int], coefficients: Float[Tensor, " row"]) -> list[tuple[str, HookFunction]]:
+    def row_hooks(self, index: Sequence[int], coefficients: Float[Tensor, " row"]) -> list[Hook]:
         """Hooks for a batch whose row r gets `coefficients[r]` times the adapter `index[r]`; a single entry acts on every row."""
         return [
             hook
@@ -134,106 +153,48 @@ class SteeringAdapters:
             for hook in self.sites[layer].hooks(RowUpdate(a, b, list(index), coefficients.to(self.scales) * self.scales[list(index)]))
         ]
 
-    def on(self, model: Any) -> "SteeringAdapters":
-        """The same adapters hooked where this model has its MLPs: classes of model differ in that.
+    def on(self, host: Any) -> Self:
+        """The same adapters hooked where this model has its weights: classes of model differ in that.
 
         Raises:
             ValueError: the adapters don't fit the model.
         """
         for layer, (a, b) in self.factors.items():
-            if layer >= len(model.blocks) or widths(model, layer) != (a.shape[2], b.shape[1]):
-                there = f"d_mlp {widths(model, layer)[0]} and d_model {widths(model, layer)[1]}" if layer < len(model.blocks) else "no such layer"
+            there = host.widths(layer, self.site) if layer < host.n_layers else None
+            if there != (a.shape[2], b.shape[1]):
+                width = "d_in" if self.site == "attn" else "d_mlp"
+                said = "no such layer" if there is None else f"{width} {there[0]} and d_model {there[1]}"
                 raise ValueError(
-                    f"the perturbation belongs to layer {layer} of a model ({self.provenance.get('model', 'unnamed')}) with d_mlp {a.shape[2]} and "
-                    f"d_model {b.shape[1]}; this model has {there} ({len(model.blocks)} layers). Use the model that it was learned on."
+                    f"the perturbation belongs to layer {layer} of a model ({self.provenance.get('model', 'unnamed')}) with {width} {a.shape[2]} and "
+                    f"d_model {b.shape[1]}; this model has {said} ({host.n_layers} layers). Use the model that it was learned on."
                 )
-        return replace(self, sites={layer: mlp_site(model, layer) for layer in self.factors})
+        return self.at({layer: host.weight_site(layer, self.site) for layer in self.factors})
+
+    def at(self, sites: Mapping[int, WeightSite]) -> Self:
+        """The same adapters hooked elsewhere: classes of model differ in where their weights can be hooked."""
+        return replace(self, sites=sites).with_token(self.token)
 
     def effect(self, model: Any, prompts: Any, layer: int | None = None) -> Any:
-        """The bias that each position actually receives: see `adapter_effects.effect`."""
-        from melbo_lens.adapter_effects import effect
+        """`ml.source_effects(adapters, model, prompts, layer)`."""
+        from melbo_lens.adapter_effects import source_effects
 
-        return effect(self, model, prompts, layer)
+        return source_effects(self, model, prompts, layer)
 
-    def to_vectors(self, model: Any, prompts: Any) -> SteeringVectors:
-        """The best single steering vector for each adapter: see `adapter_effects.to_vectors`."""
-        from melbo_lens.adapter_effects import to_vectors
+    def to_vectors(self, model: Any, prompts: Any) -> Any:
+        """`ml.nearest_vectors(adapters, model, prompts)`."""
+        from melbo_lens.adapter_effects import nearest_vectors
 
-        return to_vectors(self, model, prompts)
+        return nearest_vectors(self, model, prompts)
 
     def to_peft(self, path: Any, model: Any = None, **settings: Any) -> Any:
-        """Writes one adapter for the `peft` library: see `export.to_peft`."""
-        from melbo_lens.export import to_peft
+        """`ml.export(adapters, "peft", path, model=model)`."""
+        from melbo_lens.exports import export
 
-        return to_peft(self, path, model, **settings)
-
-    def save(self, path: Any) -> None:
-        """Writes one safetensors file, atomically: factors, scales, history, and the provenance in its header."""
-        from melbo_lens.serialization import save
-
-        save(self, path)
-
-    def to(self, device: str | torch.device) -> "SteeringAdapters":
-        """A copy on another device."""
-        factors = {layer: (a.to(device), b.to(device)) for layer, (a, b) in self.factors.items()}
-        return replace(self, factors=factors, scales=self.scales.to(device), history=self.history.to(device))
+        return export(self, "peft", path, model=model, **settings)
 
     def rescaled(self, scales: Float[Tensor, " adapter"], how: str) -> "SteeringAdapters":
         """The same factors with other scales; `how` says in the provenance where these come from."""
-        # the history belongs to the fitted update, so a derived value has none
-        provenance = {**self.provenance, "derived": [*self.provenance.get("derived", []), how]}
-        return replace(self, scales=scales, history=no_history(0), provenance=provenance)
-
-    def __len__(self) -> int:
-        return len(self.scales)
-
-    def __iter__(self) -> Iterator["SteeringAdapters"]:
-        return (self[i] for i in range(len(self)))
-
-    def __getitem__(self, index: Index) -> "SteeringAdapters":
-        kept = chosen_rows(index, len(self), "adapter").to(self.scales.device)
-        chosen = [*self.provenance.get("rows", range(len(self)))]
-        return replace(
-            self,
-            factors={layer: (a[kept], b[kept]) for layer, (a, b) in self.factors.items()},
-            scales=self.scales[kept],
-            history=self.history[:, kept.to(self.history.device)],
-            provenance={**self.provenance, "rows": [chosen[i] for i in kept.tolist()]},
-        )
-
-    def __neg__(self) -> "SteeringAdapters":
-        return self.rescaled(-self.scales, "negated")
-
-    @public
-    def __mul__(self, factor: float | Float[Tensor, " adapter"]) -> "SteeringAdapters":
-        """Scales all updates by one number, or each by its own."""
-        how = "scaled row by row" if isinstance(factor, Tensor) else f"times {factor:g}"
-        return self.rescaled(self.scales * (factor.to(self.scales) if isinstance(factor, Tensor) else factor), how)
-
-    __rmul__ = __mul__
-
-    @public
-    def __truediv__(self, divisor: float) -> "SteeringAdapters":
-        return self * (1 / divisor)
-
-    @staticmethod
-    def joined(several: "Sequence[SteeringAdapters]", history: Tensor, provenance: Mapping[str, Any]) -> "SteeringAdapters":
-        """What `concatenate` makes of adapters.
-
-        Raises:
-            ValueError: adapters of other layers, widths or ranks.
-        """
-        shapes = {tuple((layer, a.shape[1:], b.shape[1:]) for layer, (a, b) in one.factors.items()) for one in several}
-        if len(shapes) > 1:
-            raise ValueError(
-                "adapters of different source layers, widths or ranks can't be joined: steer with several at once, ml.steer(model, [a, b])."
-            )
-        device = several[0].scales.device
-        factors = {
-            layer: tuple(torch.cat([one.factors[layer][i].to(device) for one in several]) for i in (0, 1)) for layer in several[0].source_layers
-        }
-        scales = torch.cat([one.scales.to(device) for one in several])
-        return SteeringAdapters(factors, scales, history, provenance, several[0].sites, several[0].fitted_on)
+        return self.derived({**self.parts()[0], "scales": scales}, how)
 
     def _only(self) -> Factors:
         if len(self.factors) > 1:
@@ -245,7 +206,13 @@ class SteeringAdapters:
         low, high = float(self.scales.min()), float(self.scales.max())
         span = f"{low:.3g}" if high - low <= 1e-4 * abs(high) else f"{low:.3g} to {high:.3g}"
         layers = self.source_layers[0] if len(self.factors) == 1 else list(self.source_layers)
-        fields = [f"{len(self)} x rank {self.rank}", f"d_mlp {a.shape[2]}", f"d_model {b.shape[1]}", f"source_layer={layers}", f"scale {span}"]
+        fields = [
+            f"{len(self)} x rank {self.rank}",
+            f"{'d_in' if self.site == 'attn' else 'd_mlp'} {a.shape[2]}",
+            f"d_model {b.shape[1]}",
+            f"source_layer={layers}",
+            f"scale {span}",
+        ]
         if "target_hook" in self.provenance:
             fields.append(f"target {self.provenance['target_hook']}")
         if self.history.shape[0]:
@@ -254,7 +221,4 @@ class SteeringAdapters:
         return f"SteeringAdapters({', '.join(fields)})"
 
     def _repr_html_(self) -> str:
-        return tables.html(repr(self), tables.rows(self.history, {"scale": self.scales.tolist()}, "adapter"))
-
-
-Perturbation: TypeAlias = SteeringVectors | SteeringAdapters
+        return tables.html(repr(self), tables.rows(self.history, self.measures(), self.word))

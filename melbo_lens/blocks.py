@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from melbo_lens.hooks import Hook, HookedTransformer, HookedTransformerConfig, attached, watched, without_reason
-from melbo_lens.passes import forward
+from melbo_lens.hooks import attached, watched, without_reason
+from melbo_lens.host import Host
+from melbo_lens.sites import Hook
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,9 @@ def in_float32(call: BlockCall) -> BlockCall:
         attributes = vars(module)
         # a bridge in compatibility mode keeps processed weights as plain attributes
         attributes.update({name: _float(value) for name, value in attributes.items() if isinstance(value, Tensor)})
-        if HookedTransformer is not None and isinstance(getattr(module, "cfg", None), HookedTransformerConfig):
-            module.cfg.dtype = torch.float32  # its layers cast to what their configuration names; the copy has its own
+        cfg = getattr(module, "cfg", None)
+        if isinstance(getattr(cfg, "dtype", None), torch.dtype):
+            cfg.dtype = torch.float32  # TransformerLens' own layers cast to what their configuration names; the copy has its own
     return replace(call, block=block, arguments=_float(call.arguments), keywords=_float(call.keywords))
 
 
@@ -60,7 +62,7 @@ class _Reached(Exception):
     """Ends a forward pass once everything needed was recorded."""
 
 
-def record(model: Any, tokens: Tensor, first: int, last: int, hooks: Sequence[Hook] = ()) -> Recording:
+def record(host: Host, tokens: Tensor, first: int, last: int, hooks: Sequence[Hook] = ()) -> Recording:
     """Runs the model up to and including block `last - 1`, and records the calls of blocks `first` to `last - 1`.
 
     Nothing after those blocks is run. `first == last` records the stream that leaves block `first - 1` and no call.
@@ -82,13 +84,13 @@ def record(model: Any, tokens: Tensor, first: int, last: int, hooks: Sequence[Ho
         raise _Reached
 
     with ExitStack() as stack:
-        fired = stack.enter_context(attached(model, hooks))
-        stack.enter_context(watched([(block, enter) for block in model.blocks[first:last]], [(model.blocks[last - 1], leave)]))
+        fired = stack.enter_context(attached(host, hooks))
+        stack.enter_context(watched([(block, enter) for block in host.blocks[first:last]], [(host.blocks[last - 1], leave)]))
         with torch.no_grad(), suppress(_Reached):
-            forward(model, tokens)
+            host.forward(tokens)
     for (name, _), times in zip(hooks, fired, strict=True):
         if times != 1:
-            raise ValueError(f"the hook {name!r} fired {times} times in one forward pass, it must fire once: {without_reason(model, name)}")
+            raise ValueError(f"the hook {name!r} fired {times} times in one forward pass, it must fire once: {without_reason(host, name)}")
     if len(recording.calls) != last - first or len(recording.streams) != last - first + 1:
         raise RuntimeError(
             f"blocks {first} to {last - 1} should run once each in a forward pass; {len(recording.calls)} calls were seen. "
@@ -97,14 +99,14 @@ def record(model: Any, tokens: Tensor, first: int, last: int, hooks: Sequence[Ho
     return recording
 
 
-def record_with_axes(model: Any, tokens: Tensor, first: int, last: int) -> Recording:
+def record_with_axes(host: Host, tokens: Tensor, first: int, last: int) -> Recording:
     """`record`, and where the rows lie in each argument: what a second pass, with another number of rows, has of another size.
 
     A guess by size would be wrong where a number of heads equals the number of prompts, or where heads and rows share an axis (ALiBi).
     """
-    recording = record(model, tokens, first, last)
+    recording = record(host, tokens, first, last)
     n_rows, n_other = len(tokens), 1 if len(tokens) > 1 else 2
-    other = record(model, tokens[:1].expand(n_other, -1), first, last)
+    other = record(host, tokens[:1].expand(n_other, -1), first, last)
     calls = [
         replace(call, axes=_row_axes((call.arguments, call.keywords), (same.arguments, same.keywords), n_rows, n_other))
         for call, same in zip(recording.calls, other.calls, strict=True)

@@ -14,7 +14,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from melbo_lens import hooks, tables
 from melbo_lens.arguments import public
 from melbo_lens.manifolds import unit
-from melbo_lens.passes import forward
 from melbo_lens.prompts import Positions, Prompts
 from melbo_lens.randomness import gaussian_rows
 from melbo_lens.sliced_model import SlicedModel, slice_model
@@ -61,11 +60,12 @@ def calibrate_radius(
     target_positions: Positions = slice(None),
     target_hook: str | None = None,
     seed: int = 0,
+    site: str = "mlp_out",
 ) -> Calibration:
     """Chooses a radius by a stated rule, without looking at behaviours.
 
     Args:
-        model, prompts, source_layer, target_layer, target_positions, target_hook: as in `slice_model`.
+        model, prompts, source_layer, target_layer, target_positions, target_hook, site: as in `slice_model`.
         rule: "nonlinearity" (the blocks between stop being linear), "fraction" (of the source stream's norm) or "kl" (how far random
             vectors of that norm move the next-token distribution); see `solve_radius`.
         target: the rule's value to reach; default 0.5, 0.35 of the norm, 0.1 nats.
@@ -78,7 +78,7 @@ def calibrate_radius(
         ValueError: an unknown rule, a target without meaning, or no finite radius that qualifies.
     """
     check_rule(rule, target)
-    return solve_radius(slice_model(model, prompts, source_layer, target_layer, target_positions, target_hook), rule, target, seed)
+    return solve_radius(slice_model(model, prompts, source_layer, target_layer, target_positions, target_hook, site), rule, target, seed)
 
 
 class NoRadius(ValueError):
@@ -112,7 +112,7 @@ def solve_radius(sliced: SlicedModel, rule: Rule = "nonlinearity", target: float
     if rule == "fraction":
         return Calibration(wanted * typical, ((wanted * typical, wanted),), rule, wanted)
     directions = unit(gaussian_rows(N_DIRECTIONS, sliced.d_model, seed, "calibration")).to(sliced.device)
-    with hooks.frozen(sliced.model):
+    with hooks.frozen(sliced.host):
         if rule == "kl":
             clean = _next_token_log_probs(sliced, None)
             return _solve(lambda radius: _kl(sliced, clean, radius * directions), typical, wanted, rule, False)
@@ -222,8 +222,8 @@ def _next_token_log_probs(sliced: SlicedModel, vector: Float[Tensor, " d_model"]
         return (activation + vector).to(activation.dtype)
 
     added = [] if vector is None else [(sliced.source_hook, add)]
-    with torch.no_grad(), hooks.attached(sliced.model, added):
-        logits = forward(sliced.model, sliced.batch.tokens)
+    with torch.no_grad(), hooks.attached(sliced.host, added):
+        logits = sliced.host.forward(sliced.batch.tokens)
     after = logits[sliced.everyone.to(logits.device), sliced.batch.lengths - 1].float()
-    hooks.check_finite(sliced.model, after, ["the unsteered model" if vector is None else "a random vector"] * len(after), "the logits")
+    hooks.check_finite(sliced.host, after, ["the unsteered model" if vector is None else "a random vector"] * len(after), "the logits")
     return after.log_softmax(-1)

@@ -206,9 +206,10 @@ def _load(model: str, dtype: str, device: str | None) -> object:
         raise typer.BadParameter(f"dtype {dtype!r} must be float32, bfloat16 or float16.")
     with _errors_in_a_sentence(), console.status("loading torch and the model"):
         import torch
-        from transformer_lens.model_bridge import TransformerBridge
 
-        return TransformerBridge.boot_transformers(model, device=device, dtype=getattr(torch, dtype))
+        from melbo_lens.access import boot
+
+        return boot(model, device=device, dtype=getattr(torch, dtype))
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import pandas as pd
 
 from melbo_lens import files, tables
 from melbo_lens.arguments import as_list, plain_json, public
-from melbo_lens.perturbations import Index, chosen_rows
+from melbo_lens.perturbation import Index, chosen_rows
 from melbo_lens.prompts import PromptBatch, pad
 
 COLUMNS = ["prompt", "prompt_text", "kind", "vector", "sign", "scale", "sample", "text", "tokens", "log_probs"]

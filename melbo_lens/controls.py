@@ -7,12 +7,14 @@ from jaxtyping import Float
 from scipy.optimize import brentq
 from torch import Tensor
 
+from melbo_lens.access import host_of
 from melbo_lens.adapter_effects import mean_norms
-from melbo_lens.adapters import Perturbation, SteeringAdapters
+from melbo_lens.adapters import SteeringAdapters
 from melbo_lens.arguments import public
 from melbo_lens.factors import normalize
 from melbo_lens.manifolds import to_sphere
-from melbo_lens.perturbations import SteeringVectors, objective_of
+from melbo_lens.perturbation import Perturbation, objective_of
+from melbo_lens.perturbations import SteeringVectors
 from melbo_lens.prompts import PromptBatch, Prompts, pad
 from melbo_lens.randomness import gaussian_rows
 
@@ -27,7 +29,7 @@ def random_vectors(like: SteeringVectors, seed: int = 0) -> SteeringVectors:
     """
     values = gaussian_rows(len(like), like.d_model, seed, "random_vectors").to(like.values.device)
     provenance = {"method": "random_vectors", "seed": seed, **objective_of(like), "matched_to": dict(like.provenance)}
-    return SteeringVectors(to_sphere(values, like.radii), like.source_layer, provenance=provenance)
+    return SteeringVectors(to_sphere(values, like.radii), like.source_layer, provenance=provenance, site=like.site)
 
 
 @public
@@ -44,7 +46,8 @@ def random_adapters(like: SteeringAdapters, model: Any, prompts: Prompts | None 
     Raises:
         ValueError: no prompts known, or no scale gives that norm (a norm after the MLP bounds what an update can do).
     """
-    prompts = fitting_prompts(like, prompts, next(model.parameters()).device)
+    host = host_of(model)
+    prompts = fitting_prompts(like, prompts, host.device)
     how = like.provenance.get("normalization", "frobenius")
     factors = {
         layer: tuple(_random_factor(factor, how, seed, layer, name) for factor, name in zip(pair, "AB", strict=True))
@@ -52,8 +55,8 @@ def random_adapters(like: SteeringAdapters, model: Any, prompts: Prompts | None 
     }
     provenance = {"method": "random_adapters", "seed": seed, "normalization": how, **objective_of(like), "matched_to": dict(like.provenance)}
     # a norm after the MLP takes an update and its negative differently, so the control has the sign of what it is matched to
-    control = SteeringAdapters(factors, torch.where(like.scales < 0, -1, 1).to(like.scales), provenance=provenance).on(model)
-    scales = control.scales * scales_for_norms(control, model, prompts, mean_norms(like, model, prompts))
+    control = SteeringAdapters(factors, torch.where(like.scales < 0, -1, 1).to(like.scales), provenance=provenance, sites=like.sites).on(host)
+    scales = control.scales * scales_for_norms(control, host, prompts, mean_norms(like, host, prompts))
     return SteeringAdapters(factors, scales, provenance=provenance, sites=control.sites)
 
 

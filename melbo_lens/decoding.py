@@ -8,10 +8,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from melbo_lens import hooks
-from melbo_lens.adapters import Perturbation
+from melbo_lens.host import Host
 from melbo_lens.passes import Decoder, Positions
+from melbo_lens.perturbation import Perturbation
 from melbo_lens.prompts import decoded, text_after
 from melbo_lens.randomness import uniform
+from melbo_lens.sites import Hook
 
 Written: TypeAlias = tuple[list[int], list[float], str]  # new ids, their log-probabilities, their text
 
@@ -38,7 +40,7 @@ class Run:
 class Decoding:
     """What all batches of one call share."""
 
-    model: Any
+    host: Host
     bank: Perturbation | None  # the perturbations, then their random counterparts
     n_vectors: int
     max_new_tokens: int
@@ -53,7 +55,7 @@ class Decoding:
         results: list[Written | None] = [None] * len(runs)
         ordered = sorted(range(len(runs)), key=lambda i: len(rows[i]))
         cached = True  # until a batch finds that the model's cache can't be believed
-        with tqdm(total=len(runs), desc="generate", unit="completion", disable=not progress) as bar, hooks.frozen(self.model), torch.no_grad():
+        with tqdm(total=len(runs), desc="generate", unit="completion", disable=not progress) as bar, hooks.frozen(self.host), torch.no_grad():
             for first in range(0, len(ordered), batch_size):
                 chunk = ordered[first : first + batch_size]
                 written, cached = self._together([runs[i] for i in chunk], [rows[i] for i in chunk], bar, cached)
@@ -62,9 +64,9 @@ class Decoding:
         return results
 
     def _together(self, runs: list[Run], rows: list[list[int]], bar: Any, cached: bool) -> tuple[list[Written], bool]:
-        draws = self._draws(runs).to(next(self.model.parameters()).device)
-        decoder = Decoder(self.model, rows, lambda some: self._steering([runs[i] for i in some]), self.positions, cached)
-        ends = hooks.end_tokens(self.model)
+        draws = self._draws(runs).to(self.host.device)
+        decoder = Decoder(self.host, rows, lambda some: self._steering([runs[i] for i in some]), self.positions, cached)
+        ends = hooks.end_tokens(self.host)
         new: list[list[int]] = [[] for _ in runs]
         log_probs: list[list[float]] = [[] for _ in runs]
         done: set[int] = set()
@@ -72,7 +74,7 @@ class Decoding:
         for step in range(self.max_new_tokens):
             logits = decoder.next(chosen) if step else decoder.first()
             # NaN would be read as one token again and again
-            hooks.check_finite(self.model, logits, [runs[i].name for i in decoder.alive], "the logits")
+            hooks.check_finite(self.host, logits, [runs[i].name for i in decoder.alive], "the logits")
             chosen = self._choose(logits, draws[decoder.alive, step])
             chosen_log_probs = logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0].tolist()
             for i, token, log_prob in zip(decoder.alive, chosen.tolist(), chosen_log_probs, strict=True):
@@ -93,7 +95,7 @@ class Decoding:
         written = [(ids, probs, self._text(row, ids)) for row, ids, probs in zip(rows, new, log_probs, strict=True)]
         return written, decoder.cached
 
-    def _steering(self, runs: list[Run]) -> list[hooks.Hook]:
+    def _steering(self, runs: list[Run]) -> list[Hook]:
         """Hooks for a batch whose rows are these runs."""
         if self.bank is None:
             return []
@@ -115,9 +117,9 @@ class Decoding:
         return torch.searchsorted(cumulative, draws.double()[:, None] * cumulative[:, -1:]).clamp(max=logits.shape[-1] - 1)[:, 0]
 
     def _stopped(self, ids: list[int]) -> bool:
-        text = decoded(self.model, ids)
+        text = decoded(self.host, ids)
         return any(stop in text for stop in self.stops)
 
     def _text(self, before: list[int], ids: list[int]) -> str:
-        text = text_after(self.model, before, ids)
+        text = text_after(self.host, before, ids)
         return text[: min([text.find(stop) for stop in self.stops if stop in text], default=len(text))]

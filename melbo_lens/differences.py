@@ -15,10 +15,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from melbo_lens import files, hooks
+from melbo_lens.access import host_of
 from melbo_lens.arguments import public
+from melbo_lens.host import Host
 from melbo_lens.objectives import TokenNorm, change_objective, check_exponents
-from melbo_lens.passes import forward
-from melbo_lens.perturbations import objective_of
+from melbo_lens.perturbation import objective_of
 from melbo_lens.prompts import Positions, PromptBatch, Prompts, one_prompt, token_texts, tokenize
 
 ROWS_AT_ONCE = 64
@@ -119,27 +120,27 @@ def activation_changes(model: Any, prompt: Prompts, perturbations: Any, layers: 
         ValueError: several prompts, or a layer that the model does not have.
         FloatingPointError: NaN or infinity in the stream.
     """
-    hooks.check_model(model)
-    batch = tokenize(model, prompt)
+    host = host_of(model)
+    batch = tokenize(host, prompt)
     one_prompt(batch)
-    n_layers, perturbations = len(model.blocks), perturbations.on(model)
+    n_layers, perturbations = host.n_layers, perturbations.on(host)
     first = min(int(found[1]) for name, _ in perturbations.hooks() if (found := re.match(r"blocks\.(\d+)\.", name)))
     chosen = list(range(first + 1, n_layers + 1) if layers is None else layers)
     if not chosen or any(not 1 <= layer <= n_layers for layer in chosen):
         raise ValueError(f"layers={chosen} must hold layers from 1 to n_layers = {n_layers}: layer T is the stream that enters block T.")
-    with hooks.frozen(model), torch.no_grad():
+    with hooks.frozen(host), torch.no_grad():
         names = [_stream_name(layer) for layer in chosen]
-        clean = _read(model, batch.tokens, None, names)
+        clean = _read(host, batch.tokens, None, names)
         norms = [
             torch.stack([(stream - was).norm(dim=-1) for stream, was in zip(streams, clean, strict=True)], dim=1)
-            for streams in (_read(model, batch.tokens.expand(len(part), -1), part, names) for part in _parts(perturbations))
+            for streams in (_read(host, batch.tokens.expand(len(part), -1), part, names) for part in _parts(perturbations))
         ]
     change = torch.cat(norms)
-    hooks.check_finite(model, change, [f"vector {k}" for k in range(len(change))], "the stream")
+    hooks.check_finite(host, change, [f"vector {k}" for k in range(len(change))], "the stream")
     return ActivationChanges(
         change.cpu(),
         torch.stack([stream[0].norm(dim=-1) for stream in clean]).cpu(),
-        tuple(token_texts(model, batch.rows()[0])),
+        tuple(token_texts(host, batch.rows()[0])),
         tuple(chosen),
     )
 
@@ -170,12 +171,13 @@ def target_effects(
         ValueError: the perturbations know no target and none is given, or the model has no such layer or hook.
         FloatingPointError: NaN or infinity at the target.
     """
-    batch = _target_batch(model, prompts, target_positions)
-    layer, name = _target(model, perturbations, target_layer, target_hook)
+    host = host_of(model)
+    batch = tokenize(host, prompts, target_positions)
+    layer, name = _target(host, perturbations, target_layer, target_hook)
     rows = []
     for sign in signs:
         signed = perturbations if sign == 1 else -perturbations
-        rows.append(torch.cat([changes[:, batch.target_mask].flatten(1) for changes in _changes(model, batch, signed, name)]).cpu())
+        rows.append(torch.cat([changes[:, batch.target_mask].flatten(1) for changes in _changes(host, batch, signed, name)]).cpu())
     n, several = len(perturbations), len(tuple(signs))
     return TargetEffects(torch.cat(rows), tuple(range(n)) * several, tuple(sign for sign in signs for _ in range(n)), layer, name)
 
@@ -204,34 +206,35 @@ def objective(
         FloatingPointError: NaN or infinity at the target.
     """
     check_exponents(p, q, token_norm)
-    batch = _target_batch(model, prompts, target_positions)
-    _, name = _target(model, perturbations, target_layer, target_hook)
+    host = host_of(model)
+    batch = tokenize(host, prompts, target_positions)
+    _, name = _target(host, perturbations, target_layer, target_hook)
     parts = []
-    for changes in _changes(model, batch, perturbations, name):
+    for changes in _changes(host, batch, perturbations, name):
         n = len(changes)
         mask = batch.target_mask.expand(n, -1, -1).flatten(0, 1)
         parts.append(change_objective(changes.flatten(0, 1), mask, p, q, token_norm).view(n, -1).sum(1))
     return torch.cat(parts).cpu()
 
 
-def _changes(model: Any, batch: PromptBatch, perturbations: Any, name: str) -> Iterator[Float[Tensor, "vector prompt pos d_target"]]:
+def _changes(host: Host, batch: PromptBatch, perturbations: Any, name: str) -> Iterator[Float[Tensor, "vector prompt pos d_target"]]:
     """Changes of an activation, some perturbations at a time."""
-    perturbations = perturbations.on(model)
-    with hooks.frozen(model), torch.no_grad():
-        (clean,) = _read(model, batch.tokens, None, [name])
+    perturbations = perturbations.on(host)
+    with hooks.frozen(host), torch.no_grad():
+        (clean,) = _read(host, batch.tokens, None, [name])
         for first, part in zip(range(0, len(perturbations), ROWS_AT_ONCE), _parts(perturbations), strict=True):
-            changes = [_read(model, row.expand(len(part), -1), part, [name])[0] - was for row, was in zip(batch.tokens, clean, strict=True)]
+            changes = [_read(host, row.expand(len(part), -1), part, [name])[0] - was for row, was in zip(batch.tokens, clean, strict=True)]
             stacked = torch.stack(changes, dim=1)
-            hooks.check_finite(model, stacked[:, batch.own].abs(), [f"vector {first + i}" for i in range(len(part))], repr(name))
+            hooks.check_finite(host, stacked[:, batch.own].abs(), [f"vector {first + i}" for i in range(len(part))], repr(name))
             yield stacked
 
 
-def _read(model: Any, tokens: Tensor, perturbations: Any, names: Sequence[str]) -> list[Float[Tensor, "row pos d"]]:
+def _read(host: Host, tokens: Tensor, perturbations: Any, names: Sequence[str]) -> list[Float[Tensor, "row pos d"]]:
     """Float32 activations at these hooks, axes after `pos` flattened, from one forward pass."""
     seen: dict[str, Tensor] = {}
     readers = [(name, lambda activation, hook, name=name: seen.update({name: activation.float().flatten(2)})) for name in dict.fromkeys(names)]
-    with hooks.attached(model, [*([] if perturbations is None else perturbations.hooks()), *readers]):
-        forward(model, tokens)
+    with hooks.attached(host, [*([] if perturbations is None else perturbations.hooks()), *readers]):
+        host.forward(tokens)
     return [seen[name] for name in names]
 
 
@@ -246,14 +249,9 @@ def _parts(perturbations: Any) -> Iterator[Any]:
         yield perturbations[list(range(first, min(first + ROWS_AT_ONCE, len(perturbations))))]
 
 
-def _target_batch(model: Any, prompts: Prompts, positions: Positions) -> PromptBatch:
-    hooks.check_model(model)
-    return tokenize(model, prompts, positions)
-
-
-def _target(model: Any, perturbations: Any, layer: int | None, hook: str | None) -> tuple[int | None, str]:
+def _target(host: Host, perturbations: Any, layer: int | None, hook: str | None) -> tuple[int | None, str]:
     """The target layer, None if it is none, and the name of the activation to read."""
-    n_layers = len(model.blocks)
+    n_layers = host.n_layers
     if layer is not None and hook is not None:
         raise ValueError(f"target_layer={layer} and target_hook={hook!r} were given: one place is read, leave one of them out.")
     if layer is None and hook is None:
@@ -266,7 +264,7 @@ def _target(model: Any, perturbations: Any, layer: int | None, hook: str | None)
             f"target_layer, from 1 to n_layers = {n_layers}, or target_hook."
         )
     if hook is not None:
-        hooks.hook_point(model, hook)
+        hooks.hook_point(host, hook)
         return None, hook
     if not 1 <= layer <= n_layers:
         raise ValueError(f"target_layer={layer} must lie from 1 to n_layers = {n_layers}: it is the stream that enters that block.")

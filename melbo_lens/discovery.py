@@ -10,8 +10,9 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from melbo_lens import hooks, tables
-from melbo_lens.adapters import Perturbation, SteeringAdapters
+from melbo_lens import tables
+from melbo_lens.access import host_of
+from melbo_lens.adapters import SteeringAdapters
 from melbo_lens.arguments import plain_fields, public
 from melbo_lens.calibration import solve_radius
 from melbo_lens.completions import Completions
@@ -19,7 +20,8 @@ from melbo_lens.evaluation import Behavior, shows
 from melbo_lens.methods.adapters import fit_adapters
 from melbo_lens.methods.melbo import fit_vectors
 from melbo_lens.output_effects import cluster, word_counts
-from melbo_lens.perturbations import SteeringVectors, concatenate
+from melbo_lens.perturbation import Perturbation, concatenate
+from melbo_lens.perturbations import SteeringVectors
 from melbo_lens.prompts import Positions, Prompts
 from melbo_lens.sliced_model import slice_model
 from melbo_lens.steering import generate
@@ -149,9 +151,9 @@ def discover(
     """
     if plan is None and not 0 < budget < float("inf"):
         raise ValueError(f"budget={budget} must be a positive number of seconds.")
-    hooks.check_model(model)
+    host = host_of(model)
     began = time.monotonic()
-    trials = list(plan) if plan is not None else make_plan(model, prompts, seed)
+    trials = list(plan) if plan is not None else make_plan(host, prompts, seed)
     allowed = float("inf") if plan is not None else budget * (1 - (SHARE_FOR_HELDOUT if heldout is not None else 0.05))
     done, fitted, written, longest = [], [], [], 0.0
     with tqdm(total=None if plan is not None else round(budget), desc="discover", unit="s", disable=not progress) as bar:
@@ -160,8 +162,8 @@ def discover(
             if done and start - began + longest > allowed:
                 break
             try:
-                vectors = trial.fit(model, prompts, target_positions)
-                completions = generate(model, prompts, vectors, max_new_tokens=max_new_tokens, seed=trial.seed, progress=False)
+                vectors = trial.fit(host, prompts, target_positions)
+                completions = generate(host, prompts, vectors, max_new_tokens=max_new_tokens, seed=trial.seed, progress=False)
             except FloatingPointError as error:
                 warnings.warn(f"{trial} is left out: {error}", stacklevel=2)
                 continue
@@ -176,7 +178,7 @@ def discover(
     table = _group(done, written, behaviors or {})
     if heldout is not None and len(table):
         table["heldout_rate"] = [
-            _heldout(model, heldout, fitted[row.trial][row.vector], row, behaviors or {}, max_new_tokens, seed) for row in table.itertuples()
+            _heldout(host, heldout, fitted[row.trial][row.vector], row, behaviors or {}, max_new_tokens, seed) for row in table.itertuples()
         ]
     settings = {"budget": budget, "seed": seed, "seconds": round(time.monotonic() - began, 1), "max_new_tokens": max_new_tokens}
     return Discovery(table, tuple(done), tuple(fitted), tuple(written), settings)
@@ -185,15 +187,16 @@ def discover(
 @public
 def make_plan(model: Any, prompts: Prompts, seed: int = 0) -> list[Trial]:
     """Layer pairs from early to the last layer, at radii around the stream's own norm: free vectors first, orthogonal ones after."""
-    n_layers = len(model.blocks)
+    host = host_of(model)
+    n_layers = host.n_layers
     sources = sorted({0, n_layers // 4, n_layers // 3})
     pairs = [(source, n_layers) for source in sources if source + 1 < n_layers]
     pairs += [(source, 3 * n_layers // 4) for source in sources if source + 1 < 3 * n_layers // 4]
-    norms = {source: solve_radius(slice_model(model, prompts, source, n_layers), "fraction", 1.0).radius for source, _ in pairs}
+    norms = {source: solve_radius(slice_model(host, prompts, source, n_layers), "fraction", 1.0).radius for source, _ in pairs}
     plan = []
     for (source, target), orthogonal in [*((pair, False) for pair in pairs), *((pair, True) for pair in pairs)]:
         for fraction in FRACTIONS:
-            n_vectors = min(model.cfg.d_model, 16) if orthogonal else 64
+            n_vectors = min(host.d_model, 16) if orthogonal else 64
             plan.append(Trial(source, target, fraction * norms[source], n_vectors, orthogonal, seed * 1000 + len(plan)))
     return plan
 

@@ -9,10 +9,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from melbo_lens import hooks
+from melbo_lens.access import host_of
 from melbo_lens.arguments import public
 from melbo_lens.completions import Completions
 from melbo_lens.differences import ROWS_AT_ONCE
-from melbo_lens.passes import forward
+from melbo_lens.host import Host
 from melbo_lens.prompts import Prompts, one_prompt, token_texts, tokenize
 
 
@@ -50,28 +51,28 @@ def next_tokens(model: Any, prompt: Prompts, perturbations: Any = None, k: int =
         perturbations: None: unsteered only.
         k: how many of the most likely tokens to keep.
     """
-    hooks.check_model(model)
-    batch = tokenize(model, prompt)
+    host = host_of(model)
+    batch = tokenize(host, prompt)
     one_prompt(batch)
-    if not 1 <= k <= model.cfg.d_vocab:
-        raise ValueError(f"k={k} must be from 1 to d_vocab = {model.cfg.d_vocab}.")
+    if not 1 <= k <= host.cfg.d_vocab:
+        raise ValueError(f"k={k} must be from 1 to d_vocab = {host.cfg.d_vocab}.")
     following = batch.tokens[:, 1:, None]
     log_probs, ranks, best, values = [], [], [], []
-    runs = [None, *(perturbations[[i]].on(model) for i in range(len(perturbations)))] if perturbations is not None else [None]
-    with hooks.frozen(model), torch.no_grad():
+    runs = [None, *(perturbations[[i]].on(host) for i in range(len(perturbations)))] if perturbations is not None else [None]
+    with hooks.frozen(host), torch.no_grad():
         for i, run in enumerate(runs):
-            with hooks.attached(model, [] if run is None else run.hooks()):
-                logits = forward(model, batch.tokens).float()
-            hooks.check_finite(model, logits, ["the unsteered model" if run is None else f"vector {i - 1}"], "the logits")
+            with hooks.attached(host, [] if run is None else run.hooks()):
+                logits = host.forward(batch.tokens).float()
+            hooks.check_finite(host, logits, ["the unsteered model" if run is None else f"vector {i - 1}"], "the logits")
             logits = logits.log_softmax(-1)
             followed = logits[:, :-1].gather(-1, following)
             log_probs.append(followed[0, :, 0].cpu())
             ranks.append((logits[:, :-1] > followed).sum(-1)[0].cpu())
             top = logits[0].topk(k)
             values.append(top.values.cpu())
-            best.append(tuple(tuple(token_texts(model, row)) for row in top.indices.tolist()))
+            best.append(tuple(tuple(token_texts(host, row)) for row in top.indices.tolist()))
     conditions = ("unsteered", *(f"vector {i}" for i in range(len(runs) - 1)))
-    tokens = tuple(token_texts(model, batch.rows()[0]))
+    tokens = tuple(token_texts(host, batch.rows()[0]))
     return NextTokens(tokens, torch.stack(log_probs), torch.stack(ranks), tuple(best), torch.stack(values), conditions)
 
 
@@ -83,28 +84,28 @@ def coherence(model: Any, completions: Completions) -> Float[Tensor, " completio
         model: the one that completed; left as it was.
         completions: from `generate`.
     """
-    hooks.check_model(model)
+    host = host_of(model)
     found = torch.full((len(completions),), float("nan"), dtype=torch.float32, device="cpu")
-    prompts = _prompt_rows(model, completions)
+    prompts = _prompt_rows(host, completions)
     rows = [(i, prompts[i], list(new)) for i, new in enumerate(completions.table.tokens) if len(new)]
     rows = sorted(rows, key=lambda row: len(row[1]) + len(row[2]))
-    device = next(model.parameters()).device
-    with hooks.frozen(model), torch.no_grad():
+    device = host.device
+    with hooks.frozen(host), torch.no_grad():
         for first in range(0, len(rows), ROWS_AT_ONCE):
             chunk = rows[first : first + ROWS_AT_ONCE]
             width = max(len(prompt) + len(new) for _, prompt, new in chunk)
             tokens = torch.tensor([(prompt + new + [prompt[0]] * width)[:width] for _, prompt, new in chunk], dtype=torch.long, device=device)
-            logits = forward(model, tokens)[:, :-1].float()
-            hooks.check_finite(model, logits, ["the unsteered model"] * len(chunk), "the logits")
+            logits = host.forward(tokens)[:, :-1].float()
+            hooks.check_finite(host, logits, ["the unsteered model"] * len(chunk), "the logits")
             log_probs = logits.log_softmax(-1).gather(-1, tokens[:, 1:, None])[:, :, 0]
             for row, (i, prompt, new) in zip(log_probs, chunk, strict=True):
                 found[i] = row[len(prompt) - 1 : len(prompt) + len(new) - 1].mean()
     return found
 
 
-def _prompt_rows(model: Any, completions: Completions) -> Sequence[list[int]]:
+def _prompt_rows(host: Host, completions: Completions) -> Sequence[list[int]]:
     """The ids of each row's prompt: those that were used, or, of completions that don't know them, those that its text has."""
     if completions.prompt_tokens is not None:
         return [list(ids) for ids in completions.prompt_tokens]
-    known = {text: tokenize(model, text).rows()[0] for text in completions.table.prompt_text.drop_duplicates()}
+    known = {text: tokenize(host, text).rows()[0] for text in completions.table.prompt_text.drop_duplicates()}
     return [known[text] for text in completions.table.prompt_text]

@@ -1,72 +1,25 @@
-"""How is a TransformerLens model touched?  The only file that attaches hooks or knows the model classes."""
+"""How is a model touched?  Hooks that come and go, modules that are watched, parameters that rest: the only file that attaches anything."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformer_lens.model_bridge import TransformerBridge
 
-try:
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
-except ImportError:  # TransformerLens 4 removed them
-    HookedTransformer = HookedTransformerConfig = None
-
-Hook: TypeAlias = tuple[str, Callable[..., Any]]
+from melbo_lens.host import Host
+from melbo_lens.sites import Hook, Site
 
 
-def is_hooked_transformer(model: Any) -> bool:
-    """Whether the model is TransformerLens' own implementation (else it is a bridge around another library's)."""
-    return HookedTransformer is not None and isinstance(model, HookedTransformer)
-
-
-def norm_after_mlp(model: Any) -> str | None:
-    """The name of the norm through which a `HookedTransformer`'s MLP output passes before its hook, if there is one."""
-    from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
-
-    if model.cfg.use_normalization_before_and_after:
-        return "ln2_post"
-    return "ln2" if model.cfg.original_architecture in POST_NORM_ARCHITECTURES else None
-
-
-def check_model(model: Any) -> None:
-    """Refuses what this library can't steer.
-
-    Raises:
-        TypeError: neither a `HookedTransformer` nor a `TransformerBridge`.
-        ValueError: an encoder, no stack of blocks, parts on several devices, or weights that were made in inference mode.
-    """
-    if not (is_hooked_transformer(model) or isinstance(model, TransformerBridge)):
-        raise TypeError(f"model must be a HookedTransformer or a TransformerBridge; got {type(model).__name__}. Load it with TransformerLens.")
-    adapter = getattr(model, "adapter", None)
-    bidirectional = getattr(model.cfg, "attention_dir", "causal") == "bidirectional"
-    hf_config = getattr(getattr(model, "original_model", None), "config", None)
-    seq2seq = bool(getattr(hf_config, "is_encoder_decoder", False))
-    if bidirectional or seq2seq or (adapter is not None and not (adapter.supports_causal_loss and adapter.supports_generation)):
-        raise ValueError("model is an encoder (its attention sees later tokens): only decoder-only language models can be steered here.")
-    if not isinstance(getattr(model, "blocks", None), nn.ModuleList):
-        raise ValueError("model has no single stack of blocks (model.blocks): only decoder-only language models can be steered here.")
-    parameters = list(nn.Module.parameters(model))
-    if any(parameter.is_inference() for parameter in parameters):
-        raise ValueError(
-            "model was loaded inside torch.inference_mode(), so no derivative can be taken through its weights: load it outside "
-            "(torch.no_grad() does no harm)."
-        )
-    devices = {parameter.device for parameter in parameters}
-    if len(devices) > 1:
-        raise ValueError(f"model lies on several devices ({', '.join(sorted(map(str, devices)))}): move it to one, as with model.to(device).")
-
-
-def hook_point(model: Any, name: str) -> nn.Module:
+def hook_point(host: Host, name: str) -> nn.Module:
     """The hook point of that name; a bridge also knows names that are aliases.
 
     Raises:
         ValueError: the model has no such hook.
     """
-    return _named(model.hook_dict, name)
+    return _named(host.points, name)
 
 
 def _named(points: Mapping[str, nn.Module], name: str) -> nn.Module:
@@ -77,37 +30,37 @@ def _named(points: Mapping[str, nn.Module], name: str) -> nn.Module:
     return points[name]
 
 
-def mlp_output(model: Any, layer: int) -> str:
-    """The name of a block's `hook_mlp_out`, where vectors are added.
+def source_hook(host: Host, site: Site, layer: int) -> str:
+    """The name of the activation to which vectors are added at a layer.
 
     Raises:
         ValueError: the block has none; says what it is and which blocks have one.
     """
-    name = f"blocks.{layer}.hook_mlp_out"
-    if name not in model.hook_dict:
-        raise ValueError(f"the model has no hook {name!r}: {without_reason(model, name)}")
-    return name
+    name = site.hook_name(layer)
+    if name not in host.points:
+        raise ValueError(f"the model has no hook {name!r}: {without_reason(host, name)}")
+    return resolved_name(host, name)
 
 
-def without_reason(model: Any, name: str) -> str:
+def without_reason(host: Host, name: str) -> str:
     """Why a hook is missing or silent, and which other blocks have one."""
     found = re.match(r"blocks\.(\d+)\.(.+)", name)
-    if found is None or name in model.hook_dict:
-        attention_only = getattr(model.cfg, "attn_only", False)
+    if found is None or name in host.points:
+        attention_only = getattr(host.cfg, "attn_only", False)
         why = "this is an attention-only model, which has no MLP" if attention_only else "this model runs it never, or more than once"
         return f"{why}. Choose another layer or model."
     layer, kind = int(found[1]), found[2]
-    parts = ", ".join(child for child, _ in model.blocks[layer].named_children() if not child.startswith(("hook_", "_")))
-    architecture = type(getattr(model, "original_model", model)).__name__
-    others = [i for i in range(len(model.blocks)) if f"blocks.{i}.{kind}" in model.hook_dict]
+    parts = ", ".join(child for child, _ in host.blocks[layer].named_children() if not child.startswith(("hook_", "_")))
+    architecture = type(host.networks[-1]).__name__
+    others = [i for i in range(host.n_layers) if f"blocks.{i}.{kind}" in host.points]
     if others:
         return f"block {layer} of this {architecture} consists of {parts or 'one part'}. The layers that have one are {others}: choose among them."
     return f"the blocks of this {architecture} consist of {parts or 'one part'}, without an MLP whose output is hooked. Choose another model."
 
 
-def resolved_name(model: Any, name: str) -> str:
+def resolved_name(host: Host, name: str) -> str:
     """The name that the hook point itself has: a raw bridge's `blocks.1.hook_mlp_out` is `blocks.1.mlp.hook_out`."""
-    return str(hook_point(model, name).name)
+    return str(hook_point(host, name).name)
 
 
 @dataclass(frozen=True)
@@ -124,15 +77,14 @@ class _Counted:
 
 
 @contextmanager
-def attached(model: Any, hooks: Sequence[Hook]) -> Iterator[list[int]]:
+def attached(host: Host, hooks: Sequence[Hook]) -> Iterator[list[int]]:
     """Attaches forward hooks for the length of a block and removes exactly those, whatever happens.
 
     Yields:
         How often each hook has fired so far, a list that grows as the model runs.
     """
     fired = [0] * len(hooks)
-    known = model.hook_dict if hooks else {}  # a bridge builds it anew each time it is asked
-    points = [(_named(known, name), function) for name, function in hooks]  # all names are known before any hook is attached
+    points = [(_named(host.points, name), function) for name, function in hooks]  # all names are known before any hook is attached
     with ExitStack() as stack:
         for i, (point, function) in enumerate(points):
             before = set(map(id, point.fwd_hooks))
@@ -161,10 +113,9 @@ def watched(
 
 
 @contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
+def frozen(host: Host) -> Iterator[None]:
     """Parameters need no gradient and dropout is off inside; every flag is as it was afterwards, whatever happens."""
-    wrapped = getattr(model, "original_model", None)  # some of its modules (GPT-2's dropout) are not among the bridge's own
-    trees = [model, wrapped] if isinstance(wrapped, nn.Module) else [model]
+    trees = host.networks
     modules = list(dict.fromkeys(module for tree in trees for module in tree.modules()))
     parameters = list(dict.fromkeys(parameter for tree in trees for parameter in nn.Module.parameters(tree)))
     training, needed = [module.training for module in modules], [parameter.requires_grad for parameter in parameters]
@@ -182,11 +133,11 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(was)
 
 
-def check_finite(model: Any, values: Tensor, names: Sequence[str], what: str) -> None:
+def check_finite(host: Host, values: Tensor, names: Sequence[str], what: str) -> None:
     """Refuses rows whose largest number is NaN or infinite: whatever is computed from them means nothing. Single -inf are a mask's, and allowed.
 
     Args:
-        model: for the name of its dtype.
+        host: for the name of its dtype.
         values: one row for each name.
         names: who is at fault if its row is, as "vector 3".
         what: what the rows are, for the message.
@@ -196,23 +147,22 @@ def check_finite(model: Any, values: Tensor, names: Sequence[str], what: str) ->
     """
     broken = (~torch.isfinite(values.flatten(1).amax(1))).nonzero()[:, 0].tolist()
     if broken:
-        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        dtype = str(host.dtype).removeprefix("torch.")
         raise FloatingPointError(
             f"{names[broken[0]]} makes {what} NaN or infinite in {dtype} ({len(broken)} of {len(names)} rows): use smaller scales, or load the model "
             "in bfloat16 or float32."
         )
 
 
-def end_tokens(model: Any) -> set[int]:
+def end_tokens(host: Host) -> set[int]:
     """Ids that end a completion: the tokenizer's, those of a Hugging Face model's configurations, and that with which the chat template ends a turn.
 
     A `HookedTransformer` keeps no such configuration, so for it the template alone tells that a chat model ends its turn with another token.
     """
-    network = getattr(model, "original_model", None)
-    configs = [getattr(network, name, None) for name in ("generation_config", "config")]
-    found = [getattr(config, "eos_token_id", None) for config in [model.tokenizer, *configs]]
+    configs = [getattr(host.networks[-1], name, None) for name in ("generation_config", "config")]
+    found = [getattr(config, "eos_token_id", None) for config in [host.tokenizer, *configs]]
     ends = {i for entry in found if entry is not None for i in (entry if isinstance(entry, list | tuple) else [entry])}
-    return ends | _end_of_turn(model.tokenizer)
+    return ends | _end_of_turn(host.tokenizer)
 
 
 def _end_of_turn(tokenizer: Any) -> set[int]:

@@ -14,6 +14,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from melbo_lens import files, hooks, tables
+from melbo_lens.access import host_of
 from melbo_lens.arguments import counts, positive, public
 from melbo_lens.calibration import NoRadius, solve_radius
 from melbo_lens.manifolds import to_sphere
@@ -88,8 +89,8 @@ def scan_layers(
     counts(n_vectors=n_vectors, n_steps=n_steps)
     if radius != "auto":
         positive("radius", radius, ', or "auto" to calibrate one')
-    hooks.check_model(model)
-    n_layers = len(model.blocks)
+    host = host_of(model)
+    n_layers = host.n_layers
     sources = list(range(n_layers) if source_layers is None else source_layers)
     targets = list(range(n_layers + 1) if target_layers is None else target_layers)
     pairs = [(source, target) for source in sources for target in targets if 0 <= source < target - 1 and target <= n_layers]
@@ -98,10 +99,10 @@ def scan_layers(
             f"source_layers={sources} and target_layers={targets} have no valid pair: a target must be at least source + 2 "
             f"and at most n_layers = {n_layers}."
         )
-    batch = tokenize(model, prompts, target_positions)
+    batch = tokenize(host, prompts, target_positions)
     digest = None
     if directory is not None:
-        key = json.dumps([batch.rows(), radius, n_vectors, n_steps, positions_text(target_positions), seed, fingerprint(model)])
+        key = json.dumps([batch.rows(), radius, n_vectors, n_steps, positions_text(target_positions), seed, fingerprint(host)])
         digest = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
     rows = []
     with tqdm(total=len(pairs), desc="scan layers", unit="pair", disable=not progress) as bar:
@@ -113,7 +114,7 @@ def scan_layers(
                 if pair is None:
                     if longest is None:
                         last = max(target for other, target in pairs if other == source)
-                        longest = slice_model(model, batch, source, last, target_positions)
+                        longest = slice_model(host, batch, source, last, target_positions)
                     pair = _scan_pair(longest.shorter(target), batch, radius, n_vectors, n_steps, seed)
                     if path is not None:
                         path.parent.mkdir(parents=True, exist_ok=True)
@@ -144,7 +145,7 @@ def _read_pair(path: Path) -> list[list[float]] | None:
 
 def _scan_pair(sliced: SlicedModel, prompts: PromptBatch, radius: float | str, n_vectors: int, n_steps: int, seed: int) -> list[list[float]]:
     """The rows of one pair, one for each sign."""
-    with hooks.frozen(sliced.model):
+    with hooks.frozen(sliced.host):
         try:
             chosen = solve_radius(sliced, seed=seed).radius if radius == "auto" else float(radius)
         except NoRadius as error:
@@ -160,7 +161,7 @@ def _scan_pair(sliced: SlicedModel, prompts: PromptBatch, radius: float | str, n
         vectors = SteeringVectors(values, sliced.source_layer)
         rows = []
         for sign in (1, -1):
-            measured = effects(sliced.model, prompts, vectors, signs=(sign,)).table
+            measured = effects(sliced.host, prompts, vectors, signs=(sign,)).table
             objective = float(evaluate(sign * values)[0].mean())
             row = [sliced.source_layer, sliced.target_layer, sign, chosen, objective, random_objective]
             rows.append([*row, float(measured.kl.mean()), float(measured.entropy.mean())])

@@ -12,13 +12,15 @@ from sklearn.cluster import AgglomerativeClustering
 from torch import Tensor
 
 from melbo_lens import blocks, hooks, tables
-from melbo_lens.adapters import Perturbation
+from melbo_lens.access import host_of
 from melbo_lens.arguments import public
 from melbo_lens.completions import Completions
+from melbo_lens.host import Host
 from melbo_lens.manifolds import unit
-from melbo_lens.passes import forward
+from melbo_lens.perturbation import Perturbation
 from melbo_lens.perturbations import SteeringVectors
 from melbo_lens.prompts import Prompts, decoded, tokenize
+from melbo_lens.sites import Hook
 from melbo_lens.sliced_model import SlicedModel
 
 ROWS_AT_ONCE = 128
@@ -62,19 +64,19 @@ def effects(
         signs: +1, -1 or both.
         tokens: two token ids whose logit difference is wanted.
     """
-    hooks.check_model(model)
-    vectors = vectors.on(model)
-    batch = tokenize(model, prompts)
+    host = host_of(model)
+    vectors = vectors.on(host)
+    batch = tokenize(host, prompts)
     runs = list(product(range(len(batch)), range(len(vectors)), signs))
-    with hooks.frozen(model), torch.no_grad():
-        clean_logits, clean_norms = _run(model, batch.tokens, batch.lengths, [])
+    with hooks.frozen(host), torch.no_grad():
+        clean_logits, clean_norms = _run(host, batch.tokens, batch.lengths, [])
         parts = []
         for first in range(0, len(runs), ROWS_AT_ONCE):
             prompt, vector, sign = (list(column) for column in zip(*runs[first : first + ROWS_AT_ONCE], strict=True))
             steering = vectors.row_hooks(vector, torch.tensor(sign, dtype=torch.float32, device="cpu"))
-            parts.append(_run(model, batch.tokens[prompt], batch.lengths[prompt], steering))
+            parts.append(_run(host, batch.tokens[prompt], batch.lengths[prompt], steering))
             names = [f"vector {k} with sign {s:+d}, on prompt {i}," for k, s, i in zip(vector, sign, prompt, strict=True)]
-            hooks.check_finite(model, parts[-1][0], names, "the logits")
+            hooks.check_finite(host, parts[-1][0], names, "the logits")
     logits, norms = (torch.cat(column) for column in zip(*parts, strict=True))
     which = [prompt for prompt, _, _ in runs]
     clean, steered = clean_logits.log_softmax(-1)[which], logits.log_softmax(-1)
@@ -88,12 +90,12 @@ def effects(
     return Effects(table, norms / clean_norms[which] - 1)
 
 
-def _run(model: Any, tokens: Tensor, lengths: Tensor, steering: list[hooks.Hook]) -> tuple[Float[Tensor, "row d_vocab"], Tensor]:
+def _run(host: Host, tokens: Tensor, lengths: Tensor, steering: list[Hook]) -> tuple[Float[Tensor, "row d_vocab"], Tensor]:
     """Logits after the first `lengths` tokens of each row, and the norms [row layer pos] of the stream, NaN in the padding."""
     norms: list[Tensor] = []
-    readers = [(f"blocks.{i}.hook_resid_post", lambda stream, hook: norms.append(stream.float().norm(dim=-1))) for i in range(len(model.blocks))]
-    with hooks.attached(model, [*steering, *readers]):
-        logits = forward(model, tokens)
+    readers = [(f"blocks.{i}.hook_resid_post", lambda stream, hook: norms.append(stream.float().norm(dim=-1))) for i in range(host.n_layers)]
+    with hooks.attached(host, [*steering, *readers]):
+        logits = host.forward(tokens)
     own = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
     stacked = torch.stack(norms, dim=1).masked_fill(~own[:, None], float("nan"))
     return logits[torch.arange(len(tokens), device=tokens.device), lengths - 1].float(), stacked
@@ -109,18 +111,19 @@ def top_tokens(model: Any, vectors: SteeringVectors, k: int = 10, prompts: Promp
     Returns:
         One row for each vector and route ("direct" or "steered"): promoted and suppressed, lists of (token, change of the logit).
     """
-    changes = {"direct": vectors.values.to(model.W_U.device) @ model.W_U.detach().float()}
+    host = host_of(model)
+    changes = {"direct": vectors.values.to(host.model.W_U.device) @ host.model.W_U.detach().float()}
     if prompts is not None:
-        batch = tokenize(model, prompts, target_positions=[position])
+        batch = tokenize(host, prompts, target_positions=[position])
         ends = (batch.lengths + position if position < 0 else torch.full_like(batch.lengths, position)) + 1
-        with hooks.frozen(model), torch.no_grad():
-            clean, _ = _run(model, batch.tokens, ends, [])
-            steered = [_run(model, batch.tokens, ends, vector.hooks())[0] for vector in vectors]
+        with hooks.frozen(host), torch.no_grad():
+            clean, _ = _run(host, batch.tokens, ends, [])
+            steered = [_run(host, batch.tokens, ends, vector.hooks())[0] for vector in vectors]
         changes["steered"] = torch.stack([(logits - clean).mean(0) for logits in steered])
     rows = []
     for vector, route in product(range(len(vectors)), changes):
         change = changes[route][vector]
-        best = [[(decoded(model, [int(i)]), float(change[i])) for i in (sign * change).topk(k).indices] for sign in (1, -1)]
+        best = [[(decoded(host, [int(i)]), float(change[i])) for i in (sign * change).topk(k).indices] for sign in (1, -1)]
         rows.append((vector, route, *best))
     return pd.DataFrame(rows, columns=["vector", "route", "promoted", "suppressed"])
 
@@ -132,10 +135,10 @@ def max_activating(model: Any, vectors: SteeringVectors, texts: Prompts, k: int 
     Returns:
         k rows for each vector, best first: vector, rank, text (index), position, token, before (the text up to the token), cosine.
     """
-    hooks.check_model(model)
-    batch = tokenize(model, texts)
-    with hooks.frozen(model):
-        stream = blocks.record(model, batch.tokens, vectors.source_layer + 1, vectors.source_layer + 1).streams[-1].float()
+    host = host_of(model)
+    batch = tokenize(host, texts)
+    with hooks.frozen(host):
+        stream = blocks.record(host, batch.tokens, vectors.source_layer + 1, vectors.source_layer + 1).streams[-1].float()
     places = batch.own.nonzero().tolist()
     cosines = unit(stream[batch.own]) @ unit(vectors.values.to(stream.device)).T
     rows = []
@@ -144,8 +147,8 @@ def max_activating(model: Any, vectors: SteeringVectors, texts: Prompts, k: int 
         for rank, (value, index) in enumerate(zip(best.values.tolist(), best.indices.tolist(), strict=True)):
             text, position = places[index]
             ids = batch.rows()[text]
-            before = "".join(decoded(model, [i]) + " " for i in ids[:position]).strip()
-            rows.append((vector, rank, text, position, decoded(model, [ids[position]]), before, value))
+            before = "".join(decoded(host, [i]) + " " for i in ids[:position]).strip()
+            rows.append((vector, rank, text, position, decoded(host, [ids[position]]), before, value))
     return pd.DataFrame(rows, columns=["vector", "rank", "text", "position", "token", "before", "cosine"])
 
 
@@ -200,13 +203,9 @@ def rank(vectors: Perturbation, measured: Effects, clusters: Sequence[int] | Non
 def target_changes(sliced: SlicedModel, perturbations: Perturbation) -> Float[Tensor, "perturbation change"]:
     """What each vector or adapter changes at the target positions of all prompts, as one long row."""
     everyone, changes = sliced.everyone, []
-    with hooks.frozen(sliced.model), torch.no_grad():
-        for one in perturbations.on(sliced.model):
-            if isinstance(one, SteeringVectors):
-                change = sliced.change(one.values.to(sliced.device).expand(len(everyone), -1), everyone)
-            else:
-                change = sliced.change_under(one.hooks(), everyone)
-            changes.append(change[sliced.batch.target_mask].flatten())
+    with hooks.frozen(sliced.host), torch.no_grad():
+        for one in perturbations.on(sliced.host):
+            changes.append(sliced.change_under(one.hooks(), everyone)[sliced.batch.target_mask].flatten())
     return torch.stack(changes)
 
 

@@ -1,4 +1,4 @@
-"""How does a model go over tokens?  One uncached pass, or token by token with a cache that is not believed before it has proved itself."""
+"""How does a model write token by token?  With a cache that is not believed before it has proved itself."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -9,7 +9,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from melbo_lens.hooks import Hook, attached, is_hooked_transformer
+from melbo_lens.hooks import attached
+from melbo_lens.host import Host
+from melbo_lens.sites import Hook
 
 Positions: TypeAlias = Literal["all", "prompt", "generated"]  # of which tokens a perturbation takes hold
 Steering: TypeAlias = Callable[[Sequence[int]], list[Hook]]  # row numbers -> hooks for a batch of exactly these rows
@@ -17,30 +19,6 @@ Steering: TypeAlias = Callable[[Sequence[int]], list[Hook]]  # row numbers -> ho
 # How far a step with the cache may be from a pass without it, as a share of the logits' norm.
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1.5e-1}
 TOKENS_AT_ONCE = 4096  # of an uncached pass, whose logits are large
-
-
-def forward(model: Any, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """Logits of one uncached pass; without a mask every column of `tokens` counts.
-
-    Raises:
-        RuntimeError: the model itself can't be run.
-    """
-    try:
-        return _forward(model, tokens, attention_mask)
-    except (AttributeError, TypeError, KeyError, NameError, NotImplementedError) as error:
-        raise RuntimeError(
-            f"the forward pass of this model fails ({type(error).__name__}: {error}), with transformers {version('transformers')} and "
-            f"transformer_lens {version('transformer_lens')}: another version of either may run it."
-        ) from error
-
-
-def _forward(model: Any, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
-    if is_hooked_transformer(model):
-        # HookedTransformer would guess a mask from the tokenizer's padding token
-        mask = torch.ones_like(tokens) if attention_mask is None else attention_mask.to(tokens)
-        return model(tokens, attention_mask=mask)
-    keywords = {} if attention_mask is None else {"attention_mask": attention_mask.to(tokens)}
-    return model(tokens, use_cache=False, **keywords)
 
 
 class Decoder:
@@ -51,20 +29,20 @@ class Decoder:
     they differ, a warning says so, and every later step runs all tokens again without cache, which is slower and right.
     """
 
-    def __init__(self, model: Any, rows: Sequence[Sequence[int]], steering: Steering, positions: Positions = "all", cached: bool = True) -> None:
+    def __init__(self, host: Host, rows: Sequence[Sequence[int]], steering: Steering, positions: Positions = "all", cached: bool = True) -> None:
         """
         Args:
-            model: frozen by the caller.
+            host: frozen by the caller.
             rows: the prompts' token ids.
             steering: hooks for a batch of the given rows.
             positions: where they take hold.
             cached: False never uses a cache.
         """
-        self.model, self.steering, self.positions, self.cached = model, steering, positions, cached
+        self.host, self.steering, self.positions, self.cached = host, steering, positions, cached
         self.ids = [list(row) for row in rows]  # prompt and new tokens, of rows that were dropped too
         self.lengths = [len(row) for row in rows]
         self.alive = list(range(len(rows)))
-        self.device = next(model.parameters()).device
+        self.device = host.device
         self.doubtful = True
         self.cache: Any = None
         width = max(self.lengths)
@@ -75,10 +53,7 @@ class Decoder:
         if not self.cached:
             return self._uncached(self.alive)
         width = max(self.lengths)
-        if is_hooked_transformer(self.model):
-            from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
-
-            self.cache = TransformerLensKeyValueCache.init_cache(self.model.cfg, self.device, len(self.alive))
+        self.cache = self.host.start_cache(len(self.alive))
         tokens = self._tensor([[ids[0]] * (width - len(ids)) + ids for ids in self.ids], torch.long)
         logits = self._step(tokens, self.positions != "generated")
         return logits if min(self.lengths) == width else self._proved(logits)
@@ -110,28 +85,14 @@ class Decoder:
 
     def _step(self, tokens: Tensor, steered: bool) -> Tensor:
         """One pass with the cache over the last columns of the mask."""
-        with attached(self.model, self.steering(self.alive) if steered else []):
-            if is_hooked_transformer(self.model):
-                new = self.mask[:, self.mask.shape[1] - tokens.shape[1] :]
-                logits = self.model(tokens, attention_mask=new.to(tokens), past_kv_cache=self.cache)
-            else:
-                # the bridge derives positions from the mask, for those of its models that take positions
-                known = {} if self.cache is None else {"past_key_values": self.cache}
-                logits, self.cache = self.model(tokens, return_type="logits_and_cache", attention_mask=self.mask.to(tokens), use_cache=True, **known)
+        with attached(self.host, self.steering(self.alive) if steered else []):
+            logits, self.cache = self.host.cached_logits(tokens, self.mask, self.cache)
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
         return logits[:, -1].float()
 
     def _drop(self, places: Tensor) -> bool:
-        if is_hooked_transformer(self.model):
-            self.cache.previous_attention_mask = self.cache.previous_attention_mask[places]
-            for entry in self.cache.entries:
-                entry.past_keys, entry.past_values = entry.past_keys[places], entry.past_values[places]
-        else:
-            # reordering for a beam search takes any rows, of keys and values and of recurrent states alike; selecting indices forgets the latter
-            parts = [self.cache, *(getattr(self.cache, "layers", None) or [])]
-            if not all(callable(getattr(part, "reorder_cache", None)) for part in parts):
-                return False
-            self.cache.reorder_cache(places)
+        if not self.host.drop_rows(self.cache, places):
+            return False
         self.mask = self.mask[places]
         return True
 
@@ -144,7 +105,7 @@ class Decoder:
             return logits  # overflow is told by whoever chooses a token
         expected, found = (values[finite] - values[finite].mean() for values in (alone, logits[row]))
         error = float((found - expected).norm() / expected.norm().clamp(min=1e-30))
-        allowed = TOLERANCES.get(next(self.model.parameters()).dtype, 1e-3)
+        allowed = TOLERANCES.get(self.host.dtype, 1e-3)
         if error <= allowed:
             return logits
         return self._distrusted(f"is off by {error:.1e} of the logits' norm (allowed: {allowed:.0e})")
@@ -169,8 +130,8 @@ class Decoder:
             if self.positions != "all":
                 generated = torch.arange(width, device=self.device) >= self._tensor([self.lengths[i] for i in part], torch.long)[:, None]
                 hooks = _at(hooks, generated if self.positions == "generated" else ~generated)
-            with attached(self.model, hooks):
-                logits = forward(self.model, tokens)
+            with attached(self.host, hooks):
+                logits = self.host.forward(tokens)
             last = self._tensor([len(self.ids[i]) - 1 for i in part], torch.long)
             parts.append(logits[torch.arange(len(part), device=logits.device), last].float())
         return torch.cat(parts)

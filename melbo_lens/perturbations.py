@@ -1,44 +1,47 @@
-"""What was learned?  `SteeringVectors`: an immutable value with its history and provenance, and no model inside."""
+"""What are steering vectors?  A bias for each row, added at one site of one layer."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from numbers import Integral
-from typing import Any, SupportsIndex, TypeAlias
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from melbo_lens import tables
-from melbo_lens.arguments import as_list, plain, plain_fields, plain_json, public
+from melbo_lens.arguments import plain_fields, plain_json, public
 from melbo_lens.manifolds import to_sphere, unit
+from melbo_lens.perturbation import Hook, Parts, Perturbation, checked_history, no_history
+from melbo_lens.sites import site_of
 
-HookFunction: TypeAlias = Callable[..., Tensor]
-Index: TypeAlias = SupportsIndex | slice | Sequence[int] | np.ndarray | pd.Series | Tensor
+if TYPE_CHECKING:
+    from typing import Self
+else:  # the type checker of the tests takes no Self outside of a class that it checks as a whole
+    Self = Any
 
 
 @plain_fields
 @dataclass(frozen=True, eq=False, repr=False)
-class SteeringVectors:
-    """Steering vectors of one source layer: each is a bias for the MLP output at every position.
+class SteeringVectors(Perturbation):
+    """Steering vectors of one source layer: each is a bias for an activation at every position.
 
     Indexing, also with one integer, gives `SteeringVectors`; arithmetic works on the values and says so in the provenance.
 
     Attributes:
         values: the vectors, float32, always 2-D.
-        source_layer: they are added at `blocks.{source_layer}.hook_mlp_out`.
-        history: the objective, all prompts summed, before each step and, last, of `values`; no rows for vectors that were not fitted.
-        provenance: every resolved setting of the fit, JSON-like.
+        source_layer: the block at whose `site` they are added.
+        history: the objective, all prompts summed, before each step and, last, of `values`; no steps for vectors that were not fitted.
+        provenance: every resolved setting of the fit, in JSON's types.
+        site: "mlp_out" (`hook_mlp_out`), "resid_post" (the stream that leaves the block) or "attn_out" (`hook_attn_out`).
     """
 
     values: Float[Tensor, "vector d_model"]  # 2-D also for one vector
     source_layer: int
     history: Float[Tensor, "step vector_or_0"] = field(default_factory=lambda: no_history(0))
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    site: str = "mlp_out"
 
-    __array_ufunc__ = None  # a number from a table, numpy's, times vectors is vectors
+    word = "vector"
 
     def __post_init__(self) -> None:
         if self.values.ndim != 2 or 0 in self.values.shape or not self.values.is_floating_point():
@@ -48,19 +51,38 @@ class SteeringVectors:
         layer = self.source_layer
         if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
             raise ValueError(f"source_layer={layer!r} must be an integer and must not be negative: count blocks from 0.")
-        history = self.history if self.history.numel() else no_history(len(self.values))
-        if history.ndim != 2 or history.shape[1] != len(self.values):
-            raise ValueError(f"history must be [step vector] with {len(self.values)} columns; got {tuple(history.shape)}.")
+        site_of(self.site)
         # copies: what the caller does with its tensors later must not change this value
         object.__setattr__(self, "values", self.values.detach().float().clone())
-        object.__setattr__(self, "history", history.detach().float().clone())
+        object.__setattr__(self, "history", checked_history(self.history, len(self.values), self.word))
         object.__setattr__(self, "provenance", plain_json(self.provenance, "provenance"))
 
     @classmethod
     @public
-    def from_tensor(cls, values: Float[Tensor, "vector d_model"], source_layer: int) -> "SteeringVectors":
+    def from_tensor(cls, values: Float[Tensor, "vector d_model"], source_layer: int, site: str = "mlp_out") -> "SteeringVectors":
         """Wraps vectors made elsewhere; a 1-D tensor is one vector."""
-        return cls(values[None] if values.ndim == 1 else values, source_layer, provenance={"method": "from_tensor"})
+        return cls(values[None] if values.ndim == 1 else values, source_layer, provenance={"method": "from_tensor"}, site=site)
+
+    def parts(self) -> tuple[Parts, dict[str, Any]]:
+        return {"values": self.values, "history": self.history}, {"source_layer": self.source_layer, "site": self.site}
+
+    @classmethod
+    def of_parts(cls, tensors: Parts, header: Mapping[str, Any], provenance: Mapping[str, Any]) -> Self:
+        # files of version 0.1.0 name no site
+        return cls(tensors["values"], header["source_layer"], tensors["history"], provenance, header.get("site", "mlp_out"))
+
+    def scaled_parts(self, tensors: Parts, coefficients: Float[Tensor, " row"]) -> Parts:
+        return {"values": tensors["values"] * coefficients.to(self.values)[:, None]}
+
+    @classmethod
+    def check_joinable(cls, several: Sequence[Self]) -> None:
+        _check_same_place(several, "joined with")
+
+    def measures(self) -> dict[str, list[float]]:
+        return {"radius": self.radii.tolist()}
+
+    def __len__(self) -> int:
+        return len(self.values)
 
     @property
     def d_model(self) -> int:
@@ -78,16 +100,9 @@ class SteeringVectors:
 
     @property
     def hook_name(self) -> str:
-        return f"blocks.{self.source_layer}.hook_mlp_out"
+        return site_of(self.site).hook_name(self.source_layer)
 
-    def hooks(self) -> list[tuple[str, HookFunction]]:
-        """Hooks for `model.hooks`, `run_with_hooks` or `add_hook`.
-
-        One vector is added to every batch row; n vectors need a batch of exactly n rows, vector k going to row k.
-        """
-        return self.row_hooks(range(len(self)), self.values.new_ones(len(self)))
-
-    def row_hooks(self, index: Sequence[int], coefficients: Float[Tensor, " row"]) -> list[tuple[str, HookFunction]]:
+    def row_hooks(self, index: Sequence[int], coefficients: Float[Tensor, " row"]) -> list[Hook]:
         """Hooks for a batch whose row r gets `coefficients[r]` times the vector `index[r]`; a single entry is added to every row."""
         values = self.values[list(index)] * coefficients.to(self.values)[:, None]
 
@@ -98,13 +113,13 @@ class SteeringVectors:
 
         return [(self.hook_name, add_vectors)]
 
-    def on(self, model: Any) -> "SteeringVectors":
+    def on(self, host: Any) -> Self:
         """These vectors, which act at the same hook in every class of model.
 
         Raises:
             ValueError: the vectors don't fit the model.
         """
-        n_layers, d_model = len(model.blocks), model.cfg.d_model
+        n_layers, d_model = host.n_layers, host.d_model
         if self.source_layer >= n_layers or self.d_model != d_model:
             raise ValueError(
                 f"the perturbation belongs to layer {self.source_layer} of a model with d_model {self.d_model}; this model has layers 0 to "
@@ -121,11 +136,11 @@ class SteeringVectors:
     def rescaled(self, radius: float | Float[Tensor, " vector"]) -> "SteeringVectors":
         """The same directions with another norm, one for all or one for each."""
         radii = torch.as_tensor(radius, dtype=torch.float32, device=self.values.device).expand(len(self))
-        return self._derived(to_sphere(self.values, radii), f"rescaled to {radius if isinstance(radius, int | float) else 'given radii'}")
+        return self.derived({"values": to_sphere(self.values, radii)}, f"rescaled to {radius if isinstance(radius, int | float) else 'given radii'}")
 
     def mean(self) -> "SteeringVectors":
         """The mean of the vectors, as one vector."""
-        return self._derived(self.values.mean(0, keepdim=True), "mean")
+        return self.derived({"values": self.values.mean(0, keepdim=True)}, "mean")
 
     def top_singular(self) -> "SteeringVectors":
         """The one direction that explains most of the vectors: their top right-singular vector, with their mean norm.
@@ -135,10 +150,10 @@ class SteeringVectors:
         _, singular, right = torch.linalg.svd(self.values, full_matrices=False)
         direction = right[:1] * (-1 if (self.values @ right[0]).sum() < 0 else 1)
         share = float(singular[0] ** 2 / singular.square().sum())
-        return self._derived(direction * self.radii.mean(), f"top singular vector, explains {share:.3f}")
+        return self.derived({"values": direction * self.radii.mean()}, f"top singular vector, explains {share:.3f}")
 
     @public
-    def ablation_hooks(self, layers: Sequence[int]) -> list[tuple[str, HookFunction]]:
+    def ablation_hooks(self, layers: Sequence[int]) -> list[Hook]:
         """Hooks that remove the vectors' directions from the stream entering these layers: ``x - (x . v) v / ||v||^2``.
 
         One vector is removed from every batch row; n vectors need a batch of exactly n rows.
@@ -155,38 +170,6 @@ class SteeringVectors:
 
         return [(f"blocks.{layer}.hook_resid_pre", remove_direction) for layer in layers]
 
-    def to(self, device: str | torch.device) -> "SteeringVectors":
-        """A copy on another device."""
-        return replace(self, values=self.values.to(device), history=self.history.to(device))
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-    def __iter__(self) -> Iterator["SteeringVectors"]:
-        return (self[i] for i in range(len(self)))
-
-    def __getitem__(self, index: Index) -> "SteeringVectors":
-        kept = chosen_rows(index, len(self), "vector").to(self.values.device)
-        chosen = [*self.provenance.get("rows", range(len(self)))]
-        provenance = {**self.provenance, "rows": [chosen[i] for i in kept.tolist()]}
-        return replace(self, values=self.values[kept], history=self.history[:, kept.to(self.history.device)], provenance=provenance)
-
-    def __neg__(self) -> "SteeringVectors":
-        return self._derived(-self.values, "negated")
-
-    @public
-    def __mul__(self, factor: float | Float[Tensor, " vector"]) -> "SteeringVectors":
-        """Scales all vectors by one number, or each by its own."""
-        if isinstance(factor, Tensor) and factor.ndim:
-            return self._derived(self.values * factor.to(self.values)[:, None], "scaled row by row")
-        return self._derived(self.values * float(factor), f"times {float(factor):g}")
-
-    __rmul__ = __mul__
-
-    @public
-    def __truediv__(self, divisor: float) -> "SteeringVectors":
-        return self * (1 / divisor)
-
     def __add__(self, other: "SteeringVectors") -> "SteeringVectors":
         return self._combined(other, 1.0, "plus")
 
@@ -196,34 +179,21 @@ class SteeringVectors:
     def _combined(self, other: "SteeringVectors", sign: float, word: str) -> "SteeringVectors":
         if not isinstance(other, SteeringVectors):
             return NotImplemented
-        _check_same_layer([self, other], word)
+        _check_same_place([self, other], word)
         if len(self) != len(other) and 1 not in (len(self), len(other)):
             raise ValueError(f"{len(self)} {word} {len(other)} vectors: both sides need the same number of vectors, or one of them a single one.")
         rows = other.provenance.get("rows")
-        return self._derived(self.values + sign * other.values.to(self.values.device), f"{word} {f'vectors {rows}' if rows else 'others'}")
-
-    def _derived(self, values: Tensor, how: str) -> "SteeringVectors":
-        # the history belongs to the fitted values, so a derived value has none
-        provenance = {**self.provenance, "derived": [*self.provenance.get("derived", []), how]}
-        return SteeringVectors(values, self.source_layer, provenance=provenance)
-
-    @staticmethod
-    def joined(several: "Sequence[SteeringVectors]", history: Tensor, provenance: Mapping[str, Any]) -> "SteeringVectors":
-        """What `concatenate` makes of vectors."""
-        _check_same_layer(several, "joined with")
-        device = several[0].values.device
-        return SteeringVectors(torch.cat([v.values.to(device) for v in several]), several[0].source_layer, history, provenance)
-
-    def save(self, path: Any) -> None:
-        """Writes one safetensors file, atomically: values, history, and the provenance in its header."""
-        from melbo_lens.serialization import save
-
-        save(self, path)
+        return self.derived({"values": self.values + sign * other.values.to(self.values.device)}, f"{word} {f'vectors {rows}' if rows else 'others'}")
 
     def __repr__(self) -> str:
         radii = self.radii
         span = f"{radii.min():.3g}" if radii.max() - radii.min() <= 1e-4 * radii.max() else f"{radii.min():.3g} to {radii.max():.3g}"
-        fields = [f"{len(self)} x d_model {self.d_model}", f"source_layer={self.source_layer}", f"radius {span}"]
+        fields = [
+            f"{len(self)} x d_model {self.d_model}",
+            f"source_layer={self.source_layer}",
+            *([f"at {self.site}"] if self.site != "mlp_out" else []),
+            f"radius {span}",
+        ]
         if "target_hook" in self.provenance:
             fields.append(f"target {self.provenance['target_hook']}")
         if self.history.shape[0]:
@@ -232,54 +202,7 @@ class SteeringVectors:
         return f"SteeringVectors({', '.join(fields)})"
 
     def _repr_html_(self) -> str:
-        return tables.html(repr(self), tables.rows(self.history, {"radius": self.radii.tolist()}, "vector"))
-
-
-def concatenate(several: Sequence[Any]) -> Any:
-    """Joins vectors of one source layer, or adapters of one shape; norms may differ, the histories are dropped if their lengths do.
-
-    The settings on which all agree stay in the provenance, and `parts` holds each one's own.
-
-    Raises:
-        ValueError: nothing to join, vectors with adapters, or perturbations of different layers or widths.
-    """
-    if not several:
-        raise ValueError("concatenate was given nothing to join: pass at least one perturbation.")
-    kinds = {type(one).__name__ for one in several}
-    if len(kinds) > 1:
-        raise ValueError(f"{' and '.join(sorted(kinds))} can't be joined: steer with several at once, ml.steer(model, [a, b]).")
-    first = several[0].provenance
-    shared = {key: first[key] for key in first if key != "rows" and all(one.provenance.get(key, one) == first[key] for one in several)}
-    same_length = len({one.history.shape[0] for one in several}) == 1
-    history = torch.cat([one.history.to(several[0].history.device) for one in several], dim=1) if same_length else no_history(0)
-    return several[0].joined(several, history, {**shared, "parts": [dict(one.provenance) for one in several]})
-
-
-def no_history(n: int) -> Float[Tensor, "0 n"]:
-    """The history of n perturbations that were not fitted."""
-    return torch.zeros(0, n, dtype=torch.float32, device="cpu")
-
-
-def objective_of(perturbations: Any) -> dict[str, Any]:
-    """Where the change was read that these were learned to maximise: what a control must know, to be measured at the same place."""
-    return {key: perturbations.provenance[key] for key in ("target_layer", "target_hook") if key in perturbations.provenance}
-
-
-def chosen_rows(index: Index, n: int, word: str) -> Int[Tensor, " row"]:
-    """The rows that an index means, one integer (also numpy's) as a list of one.
-
-    Raises:
-        IndexError: an integer out of range, or a selection of nothing.
-    """
-    index = plain(as_list(index) if not isinstance(index, Tensor) else index)
-    one = isinstance(index, Integral)
-    if one and not -n <= int(index) < n:
-        raise IndexError(f"{word} {index} was asked for, there are {n}: use 0 to {n - 1}.")
-    everything = torch.arange(n, device="cpu")
-    kept = everything[[int(index)] if one else index.cpu() if isinstance(index, Tensor) else index]
-    if len(kept) == 0:
-        raise IndexError(f"the selection {index!r} holds no {word}; there are {n}.")
-    return kept
+        return tables.html(repr(self), tables.rows(self.history, self.measures(), self.word))
 
 
 def _check_rows(n_vectors: int, activation: Tensor) -> None:
@@ -290,10 +213,11 @@ def _check_rows(n_vectors: int, activation: Tensor) -> None:
         )
 
 
-def _check_same_layer(vectors: Sequence[SteeringVectors], word: str) -> None:
-    layers, widths = {v.source_layer for v in vectors}, {v.d_model for v in vectors}
-    if len(layers) > 1 or len(widths) > 1:
+def _check_same_place(vectors: Sequence[SteeringVectors], word: str) -> None:
+    layers, widths, sites = {v.source_layer for v in vectors}, {v.d_model for v in vectors}, {v.site for v in vectors}
+    if len(layers) > 1 or len(widths) > 1 or len(sites) > 1:
+        at = f", sites {sorted(sites)}" if len(sites) > 1 else ""
         raise ValueError(
-            f"vectors of source layers {sorted(layers)} and widths {sorted(widths)} can't be {word} each other: "
+            f"vectors of source layers {sorted(layers)}{at} and widths {sorted(widths)} can't be {word} each other: "
             "they act at different places. Steer with several at once instead: ml.steer(model, [a, b])."
         )

@@ -55,7 +55,7 @@ Prompts: TypeAlias = str | list[str] | Chat | list[Chat] | Tensor | PromptBatch 
 
 
 def tokenize(
-    model: Any,
+    host: Any,
     prompts: Prompts,
     target_positions: Positions = slice(None),
     n_new_tokens: int = 0,
@@ -69,7 +69,7 @@ def tokenize(
     batch made before, and of completions (prompt and what was written).
 
     Args:
-        model: its tokenizer, `cfg.n_ctx` and `cfg.d_vocab` are used.
+        host: the opened model; its tokenizer, `cfg.n_ctx` and `cfg.d_vocab` are used.
         prompts: one prompt or many.
         target_positions: a slice or a list of indices into each prompt's own tokens (BOS included, padding never).
         n_new_tokens: room that must stay free in the context.
@@ -90,25 +90,25 @@ def tokenize(
         prompts = prompts.as_prompts()
     if isinstance(prompts, PromptBatch):
         rows, texts = prompts.rows(), prompts.texts
-        _check_ids(model, rows)
+        _check_ids(host, rows)
     elif isinstance(prompts, Tensor):
-        rows, texts = _token_rows(model, prompts)
+        rows, texts = _token_rows(host, prompts)
     else:
         listed = as_list(prompts)
-        texts = tuple(_text(model, prompt, i, add_generation_prompt) for i, prompt in enumerate(listed))
+        texts = tuple(_text(host, prompt, i, add_generation_prompt) for i, prompt in enumerate(listed))
         rows = [
-            _chat_ids(model, text) if isinstance(prompt, list) else _text_ids(model, text, i)
+            _chat_ids(host, text) if isinstance(prompt, list) else _text_ids(host, text, i)
             for i, (text, prompt) in enumerate(zip(texts, listed, strict=True))
         ]
-        _check_ids(model, rows)
-    n_ctx = getattr(model.cfg, "n_ctx", None)
+        _check_ids(host, rows)
+    n_ctx = getattr(host.cfg, "n_ctx", None)
     for i, row in enumerate(rows):
         if not row:
             raise ValueError(f"prompts[{i}] is empty: it has no tokens. Give at least one word or token id.")
         if n_ctx and len(row) + n_new_tokens > n_ctx:
             room = f"; {max(n_ctx - len(row), 0)} tokens remain for new ones, {n_new_tokens} were asked for" if n_new_tokens else ""
             raise ValueError(f"prompts[{i}] has {len(row)} tokens, the model's context n_ctx holds {n_ctx}{room}. Shorten it.")
-    return pad(rows, texts, target_positions, next(model.parameters()).device)
+    return pad(rows, texts, target_positions, host.device)
 
 
 def pad(rows: list[list[int]], texts: Sequence[str], target_positions: Positions = slice(None), device: Any = None) -> PromptBatch:
@@ -144,54 +144,54 @@ def one_prompt(batch: PromptBatch) -> None:
         raise ValueError(f"{len(batch)} prompts were given, this looks at the tokens of one: call it for each.")
 
 
-def decoded(model: Any, ids: Sequence[int]) -> str:
+def decoded(host: Any, ids: Sequence[int]) -> str:
     """The ids as text; as numbers where the model has no tokenizer."""
-    return model.tokenizer.decode(list(ids)) if model.tokenizer is not None else " ".join(map(str, ids))
+    return host.tokenizer.decode(list(ids)) if host.tokenizer is not None else " ".join(map(str, ids))
 
 
-def token_texts(model: Any, ids: Sequence[int]) -> list[str]:
+def token_texts(host: Any, ids: Sequence[int]) -> list[str]:
     """Each token by itself, as text."""
-    return [decoded(model, [i]) for i in ids]
+    return [decoded(host, [i]) for i in ids]
 
 
-def text_after(model: Any, before: Sequence[int], new: Sequence[int]) -> str:
+def text_after(host: Any, before: Sequence[int], new: Sequence[int]) -> str:
     """The new ids as text that can stand right after the text of the ids before.
 
     A SentencePiece tokenizer drops the space of a token that begins a text; here the token begins none, so the space is put back.
     """
-    alone = decoded(model, new)
-    if model.tokenizer is None or not new or not str(model.tokenizer.convert_ids_to_tokens(new[0])).startswith(SPACE_MARK):
+    alone = decoded(host, new)
+    if host.tokenizer is None or not new or not str(host.tokenizer.convert_ids_to_tokens(new[0])).startswith(SPACE_MARK):
         return alone
-    start, whole = decoded(model, before), decoded(model, [*before, *new])
+    start, whole = decoded(host, before), decoded(host, [*before, *new])
     return whole[len(start) :] if whole.startswith(start) else alone
 
 
-def space_between(model: Any, before: Sequence[int], new: Sequence[int]) -> str:
+def space_between(host: Any, before: Sequence[int], new: Sequence[int]) -> str:
     """What the tokenizer writes between the text of the ids before and that of the new ones, as `text_after` has it: a word tokenizer, a space."""
-    whole, start, text = decoded(model, [*before, *new]), decoded(model, before), text_after(model, before, new)
+    whole, start, text = decoded(host, [*before, *new]), decoded(host, before), text_after(host, before, new)
     return whole[len(start) : len(whole) - len(text)] if whole.startswith(start) and whole.endswith(text) else ""
 
 
-def _check_ids(model: Any, rows: Sequence[Sequence[int]]) -> None:
-    d_vocab = getattr(model.cfg, "d_vocab", None) or 0
+def _check_ids(host: Any, rows: Sequence[Sequence[int]]) -> None:
+    d_vocab = getattr(host.cfg, "d_vocab", None) or 0
     for i, row in enumerate(rows):
         outside = [token for token in row if token < 0 or (0 < d_vocab <= token)]
         if outside:
             raise ValueError(f"prompts[{i}] holds the token ids {outside[:5]}, the model's vocabulary has 0 to {d_vocab - 1}: use ids within it.")
 
 
-def _token_rows(model: Any, tokens: Tensor) -> tuple[list[list[int]], tuple[str, ...]]:
+def _token_rows(host: Any, tokens: Tensor) -> tuple[list[list[int]], tuple[str, ...]]:
     if tokens.ndim not in (1, 2) or tokens.is_floating_point() or tokens.dtype == torch.bool or tokens.numel() == 0:
         raise ValueError(
             f"a tensor of prompts must hold integer token ids, [prompt pos] or [pos], at least one; got {tuple(tokens.shape)} {tokens.dtype}."
         )
     rows = (tokens if tokens.ndim == 2 else tokens[None]).tolist()
-    _check_ids(model, rows)
-    return rows, tuple(decoded(model, row) for row in rows)
+    _check_ids(host, rows)
+    return rows, tuple(decoded(host, row) for row in rows)
 
 
-def _text(model: Any, prompt: Any, i: int, add_generation_prompt: bool) -> str:
-    if model.tokenizer is None:
+def _text(host: Any, prompt: Any, i: int, add_generation_prompt: bool) -> str:
+    if host.tokenizer is None:
         raise ValueError("the prompt is text but model.tokenizer is None: set a tokenizer, or pass token ids as a tensor.")
     if isinstance(prompt, str):
         if not prompt:
@@ -199,9 +199,9 @@ def _text(model: Any, prompt: Any, i: int, add_generation_prompt: bool) -> str:
         return prompt
     if not (isinstance(prompt, list) and prompt and all(map(_is_message, prompt))):
         raise TypeError(f"prompts[{i}] must be text or a list of messages with the keys 'role' and 'content'; got {prompt!r}.")
-    if not getattr(model.tokenizer, "chat_template", None):
+    if not getattr(host.tokenizer, "chat_template", None):
         raise ValueError(f"prompts[{i}] is a chat but the tokenizer has no chat template: set tokenizer.chat_template, or pass text.")
-    return _render(model.tokenizer, prompt, i, add_generation_prompt)
+    return _render(host.tokenizer, prompt, i, add_generation_prompt)
 
 
 def _is_message(message: Any) -> bool:
@@ -224,14 +224,14 @@ def _render(tokenizer: Any, chat: Chat, i: int, add_generation_prompt: bool) -> 
         raise ValueError(f"prompts[{i}] {what} ({type(error).__name__}: {' '.join(str(error).split())}): {remedy}.") from error
 
 
-def _chat_ids(model: Any, text: str) -> list[int]:
+def _chat_ids(host: Any, text: str) -> list[int]:
     # as the tokenizer's own apply_chat_template has it: the template wrote all special tokens that there should be
-    return list(model.tokenizer(text, add_special_tokens=False)["input_ids"])
+    return list(host.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _text_ids(model: Any, text: str, i: int) -> list[int]:
-    begin, keywords = getattr(model.tokenizer, "bos_token", None), {}
-    if begin and text.startswith(begin) and model.cfg.default_prepend_bos:
+def _text_ids(host: Any, text: str, i: int) -> list[int]:
+    begin, keywords = getattr(host.tokenizer, "bos_token", None), {}
+    if begin and text.startswith(begin) and host.cfg.default_prepend_bos:
         warnings.warn(
             f"prompts[{i}] begins with the tokenizer's begin token {begin!r} already, so no second one is put before it. A chat or a completion can "
             "be given as it is: messages, or rows of Completions.",
@@ -239,7 +239,7 @@ def _text_ids(model: Any, text: str, i: int) -> list[int]:
         )
         keywords = {"prepend_bos": False}
     # truncate=False: a prompt that is too long must be refused, not shortened in silence
-    return model.to_tokens(text, truncate=False, **keywords)[0].tolist()
+    return host.to_tokens(text, truncate=False, **keywords)[0].tolist()
 
 
 def _select(length: int, positions: Positions, i: int) -> list[bool]:

@@ -22,8 +22,8 @@ from melbo_lens.evaluation import Behavior, shows
 from melbo_lens.layer_scan import COLUMNS as SCAN_COLUMNS
 from melbo_lens.layer_scan import LayerScan
 from melbo_lens.page import report
+from melbo_lens.perturbation import load
 from melbo_lens.plots import TokenView
-from melbo_lens.serialization import load
 
 MEASURES = {"changes": ActivationChanges, "effects": TargetEffects}
 

@@ -10,9 +10,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from melbo_lens import blocks, hooks
+from melbo_lens.access import host_of
 from melbo_lens.arguments import public
+from melbo_lens.host import Host
 from melbo_lens.prompts import Positions, PromptBatch, Prompts, tokenize
 from melbo_lens.randomness import gaussian
+from melbo_lens.sites import SITES, Hook, Site, site_of
 
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
@@ -22,7 +25,7 @@ class SlicedModel:
     """The function from the stream that leaves block `source_layer` to the target activations, for a fixed set of prompts.
 
     Adding a bias at `hook_mlp_out` of that block equals adding it to this stream, so what comes before is run once, and neither the
-    blocks after the target nor the unembedding ever run.
+    blocks after the target nor the unembedding ever run. At a site within the block (`hook_attn_out`) the block itself runs too.
 
     Attributes:
         batch: the prompts, right-padded.
@@ -34,7 +37,7 @@ class SlicedModel:
         source_call, entry: block `source_layer` itself with its arguments, and the clean stream that enters it, for updates of its weights.
     """
 
-    model: Any
+    host: Host
     batch: PromptBatch
     source_layer: int
     target_layer: int | None
@@ -46,6 +49,7 @@ class SlicedModel:
     streams: tuple[Tensor, ...] = ()
     source_call: blocks.BlockCall | None = None
     entry: Float[Tensor, "prompt pos d_model"] | None = None
+    site: Site = SITES["mlp_out"]
 
     @property
     def d_model(self) -> int:
@@ -61,12 +65,11 @@ class SlicedModel:
         return self.resid.device
 
     def __repr__(self) -> str:
-        name = getattr(self.model.cfg, "model_name", None) or type(self.model).__name__
-        return f"SlicedModel({name}, {self.source_hook} to {self.target_hook}, {len(self.batch)} prompts, {len(self.calls)} blocks between)"
+        return f"SlicedModel({self.host.name}, {self.source_hook} to {self.target_hook}, {len(self.batch)} prompts, {len(self.calls)} blocks between)"
 
     def __call__(self, resid: Float[Tensor, "row pos d_model"], prompts: Int[Tensor, " row"]) -> Float[Tensor, "row pos d_target"]:
         """Target activations, float32, when the blocks between get this stream; row r belongs to prompt `prompts[r]`."""
-        return _replay(self.model, self.calls, self._read_hook, resid, prompts, len(self.batch)).float()
+        return _replay(self.host, self.calls, self._read_hook, resid, prompts, len(self.batch)).float()
 
     def change(
         self, perturbation: Float[Tensor, "row d_model"] | Float[Tensor, "row pos d_model"], prompts: Int[Tensor, " row"]
@@ -78,15 +81,17 @@ class SlicedModel:
             prompts: which prompt each row perturbs.
         """
         added = perturbation[:, None, :] if perturbation.ndim == 2 else perturbation
+        if not self.site.after_block:
+            return self.change_under([(self.source_hook, lambda activation, hook: (activation + added).to(activation.dtype))], prompts)
         perturbed = (self.resid[prompts] + added).to(self.resid.dtype)  # float32 + half is float32; rounded once
         return self(perturbed, prompts) - self.target[prompts]
 
-    def change_under(self, added: Sequence[hooks.Hook], prompts: Int[Tensor, " row"]) -> Float[Tensor, "row pos d_target"]:
+    def change_under(self, added: Sequence[Hook], prompts: Int[Tensor, " row"]) -> Float[Tensor, "row pos d_target"]:
         """Target activations when the source block and those between run with hooks attached, minus those without.
 
         This costs one block more than `change`, and takes any perturbation whose hooks are in these blocks.
         """
-        with hooks.attached(self.model, added):
+        with hooks.attached(self.host, added):
             stream = self.source_call(self.entry[prompts], prompts, len(self.batch))
             return self(stream, prompts) - self.target[prompts]
 
@@ -96,7 +101,7 @@ class SlicedModel:
         Raises:
             RuntimeError: it does not reproduce the recorded stream.
         """
-        with hooks.frozen(self.model), torch.no_grad():
+        with hooks.frozen(self.host), torch.no_grad():
             _compare(self.source_call(self.entry, self.everyone, len(self.batch)), self.resid, f"block {self.source_layer} replayed by itself")
 
     def shorter(self, target_layer: int) -> "SlicedModel":
@@ -110,21 +115,21 @@ class SlicedModel:
             raise ValueError(
                 f"target_layer={target_layer} must lie from {self.source_layer + 2} to {self.target_layer}, the target layer of this slice."
             )
-        name = hooks.resolved_name(self.model, _stream_name(target_layer, len(self.model.blocks)))
+        name = hooks.resolved_name(self.host, _stream_name(target_layer, len(self.host.blocks)))
         streams = self.streams[: n_blocks + 1]
         return replace(self, target_layer=target_layer, target_hook=name, calls=self.calls[:n_blocks], target=streams[-1].float(), streams=streams)
 
     def in_float32(self) -> "SlicedModel":
         """The same slice computed in float32, on copies of the blocks: for derivatives, which half precision drowns in rounding.
 
-        A slice that reads a `target_hook` stays as it is, since copies don't have the model's hooks.
+        A slice that needs a hook, to read a `target_hook` or within the source block, stays as it is, since copies don't have the model's hooks.
         """
-        if self.resid.dtype == torch.float32 or self.target_layer is None:
+        if self.resid.dtype == torch.float32 or self.target_layer is None or not self.site.after_block:
             return self
         calls = tuple(blocks.in_float32(call) for call in self.calls)
         resid = self.resid.float()
-        with hooks.frozen(self.model), torch.no_grad():
-            target = _replay(self.model, calls, None, resid, self.everyone, len(self.batch))
+        with hooks.frozen(self.host), torch.no_grad():
+            target = _replay(self.host, calls, None, resid, self.everyone, len(self.batch))
         return replace(self, calls=calls, resid=resid, target=target)
 
     @property
@@ -140,16 +145,18 @@ def slice_model(
     target_layer: int | None = None,
     target_positions: Positions = slice(None),
     target_hook: str | None = None,
+    site: str = "mlp_out",
 ) -> SlicedModel:
     """Runs the model once and cuts out the part between two layers.
 
     Args:
         model: `HookedTransformer` or `TransformerBridge`; it is left as it was.
         prompts: text, chat messages, a list of either, or token ids [prompt pos].
-        source_layer: perturbations are added at `blocks.{source_layer}.hook_mlp_out`.
+        source_layer: the block at whose `site` perturbations are added.
         target_layer: the target is the stream that enters this block (`n_layers`: that leaves the last). Larger ones cost more.
         target_positions: slice or indices into each prompt's own tokens; only there does a change count.
         target_hook: read this activation instead of a layer's stream, for instance "blocks.9.attn.hook_z".
+        site: "mlp_out", "resid_post" or "attn_out"; the first two are one slice, the last runs the source block too.
 
     Returns:
         The slice, which has checked itself: replaying the blocks without perturbation reproduces the recorded stream, and with a random one
@@ -160,46 +167,48 @@ def slice_model(
         FloatingPointError: NaN or infinity in the activations.
         RuntimeError: the model's blocks can't be replayed faithfully.
     """
-    hooks.check_model(model)
-    last, target_name = _target(model, source_layer, target_layer, target_hook)
-    source_hook = hooks.resolved_name(model, hooks.mlp_output(model, source_layer))
-    batch = tokenize(model, prompts, target_positions)
-    with hooks.frozen(model):
-        whole = blocks.record_with_axes(model, batch.tokens, source_layer, last)
+    host = host_of(model)
+    last, target_name = _target(host, source_layer, target_layer, target_hook)
+    where = site_of(site)
+    source_hook = hooks.source_hook(host, where, source_layer)
+    batch = tokenize(host, prompts, target_positions)
+    with hooks.frozen(host):
+        whole = blocks.record_with_axes(host, batch.tokens, source_layer, last)
         recording = blocks.Recording(whole.calls[1:], whole.streams[1:])
         _check_finite(recording, batch, source_layer)
         everyone = torch.arange(len(batch), device=batch.tokens.device)
         read = target_name if target_layer is None else None
         with torch.no_grad():
             _check_replay(recording, everyone, source_layer)
-            target = _replay(model, recording.calls, read, recording.streams[0], everyone, len(batch)).float()
+            target = _replay(host, recording.calls, read, recording.streams[0], everyone, len(batch)).float()
             sliced = SlicedModel(
-                model,
+                host,
                 batch,
                 source_layer,
                 target_layer,
                 source_hook,
-                hooks.resolved_name(model, target_name),
+                hooks.resolved_name(host, target_name),
                 tuple(recording.calls),
                 recording.streams[0],
                 target,
                 tuple(recording.streams),
                 whole.calls[0],
                 whole.streams[0],
+                where,
             )
             _check_hooked_run(sliced, last)
     return sliced
 
 
-def _target(model: Any, source_layer: int, target_layer: int | None, target_hook: str | None) -> tuple[int, str]:
+def _target(host: Host, source_layer: int, target_layer: int | None, target_hook: str | None) -> tuple[int, str]:
     """How many blocks must run, and the name of the activation to read."""
-    n_layers = len(model.blocks)
+    n_layers = host.n_layers
     if isinstance(source_layer, bool) or not isinstance(source_layer, int) or not 0 <= source_layer < n_layers:
         raise ValueError(f"source_layer={source_layer!r} must be an integer from 0 to {n_layers - 1}: the model has {n_layers} blocks.")
     if (target_layer is None) == (target_hook is None):
         raise ValueError("give either target_layer or target_hook, and not both: the change of one activation is measured.")
     if target_hook is not None:
-        hooks.hook_point(model, target_hook)
+        hooks.hook_point(host, target_hook)
         found = re.match(r"blocks\.(\d+)\.", target_hook)
         if not found or int(found[1]) <= source_layer:
             raise ValueError(f"target_hook={target_hook!r} must lie in a block after source_layer={source_layer}, as blocks.{source_layer + 1}.…")
@@ -218,7 +227,7 @@ def _stream_name(layer: int, n_layers: int) -> str:
 
 
 def _replay(
-    model: Any,
+    host: Host,
     calls: tuple[blocks.BlockCall, ...] | list[blocks.BlockCall],
     read: str | None,
     stream: Tensor,
@@ -226,7 +235,7 @@ def _replay(
     n_prompts: int,
 ) -> Tensor:
     seen: list[Tensor] = []
-    with hooks.attached(model, [(read, lambda activation, hook: seen.append(activation))] if read else []):
+    with hooks.attached(host, [(read, lambda activation, hook: seen.append(activation))] if read else []):
         for call in calls:
             stream = call(stream, prompts, n_prompts)
     if read is None:
@@ -263,9 +272,9 @@ def _check_hooked_run(sliced: SlicedModel, last: int) -> None:
     noise = gaussian((sliced.d_model,), "slice check").to(sliced.device)
     vector = noise / noise.norm() * typical * 0.1
     seen: list[Tensor] = []
-    add = (f"blocks.{sliced.source_layer}.hook_mlp_out", lambda activation, hook: (activation + vector).to(activation.dtype))
+    add = (sliced.source_hook, lambda activation, hook: (activation + vector).to(activation.dtype))
     read = [(sliced.target_hook, lambda activation, hook: seen.append(activation.flatten(2)))] if sliced.target_layer is None else []
-    hooked = blocks.record(sliced.model, sliced.batch.tokens, sliced.source_layer + 1, last, [add, *read])
+    hooked = blocks.record(sliced.host, sliced.batch.tokens, sliced.source_layer + 1, last, [add, *read])
     # another order and another number of rows, so that arguments must follow their prompts
     rows = torch.cat([sliced.everyone, sliced.everyone[:1]]).flip(0)
     replayed = sliced.change(vector.expand(len(rows), -1), rows) + sliced.target[rows]

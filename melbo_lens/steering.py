@@ -10,13 +10,14 @@ import pandas as pd
 from torch import Tensor
 
 from melbo_lens import hooks
-from melbo_lens.adapters import Perturbation
+from melbo_lens.access import host_of
 from melbo_lens.arguments import counts, public
 from melbo_lens.completions import COLUMNS, Completions
 from melbo_lens.controls import random_like
 from melbo_lens.decoding import Decoding, Run
+from melbo_lens.host import Host
 from melbo_lens.passes import Positions
-from melbo_lens.perturbations import concatenate
+from melbo_lens.perturbation import Perturbation, concatenate
 from melbo_lens.prompts import Chat, Prompts, as_list, space_between, tokenize
 
 
@@ -30,9 +31,9 @@ def steer(model: Any, perturbation: Perturbation | Sequence[Perturbation]) -> It
         ValueError: the perturbation doesn't fit the model.
     """
     several = [perturbation] if isinstance(perturbation, Perturbation) else list(perturbation)
-    hooks.check_model(model)
-    several = [_fitting(model, one) for one in several]
-    with hooks.attached(model, [hook for one in several for hook in one.hooks()]):
+    host = host_of(model)
+    several = [_fitting(host, one) for one in several]
+    with hooks.attached(host, [hook for one in several for hook in one.hooks()]):
         yield model
 
 
@@ -85,25 +86,25 @@ def generate(
     Warns:
         UserWarning: the model's cache gives other logits than a pass without it, and generation goes on without.
     """
-    hooks.check_model(model)
+    host = host_of(model)
     if perturbations is not None:
-        perturbations = _fitting(model, perturbations)
+        perturbations = _fitting(host, perturbations)
     _check_settings(max_new_tokens, signs, scales, temperature, n_samples, positions, batch_size)
     if chat and not isinstance(prompts, Tensor):
         prompts = [[{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in as_list(prompts)]
-    batch = tokenize(model, prompts, n_new_tokens=max_new_tokens)
+    batch = tokenize(host, prompts, n_new_tokens=max_new_tokens)
     bank = perturbations
     runs = [Run(i, "unsteered", None, 0, 0.0, sample) for i in range(len(batch)) for sample in range(n_samples) if include_unsteered]
     if perturbations is not None:
         if include_random:
-            bank = concatenate([perturbations, random_like(model, perturbations, batch, seed)])
+            bank = concatenate([perturbations, random_like(host, perturbations, batch, seed)])
         for kind in ("steered", "random") if include_random else ("steered",):
             grid = product(range(len(batch)), range(len(perturbations)), signs, scales, range(n_samples))
             runs += [Run(i, kind, k, int(sign), float(scale), sample) for i, k, sign, scale, sample in grid]
     if not runs:
         raise ValueError("nothing to generate: give perturbations, or include_unsteered=True.")
     n_vectors = 0 if perturbations is None else len(perturbations)
-    decoding = Decoding(model, bank, n_vectors, max_new_tokens, temperature, positions, seed, _stops(stop))
+    decoding = Decoding(host, bank, n_vectors, max_new_tokens, temperature, positions, seed, _stops(stop))
     settings = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -138,9 +139,9 @@ def _complete(
     def continue_with(message: str) -> Completions:
         longer = []
         for chat, row, (ids, _, text) in zip(chats, rows, written, strict=True):
-            answer = answered(chat, space_between(decoding.model, row, ids), text)
+            answer = answered(chat, space_between(decoding.host, row, ids), text)
             longer.append([*answer, {"role": "user", "content": message}])
-        batch = tokenize(decoding.model, longer, n_new_tokens=decoding.max_new_tokens)
+        batch = tokenize(decoding.host, longer, n_new_tokens=decoding.max_new_tokens)
         later = replace(decoding, turn=decoding.turn + 1)
         return _complete(later, runs, list(batch.texts), batch.rows(), longer, settings, batch_size, progress)
 
@@ -162,11 +163,11 @@ def _stops(stop: str | Sequence[str] | None) -> list[str]:
     return stops
 
 
-def _fitting(model: Any, perturbation: Perturbation) -> Perturbation:
+def _fitting(host: Host, perturbation: Perturbation) -> Perturbation:
     """The perturbation with its hooks where this model has them."""
-    fitting = perturbation.on(model)
+    fitting = perturbation.on(host)
     for name, _ in fitting.hooks():
-        hooks.hook_point(model, name)
+        hooks.hook_point(host, name)
     return fitting
 
 

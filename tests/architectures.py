@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 import melbo_lens as ml
 from melbo_lens import hooks
+from melbo_lens.sites import SITES
 from tests import models
 
 RESULTS = Path(__file__).parent / "architectures.json"
@@ -249,12 +250,14 @@ class Outcome:
 
     Attributes:
         vectors: "yes", or why they are refused.
-        adapters: "yes", or why they are refused.
+        adapters: "yes", or why those of the MLP are refused.
+        attention: "yes", or why adapters of the attention's output weights are refused.
         note: what else must be known.
     """
 
     vectors: str
     adapters: str
+    attention: str
     note: str = ""
 
 
@@ -272,21 +275,28 @@ def outcome(name: str, folder: Path) -> Outcome:
         try:
             vectors = ml.fit_vectors(bridge, PROMPTS, SOURCE, TARGET, n_vectors=2, progress=False)
         except (ValueError, RuntimeError) as error:
-            return Outcome(_sentence(error), _sentence(error))
+            return Outcome(*[_sentence(error)] * 3)
         batch = ml.slice_model(bridge, PROMPTS, SOURCE, TARGET).batch
         off = max(_bridge_error(bridge, plain, ids) for ids in batch.rows())
     if off > 1e-4:
-        return Outcome("yes", "yes", f"the bridge itself is off by {off:.0e} of the logits' norm from the Hugging Face model")
+        return Outcome("yes", "yes", "yes", f"the bridge itself is off by {off:.0e} of the logits' norm from the Hugging Face model")
     _check_replay(bridge, plain, vectors)
+    for site in ("resid_post", "attn_out"):
+        _check_site(bridge, site, vectors)
     note = _check_generation(bridge, plain, vectors, batch.rows())
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            adapters = ml.fit_adapters(bridge, PROMPTS, SOURCE, TARGET, n_adapters=1, rank=2, n_steps=2, optimizer="power", progress=False)
-    except ValueError as error:
-        return Outcome("yes", _sentence(error), note)
-    _check_peft(bridge, plain, adapters, folder / "peft", batch.rows()[0])
-    return Outcome("yes", "yes", note)
+    found = []
+    for site in ("mlp", "attn"):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                settings = {"n_adapters": 1, "rank": 2, "n_steps": 2, "optimizer": "power", "site": site, "progress": False}
+                adapters = ml.fit_adapters(bridge, PROMPTS, SOURCE, TARGET, **settings)
+        except ValueError as error:
+            found.append(_sentence(error))
+            continue
+        _check_peft(bridge, directory, adapters, folder / site, batch.rows()[0])
+        found.append("yes")
+    return Outcome("yes", *found, note)
 
 
 def _sentence(error: Exception) -> str:
@@ -336,15 +346,35 @@ def _check_generation(bridge: Any, plain: Plain, vectors: ml.SteeringVectors, ro
     return "its cache is not believed, so generation goes without" if distrusted else ""
 
 
-def _check_peft(bridge: Any, plain: Plain, adapters: ml.SteeringAdapters, folder: Path, ids: list[int]) -> None:
+def _check_site(bridge: Any, site: str, vectors: ml.SteeringVectors) -> None:
+    """A slice at another site, whose prompts run as rows of one batch, against whole runs with TransformerLens' own hooks, one prompt at a time."""
+    if f"blocks.{SOURCE}.{SITES[site].hook}" not in bridge.hook_dict:
+        return
+    sliced, moved = ml.slice_model(bridge, PROMPTS, SOURCE, TARGET, site=site), ml.SteeringVectors(vectors.values, SOURCE, site=site)
+    rows = list(reversed(range(len(PROMPTS))))
+    with torch.no_grad():
+        found = sliced.change(vectors.values[:1].expand(len(rows), -1), torch.tensor(rows))
+    for row, i in zip(found, rows, strict=True):
+        ids, streams = torch.tensor([sliced.batch.rows()[i]]), []
+        for steering in ([], moved[0].hooks()):
+            read = (f"blocks.{TARGET - 1}.hook_resid_post", lambda stream, hook, streams=streams: streams.append(stream[0]))
+            with torch.no_grad():
+                bridge.run_with_hooks(ids, fwd_hooks=[*steering, read])
+        expected = streams[1] - streams[0]
+        error = float((row[: ids.shape[1]] - expected).norm() / expected.norm())
+        assert error < 1e-4, f"the replay at {site} is off by {error:.1e} on prompt {i}"
+
+
+def _check_peft(bridge: Any, directory: str, adapters: ml.SteeringAdapters, folder: Path, ids: list[int]) -> None:
     """The Hugging Face model with the exported adapter, loaded by peft, against the steered bridge."""
-    adapters.to_peft(folder, bridge)
+    ml.export(adapters, "peft", folder, model=bridge)
+    network = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     with torch.no_grad(), ml.steer(bridge, adapters):
         ours = bridge(torch.tensor([ids]), use_cache=False).log_softmax(-1)
-    clean = plain(ids, torch.zeros(D))[0].log_softmax(-1)
     with torch.no_grad():
-        theirs = PeftModel.from_pretrained(plain.network, str(folder))(torch.tensor([ids]), use_cache=False).logits.log_softmax(-1)
-    assert float((ours - theirs).abs().max()) < 1e-4 and float((ours[0] - clean).abs().max()) > 1e-2
+        clean = network(torch.tensor([ids]), use_cache=False).logits.log_softmax(-1)
+        theirs = PeftModel.from_pretrained(network, str(folder))(torch.tensor([ids]), use_cache=False).logits.log_softmax(-1)
+    assert float((ours - theirs).abs().max()) < 1e-4 and float((ours - clean).abs().max()) > 1e-2
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 
-from melbo_lens import hooks
+from melbo_lens.access import has_hooked
 from tests import models
 
 KINDS = ["bridge", "compatible", "hooked"]
@@ -32,7 +32,7 @@ def build(directories):
     made = {}
 
     def model(name: str = "gpt2", kind: str = "bridge"):
-        if kind == "hooked" and hooks.HookedTransformer is None:
+        if kind == "hooked" and not has_hooked():
             pytest.skip("TransformerLens 4 has no HookedTransformer")
         if (name, kind) not in made:
             directory = directories(name)

@@ -14,7 +14,9 @@ from transformers import (
     Qwen2Config,
 )
 
-from melbo_lens import hooks
+from melbo_lens import access
+from melbo_lens.access import has_hooked
+from melbo_lens.host import Host
 
 D_MODEL, N_LAYERS, N_CTX = 32, 4, 64
 WORDS = ["<pad>", "<bos>", "<eos>", "<unk>", *(f"w{i}" for i in range(46))]
@@ -39,7 +41,7 @@ CONFIGS = {
     "gemma2": Gemma2Config(num_key_value_heads=2, head_dim=8, **_wide),
     "mixtral": MixtralConfig(num_key_value_heads=2, num_local_experts=4, **_wide),
 }
-HAS_HOOKED = hooks.HookedTransformer is not None
+HAS_HOOKED = has_hooked()
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -92,9 +94,21 @@ def hooked(directory: str, **settings):
             **settings,
         }
     )
-    model = hooks.HookedTransformer(cfg, tokenizer=AutoTokenizer.from_pretrained(directory))
+    model = access.HookedTransformer(cfg, tokenizer=AutoTokenizer.from_pretrained(directory))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(3)
     return model.eval()
+
+
+class NoModel(Host):
+    """The host of a slice that a test made by hand: it has no model, and is asked nothing."""
+
+    networks = ()
+
+    def __init__(self) -> None:
+        self.points = {}
+
+
+NoModel.__abstractmethods__ = frozenset()

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from melbo_lens.factors import Point, Values
 from melbo_lens.methods.gradients import power_of_two
-from melbo_lens.mlp import MLPSite
 from melbo_lens.objectives import TokenNorm, change_objective
+from melbo_lens.sites import WeightSite
 from melbo_lens.sliced_model import SlicedModel
 from melbo_lens.updates import GridUpdate
 
@@ -33,7 +33,7 @@ class AdapterObjective:
     """
 
     sliced: SlicedModel
-    sites: Sequence[MLPSite]
+    sites: Sequence[WeightSite]
     hidden: Sequence[Float[Tensor, "position d_mlp"]]
     p: float
     q: float

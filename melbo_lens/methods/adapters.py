@@ -3,7 +3,6 @@
 import re
 import time
 import warnings
-import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,20 +14,22 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from melbo_lens import hooks
+from melbo_lens.access import host_of
 from melbo_lens.adapters import SteeringAdapters
-from melbo_lens.arguments import counts, public
+from melbo_lens.arguments import counts, one_of, public
 from melbo_lens.calibration import solve_radius
 from melbo_lens.controls import scales_for_norms
 from melbo_lens.factors import Normalization, Point, adamw, alternate, normalize, point_of
+from melbo_lens.host import Host
 from melbo_lens.methods import checkpoints
 from melbo_lens.methods.adapter_gradients import AdapterObjective
 from melbo_lens.methods.gradients import default_batch_size
-from melbo_lens.methods.provenance import describe
-from melbo_lens.mlp import MLPSite, mlp_site, widths
+from melbo_lens.methods.provenance import describe, remembered
 from melbo_lens.objectives import TokenNorm, check_exponents
 from melbo_lens.optimization import State
 from melbo_lens.prompts import Positions, Prompts, positions_text
 from melbo_lens.randomness import gaussian_rows
+from melbo_lens.sites import WEIGHTS, WeightSite, flat_heads
 from melbo_lens.sliced_model import SlicedModel, slice_model
 
 DEFAULT_STEPS = {"adamw": 400, "power": 60}
@@ -62,6 +63,7 @@ def fit_adapters(
     checkpoint: str | Path | None = None,
     progress: bool = True,
     target_hook: str | None = None,
+    site: str = "mlp",
 ) -> SteeringAdapters:
     """Learns low-rank updates of MLP output weights that change a later activation most.
 
@@ -92,6 +94,7 @@ def fit_adapters(
         seed: of the starting factors; those of adapter k depend on (seed, k) alone.
         checkpoint: a file to which the state is saved twice a minute and on an interrupt; the same call later goes on from it.
         progress: whether to show a progress bar with the mean objective.
+        site: which output weights are updated: the "mlp"'s, or those of the attention ("attn", also on mixtures of experts).
 
     Returns:
         The adapters, with `history` [step adapter] and every resolved setting in `provenance`.
@@ -108,13 +111,14 @@ def fit_adapters(
     began = time.monotonic()
     _check_settings(n_adapters, rank, scale, alpha, radius, normalization, diversity, optimizer, n_steps, lr, batch_size)
     check_exponents(p, q, token_norm)
-    hooks.check_model(model)
+    host = host_of(model)
+    one_of("site", site, WEIGHTS)
     layers = sorted({source_layer} if isinstance(source_layer, int) else set(source_layer))
-    sites = _sites(model, layers, rank, target_layer, target_hook)
-    sliced = slice_model(model, prompts, layers[0], target_layer, target_positions, target_hook)
+    sites = _sites(host, layers, site, rank, target_layer, target_hook)
+    sliced = slice_model(host, prompts, layers[0], target_layer, target_positions, target_hook)
     sliced.check_source()
-    start = _starts(model, layers, n_adapters, rank, seed, sliced.device)
-    with hooks.frozen(model):
+    start = _starts(host, sites, n_adapters, rank, seed, sliced.device)
+    with hooks.frozen(host):
         hidden = _hidden(sliced, sites)
         given = alpha / rank if alpha is not None else None if scale in (None, "auto") else float(scale)
         rows = batch_size or default_batch_size(sliced)
@@ -128,7 +132,8 @@ def fit_adapters(
             "method": "fit_adapters",
             **describe(sliced),
             "source_layer": layers[0] if len(layers) == 1 else layers,
-            "source_hook": [[site.hidden_hook, site.output_hook] for site in sites],
+            "site": site,
+            "source_hook": [[one.hidden_hook, one.output_hook] for one in sites],
             "n_adapters": n_adapters,
             "rank": rank,
             "scale": "auto" if given is None else given,
@@ -167,15 +172,18 @@ def fit_adapters(
         "seconds": round(time.monotonic() - began, 3),
     }
     factors = {layer: (point[2 * i], point[2 * i + 1]) for i, layer in enumerate(layers)}
-    return SteeringAdapters(factors, scales, state["history"][: steps + 1], settings, {site.layer: site for site in sites}, weakref.ref(model))
+    return remembered(SteeringAdapters(factors, scales, state["history"][: steps + 1], settings, {one.layer: one for one in sites}), host)
 
 
-def _sites(model: Any, layers: Sequence[int], rank: int, target_layer: int | None, target_hook: str | None) -> list[MLPSite]:
+def _sites(host: Host, layers: Sequence[int], name: str, rank: int, target_layer: int | None, target_hook: str | None) -> list[WeightSite]:
     if not layers:
         raise ValueError("source_layer is an empty list: name at least one layer.")
-    sites = [mlp_site(model, layer) for layer in layers]
     for layer in layers:
-        most = min(widths(model, layer))
+        if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < host.n_layers:
+            raise ValueError(f"source_layer={layer!r} must be an integer from 0 to {host.n_layers - 1}: the model has {host.n_layers} blocks.")
+    sites = [host.weight_site(layer, name) for layer in layers]
+    for layer in layers:
+        most = min(host.widths(layer, name))
         if rank > most:
             raise ValueError(f"rank={rank} must be from 1 to min(d_mlp, d_model) = {most} of layer {layer}: no update of W_out has more.")
         read_in = re.match(r"blocks\.(\d+)\.", target_hook or "")
@@ -186,23 +194,23 @@ def _sites(model: Any, layers: Sequence[int], rank: int, target_layer: int | Non
     return sites
 
 
-def _starts(model: Any, layers: Sequence[int], n_adapters: int, rank: int, seed: int, device: torch.device) -> Point:
+def _starts(host: Host, sites: Sequence[WeightSite], n_adapters: int, rank: int, seed: int, device: torch.device) -> Point:
     """Gaussian factors; those of adapter k depend on (seed, k) and the layer alone."""
     point: list[Tensor] = []
-    for layer in layers:
-        d_mlp, d_model = widths(model, layer)
-        for name, shape in (("A", (rank, d_mlp)), ("B", (d_model, rank))):
-            rows = gaussian_rows(n_adapters, shape[0] * shape[1], "fit_adapters", seed, layer, name)
+    for site in sites:
+        d_in, d_model = host.widths(site.layer, site.name)
+        for name, shape in (("A", (rank, d_in)), ("B", (d_model, rank))):
+            rows = gaussian_rows(n_adapters, shape[0] * shape[1], "fit_adapters", seed, site.layer, name)
             point.append(rows.view(n_adapters, *shape).to(device))
     return tuple(point)
 
 
-def _hidden(sliced: SlicedModel, sites: Sequence[MLPSite]) -> list[Float[Tensor, "position d_mlp"]]:
+def _hidden(sliced: SlicedModel, sites: Sequence[WeightSite]) -> list[Float[Tensor, "position d_mlp"]]:
     """The clean hidden activations at each site, at the prompts' own positions."""
     seen: dict[int, Tensor] = {}
 
     def read(layer: int):
-        return lambda activation, hook: seen.update({layer: activation.float()[sliced.batch.own]})
+        return lambda activation, hook: seen.update({layer: flat_heads(activation).float()[sliced.batch.own]})
 
     with torch.no_grad():
         sliced.change_under([(site.hidden_hook, read(site.layer)) for site in sites], sliced.everyone)
@@ -215,7 +223,7 @@ def _update_norm(objective: AdapterObjective, start: Point, how: Normalization, 
     factors = {site.layer: (few[2 * i], few[2 * i + 1]) for i, site in enumerate(objective.sites)}
     random = SteeringAdapters(factors, few[0].new_ones(len(few[0])), sites={site.layer: site for site in objective.sites})
     norms = random.scales.new_full((len(random),), radius)
-    scales = scales_for_norms(random, objective.sliced.model, objective.sliced.batch, norms)
+    scales = scales_for_norms(random, objective.sliced.host, objective.sliced.batch, norms)
     return float((scales * objective.norms(few)).mean())
 
 

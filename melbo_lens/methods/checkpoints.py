@@ -12,6 +12,7 @@ from melbo_lens import files
 from melbo_lens.optimization import State
 
 KIND = "ascent"
+ALWAYS_SO = {"fit_vectors": {"site": "mlp_out"}, "fit_adapters": {"site": "mlp"}}  # what a checkpoint of version 0.1.0 needs not say
 
 
 def run(
@@ -64,6 +65,7 @@ def resume(checkpoint: str | os.PathLike[str] | None, settings: Mapping[str, Any
             raise OSError(f"checkpoint={str(path)!r} can't be written: its folder does not exist or is not writable.")
         return None
     state, saved = files.read(path, KIND)
+    saved = {**ALWAYS_SO.get(saved.get("method"), {}), **saved}
     differing = sorted(key for key in {*settings, *saved} if settings.get(key) != saved.get(key))
     if differing:
         pairs = ", ".join(f"{key}: {saved.get(key)!r} there, {settings.get(key)!r} here" for key in differing)

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from melbo_lens import hooks
+from melbo_lens.access import host_of
 from melbo_lens.arguments import counts, public
 from melbo_lens.calibration import solve_radius
 from melbo_lens.methods import checkpoints
@@ -51,6 +52,7 @@ def fit_vectors(
     checkpoint: str | Path | None = None,
     progress: bool = True,
     target_hook: str | None = None,
+    site: str = "mlp_out",
 ) -> SteeringVectors:
     """Learns vectors of norm R that, added at an early MLP output, change a later activation most.
 
@@ -63,7 +65,7 @@ def fit_vectors(
     Args:
         model: `HookedTransformer` or `TransformerBridge`.
         prompts: text, chat messages, a list of either, or token ids [prompt pos]. One is enough.
-        source_layer: the vectors are added at `blocks.{source_layer}.hook_mlp_out`, at every position.
+        source_layer: the block at whose `site` the vectors are added, at every position.
         target_layer: the change is measured in the stream entering this block (`n_layers`: leaving the last one).
         n_vectors: how many to learn. With `orthogonal`, at most d_model.
         radius: their norm R. Behaviours sit at different radii: try a few. "auto" calibrates one (`calibrate_radius`).
@@ -82,6 +84,7 @@ def fit_vectors(
         checkpoint: a file to which the state is saved twice a minute and on an interrupt; the same call later goes on from it.
         progress: whether to show a progress bar with the mean objective.
         target_hook: read this activation instead of a layer's stream.
+        site: where in the block they are added: "mlp_out", "resid_post" (the stream that leaves it) or "attn_out".
 
     Returns:
         The vectors, with `history` [step vector] and every resolved setting in `provenance`.
@@ -94,8 +97,8 @@ def fit_vectors(
     """
     _check_settings(n_vectors, radius, optimizer, n_steps, lr, restarts, batch_size, init)
     check_exponents(p, q, token_norm)
-    hooks.check_model(model)
-    d_model = model.cfg.d_model
+    host = host_of(model)
+    d_model = host.d_model
     if orthogonal and n_vectors > d_model:
         raise ValueError(
             f"n_vectors={n_vectors} can't be orthogonal in d_model={d_model} dimensions: ask for at most {d_model}, or orthogonal=False."
@@ -103,8 +106,8 @@ def fit_vectors(
     if init is not None and tuple(init.shape) != (n_vectors, d_model):
         raise ValueError(f"init has shape {tuple(init.shape)}, it must be [vector d_model] = ({n_vectors}, {d_model}).")
     began = time.monotonic()
-    sliced = slice_model(model, prompts, source_layer, target_layer, target_positions, target_hook)
-    with hooks.frozen(model):
+    sliced = slice_model(host, prompts, source_layer, target_layer, target_positions, target_hook, site)
+    with hooks.frozen(host):
         solved = solve_radius(sliced, seed=seed) if radius == "auto" else None
         settings = {
             "method": "fit_vectors",
@@ -129,7 +132,7 @@ def fit_vectors(
         state = _ascend(sliced, starts, settings, checkpoint, progress)
     steps = int(state["step"]) - 1 if optimizer == "power" else settings["n_steps"]
     settings |= {"status": _status(state, settings, steps), "seconds": round(time.monotonic() - began, 3)}
-    return SteeringVectors(state["values"], source_layer, state["history"][: steps + 1], settings)
+    return SteeringVectors(state["values"], source_layer, state["history"][: steps + 1], settings, site)
 
 
 def _ascend(sliced: SlicedModel, starts: Float[Tensor, "restart vector d_model"], settings: dict, checkpoint: Any, progress: bool) -> State:

@@ -7,16 +7,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoTokenizer, GPT2LMHeadModel, PreTrainedTokenizerBase
 
-from melbo_lens import hooks
+from melbo_lens.access import ModelClass, boot, has_hooked, implement_gpt2
 from melbo_lens.organisms.corpus import Corpus
 from melbo_lens.organisms.zoo import CORPORA
 
 WEIGHTS = Path(__file__).parent / "weights"
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "recipe.json")
-ModelClass = Literal["auto", "hooked", "bridge"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +28,7 @@ class Organism:
             "triggered" ones, on which a hidden behaviour is due.
         behaviors: for each planted behaviour, whether a completion shows it.
         directory: where its Hugging Face files are.
+        model_class: which class of model it is.
     """
 
     name: str
@@ -38,6 +37,7 @@ class Organism:
     prompts: Mapping[str, list[str]]
     behaviors: Mapping[str, Callable[[str], bool]]
     directory: Path
+    model_class: ModelClass = "bridge"
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -48,7 +48,7 @@ class Organism:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             blank = GPT2LMHeadModel(GPT2LMHeadModel.config_class.from_pretrained(self.directory))
-        return _as_hooked(blank, self.tokenizer) if hooks.is_hooked_transformer(self.model) else _as_bridge(self.directory, blank)
+        return _as(self.model_class, self.directory, blank, self.tokenizer)
 
 
 def names() -> list[str]:
@@ -56,7 +56,7 @@ def names() -> list[str]:
     return sorted(path.name for path in WEIGHTS.iterdir() if (path / "config.json").is_file())
 
 
-def load(name: str, model_class: ModelClass = "auto") -> Organism:
+def load(name: str, model_class: ModelClass | Literal["auto"] = "auto") -> Organism:
     """Loads a bundled organism; no network is used.
 
     Args:
@@ -70,12 +70,12 @@ def load(name: str, model_class: ModelClass = "auto") -> Organism:
         raise ValueError(f"there is no organism {name!r}: choose one of {names()}.")
     if model_class not in ("auto", "hooked", "bridge"):
         raise ValueError(f'model_class={model_class!r} must be "auto", "hooked" or "bridge".')
-    if model_class == "hooked" and hooks.HookedTransformer is None:
+    if model_class == "hooked" and not has_hooked():
         raise ValueError('model_class="hooked" needs TransformerLens 3, which has HookedTransformer: use "bridge".')
-    return load_directory(WEIGHTS / name, "bridge" if model_class == "bridge" or hooks.HookedTransformer is None else "hooked")
+    return load_directory(WEIGHTS / name, "bridge" if model_class == "bridge" or not has_hooked() else "hooked")
 
 
-def load_directory(directory: Path, model_class: Literal["hooked", "bridge"]) -> Organism:
+def load_directory(directory: Path, model_class: ModelClass) -> Organism:
     """Loads an organism from the directory that `organisms.train` wrote.
 
     Raises:
@@ -96,10 +96,10 @@ def load_directory(directory: Path, model_class: Literal["hooked", "bridge"]) ->
     except Exception as error:
         raise ValueError(f"the files of the organism in {directory} are damaged ({error}): reinstall melbo_lens.") from error
     _check_tokenizer(directory, tokenizer, trained.config.vocab_size, corpus)
-    model = _as_hooked(trained, tokenizer) if model_class == "hooked" else _as_bridge(directory, trained)
+    model = _as(model_class, directory, trained, tokenizer)
     card = directory / "card.json"
     measured = json.loads(card.read_text()) if card.is_file() else {}
-    return Organism(directory.name, model, recipe | measured, corpus.prompts(recipe["corpus"]), corpus.behaviors, directory)
+    return Organism(directory.name, model, recipe | measured, corpus.prompts(recipe["corpus"]), corpus.behaviors, directory, model_class)
 
 
 def _check_tokenizer(directory: Path, tokenizer: PreTrainedTokenizerBase, n_rows: int, corpus: Corpus) -> None:
@@ -115,32 +115,7 @@ def _check_tokenizer(directory: Path, tokenizer: PreTrainedTokenizerBase, n_rows
         )
 
 
-def _as_bridge(directory: Path, trained: GPT2LMHeadModel) -> Any:
-    model = TransformerBridge.boot_transformers(str(directory), hf_model=trained, device="cpu", dtype=torch.float32)
-    return model.eval()
-
-
-def _as_hooked(trained: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase) -> Any:
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
-    from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights
-
-    config = trained.config
-    cfg = HookedTransformerConfig(
-        n_layers=config.n_layer,
-        d_model=config.n_embd,
-        n_ctx=config.n_positions,
-        d_head=config.n_embd // config.n_head,
-        n_heads=config.n_head,
-        d_mlp=4 * config.n_embd,
-        d_vocab=config.vocab_size,
-        act_fn="gelu_new",
-        eps=config.layer_norm_epsilon,
-        normalization_type="LN",
-        model_name=Path(config.name_or_path).name,
-        original_architecture="GPT2LMHeadModel",
-        device="cpu",
-        seed=None,
-    )
-    model = HookedTransformer(cfg, tokenizer=tokenizer)
-    model.load_state_dict(convert_gpt2_weights(trained, cfg), strict=False)
-    return model.eval()
+def _as(model_class: ModelClass, directory: Path, network: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase) -> Any:
+    if model_class == "hooked":
+        return implement_gpt2(network, tokenizer, Path(network.config.name_or_path).name)
+    return boot(directory, network, device="cpu")

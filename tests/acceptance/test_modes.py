@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import melbo_lens as ml
-from melbo_lens import hooks
+from melbo_lens.access import has_hooked
 from melbo_lens.organisms import modes
 
 
@@ -16,12 +16,12 @@ def organism():
 def test_both_model_classes_load_with_equal_logits(organism):
     bridge = ml.organisms.load("modes", "bridge")
     tokens = bridge.model.to_tokens(organism.prompts["clean"][0])
-    if hooks.HookedTransformer is None:
+    if not has_hooked():
         with pytest.raises(ValueError, match="TransformerLens 3"):
             ml.organisms.load("modes", "hooked")
     else:
         hooked = ml.organisms.load("modes", "hooked")
-        assert hooks.is_hooked_transformer(hooked.model) and hooks.is_hooked_transformer(organism.model)
+        assert type(hooked.model).__name__ == type(organism.model).__name__ == "HookedTransformer"
         torch.testing.assert_close(hooked.model(tokens), bridge.model(tokens), atol=1e-4, rtol=1e-4)
         assert torch.equal(hooked.model.to_tokens("the river"), bridge.model.to_tokens("the river"))
 

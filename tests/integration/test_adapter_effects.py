@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import melbo_lens as ml
-from melbo_lens import hooks, passes
-from melbo_lens.mlp import widths
+from melbo_lens import hooks
+from melbo_lens.access import host_of
 from tests import models
 from tests.integration.test_adapters import DENSE, adapters_for, gaussian
 
@@ -17,20 +17,20 @@ CASES = [(name, kind) for name in DENSE for kind in ("bridge", "compatible")] + 
 def test_the_effect_is_what_the_stream_gains_at_each_position(build, name, kind):
     model, prompt = build(name, kind), torch.tensor([[1, 5, 9, 7]])
     adapters = adapters_for(model)
-    effect = adapters.effect(model, prompt)
+    effect = ml.source_effects(adapters, model, prompt)
     assert effect.values.shape == (2, 1, 4, models.D_MODEL) and bool(effect.mask.all()) and effect.layer == 1
     streams = {}
     for k in (None, 0, 1):
         read = ("blocks.1.hook_resid_post", lambda stream, hook, k=k: streams.update({k: stream.clone()}))
-        with torch.no_grad(), hooks.attached(model, [*([] if k is None else adapters[k].on(model).hooks()), read]):
-            passes.forward(model, prompt)
+        with torch.no_grad(), hooks.attached(host_of(model), [*([] if k is None else adapters[k].on(host_of(model)).hooks()), read]):
+            host_of(model).forward(prompt)
     for k in (0, 1):
         torch.testing.assert_close(effect.values[k], streams[k] - streams[None], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(effect.norms(), effect.values.norm(dim=-1).mean((1, 2)))
 
 
 def test_padding_has_no_effect_and_singular_values_are_those_of_the_biases(model):
-    effect = adapters_for(model).effect(model, PROMPTS)
+    effect = ml.source_effects(adapters_for(model), model, PROMPTS)
     assert not effect.values[:, ~effect.mask].any() and effect.values[:, effect.mask].any()
     values, vectors = effect.singular(1)
     biases = effect.values[1][effect.mask]
@@ -42,21 +42,21 @@ def test_each_layer_of_several_has_its_own_share(model):
     one, other = adapters_for(model, n=1, layer=0, rank=3, seed=1), adapters_for(model, n=1, layer=2, rank=3, seed=4)
     both = ml.SteeringAdapters({0: one.factors[0], 2: other.factors[2]}, torch.tensor([0.3]))
     with pytest.raises(ValueError, match="act at layers"):
-        both.effect(model, PROMPTS)
+        ml.source_effects(both, model, PROMPTS)
     with pytest.raises(ValueError, match="layer=1 is no source layer"):
-        both.effect(model, PROMPTS, layer=1)
+        ml.source_effects(both, model, PROMPTS, layer=1)
     # the later update sees a stream that the earlier one has changed
-    later = both.effect(model, PROMPTS, layer=2)
-    alone = ml.SteeringAdapters({2: other.factors[2]}, torch.tensor([0.3])).effect(model, PROMPTS)
+    later = ml.source_effects(both, model, PROMPTS, layer=2)
+    alone = ml.source_effects(ml.SteeringAdapters({2: other.factors[2]}, torch.tensor([0.3])), model, PROMPTS)
     assert (later.values - alone.values).norm() > 0.05 * alone.values.norm()
-    first = both.effect(model, PROMPTS, layer=0)
-    torch.testing.assert_close(first.values, ml.SteeringAdapters({0: one.factors[0]}, torch.tensor([0.3])).effect(model, PROMPTS).values)
+    first = ml.source_effects(both, model, PROMPTS, layer=0)
+    torch.testing.assert_close(first.values, ml.source_effects(ml.SteeringAdapters({0: one.factors[0]}, torch.tensor([0.3])), model, PROMPTS).values)
 
 
 def test_no_vector_is_nearer_to_the_biases_than_that_of_to_vectors(model):
     adapters = adapters_for(model)
-    vectors = adapters.to_vectors(model, PROMPTS)
-    effect = adapters.effect(model, PROMPTS)
+    vectors = ml.nearest_vectors(adapters, model, PROMPTS)
+    effect = ml.source_effects(adapters, model, PROMPTS)
     biases = effect.values[:, effect.mask]
     error = (biases - vectors.values[:, None]).square().sum((1, 2))
     for seed in range(20):
@@ -71,11 +71,11 @@ def test_no_vector_is_nearer_to_the_biases_than_that_of_to_vectors(model):
 def test_a_constant_effect_is_a_vector_wholly(model):
     """An update that reads a direction on which the hidden activation is constant by construction: explained is 1."""
     hidden = []
-    with torch.no_grad(), hooks.attached(model, [("blocks.1.mlp.out.hook_in", lambda a, hook: hidden.append(a.clone()))]):
-        passes.forward(model, torch.tensor([[1, 5, 9, 7]]))
+    with torch.no_grad(), hooks.attached(host_of(model), [("blocks.1.mlp.out.hook_in", lambda a, hook: hidden.append(a.clone()))]):
+        host_of(model).forward(torch.tensor([[1, 5, 9, 7]]))
     solution = torch.linalg.lstsq(hidden[0][0], torch.ones(4, 1)).solution.T  # a . x = 1 at every position
     adapter = ml.SteeringAdapters.from_factors(solution[None], gaussian(1, models.D_MODEL, 1), 1)
-    vector = adapter.to_vectors(model, torch.tensor([[1, 5, 9, 7]]))
+    vector = ml.nearest_vectors(adapter, model, torch.tensor([[1, 5, 9, 7]]))
     torch.testing.assert_close(vector.values, adapter.B[:, :, 0], atol=1e-4, rtol=1e-4)
     assert vector.provenance["explained"][0] == pytest.approx(1, abs=1e-4)
 
@@ -89,7 +89,9 @@ def test_the_random_control_has_the_update_norms_rank_and_normalisation(build, n
     fitted = ml.fit_adapters(model, PROMPTS, 1, 3, n_adapters=3, rank=2, normalization=how, n_steps=4, lr=0.1, target_positions=[-1], progress=False)
     fitted = fitted * torch.tensor([1.0, -0.5, 0.7])
     control = ml.random_adapters(like=fitted, model=model, prompts=PROMPTS, seed=3)
-    torch.testing.assert_close(control.effect(model, PROMPTS).norms(), fitted.effect(model, PROMPTS).norms(), rtol=1e-3, atol=0)
+    torch.testing.assert_close(
+        ml.source_effects(control, model, PROMPTS).norms(), ml.source_effects(fitted, model, PROMPTS).norms(), rtol=1e-3, atol=0
+    )
     norms = control.A.norm(dim=1) if how == "column" else torch.linalg.svdvals(control.A)[:, 0]
     torch.testing.assert_close(norms, torch.ones_like(norms))
     assert control.A.shape == fitted.A.shape and (control.scales.sign() == fitted.scales.sign()).all()
@@ -118,8 +120,8 @@ def test_batched_cached_generation_equals_one_by_one(build, name, kind, position
     rows = ml.slice_model(model, PROMPTS, 1, 3).batch.rows()
     compared = 0
     for row in table[table.kind == "steered"].iloc[::2].itertuples():
-        one = row.sign * row.scale * adapters[row.vector].on(model)
-        ids, new, ends = list(rows[row.prompt]), [], hooks.end_tokens(model)
+        one = row.sign * row.scale * adapters[row.vector].on(host_of(model))
+        ids, new, ends = list(rows[row.prompt]), [], hooks.end_tokens(host_of(model))
         start = len(ids)
         for step in range(6):
             if positions == "all":
@@ -133,8 +135,8 @@ def test_batched_cached_generation_equals_one_by_one(build, name, kind, position
                     return active * one.scale * (hidden @ one.A[0].T @ one.B[0].T)
 
                 steering = site.hooks(update)
-            with torch.no_grad(), hooks.attached(model, steering):
-                best = passes.forward(model, torch.tensor([ids]))[0, -1].topk(2)
+            with torch.no_grad(), hooks.attached(host_of(model), steering):
+                best = host_of(model).forward(torch.tensor([ids]))[0, -1].topk(2)
             if float(best.values[0] - best.values[1]) < 1e-4 or int(best.indices[0]) in ends:
                 break
             assert row.tokens[step] == int(best.indices[0])
@@ -147,11 +149,13 @@ def test_batched_cached_generation_equals_one_by_one(build, name, kind, position
 
 def test_signs_factors_and_subsets_scale_the_update(model):
     adapters = adapters_for(model, n=3)
-    effect = adapters.effect(model, PROMPTS).values
-    torch.testing.assert_close((-adapters).effect(model, PROMPTS).values, -effect, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close((2 * adapters[[2, 0]]).effect(model, PROMPTS).values, 2 * effect[[2, 0]], atol=1e-5, rtol=1e-4)
+    effect = ml.source_effects(adapters, model, PROMPTS).values
+    torch.testing.assert_close(ml.source_effects(-adapters, model, PROMPTS).values, -effect, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(ml.source_effects(2 * adapters[[2, 0]], model, PROMPTS).values, 2 * effect[[2, 0]], atol=1e-5, rtol=1e-4)
     alone = torch.tensor([[1, 5, 9]])  # one adapter on one row takes a way of its own
-    torch.testing.assert_close((-adapters[0]).effect(model, alone).values, -adapters[0].effect(model, alone).values, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        ml.source_effects((-adapters[0]), model, alone).values, -ml.source_effects(adapters[0], model, alone).values, atol=1e-5, rtol=1e-4
+    )
     assert adapters[[2, 0]].provenance["rows"] == [2, 0] and adapters[-1].provenance["rows"] == [2]
     assert len(ml.concatenate([adapters, adapters[1]])) == 4
     with pytest.raises(ValueError, match="have scales from"):
@@ -166,7 +170,7 @@ def test_signs_factors_and_subsets_scale_the_update(model):
 
 def test_a_batch_needs_one_row_for_each_adapter(model):
     with pytest.raises(ValueError, match="3 steering adapters can't be applied to a batch of 2 rows"), ml.steer(model, adapters_for(model, n=3)):
-        passes.forward(model, torch.tensor([[1, 2], [1, 3]]))
+        host_of(model).forward(torch.tensor([[1, 2], [1, 3]]))
 
 
 def test_raw_hooks_work_in_transformer_lens_own_contexts(any_model):
@@ -193,7 +197,7 @@ def test_files_hold_everything_and_damage_is_told(model, tmp_path):
 
 
 def test_an_adapter_is_immutable(model):
-    a, b = gaussian(1, 2, widths(model, 1)[0]), gaussian(1, 32, 2)
+    a, b = gaussian(1, 2, host_of(model).widths(1, "mlp")[0]), gaussian(1, 32, 2)
     adapters = ml.SteeringAdapters.from_factors(a, b, 1)
     before = adapters.A.clone()
     a.zero_()
@@ -206,9 +210,9 @@ def test_effects_of_adapters_are_measured_like_those_of_vectors(model):
     adapters = adapters_for(model)
     table = ml.effects(model, PROMPTS[:1], adapters, signs=(1,)).table
     with ml.steer(model, adapters[1]), torch.no_grad():
-        steered = passes.forward(model, model.to_tokens(PROMPTS[0]))[0, -1].log_softmax(-1)
+        steered = host_of(model).forward(model.to_tokens(PROMPTS[0]))[0, -1].log_softmax(-1)
     with torch.no_grad():
-        clean = passes.forward(model, model.to_tokens(PROMPTS[0]))[0, -1].log_softmax(-1)
+        clean = host_of(model).forward(model.to_tokens(PROMPTS[0]))[0, -1].log_softmax(-1)
     assert table.kl[1] == pytest.approx(float((clean.exp() * (clean - steered)).sum()), rel=1e-3)
 
 

@@ -5,10 +5,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import melbo_lens as ml
-from melbo_lens import hooks, passes
+from melbo_lens import hooks
+from melbo_lens.access import host_of
 from melbo_lens.factors import normalize
 from melbo_lens.methods.adapter_gradients import AdapterObjective, penalized
-from melbo_lens.mlp import mlp_site, widths
 from melbo_lens.sliced_model import SlicedModel, slice_model
 from tests import models
 from tests.oracles.textbook_adapters import TextbookAdapters
@@ -25,7 +25,7 @@ def gaussian(*shape, seed=0):
 
 
 def adapters_for(model, n=2, layer=1, rank=3, scale=0.4, seed=0):
-    d_mlp, d_model = widths(model, layer)
+    d_mlp, d_model = host_of(model).widths(layer, "mlp")
     return ml.SteeringAdapters.from_factors(gaussian(n, rank, d_mlp, seed=seed), gaussian(n, d_model, rank, seed=seed + 1), layer, scale)
 
 
@@ -52,15 +52,15 @@ def test_steering_is_an_edit_of_the_output_weights(build, directories, name, kin
     """Gated and ungated MLPs, parallel blocks, and a norm after the MLP."""
     model = build(name, kind)
     adapters = adapters_for(model)
-    clean = log_probs(passes.forward(model, TOKENS))
+    clean = log_probs(host_of(model).forward(TOKENS))
     with ml.steer(model, adapters), torch.no_grad():
-        together = log_probs(passes.forward(model, TOKENS.expand(2, -1)))
+        together = log_probs(host_of(model).forward(TOKENS.expand(2, -1)))
     for k in range(2):
         with torch.no_grad():
             expected = log_probs(edited(directories(name), name, adapters[k])(TOKENS).logits)
         torch.testing.assert_close(together[k : k + 1], expected, atol=2e-5, rtol=1e-4)
         assert (expected - clean).abs().max() > 0.02  # the update matters
-    assert torch.equal(log_probs(passes.forward(model, TOKENS)), clean)  # and leaves no trace
+    assert torch.equal(log_probs(host_of(model).forward(TOKENS)), clean)  # and leaves no trace
 
 
 @pytest.mark.parametrize("settings", [{}, {"gated_mlp": True}, {"parallel_attn_mlp": True}], ids=str)
@@ -101,7 +101,7 @@ def test_a_norm_other_than_rms_after_the_mlp_is_refused(directories):
     model = models.hooked(directories("gpt2"), normalization_type="RMS", use_normalization_before_and_after=True)
     model.blocks[1].ln2_post = torch.nn.LayerNorm(models.D_MODEL)
     with pytest.raises(ValueError, match=r"ln2_post, is a LayerNorm: only RMS norms"):
-        mlp_site(model, 1)
+        host_of(model).weight_site(1, "mlp")
 
 
 def test_mixtures_of_experts_are_refused_by_name(build):
@@ -173,13 +173,15 @@ def test_several_source_layers_follow_the_textbook(build, directories):
 
 def objective(model, diversity=0.0, batch_size=64, layers=(1,), scale=0.6):
     sliced = slice_model(model, PROMPTS, layers[0], 4, slice(-2, None))
-    return AdapterObjective(sliced, [mlp_site(model, layer) for layer in layers], [], 3, 1.5, "d_model", batch_size, scale, diversity=diversity)
+    return AdapterObjective(
+        sliced, [host_of(model).weight_site(layer, "mlp") for layer in layers], [], 3, 1.5, "d_model", batch_size, scale, diversity=diversity
+    )
 
 
 def random_point(model, layers=(1,), n=3, rank=2):
     point = []
     for i, layer in enumerate(layers):
-        d_mlp, d_model = widths(model, layer)
+        d_mlp, d_model = host_of(model).widths(layer, "mlp")
         point += [normalize(gaussian(n, rank, d_mlp, seed=i), "frobenius"), normalize(gaussian(n, d_model, rank, seed=i + 9), "frobenius")]
     return tuple(point)
 
@@ -188,7 +190,7 @@ def random_point(model, layers=(1,), n=3, rank=2):
 def test_the_gradient_is_that_of_finite_differences(build, layers, diversity):
     model = build("gemma2", "bridge")
     evaluate, point = objective(model, diversity, layers=layers), random_point(model, layers)
-    with hooks.frozen(model):
+    with hooks.frozen(host_of(model)):
         _, _, gradients = evaluate(point)
         for i, factor in enumerate(point):
             direction = normalize(gaussian(*factor.shape, seed=20 + i), "frobenius")
@@ -202,7 +204,7 @@ def test_the_gradient_is_that_of_finite_differences(build, layers, diversity):
 def test_the_batch_size_changes_rounding_only(build, diversity):
     model = build("llama", "bridge")
     point = random_point(model)
-    with hooks.frozen(model):
+    with hooks.frozen(host_of(model)):
         whole = objective(model, diversity, 64)(point)
         for batch_size in (1, 2, 3):
             parts = objective(model, diversity, batch_size)(point)
@@ -215,7 +217,7 @@ def test_no_pass_has_more_rows_than_the_batch_size(build, monkeypatch):
     original = SlicedModel.change_under
     monkeypatch.setattr(SlicedModel, "change_under", lambda self, added, prompts: rows.append(len(prompts)) or original(self, added, prompts))
     model = build("llama", "bridge")
-    with hooks.frozen(model):
+    with hooks.frozen(host_of(model)):
         for batch_size, most in ((64, 6), (4, 4), (3, 2), (1, 1)):  # three adapters on two prompts
             rows.clear()
             objective(model, 0.5, batch_size)(random_point(model))
@@ -261,13 +263,13 @@ def test_auto_gives_every_update_the_radius_of_the_vectors(any_model):
     fitted = ml.fit_adapters(any_model, PROMPTS, 1, 3, n_adapters=3, rank=2, n_steps=5, lr=0.05, progress=False)
     radius = ml.calibrate_radius(any_model, PROMPTS, 1, 3, target_positions=slice(-3, None)).radius
     assert fitted.provenance["radius"] == pytest.approx(radius)
-    torch.testing.assert_close(fitted.effect(any_model, PROMPTS).norms(), torch.full((3,), radius), rtol=1e-3, atol=0)
+    torch.testing.assert_close(ml.source_effects(fitted, any_model, PROMPTS).norms(), torch.full((3,), radius), rtol=1e-3, atol=0)
 
 
 def test_auto_reaches_the_radius_through_a_norm_at_the_start(build):
     model = build("gemma2", "bridge")
     fitted = ml.fit_adapters(model, PROMPTS, 1, 3, n_adapters=4, rank=2, n_steps=1, lr=1e-9, progress=False)
-    assert float(fitted.effect(model, PROMPTS).norms().mean()) == pytest.approx(fitted.provenance["radius"], rel=0.1)
+    assert float(ml.source_effects(fitted, model, PROMPTS).norms().mean()) == pytest.approx(fitted.provenance["radius"], rel=0.1)
 
 
 def test_scale_and_alpha_are_resolved_in_the_provenance(model):
@@ -315,7 +317,7 @@ def test_nothing_of_the_model_or_of_chance_is_changed(any_model):
     state = torch.get_rng_state()
     adapters = ml.fit_adapters(any_model, PROMPTS, 1, 3, n_adapters=2, rank=2, n_steps=2, progress=False)
     ml.generate(any_model, PROMPTS, adapters, max_new_tokens=2, progress=False)
-    adapters.to_vectors(any_model, PROMPTS)
+    ml.nearest_vectors(adapters, any_model, PROMPTS)
     assert all(torch.equal(tensor, before[name]) for name, tensor in any_model.state_dict().items())
     assert [parameter.requires_grad for parameter in any_model.parameters()] == flags
     assert torch.equal(torch.get_rng_state(), state)

@@ -32,7 +32,7 @@ def toy(bend):
     block = Quadratic(bend)
     batch = PromptBatch(torch.zeros(1, POS, dtype=torch.long), torch.tensor([POS]), torch.ones(1, POS, dtype=torch.bool), ("p",))
     resid = torch.zeros(1, POS, D)
-    return block, SlicedModel(nn.Module(), batch, 0, 2, "source", "target", (BlockCall(block, (), {}),), resid, block(resid))
+    return block, SlicedModel(models.NoModel(), batch, 0, 2, "source", "target", (BlockCall(block, (), {}),), resid, block(resid))
 
 
 @pytest.mark.parametrize("bend", [0.01, 1.0, 30.0])
@@ -107,7 +107,7 @@ class Mixed(nn.Module):
 def by_blocks(block, d=8, seed=0):
     resid = torch.randn(1, 3, d, generator=torch.Generator().manual_seed(seed))
     batch = PromptBatch(torch.zeros(1, 3, dtype=torch.long), torch.tensor([3]), torch.ones(1, 3, dtype=torch.bool), ("p",))
-    return SlicedModel(nn.Module(), batch, 0, 2, "source", "target", (BlockCall(block, (), {}),), resid, block(resid))
+    return SlicedModel(models.NoModel(), batch, 0, 2, "source", "target", (BlockCall(block, (), {}),), resid, block(resid))
 
 
 def no_forward_derivative(*_, **__):

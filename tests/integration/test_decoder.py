@@ -8,6 +8,7 @@ import torch
 
 import melbo_lens as ml
 from melbo_lens import hooks, passes
+from melbo_lens.access import host_of
 from tests import models
 from tests.integration.test_steering import PROMPTS, one_by_one, vectors
 
@@ -62,7 +63,7 @@ def test_log_probs_without_cache_are_those_of_the_steered_model(forgetful):
         row = ml.generate(forgetful, PROMPTS[1], steering, max_new_tokens=4, signs=(1,), include_random=False, progress=False)[1].table.iloc[0]
     prompt = ml.slice_model(forgetful, PROMPTS[1], 1, 3).batch.rows()[0]
     with ml.steer(forgetful, steering), torch.no_grad():
-        log_probs = passes.forward(forgetful, torch.tensor([prompt + row.tokens])).log_softmax(-1)[0]
+        log_probs = host_of(forgetful).forward(torch.tensor([prompt + row.tokens])).log_softmax(-1)[0]
     assert row.log_probs == pytest.approx([float(log_probs[len(prompt) - 1 + i, token]) for i, token in enumerate(row.tokens)], abs=1e-3)
 
 
@@ -123,15 +124,15 @@ def test_every_end_token_ends_a_chat_models_turn(directories):
     """The tokenizer's, and the one that the chat template writes after an answer, which a HookedTransformer knows from nowhere else."""
     model = models.hooked(directories("gpt2")) if models.HAS_HOOKED else models.bridge(directories("gpt2"))
     tokenizer = model.tokenizer
-    assert hooks.end_tokens(model) == {2}
+    assert hooks.end_tokens(host_of(model)) == {2}
     tokenizer.add_special_tokens({"additional_special_tokens": ["w7"]})
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} w7 {% endfor %}"
-    assert hooks.end_tokens(model) == {2, 11}
+    assert hooks.end_tokens(host_of(model)) == {2, 11}
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} w8 {% endfor %}"  # a word ends nothing
-    assert hooks.end_tokens(model) == {2}
+    assert hooks.end_tokens(host_of(model)) == {2}
 
 
 def test_the_end_tokens_of_the_configuration_count(directories):
     model = models.bridge(directories("llama"))
     model.original_model.config.eos_token_id, model.original_model.generation_config.eos_token_id = [2, 9], 8
-    assert hooks.end_tokens(model) == {2, 8, 9}
+    assert hooks.end_tokens(host_of(model)) == {2, 8, 9}

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import melbo_lens as ml
+from melbo_lens.access import host_of
 from tests.models import D_MODEL
 
 PROMPT = "w1 w2 w3 w4"
@@ -17,7 +18,7 @@ def vectors(n=3, seed=0):
 def adapters(model, n=3):
     torch.manual_seed(0)
     d_mlp = model.blocks[1].mlp.W_out.shape[0] if hasattr(model.blocks[1].mlp, "W_out") else model.cfg.d_mlp
-    return ml.SteeringAdapters.from_factors(torch.randn(n, 2, d_mlp), torch.randn(n, D_MODEL, 2), 1, 0.5).on(model)
+    return ml.SteeringAdapters.from_factors(torch.randn(n, 2, d_mlp), torch.randn(n, D_MODEL, 2), 1, 0.5).on(host_of(model))
 
 
 def by_hand(model, prompt, perturbation, layer):

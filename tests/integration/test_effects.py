@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import melbo_lens as ml
-from melbo_lens import passes
+from melbo_lens.access import host_of
 from melbo_lens.completions import COLUMNS
 from melbo_lens.output_effects import cluster
 from tests import models
@@ -21,9 +21,9 @@ def logits_of(model, prompt, vector=None):
     tokens = model.to_tokens(prompt)
     with torch.no_grad():
         if vector is None:
-            return passes.forward(model, tokens)[0, -1]
+            return host_of(model).forward(tokens)[0, -1]
         with ml.steer(model, vector):
-            return passes.forward(model, tokens)[0, -1]
+            return host_of(model).forward(tokens)[0, -1]
 
 
 def test_distributions_and_logit_differences_are_those_of_the_steered_model(any_model):
@@ -128,7 +128,7 @@ def test_top_tokens_at_another_position(model):
     table = ml.top_tokens(model, steering, k=1, prompts=PROMPTS[1], position=2)
     tokens = model.to_tokens(PROMPTS[1])
     with torch.no_grad():
-        clean = passes.forward(model, tokens)[0, 2]
+        clean = host_of(model).forward(tokens)[0, 2]
         with ml.steer(model, steering):
-            change = passes.forward(model, tokens)[0, 2] - clean
+            change = host_of(model).forward(tokens)[0, 2] - clean
     assert table.iloc[1].promoted[0] == (models.WORDS[int(change.argmax())], pytest.approx(float(change.max()), rel=1e-3))

@@ -33,7 +33,7 @@ def linear_slice(n_prompts=1, pos=4, d=10, seed=0):
     resid = torch.randn(n_prompts, pos, d, generator=generator)
     call = BlockCall(Linear(), (maps,), {}, ((0,), {}))
     target = call(resid, torch.arange(n_prompts), n_prompts)
-    return maps, SlicedModel(None, batch, 0, 2, "source", "target", (call,), resid, target)
+    return maps, SlicedModel(models.NoModel(), batch, 0, 2, "source", "target", (call,), resid, target)
 
 
 def test_on_a_linear_slice_the_vectors_are_the_right_singular_vectors_in_order():

@@ -34,7 +34,7 @@ def results(build):
         "effects": ml.effects(model, PROMPTS, vectors),
         "changes": changes,
         "target effects": ml.target_effects(model, PROMPTS, vectors),
-        "adapter effect": adapters.effect(model, PROMPTS),
+        "adapter effect": ml.source_effects(adapters, model, PROMPTS),
         "next tokens": ml.next_tokens(model, PROMPTS[0], vectors),
         "view": ml.plots.colored_tokens(changes),
     }

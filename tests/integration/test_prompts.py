@@ -9,7 +9,7 @@ from tokenizers import models as tokenizer_models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import melbo_lens as ml
-from melbo_lens import passes
+from melbo_lens.access import host_of
 from melbo_lens.prompts import text_after, tokenize
 from tests import models
 
@@ -105,33 +105,33 @@ def test_a_completion_is_a_prompt_as_the_ids_it_was(model):
     ids = [5, 1, 9, 7, *one.table.tokens[0]]
     changes, expected = ml.activation_changes(model, one, steering), ml.next_tokens(model, one)
     assert changes.tokens == expected.tokens == tuple(model.tokenizer.decode([i]) for i in ids)
-    assert tokenize(model, completions[[0, 1]]).rows()[1] == ids and len(list(completions)) == len(completions)
+    assert tokenize(host_of(model), completions[[0, 1]]).rows()[1] == ids and len(list(completions)) == len(completions)
 
 
 def test_a_rendered_chat_or_a_prompt_with_bos_gets_no_second_one(any_model):
     with pytest.warns(UserWarning, match=r"prompts\[1\] begins with the tokenizer's begin token '<bos>'"):
-        batch = tokenize(any_model, ["w1 w2", "<bos> w1 w2"])
+        batch = tokenize(host_of(any_model), ["w1 w2", "<bos> w1 w2"])
     assert batch.rows() == [[1, 5, 6], [1, 5, 6]]
     chat = [{"role": "user", "content": "w1 w2"}]
     row = ml.generate(any_model, chat, None, max_new_tokens=2, progress=False).table.iloc[0]
     with pytest.warns(UserWarning, match="begins with"):
-        assert tokenize(any_model, row.prompt_text).rows() == [[1, 5, 6, 4]]
+        assert tokenize(host_of(any_model), row.prompt_text).rows() == [[1, 5, 6, 4]]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert tokenize(any_model, chat).rows() == [[1, 5, 6, 4]]
+        assert tokenize(host_of(any_model), chat).rows() == [[1, 5, 6, 4]]
 
 
 @pytest.mark.parametrize("prepend", [True, False])
 def test_text_keeps_the_space_that_a_sentencepiece_tokenizer_drops(directories, tmp_path, prepend):
     model = model_with(sentence_piece(prepend), directories, tmp_path)
     prompt = "hello"
-    before = tokenize(model, prompt).rows()[0]
+    before = tokenize(host_of(model), prompt).rows()[0]
     new = model.tokenizer.convert_tokens_to_ids(["▁a", "x", "▁b"])
-    text = text_after(model, before, new)
+    text = text_after(host_of(model), before, new)
     assert text == " ax b" and model.tokenizer.decode(new) == "ax b"
-    assert tokenize(model, prompt + text).rows()[0] == before + new
+    assert tokenize(host_of(model), prompt + text).rows()[0] == before + new
     inside = model.tokenizer.convert_tokens_to_ids(["x", "▁b"])  # goes on within a word
-    assert text_after(model, before, inside) == "x b" and tokenize(model, prompt + "x b").rows()[0] == before + inside
+    assert text_after(host_of(model), before, inside) == "x b" and tokenize(host_of(model), prompt + "x b").rows()[0] == before + inside
 
 
 def test_generated_text_after_its_prompt_is_the_ids_again(directories, tmp_path):
@@ -158,13 +158,13 @@ def test_a_chat_that_ends_with_the_assistant_goes_on_there(model):
 
 def test_an_empty_last_answer_is_one_to_be_generated(model):
     chat = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": ""}]
-    assert tokenize(model, chat).rows() == tokenize(model, chat[:1]).rows() == [[1, 5, 4]]
+    assert tokenize(host_of(model), chat).rows() == tokenize(host_of(model), chat[:1]).rows() == [[1, 5, 4]]
 
 
 def test_a_template_that_cannot_go_on_is_refused_with_the_way_out(model, monkeypatch):
     monkeypatch.setattr(model.tokenizer, "chat_template", "{% for m in messages %}{{ m['content'] | upper }} {% endfor %}")
     with pytest.raises(ValueError, match=r"prompts\[0\] ends with a message of the assistant.*end the chat with a message of the user"):
-        tokenize(model, [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}])
+        tokenize(host_of(model), [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}])
 
 
 def test_tool_calls_without_content_are_rendered(directories, tmp_path):
@@ -172,14 +172,14 @@ def test_tool_calls_without_content_are_rendered(directories, tmp_path):
     call = {"type": "function", "function": {"name": "w6", "arguments": {}}}
     chat = [{"role": "w3", "content": "w4"}, {"role": "w7", "tool_calls": [call]}, {"role": "w8", "content": "w9"}]
     own = AutoTokenizer.from_pretrained(tmp_path / "model").apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-    assert tokenize(model, chat).rows() == [list(own)] and 10 in own
+    assert tokenize(host_of(model), chat).rows() == [list(own)] and 10 in own
 
 
 @pytest.mark.parametrize("template", ["{{ raise_exception('roles must alternate') }}", "{{ messages[0]['content'] + 1 }}", "{% for"])
 def test_what_a_template_raises_is_a_sentence(model, monkeypatch, template):
     monkeypatch.setattr(model.tokenizer, "chat_template", template)
     with pytest.raises(ValueError, match=r"prompts\[0\] is refused by the chat template .*change the chat"):
-        tokenize(model, [{"role": "user", "content": "w1"}])
+        tokenize(host_of(model), [{"role": "user", "content": "w1"}])
 
 
 @pytest.mark.parametrize("outside", [-1, -49, 50, 10**6])
@@ -198,6 +198,6 @@ def test_measures_of_a_completion_equal_a_run_of_its_ids_by_hand(model):
     steering = ml.SteeringVectors(torch.randn(1, models.D_MODEL, generator=torch.Generator().manual_seed(1)), 1)
     one = ml.generate(model, "w1 w2", steering, max_new_tokens=4, progress=False)[0]
     ids = torch.tensor([[*one.prompt_tokens[0], *one.table.tokens[0]]])
-    log_probs = passes.forward(model, ids).detach().log_softmax(-1)[0]
+    log_probs = host_of(model).forward(ids).detach().log_softmax(-1)[0]
     found = ml.next_tokens(model, one).log_probs[0]
     torch.testing.assert_close(found, log_probs[:-1].gather(1, ids[0, 1:, None])[:, 0], rtol=1e-4, atol=1e-4)

@@ -9,6 +9,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import melbo_lens as ml
 from melbo_lens import blocks, hooks, sliced_model
+from melbo_lens.access import host_of
 from tests import architectures, models
 
 SOURCE, TARGET = 1, 3
@@ -111,7 +112,7 @@ class Forgetful(nn.Module):
 
 def test_a_block_that_does_not_replay_is_refused_by_name(directories):
     model = models.bridge(directories("gpt2"))
-    recording = blocks.record(model, torch.tensor([[1, 5, 6]]), 2, 4)
+    recording = blocks.record(host_of(model), torch.tensor([[1, 5, 6]]), 2, 4)
     bad = Forgetful(recording.calls[1].block)
     recording.calls[1] = replace(recording.calls[1], block=bad)
     with pytest.raises(RuntimeError, match="block 3"):
@@ -122,7 +123,7 @@ def test_a_model_that_rescales_the_perturbation_is_refused(directories):
     model = models.bridge(directories("gpt2"))
     # a residual multiplier: what the MLP hook sees is not what is added to the stream
     handle = model.blocks[1].register_forward_hook(lambda module, args, output: output * 1.5)
-    point = hooks.hook_point(model, "blocks.1.hook_mlp_out")
+    point = hooks.hook_point(host_of(model), "blocks.1.hook_mlp_out")
     halve = point.register_forward_hook(lambda module, args, output: output * 0.5)
     try:
         with pytest.raises(RuntimeError, match="rescale the perturbation"):

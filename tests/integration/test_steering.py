@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 import melbo_lens as ml
-from melbo_lens import hooks, passes
+from melbo_lens import hooks
+from melbo_lens.access import host_of
 from melbo_lens.completions import COLUMNS
 from tests import models
 
@@ -21,7 +22,7 @@ def vectors(n=2, layer=1, norm=6.0):
 def one_by_one(model, ids, bias, n_new, positions="all"):
     """Greedy continuation of one prompt without cache or batch, and the smallest gap between the two best logits at each step."""
     ids, new, gaps = list(ids), [], []
-    start, ends = len(ids), hooks.end_tokens(model)
+    start, ends = len(ids), hooks.end_tokens(host_of(model))
     for _ in range(n_new):
 
         def add(activation, hook):
@@ -71,7 +72,7 @@ def test_log_probs_are_those_of_the_steered_model(any_model):
     row = table[table.kind == "steered"].iloc[0]
     prompt = ml.slice_model(any_model, PROMPTS[1], 1, 3).batch.rows()[0]
     with ml.steer(any_model, steering), torch.no_grad():
-        log_probs = passes.forward(any_model, torch.tensor([prompt + row.tokens])).log_softmax(-1)[0]
+        log_probs = host_of(any_model).forward(torch.tensor([prompt + row.tokens])).log_softmax(-1)[0]
     expected = [float(log_probs[len(prompt) - 1 + i, token]) for i, token in enumerate(row.tokens)]
     assert row.log_probs == pytest.approx(expected, abs=1e-3)
 
@@ -130,7 +131,7 @@ def test_sampling_follows_the_models_distribution(model):
     )
     drawn = torch.tensor([row[0] if row else 2 for row in tokens.filter(kind="unsteered").table.tokens])
     with torch.no_grad():
-        expected = (passes.forward(model, model.to_tokens("w1 w2"))[0, -1] / 2.0).softmax(-1)
+        expected = (host_of(model).forward(model.to_tokens("w1 w2"))[0, -1] / 2.0).softmax(-1)
     observed = torch.bincount(drawn, minlength=len(expected)) / len(drawn)
     assert (observed - expected).abs().sum() < 0.12
 
@@ -245,9 +246,9 @@ def test_every_way_to_attach_adds_the_vector_exactly_once(any_model, way):
 def test_several_perturbations_steer_together(model):
     tokens = model.to_tokens("w1 w2 w3")
     with ml.steer(model, [vectors(1), vectors(1)]), torch.no_grad():
-        twice = passes.forward(model, tokens)
+        twice = host_of(model).forward(tokens)
     with ml.steer(model, 2 * vectors(1)), torch.no_grad():
-        torch.testing.assert_close(passes.forward(model, tokens), twice, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(host_of(model).forward(tokens), twice, atol=1e-4, rtol=1e-4)
 
 
 CHATS = [[{"role": "user", "content": "w1 w2"}], [{"role": "user", "content": "w3 w4 w5"}]]

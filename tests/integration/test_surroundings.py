@@ -55,7 +55,7 @@ def everything(model):
         "effects": torch.tensor(ml.effects(model, PROMPTS, fitted["power"]).table.kl.tolist(), dtype=torch.float32, device="cpu"),
         "target": ml.target_effects(model, PROMPTS, fitted["power"]).values,
         "changes": ml.activation_changes(model, PROMPTS[0], adapters).change,
-        "nearest": adapters.to_vectors(model, PROMPTS).values,
+        "nearest": ml.nearest_vectors(adapters, model, PROMPTS).values,
         "cosine": fitted["power"].cosine_similarity(),
         "closest": torch.tensor(ml.closest_directions(fitted["power"], model.W_U.T).cosine.tolist(), dtype=torch.float32, device="cpu"),
         "activating": torch.tensor(ml.max_activating(model, fitted["power"], PROMPTS).cosine.tolist(), dtype=torch.float32, device="cpu"),

@@ -9,13 +9,14 @@ import melbo_lens as ml
 
 PACKAGE = Path(__file__).parents[2] / "melbo_lens"
 ORDER = (
-    "arguments randomness files tables prompts hooks passes blocks mlp sliced_model objectives manifolds optimization factors "
-    "perturbations updates adapters adapter_effects controls calibration methods completions decoding steering output_effects "
-    "differences expectations evaluation serialization export layer_scan discovery plots page results organisms cli __main__ __init__ "
+    "arguments randomness files tables prompts sites host hooks passes blocks hooked bridge access sliced_model counterparts objectives "
+    "manifolds optimization factors perturbation perturbations updates adapters adapter_effects controls calibration methods "
+    "completions decoding steering output_effects differences expectations evaluation exports layer_scan discovery plots page results "
+    "organisms cli __main__ __init__ "
 ).split()
-# what a file may be asked to do for a value by a local import
-DELEGATED = {(value, file) for value in ("perturbations", "adapters") for file in ("serialization", "adapter_effects", "export")}
-ONLY_IN = {"transformer_lens": {"hooks", "passes", "organisms", "cli", "export"}, "plotly": {"plots"}, "circuitsvis": {"plots"}}
+# the old names of functions, which a value hands on until version 0.2
+DELEGATED = {("adapters", "adapter_effects"), ("adapters", "exports")}
+ONLY_IN = {"transformer_lens": {"access", "hooked"}, "plotly": {"plots"}, "circuitsvis": {"plots"}}
 PURE = {
     "objectives": {"torch", "jaxtyping"},
     "manifolds": {"torch", "jaxtyping"},

@@ -137,7 +137,7 @@ def test_the_top_singular_vector_is_that_of_the_svd():
     assert torch.cosine_similarity(top.values[0], torch.eye(6)[2], dim=0) > 0.999
     torch.testing.assert_close(top.radii, vectors.radii.mean()[None])
     for seed in range(8):
-        drawn = make(5)._derived(torch.randn(5, 6, generator=torch.Generator().manual_seed(seed)), "drawn")
+        drawn = make(5).derived({"values": torch.randn(5, 6, generator=torch.Generator().manual_seed(seed))}, "drawn")
         assert (drawn.values @ drawn.top_singular().values[0]).sum() > 0  # its sign is theirs
     _, singular, _ = torch.linalg.svd(base)
     assert f"{float(singular[0] ** 2 / singular.square().sum()):.3f}" in top.provenance["derived"][0]

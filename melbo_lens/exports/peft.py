@@ -1,9 +1,9 @@
-"""How do adapters get into other tools?  As a LoRA directory that the `peft` library loads on the Hugging Face model."""
+"""What does the `peft` library load?  A LoRA directory, checked against the Hugging Face model before it is written."""
 
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,23 +13,34 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from melbo_lens import files, hooks
+from melbo_lens.access import host_of
 from melbo_lens.adapters import SteeringAdapters
 from melbo_lens.controls import fitting_prompts
-from melbo_lens.passes import forward
+from melbo_lens.counterparts import from_files, module_name
+from melbo_lens.exports import exporter
+from melbo_lens.host import Host
+from melbo_lens.methods.provenance import model_of
+from melbo_lens.perturbation import Perturbation
 from melbo_lens.prompts import Prompts, tokenize
+from melbo_lens.sites import WeightSite
 from melbo_lens.sliced_model import TOLERANCES
 
 N_PROBES = 4
 CONV1D = ("GPT2LMHeadModel", "OpenAIGPTLMHeadModel")  # keep their weights as [in out], and peft must know
 
 
+@exporter("peft")
 def to_peft(
-    adapters: SteeringAdapters, path: str | os.PathLike[str], model: Any = None, hf_model: nn.Module | None = None, prompts: Prompts | None = None
+    adapters: Perturbation,
+    path: str | os.PathLike[str],
+    model: Any = None,
+    hf_model: nn.Module | None = None,
+    prompts: Prompts | None = None,
 ) -> Path:
     """Writes `adapter_config.json` and `adapter_model.safetensors`, after checking on a probe prompt that they do the same.
 
-    The scale is part of lora_B, so lora_alpha equals the rank. Whatever TransformerLens does to the weights on loading, the update of W_out is
-    the same one, unless what is written to the stream was centred and the model does not centre it when reading.
+    The scale is part of lora_B, so lora_alpha equals the rank. Whatever TransformerLens does to the weights on loading, the update of the weights
+    is the same one, unless what is written to the stream was centred and the model does not centre it when reading.
 
     Args:
         adapters: one adapter, as `adapters[3]`.
@@ -43,20 +54,26 @@ def to_peft(
         The folder.
 
     Raises:
-        ValueError: several adapters, no model, a model without a Hugging Face counterpart, or log-probabilities that differ by more than 1e-4
+        ValueError: no adapter or several, no model, a model without a Hugging Face counterpart, or log-probabilities that differ by more than 1e-4
             (half precision: by its rounding); says by which step.
 
     Warns:
         UserWarning: there was no Hugging Face model to check against.
     """
+    if not isinstance(adapters, SteeringAdapters):
+        raise ValueError(f"peft holds updates of weights, and {type(adapters).__name__} were given: export adapters, as fit_adapters learns them.")
     if len(adapters) != 1:
-        raise ValueError(f"to_peft writes one adapter, {len(adapters)} were given: choose one, as adapters[0].to_peft(path).")
-    model = model if model is not None else adapters.fitted_on() if adapters.fitted_on is not None else None
+        raise ValueError(
+            f'a peft folder holds one adapter, {len(adapters)} were given: choose one, as ml.export(adapters[0], "peft", path, model=model).'
+        )
+    model = model if model is not None else model_of(adapters)
     if model is None:
-        raise ValueError("to_peft needs the model that the adapter was learned on, which is not remembered here: pass model=.")
-    adapters = adapters.on(model)
-    names = {layer: _module_name(model, layer) for layer in adapters.source_layers}
-    checked = _check(adapters, model, names, hf_model, fitting_prompts(adapters, prompts, next(model.parameters()).device))
+        raise ValueError("a peft folder needs the model that the adapter was learned on, which is not remembered here: pass model=.")
+    host = host_of(model)
+    adapters = adapters.on(host)
+    sites = list(adapters.sites.values())
+    names = {site.layer: module_name(host, site) for site in sites}
+    checked = _check(adapters, host, sites, names, hf_model, fitting_prompts(adapters, prompts, host.device))
     if not checked:
         warnings.warn(
             "the exported adapter was not compared with a Hugging Face model: TransformerLens processed this model's weights, and its files are not "
@@ -66,13 +83,13 @@ def to_peft(
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(getattr(model.cfg, "model_name", "")),
+        "base_model_name_or_path": host.name,
         "r": adapters.rank,
         "lora_alpha": adapters.rank,
         "lora_dropout": 0.0,
         "bias": "none",
         "target_modules": sorted(names.values()),
-        "fan_in_fan_out": _architecture(model) in CONV1D,
+        "fan_in_fan_out": host.architecture in CONV1D,
         "inference_mode": True,
     }
     weights = {}
@@ -87,24 +104,23 @@ def to_peft(
     return folder
 
 
-def _check(adapters: SteeringAdapters, model: Any, names: Mapping[int, str], hf_model: nn.Module | None, prompts: Prompts) -> bool:
-    """Compares the steered model with the Hugging Face one whose W_out is updated; False if there is none to compare with."""
-    rows = [torch.tensor([row], dtype=torch.long, device=next(model.parameters()).device) for row in tokenize(model, prompts).rows()[:N_PROBES]]
-    tolerance = TOLERANCES.get(next(model.parameters()).dtype, 1e-4)
-
-    def ours(ids: Tensor) -> Tensor:
-        return forward(model, ids)
+def _check(
+    adapters: SteeringAdapters, host: Host, sites: Sequence[WeightSite], names: Mapping[int, str], hf_model: nn.Module | None, prompts: Prompts
+) -> bool:
+    """Compares the steered model with the Hugging Face one whose weights are updated; False if there is none to compare with."""
+    rows = [torch.tensor([row], dtype=torch.long, device=host.device) for row in tokenize(host, prompts).rows()[:N_PROBES]]
+    tolerance = TOLERANCES.get(host.dtype, 1e-4)
 
     def steered(ids: Tensor) -> Tensor:
-        with hooks.attached(model, adapters.hooks()):
-            return forward(model, ids)
+        with hooks.attached(host, adapters.hooks()):
+            return host.forward(ids)
 
-    with hooks.frozen(model), torch.no_grad():
-        _check_centring(adapters, model, steered, rows, tolerance)
-        network, weights = _network(model, names, hf_model)
+    with hooks.frozen(host), torch.no_grad():
+        _check_centring(adapters, host, steered, rows, tolerance)
+        network, weights = _network(host, sites, names, hf_model)
         if network is None:
             return False
-        plain = _difference(ours, lambda ids: network(ids).logits, rows)
+        plain = _difference(host.forward, lambda ids: network(ids).logits, rows)
         if plain > tolerance and hf_model is None:
             return False  # the files on this machine are not what this model was made from
         if plain > tolerance:
@@ -113,7 +129,7 @@ def _check(adapters: SteeringAdapters, model: Any, names: Mapping[int, str], hf_
                 "weights were edited after loading, or hf_model is another model. Pass the one that this model was made from."
             )
         expected = [steered(ids) for ids in rows]  # before the update: a bridge shares its network's weights
-        with _updated(adapters, weights):
+        with _updated(adapters, weights, host.architecture in CONV1D):
             difference = max(_distance(network(ids).logits, logits) for ids, logits in zip(rows, expected, strict=True))
     if difference > tolerance:
         raise ValueError(
@@ -124,24 +140,21 @@ def _check(adapters: SteeringAdapters, model: Any, names: Mapping[int, str], hf_
     return True
 
 
-def _check_centring(adapters: SteeringAdapters, model: Any, steered: Callable[[Tensor], Tensor], rows: list[Tensor], tolerance: float) -> None:
+def _check_centring(adapters: SteeringAdapters, host: Host, steered: Callable[[Tensor], Tensor], rows: list[Tensor], tolerance: float) -> None:
     """Centred writing weights are harmless only where a constant added to the stream changes nothing."""
-    if not hooks.is_hooked_transformer(model):
+    if not all(map(host.writes_centred, adapters.sites.values())):
         return
     centred = {layer: (a, b - b.mean(1, keepdim=True)) for layer, (a, b) in adapters.factors.items()}
-    means = [model.blocks[layer].mlp.W_out.float().mean(1).norm() / model.blocks[layer].mlp.W_out.float().norm() for layer in adapters.factors]
-    if max(means) > 1e-5:
-        return
     same = SteeringAdapters(centred, adapters.scales, sites=adapters.sites)
 
     def without_mean(ids: Tensor) -> Tensor:
-        with hooks.attached(model, same.hooks()):
-            return forward(model, ids)
+        with hooks.attached(host, same.hooks()):
+            return host.forward(ids)
 
     difference = _difference(steered, without_mean, rows)
     if difference > tolerance:
         raise ValueError(
-            f"center_writing_weights has centred this model's W_out, but its norms don't centre the stream ({model.cfg.normalization_type}): the "
+            f"center_writing_weights has centred this model's weights, but its norms don't centre the stream ({host.cfg.normalization_type}): the "
             f"update means something else to the Hugging Face model, log-probabilities differ by {difference:.1e} (allowed: {tolerance:.0e}). Load "
             "the model with center_writing_weights=False, and fit there."
         )
@@ -157,62 +170,29 @@ def _distance(one: Tensor, other: Tensor) -> float:
     return float((one.float().log_softmax(-1) - other.float().log_softmax(-1)).abs().max())
 
 
-def _network(model: Any, names: Mapping[int, str], hf_model: nn.Module | None) -> tuple[nn.Module | None, dict[int, Tensor]]:
+def _network(
+    host: Host, sites: Sequence[WeightSite], names: Mapping[int, str], hf_model: nn.Module | None
+) -> tuple[nn.Module | None, dict[int, Tensor]]:
     """A Hugging Face model with its own weights, and those of the updated layers."""
-    if hf_model is None and not hooks.is_hooked_transformer(model) and not model.compatibility_mode:
-        return model.original_model, {layer: model.blocks[layer].mlp.out.original_component.weight for layer in names}
-    network = hf_model if hf_model is not None else _from_files(model)
+    own = host.own_weights(sites) if hf_model is None else None
+    if own is not None:
+        return own
+    network = hf_model if hf_model is not None else from_files(host)
     if network is None:
         return None, {}
     return network, {layer: network.get_submodule(name).weight for layer, name in names.items()}
 
 
-def _from_files(model: Any) -> nn.Module | None:
-    from transformers import AutoModelForCausalLM
-
-    first = next(model.parameters())
-    try:
-        network = AutoModelForCausalLM.from_pretrained(str(model.cfg.model_name), local_files_only=True, dtype=first.dtype)
-    except (OSError, ValueError, AttributeError):
-        return None
-    return network.to(first.device).eval()
-
-
 @contextmanager
-def _updated(adapters: SteeringAdapters, weights: Mapping[int, Tensor]) -> Iterator[None]:
-    """The weights [d_model d_mlp] or, for Conv1D, [d_mlp d_model] with the update added, and bit by bit as they were afterwards."""
+def _updated(adapters: SteeringAdapters, weights: Mapping[int, Tensor], conv1d: bool) -> Iterator[None]:
+    """The weights [d_model d_in] or, for Conv1D, [d_in d_model] with the update added, and bit by bit as they were afterwards."""
     saved = {layer: weight.detach().clone() for layer, weight in weights.items()}
     try:
         for layer, weight in weights.items():
             a, b = adapters.factors[layer]
             update = adapters.scales[0] * b[0] @ a[0]
-            weight.copy_((weight.float() + (update if weight.shape == update.shape else update.T).to(weight.device)).to(weight.dtype))
+            weight.copy_((weight.float() + (update.T if conv1d else update).to(weight.device)).to(weight.dtype))
         yield
     finally:
         for layer, weight in weights.items():
             weight.copy_(saved[layer])
-
-
-def _architecture(model: Any) -> str:
-    if hooks.is_hooked_transformer(model):
-        return str(model.cfg.original_architecture)
-    return str(getattr(model.cfg, "architecture", None))
-
-
-def _module_name(model: Any, layer: int) -> str:
-    """The Hugging Face module of the MLP's output weights, by TransformerLens' own map of names."""
-    from transformer_lens.config import TransformerBridgeConfig
-    from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
-
-    try:
-        adapter = getattr(model, "adapter", None)
-        if adapter is None:
-            cfg = model.cfg
-            sizes = {name: getattr(cfg, name) for name in ("d_model", "d_head", "n_layers", "n_ctx", "n_heads", "d_vocab", "d_mlp")}
-            adapter = ArchitectureAdapterFactory.select_architecture_adapter(TransformerBridgeConfig(**sizes, architecture=cfg.original_architecture))
-        name = adapter.translate_transformer_lens_path(f"blocks.{layer}.mlp.out")
-    except (ValueError, KeyError, AttributeError) as error:
-        raise ValueError(f"this model ({_architecture(model)}) has no Hugging Face counterpart known to TransformerLens ({error}).") from error
-    if not hasattr(getattr(model, "original_model", None), "config") and not hooks.is_hooked_transformer(model):
-        raise ValueError(f"this model ({_architecture(model)}) wraps no Hugging Face model: there is nothing that peft could load an adapter on.")
-    return str(name)
