@@ -80,7 +80,9 @@ def source_effects(adapters: SteeringAdapters, model: Any, prompts: Prompts, lay
             some = adapters[first : first + max(1, ROWS_AT_ONCE // len(batch))]
             plain = _written(some, host, batch, layer, before) if before else clean
             parts.append((_written(some, host, batch, layer, [*before, layer]) - plain).masked_fill(~own[..., None], 0))
-    return AdapterEffect(torch.cat(parts), own, layer, VECTOR_SITES[adapters.sites[layer].name])
+    biases = torch.cat(parts)
+    hooks.check_finite(host, biases.abs(), [f"adapter {k}" for k in range(len(biases))], "its update")
+    return AdapterEffect(biases, own, layer, VECTOR_SITES[adapters.sites[layer].name])
 
 
 @public

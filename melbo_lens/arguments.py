@@ -66,7 +66,7 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
             bound.arguments[name] = plain(as_list(value) if name in lists else value)
         if "seed" in bound.arguments:
             check_seed(bound.arguments["seed"])
-        with _without_autocast(), torch.inference_mode(False):
+        with without_autocast(), torch.inference_mode(False):
             return function(*bound.args, **bound.kwargs)
 
     call.is_public = True
@@ -91,7 +91,7 @@ def as_list(values: Any) -> Any:
 
 
 @contextmanager
-def _without_autocast() -> Iterator[None]:
+def without_autocast() -> Iterator[None]:
     """Autocast would compute some operations in half precision, ours and the model's; what is not on is left alone."""
     with ExitStack() as stack:
         for device_type in ("cpu", "cuda", "mps", "xpu"):

@@ -22,6 +22,7 @@ Rule: TypeAlias = Literal["nonlinearity", "fraction", "kl"]
 DEFAULT_TARGETS = {"nonlinearity": 0.5, "fraction": 0.35, "kl": 0.1}
 N_DIRECTIONS = 8
 STEPS = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4)  # of central differences, as shares of the stream's norm
+HALF_STEPS, HALF_AGREEMENT = (0.5, 0.3, 0.15, 0.1), 0.35  # in half precision, whose rounding drowns smaller ones
 AGREEMENT = 0.05  # how far two neighbouring steps may be apart
 NEARLY_LINEAR = 0.1  # blocks whose nonlinearity stays below this at any radius have no radius
 
@@ -196,25 +197,32 @@ def _central_differences(
     """``(D(h v) - D(-h v)) / 2 h`` at the step h, in shares of the stream's norm, where two neighbouring steps agree best.
 
     Raises:
-        NoRadius: no two steps agree to within a twentieth.
+        NoRadius: no two steps agree to within a twentieth (half precision: a third).
     """
     typical = float(sliced.resid.float().norm(dim=-1)[sliced.batch.own].median()) or 1.0
+    exact = sliced.resid.dtype in (torch.float32, torch.float64)  # a slice that needs the model's own hooks has no float32 copy
+    steps, agreement = (STEPS, AGREEMENT) if exact else (HALF_STEPS, HALF_AGREEMENT)
     estimates = []
-    for step in (share * typical for share in STEPS):
+    for step in (share * typical for share in steps):
         estimates.append((_selected(sliced, step * directions) - _selected(sliced, -step * directions)) / (2 * step))
     apart = [float((larger - smaller).norm() / smaller.norm().clamp(min=1e-30)) for larger, smaller in itertools.pairwise(estimates)]
     best = min(range(len(apart)), key=apart.__getitem__)
-    if not apart[best] <= AGREEMENT:
+    if not apart[best] <= agreement:
         raise NoRadius(
-            f"the blocks between have no forward derivative ({missing}), and differences disagree by {apart[best]:.0%} between the best two steps: "
-            'give a radius, or calibrate one with rule="kl".'
+            f"the blocks between have no forward derivative ({str(missing).splitlines()[0]}), and differences disagree by {apart[best]:.0%} between "
+            'the best two steps: give a radius, or calibrate one with rule="kl".'
         ) from missing
     return estimates[best + 1]
 
 
 def _kl(sliced: SlicedModel, clean: Float[Tensor, "prompt d_vocab"], vectors: Float[Tensor, "direction d_model"]) -> float:
-    values = [(clean.exp() * (clean - _next_token_log_probs(sliced, vector))).sum(-1).mean() for vector in vectors]
+    values = [_divergence(clean, _next_token_log_probs(sliced, vector)).mean() for vector in vectors]
     return float(torch.stack(values).mean())
+
+
+def _divergence(clean: Tensor, steered: Tensor) -> Float[Tensor, " prompt"]:
+    """KL in nats; a token that is impossible in the first counts nothing."""
+    return torch.where(clean > -torch.inf, clean.exp() * (clean - steered), torch.zeros_like(clean)).sum(-1)
 
 
 def _next_token_log_probs(sliced: SlicedModel, vector: Float[Tensor, " d_model"] | None) -> Float[Tensor, "prompt d_vocab"]:

@@ -134,12 +134,12 @@ class Completions:
             raise ValueError(f"{path} holds no completions of melbo_lens.")
         table = arrow.to_pandas()
         known = tuple(tuple(map(int, ids)) for ids in table.pop(PROMPT_TOKENS)) if PROMPT_TOKENS in table else None
-        return cls(table.assign(tokens=table.tokens.map(list), log_probs=table.log_probs.map(list)), json.loads(settings), known)
+        return cls(table.assign(tokens=table.tokens.map(_plain_list), log_probs=table.log_probs.map(_plain_list)), json.loads(settings), known)
 
     def to_lines(self) -> str:
         """One JSON object a line, pure ASCII, from which `from_lines` makes the same completions; NaN is null."""
         known = [{} if self.prompt_tokens is None else {PROMPT_TOKENS: list(ids)} for ids in self.prompt_tokens or [()] * len(self)]
-        records = zip(self.table[COLUMNS].to_dict("records"), known, strict=True)
+        records = zip(self.table.to_dict("records"), known, strict=True)
         return "".join(json.dumps(_as_json({**row, **ids}), allow_nan=False) + "\n" for row, ids in records)
 
     @classmethod
@@ -155,10 +155,10 @@ class Completions:
                 row = json.loads(line)
                 row["log_probs"] = [math.nan if value is None else float(value) for value in row["log_probs"]]
                 known.append(row.pop(PROMPT_TOKENS, None))
-                rows.append({column: row[column] for column in COLUMNS})
+                rows.append({**{column: row[column] for column in COLUMNS}, **row})  # and columns that a user added
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"line {number} holds no completion ({error!r})") from error
-        table = pd.DataFrame(rows, columns=COLUMNS).astype({"vector": "Int64"})
+        table = pd.DataFrame(rows, columns=list(rows[0]) if rows else COLUMNS).astype({"vector": "Int64"})
         return cls(table, settings, None if None in known else tuple(map(tuple, known)))
 
     def __repr__(self) -> str:
@@ -173,4 +173,9 @@ class Completions:
 def _as_json(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row in JSON's types, with null for NaN and for no vector."""
     log_probs = [None if math.isnan(value) else float(value) if math.isfinite(value) else str(value) for value in row["log_probs"]]
+    row = {str(key): None if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
     return plain_json({**row, "vector": None if pd.isna(row["vector"]) else int(row["vector"]), "log_probs": log_probs}, "a completion")
+
+
+def _plain_list(values: Any) -> list[Any]:
+    return plain_json(list(values), "a completion")

@@ -11,7 +11,7 @@ from melbo_lens import hooks
 from melbo_lens.host import Host
 from melbo_lens.passes import Decoder, Positions
 from melbo_lens.perturbation import Perturbation
-from melbo_lens.prompts import decoded, text_after
+from melbo_lens.prompts import text_after
 from melbo_lens.randomness import uniform
 from melbo_lens.sites import Hook
 
@@ -83,7 +83,7 @@ class Decoding:
                 if token not in ends:
                     new[i].append(token)
                     log_probs[i].append(log_prob)
-                if token in ends or step + 1 == self.max_new_tokens or (self.stops and self._stopped(new[i])):
+                if token in ends or step + 1 == self.max_new_tokens or (self.stops and self._stopped(rows[i], new[i])):
                     done.add(i)
                     bar.update()
             if len(done) == len(runs):
@@ -116,8 +116,8 @@ class Decoding:
         cumulative = (logits.double() / self.temperature).softmax(-1).cumsum(-1)
         return torch.searchsorted(cumulative, draws.double()[:, None] * cumulative[:, -1:]).clamp(max=logits.shape[-1] - 1)[:, 0]
 
-    def _stopped(self, ids: list[int]) -> bool:
-        text = decoded(self.host, ids)
+    def _stopped(self, before: list[int], ids: list[int]) -> bool:
+        text = text_after(self.host, before, ids)
         return any(stop in text for stop in self.stops)
 
     def _text(self, before: list[int], ids: list[int]) -> str:

@@ -170,10 +170,17 @@ def _end_of_turn(tokenizer: Any) -> set[int]:
     if not getattr(tokenizer, "chat_template", None):
         return set()
     said = "melbo"
-    try:
-        text = tokenizer.apply_chat_template([{"role": "user", "content": said}, {"role": "assistant", "content": said}], tokenize=False)
-        after = tokenizer(text[text.rindex(said) + len(said) :].lstrip(), add_special_tokens=False)["input_ids"]
-    except Exception:  # a template that refuses this chat says nothing about ends
-        return set()
+    user, answer = ({"role": role, "content": said} for role in ("user", "assistant"))
+    parts = [{**message, "content": [{"type": "text", "text": said}]} for message in (user, answer)]
+    # templates differ in what they take, and some close an answer only when somebody speaks after it
+    found: set[int] = set()
+    for chat in ([user, answer], [user, answer, user], [{"role": "system", "content": said}, user, answer], parts):
+        try:
+            text = tokenizer.apply_chat_template(chat, tokenize=False)
+            at = [match.end() for match in re.finditer(said, text, re.IGNORECASE)][chat.index(answer) if answer in chat else -1]
+            after = tokenizer(text[at:].lstrip(), add_special_tokens=False)["input_ids"]
+        except Exception:  # a template that refuses this chat says nothing about ends
+            continue
+        found |= set(after[:1])
     special = {*tokenizer.all_special_ids, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
-    return set(after[:1]) & special
+    return (found & special) - {tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id} | (found & {tokenizer.eos_token_id})

@@ -116,6 +116,17 @@ class Host(ABC):
         wrapped = getattr(self.model, "original_model", None)
         return [self.model, wrapped] if isinstance(wrapped, nn.Module) else [self.model]
 
+    @property
+    def turning_length(self) -> int | None:
+        """The number of tokens from which on some models place all their tokens otherwise ("longrope", "dynamic"), the short rows of a batch too."""
+        config = getattr(self.networks[-1], "config", None)
+        for part in (config, getattr(config, "text_config", None)):
+            settings = getattr(part, "rope_parameters", None) or getattr(part, "rope_scaling", None) or {}
+            for rope in (settings, *(one for one in settings.values() if isinstance(one, dict))):
+                if rope.get("rope_type", rope.get("type")) in ("longrope", "dynamic"):
+                    return rope.get("original_max_position_embeddings") or getattr(part, "original_max_position_embeddings", None) or self.cfg.n_ctx
+        return None
+
     def to_tokens(self, text: str, **settings: Any) -> Tensor:
         return self.model.to_tokens(text, **settings)
 

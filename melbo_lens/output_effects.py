@@ -81,13 +81,19 @@ def effects(
     which = [prompt for prompt, _, _ in runs]
     clean, steered = clean_logits.log_softmax(-1)[which], logits.log_softmax(-1)
     table = pd.DataFrame([(vector, sign, prompt) for prompt, vector, sign in runs], columns=["vector", "sign", "prompt"])
-    table["kl"] = (clean.exp() * (clean - steered)).sum(-1).clamp(min=0).tolist()
-    table["entropy"] = (-(steered.exp() * steered).sum(-1)).tolist()
-    table["entropy_unsteered"] = (-(clean.exp() * clean).sum(-1)).tolist()
+    table["kl"] = kl(clean, steered).tolist()
+    table["entropy"] = torch.special.entr(steered.exp()).sum(-1).tolist()
+    table["entropy_unsteered"] = torch.special.entr(clean.exp()).sum(-1).tolist()
     if tokens is not None:
         table["logit_difference"] = (logits[:, tokens[0]] - logits[:, tokens[1]]).tolist()
         table["logit_difference_unsteered"] = (clean_logits[which][:, tokens[0]] - clean_logits[which][:, tokens[1]]).tolist()
     return Effects(table, norms / clean_norms[which] - 1)
+
+
+def kl(clean: Float[Tensor, "row d_vocab"], steered: Float[Tensor, "row d_vocab"]) -> Float[Tensor, " row"]:
+    """``KL(clean || steered)`` of log-probabilities, in nats; a token that is impossible in the first counts nothing."""
+    terms = torch.where(clean > -torch.inf, clean.exp() * (clean - steered), torch.zeros_like(clean))
+    return terms.sum(-1).clamp(min=0)
 
 
 def _run(host: Host, tokens: Tensor, lengths: Tensor, steering: list[Hook]) -> tuple[Float[Tensor, "row d_vocab"], Tensor]:
@@ -119,7 +125,10 @@ def top_tokens(model: Any, vectors: SteeringVectors, k: int = 10, prompts: Promp
         with hooks.frozen(host), torch.no_grad():
             clean, _ = _run(host, batch.tokens, ends, [])
             steered = [_run(host, batch.tokens, ends, vector.hooks())[0] for vector in vectors]
-        changes["steered"] = torch.stack([(logits - clean).mean(0) for logits in steered])
+        for number, logits in enumerate(steered):
+            hooks.check_finite(host, logits, [f"vector {number}"] * len(logits), "the logits")
+        # a token that is masked in both runs, -inf less -inf, has not changed
+        changes["steered"] = torch.stack([(logits - clean).nan_to_num(nan=0.0).mean(0) for logits in steered])
     rows = []
     for vector, route in product(range(len(vectors)), changes):
         change = changes[route][vector]
@@ -139,6 +148,7 @@ def max_activating(model: Any, vectors: SteeringVectors, texts: Prompts, k: int 
     batch = tokenize(host, texts)
     with hooks.frozen(host):
         stream = blocks.record(host, batch.tokens, vectors.source_layer + 1, vectors.source_layer + 1).streams[-1].float()
+    hooks.check_finite(host, stream.abs().masked_fill(~batch.own[..., None], 0), ["the unsteered model"] * len(batch), "the stream")
     places = batch.own.nonzero().tolist()
     cosines = unit(stream[batch.own]) @ unit(vectors.values.to(stream.device)).T
     rows = []
@@ -206,7 +216,9 @@ def target_changes(sliced: SlicedModel, perturbations: Perturbation) -> Float[Te
     with hooks.frozen(sliced.host), torch.no_grad():
         for one in perturbations.on(sliced.host):
             changes.append(sliced.change_under(one.hooks(), everyone)[sliced.batch.target_mask].flatten())
-    return torch.stack(changes)
+    found = torch.stack(changes)
+    hooks.check_finite(sliced.host, found.abs(), [f"vector {k}" for k in range(len(found))], "the target")
+    return found
 
 
 @public

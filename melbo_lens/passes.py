@@ -25,8 +25,9 @@ class Decoder:
     """Feeds prompts of different lengths to a model token by token, each row under hooks of its own.
 
     Keys and values are cached, in a left-padded batch. Before that is believed, the row with the most padding is compared with a pass of it alone,
-    without padding or cache: at the first step if there is padding, at the first cached step, and at the first one after rows were dropped. Where
-    they differ, a warning says so, and every later step runs all tokens again without cache, which is slower and right.
+    without padding or cache: at the first step if there is padding, at the first cached step, at the first one after rows were dropped, and where
+    a model changes how it places its tokens. Where they differ, a warning says so, and every later step runs all tokens again without cache, each
+    row by itself if padding matters too, which is slower and right.
     """
 
     def __init__(self, host: Host, rows: Sequence[Sequence[int]], steering: Steering, positions: Positions = "all", cached: bool = True) -> None:
@@ -43,7 +44,7 @@ class Decoder:
         self.lengths = [len(row) for row in rows]
         self.alive = list(range(len(rows)))
         self.device = host.device
-        self.doubtful = True
+        self.doubtful, self.apart = True, False
         self.cache: Any = None
         width = max(self.lengths)
         self.mask = self._tensor([[False] * (width - n) + [True] * n for n in self.lengths], torch.bool)
@@ -64,6 +65,9 @@ class Decoder:
             self.ids[i].append(token)
         if not self.cached:
             return self._uncached(self.alive)
+        turning = self.host.turning_length
+        if turning is not None and max(len(self.ids[i]) for i in self.alive) == turning + 1:
+            self.doubtful = True
         if not self.doubtful:
             return self._step(chosen[:, None], self.positions != "prompt")
         try:
@@ -98,33 +102,48 @@ class Decoder:
 
     def _proved(self, logits: Tensor) -> Tensor:
         """The logits if the row with the most padding is right, else those of a pass without cache."""
-        row = min(range(len(self.alive)), key=lambda place: self.lengths[self.alive[place]])
-        alone = self._uncached([self.alive[row]])[0]
-        finite = torch.isfinite(alone)
-        if not finite.any():
-            return logits  # overflow is told by whoever chooses a token
-        expected, found = (values[finite] - values[finite].mean() for values in (alone, logits[row]))
-        error = float((found - expected).norm() / expected.norm().clamp(min=1e-30))
-        allowed = TOLERANCES.get(self.host.dtype, 1e-3)
-        if error <= allowed:
+        row = self._most_padded()
+        error = self._error(logits[row], self._uncached([self.alive[row]])[0])
+        if error <= self._allowed:
             return logits
-        return self._distrusted(f"is off by {error:.1e} of the logits' norm (allowed: {allowed:.0e})")
+        return self._distrusted(f"is off by {error:.1e} of the logits' norm (allowed: {self._allowed:.0e})")
 
     def _distrusted(self, what: str) -> Tensor:
         self.cached, self.cache = False, None
+        together = self._uncached(self.alive)
+        row = self._most_padded()
+        self.apart = self._error(together[row], self._uncached([self.alive[row]])[0]) > self._allowed
         warnings.warn(
             f"generation goes on without a cache, right but slower: a step with the cache of this model {what}, compared with a pass of the whole "
             f"text. The versions are transformers {version('transformers')} and transformer_lens {version('transformer_lens')}; another version of "
             "either may have a cache that works.",
             stacklevel=2,
         )
-        return self._uncached(self.alive)
+        return self._uncached(self.alive) if self.apart else together
+
+    def _most_padded(self) -> int:
+        """The place in the batch of the shortest row."""
+        return min(range(len(self.alive)), key=lambda place: len(self.ids[self.alive[place]]))
+
+    @property
+    def _allowed(self) -> float:
+        return TOLERANCES.get(self.host.dtype, 1e-3)
+
+    @staticmethod
+    def _error(found: Tensor, expected: Tensor) -> float:
+        """How far logits are from those expected, as a share of their norm; 0 where none is finite, which whoever chooses a token tells."""
+        finite = torch.isfinite(expected)
+        if not finite.any():
+            return 0.0
+        a, b = (values[finite] - values[finite].mean() for values in (found, expected))
+        return float((a - b).norm() / b.norm().clamp(min=1e-30))
 
     def _uncached(self, rows: Sequence[int]) -> Float[Tensor, "row d_vocab"]:
         """Logits after all tokens of these rows so far, some rows at a time, without cache; padding on the right is never seen."""
         width = max(len(self.ids[i]) for i in rows)
-        parts, at_once = [], max(1, TOKENS_AT_ONCE // width)
+        parts, at_once = [], 1 if self.apart else max(1, TOKENS_AT_ONCE // width)
         for part in (rows[first : first + at_once] for first in range(0, len(rows), at_once)):
+            width = max(len(self.ids[i]) for i in part)
             tokens = self._tensor([self.ids[i] + self.ids[i][:1] * (width - len(self.ids[i])) for i in part], torch.long)
             hooks = self.steering(part)
             if self.positions != "all":

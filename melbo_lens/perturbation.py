@@ -23,6 +23,7 @@ else:  # the type checker of the tests takes no Self outside of a class that it 
 HookFunction: TypeAlias = Callable[..., Tensor | None]
 Hook: TypeAlias = tuple[str, HookFunction]
 Index: TypeAlias = SupportsIndex | slice | Sequence[int] | np.ndarray | pd.Series | Tensor
+Numbers: TypeAlias = Sequence[float] | np.ndarray | pd.Series | Tensor  # one for each row
 Parts: TypeAlias = dict[str, Tensor]
 P = TypeVar("P", bound="Perturbation")
 
@@ -152,20 +153,23 @@ class Perturbation(ABC):
         return self.multiplied(-1.0, "negated")
 
     @public
-    def __mul__(self, factor: float | Float[Tensor, " row"]) -> Self:
+    def __mul__(self, factor: float | Numbers) -> Self:
         """Scales all rows by one number, or each by its own."""
-        return self.multiplied(factor, "scaled row by row" if isinstance(factor, Tensor) else f"times {float(factor):g}")
+        return self.multiplied(factor, f"times {float(factor):g}" if isinstance(factor, int | float) else "scaled row by row")
 
     __rmul__ = __mul__
 
     @public
-    def __truediv__(self, divisor: float) -> Self:
-        return self * (1 / divisor)
+    def __truediv__(self, divisor: float | Numbers) -> Self:
+        return self * (1 / (divisor if isinstance(divisor, int | float) else torch.as_tensor(as_list(divisor), dtype=torch.float32, device="cpu")))
 
-    def multiplied(self, factor: float | Float[Tensor, " row"], how: str) -> Self:
+    def multiplied(self, factor: float | Numbers, how: str) -> Self:
         """`factor` times each row, or each by its own; `how` says so in the provenance."""
         tensors, _ = self.parts()
-        coefficients = torch.as_tensor(factor, dtype=torch.float32, device="cpu").expand(len(self))
+        coefficients = torch.as_tensor(as_list(factor), dtype=torch.float32, device="cpu")
+        if coefficients.ndim and len(coefficients) != len(self):
+            raise ValueError(f"{len(coefficients)} factors were given for {len(self)} {self.word}s: give one number, or one for each.")
+        coefficients = coefficients.expand(len(self))
         return self.derived(self.scaled_parts(tensors, coefficients), how)
 
 
@@ -251,12 +255,15 @@ def chosen_rows(index: Index, n: int, word: str) -> Int[Tensor, " row"]:
     Raises:
         IndexError: an integer out of range, or a selection of nothing.
     """
-    index = plain(as_list(index) if not isinstance(index, Tensor) else index)
+    index = plain(index if isinstance(index, slice) else as_list(index))
+    index = list(index) if isinstance(index, tuple | range) else index
+    if isinstance(index, bool | float | str):
+        raise IndexError(f"{index!r} is no index: use an integer, a slice, or a list of either integers or booleans.")
     one = isinstance(index, Integral)
     if one and not -n <= int(index) < n:
         raise IndexError(f"{word} {index} was asked for, there are {n}: use 0 to {n - 1}.")
     everything = torch.arange(n, device="cpu")
-    kept = everything[[int(index)] if one else index.cpu() if isinstance(index, Tensor) else index]
+    kept = everything[[int(index)] if one else index]
     if len(kept) == 0:
         raise IndexError(f"the selection {index!r} holds no {word}; there are {n}.")
     return kept

@@ -11,7 +11,7 @@ from torch import Tensor
 from melbo_lens import tables
 from melbo_lens.arguments import plain_fields, plain_json, public
 from melbo_lens.manifolds import to_sphere, unit
-from melbo_lens.perturbation import Hook, Parts, Perturbation, checked_history, no_history
+from melbo_lens.perturbation import Hook, Parts, Perturbation, checked_history, no_history, objective_of
 from melbo_lens.sites import site_of
 
 if TYPE_CHECKING:
@@ -183,7 +183,15 @@ class SteeringVectors(Perturbation):
         if len(self) != len(other) and 1 not in (len(self), len(other)):
             raise ValueError(f"{len(self)} {word} {len(other)} vectors: both sides need the same number of vectors, or one of them a single one.")
         rows = other.provenance.get("rows")
-        return self.derived({"values": self.values + sign * other.values.to(self.values.device)}, f"{word} {f'vectors {rows}' if rows else 'others'}")
+        how = f"{word} {f'vectors {rows}' if rows else 'others'}"
+        return self._less_target(other).derived({"values": self.values + sign * other.values.to(self.values.device)}, how)
+
+    def _less_target(self, other: "SteeringVectors") -> "SteeringVectors":
+        """These vectors; of a sum of vectors learned for different targets, none is the target."""
+        if objective_of(self) == objective_of(other):
+            return self
+        kept = {key: value for key, value in self.provenance.items() if key not in ("target_layer", "target_hook")}
+        return SteeringVectors(self.values, self.source_layer, self.history, kept, self.site)
 
     def __repr__(self) -> str:
         radii = self.radii

@@ -1,5 +1,6 @@
 """How does a user's prompt become tokens?  Text, chats or token ids in, one right-padded `PromptBatch` out."""
 
+import copy
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -113,6 +114,8 @@ def tokenize(
 
 def pad(rows: list[list[int]], texts: Sequence[str], target_positions: Positions = slice(None), device: Any = None) -> PromptBatch:
     """Token ids of each prompt as one right-padded batch, on the CPU unless a device is given."""
+    if not rows:
+        raise ValueError("there are no prompts: give at least one (these completions have no row).")
     device = torch.device("cpu") if device is None else device
     width = max(map(len, rows))
     filler = rows[0][0]  # any id in the vocabulary will do: later positions can't be seen by earlier ones
@@ -208,17 +211,28 @@ def _is_message(message: Any) -> bool:
     return isinstance(message, dict) and "role" in message and ("content" in message or "tool_calls" in message)
 
 
+def is_open(chat: Chat) -> bool:
+    """Whether a chat ends with words of the assistant, which go on; after a call of a tool it is somebody else's turn."""
+    last = chat[-1]
+    return last["role"] == "assistant" and isinstance(last.get("content"), str | list) and not last.get("tool_calls")
+
+
+def _said(content: str | list[dict[str, Any]]) -> bool:
+    """Whether there are any words in a message's content, a text or a list of parts."""
+    return bool(content) and (isinstance(content, str) or any(part.get("text") for part in content))
+
+
 def _render(tokenizer: Any, chat: Chat, i: int, add_generation_prompt: bool) -> str:
     """The chat as its template writes it; a last message of the assistant is left open."""
     keywords = {"add_generation_prompt": add_generation_prompt}
-    opened = add_generation_prompt and chat[-1]["role"] == "assistant" and isinstance(chat[-1].get("content"), str)
-    if opened and not chat[-1]["content"] and not chat[-1].get("tool_calls"):
+    opened = add_generation_prompt and is_open(chat)
+    if opened and len(chat) > 1 and not _said(chat[-1]["content"]):
         chat = chat[:-1]  # an answer of which nothing is said yet is one that is to be generated
     elif opened:
         keywords = {"continue_final_message": True}
     remedy = "end the chat with a message of the user, or pass the text itself" if opened else "change the chat, or pass the text itself"
     try:
-        return tokenizer.apply_chat_template(chat, tokenize=False, **keywords)
+        return tokenizer.apply_chat_template(copy.deepcopy(chat), tokenize=False, **keywords)  # some versions write into the messages
     except Exception as error:  # whatever a template raises: Jinja's errors, or Python's from within it
         what = "ends with a message of the assistant, with which this chat template can't go on" if opened else "is refused by the chat template"
         raise ValueError(f"prompts[{i}] {what} ({type(error).__name__}: {' '.join(str(error).split())}): {remedy}.") from error
@@ -231,7 +245,7 @@ def _chat_ids(host: Any, text: str) -> list[int]:
 
 def _text_ids(host: Any, text: str, i: int) -> list[int]:
     begin, keywords = getattr(host.tokenizer, "bos_token", None), {}
-    if begin and text.startswith(begin) and host.cfg.default_prepend_bos:
+    if begin and text.lstrip().startswith(begin) and host.cfg.default_prepend_bos:
         warnings.warn(
             f"prompts[{i}] begins with the tokenizer's begin token {begin!r} already, so no second one is put before it. A chat or a completion can "
             "be given as it is: messages, or rows of Completions.",

@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from melbo_lens import files
-from melbo_lens.arguments import public
+from melbo_lens.arguments import plain_json, public
 from melbo_lens.calibration import Calibration
 from melbo_lens.completions import Completions
 from melbo_lens.differences import ActivationChanges, TargetEffects
@@ -68,8 +68,8 @@ def save_results(
         "control": None if control is None else [float(value) for value in control],
         "coherence": None if coherence is None else [float(value) for value in coherence],
         "calibration": None if calibration is None else vars(calibration),
-        "scan": None if scan is None else {"rows": scan.table[SCAN_COLUMNS].to_numpy(dtype=object).tolist(), "settings": dict(scan.settings)},
-        "ranking": None if ranked is None else {"columns": list(ranked.columns), "rows": ranked.to_numpy(dtype=object).tolist()},
+        "scan": None if scan is None else {"rows": _plain_rows(scan.table[SCAN_COLUMNS]), "settings": dict(scan.settings)},
+        "ranking": None if ranked is None else {"columns": list(ranked.columns), "rows": _plain_rows(ranked)},
         "views": None if views is None else views.to_json(),
     }
     files.write_json(folder / "about.json", about)
@@ -121,6 +121,11 @@ def report_directory(directory: str | os.PathLike[str], behaviors: Mapping[str, 
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder / 'about.json'} is damaged: its parts are not what a run leaves ({error!r}).") from error
+
+
+def _plain_rows(table: pd.DataFrame) -> list[list[Any]]:
+    """The cells of a table as Python's, with None for what is missing."""
+    return plain_json(table.astype(object).where(table.notna(), None).to_numpy().tolist(), "a table")
 
 
 def _completions(lines: Path, sheet: Path, settings: Mapping[str, Any]) -> Completions:

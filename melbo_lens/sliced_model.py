@@ -1,6 +1,5 @@
 """What does a perturbation at one layer change at a later one?  The model's blocks between the two as a function, and nothing else of it."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,11 +10,12 @@ from torch import Tensor
 
 from melbo_lens import blocks, hooks
 from melbo_lens.access import host_of
-from melbo_lens.arguments import public
+from melbo_lens.arguments import public, without_autocast
 from melbo_lens.host import Host
 from melbo_lens.prompts import Positions, PromptBatch, Prompts, tokenize
 from melbo_lens.randomness import gaussian
 from melbo_lens.sites import SITES, Hook, Site, site_of
+from melbo_lens.targets import stream_name, target_of
 
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
@@ -69,7 +69,8 @@ class SlicedModel:
 
     def __call__(self, resid: Float[Tensor, "row pos d_model"], prompts: Int[Tensor, " row"]) -> Float[Tensor, "row pos d_target"]:
         """Target activations, float32, when the blocks between get this stream; row r belongs to prompt `prompts[r]`."""
-        return _replay(self.host, self.calls, self._read_hook, resid, prompts, len(self.batch)).float()
+        with without_autocast():
+            return _replay(self.host, self.calls, self._read_hook, resid, prompts, len(self.batch)).float()
 
     def change(
         self, perturbation: Float[Tensor, "row d_model"] | Float[Tensor, "row pos d_model"], prompts: Int[Tensor, " row"]
@@ -91,7 +92,7 @@ class SlicedModel:
 
         This costs one block more than `change`, and takes any perturbation whose hooks are in these blocks.
         """
-        with hooks.attached(self.host, added):
+        with without_autocast(), hooks.attached(self.host, added):
             stream = self.source_call(self.entry[prompts], prompts, len(self.batch))
             return self(stream, prompts) - self.target[prompts]
 
@@ -115,7 +116,7 @@ class SlicedModel:
             raise ValueError(
                 f"target_layer={target_layer} must lie from {self.source_layer + 2} to {self.target_layer}, the target layer of this slice."
             )
-        name = hooks.resolved_name(self.host, _stream_name(target_layer, len(self.host.blocks)))
+        name = hooks.resolved_name(self.host, stream_name(target_layer, self.host.n_layers))
         streams = self.streams[: n_blocks + 1]
         return replace(self, target_layer=target_layer, target_hook=name, calls=self.calls[:n_blocks], target=streams[-1].float(), streams=streams)
 
@@ -168,7 +169,7 @@ def slice_model(
         RuntimeError: the model's blocks can't be replayed faithfully.
     """
     host = host_of(model)
-    last, target_name = _target(host, source_layer, target_layer, target_hook)
+    last, target_name = target_of(host, source_layer, target_layer, target_hook)
     where = site_of(site)
     source_hook = hooks.source_hook(host, where, source_layer)
     batch = tokenize(host, prompts, target_positions)
@@ -197,33 +198,8 @@ def slice_model(
                 where,
             )
             _check_hooked_run(sliced, last)
+            _check_alone(sliced, last, recording.streams[-1])
     return sliced
-
-
-def _target(host: Host, source_layer: int, target_layer: int | None, target_hook: str | None) -> tuple[int, str]:
-    """How many blocks must run, and the name of the activation to read."""
-    n_layers = host.n_layers
-    if isinstance(source_layer, bool) or not isinstance(source_layer, int) or not 0 <= source_layer < n_layers:
-        raise ValueError(f"source_layer={source_layer!r} must be an integer from 0 to {n_layers - 1}: the model has {n_layers} blocks.")
-    if (target_layer is None) == (target_hook is None):
-        raise ValueError("give either target_layer or target_hook, and not both: the change of one activation is measured.")
-    if target_hook is not None:
-        hooks.hook_point(host, target_hook)
-        found = re.match(r"blocks\.(\d+)\.", target_hook)
-        if not found or int(found[1]) <= source_layer:
-            raise ValueError(f"target_hook={target_hook!r} must lie in a block after source_layer={source_layer}, as blocks.{source_layer + 1}.…")
-        return int(found[1]) + 1, target_hook
-    if isinstance(target_layer, bool) or not isinstance(target_layer, int) or not source_layer + 1 < target_layer <= n_layers:
-        raise ValueError(
-            f"target_layer={target_layer!r} must be an integer from source_layer + 2 = {source_layer + 2} to n_layers = {n_layers}: "
-            "at least one block has to lie between the perturbation and the activation that it changes."
-        )
-    return target_layer, _stream_name(target_layer, n_layers)
-
-
-def _stream_name(layer: int, n_layers: int) -> str:
-    """The stream entering a layer; that which leaves the last block has no block to enter."""
-    return f"blocks.{layer}.hook_resid_pre" if layer < n_layers else f"blocks.{n_layers - 1}.hook_resid_post"
 
 
 def _replay(
@@ -282,11 +258,27 @@ def _check_hooked_run(sliced: SlicedModel, last: int) -> None:
     _compare(replayed, expected[rows], f"the blocks after a perturbation at {sliced.source_hook!r}")
 
 
-def _compare(replayed: Tensor, recorded: Tensor, what: str) -> None:
+def _check_alone(sliced: SlicedModel, last: int, together: Tensor) -> None:
+    """The shortest prompt must be in the batch what it is alone: padding matters in models that place tokens by the length of the batch."""
+    lengths = sliced.batch.lengths.tolist()
+    if min(lengths) == max(lengths):
+        return
+    row = lengths.index(min(lengths))
+    ids = sliced.batch.tokens[[row], : lengths[row]]
+    alone = blocks.record(sliced.host, ids, last, last).streams[-1]
+    _compare(
+        together[[row], : lengths[row]],
+        alone,
+        f"the activations of prompt {row} beside longer prompts",
+        "on the length of the batch; give prompts of one length",
+    )
+
+
+def _compare(replayed: Tensor, recorded: Tensor, what: str, why: str = "rescale the perturbation") -> None:
     error = (replayed.float() - recorded.float()).norm() / recorded.float().norm().clamp(min=1e-30)
     tolerance = TOLERANCES.get(recorded.dtype, 1e-4)
     if not error <= tolerance:
         raise RuntimeError(
             f"{what} differ from a run of the whole model by {error:.1e} of their norm (allowed: {tolerance:.0e}). "
-            "This model can't be sliced here: its blocks depend on something other than their arguments, or rescale the perturbation."
+            f"This model can't be sliced here: its blocks depend on something other than their arguments, or {why}."
         )

@@ -18,7 +18,7 @@ from melbo_lens.decoding import Decoding, Run
 from melbo_lens.host import Host
 from melbo_lens.passes import Positions
 from melbo_lens.perturbation import Perturbation, concatenate
-from melbo_lens.prompts import Chat, Prompts, as_list, space_between, tokenize
+from melbo_lens.prompts import AsPrompts, Chat, PromptBatch, Prompts, as_list, is_open, space_between, tokenize
 
 
 @contextmanager
@@ -43,8 +43,8 @@ def generate(
     prompts: Prompts,
     perturbations: Perturbation | None,
     max_new_tokens: int = 64,
-    signs: Sequence[int] = (+1, -1),
-    scales: Sequence[float] = (1.0,),
+    signs: int | Sequence[int] = (+1, -1),
+    scales: float | Sequence[float] = (1.0,),
     temperature: float = 0.0,
     n_samples: int = 1,
     positions: Positions = "all",
@@ -89,8 +89,10 @@ def generate(
     host = host_of(model)
     if perturbations is not None:
         perturbations = _fitting(host, perturbations)
+    signs, scales = ([one] if isinstance(one, int | float) else one for one in (signs, scales))
     _check_settings(max_new_tokens, signs, scales, temperature, n_samples, positions, batch_size)
-    if chat and not isinstance(prompts, Tensor):
+    by_ids = isinstance(prompts, Tensor | PromptBatch | AsPrompts)  # which say nothing of chats
+    if chat and not by_ids:
         prompts = [[{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in as_list(prompts)]
     batch = tokenize(host, prompts, n_new_tokens=max_new_tokens)
     bank = perturbations
@@ -113,7 +115,7 @@ def generate(
         "stop": _stops(stop),
         "perturbations": dict(perturbations.provenance) if perturbations else None,
     }
-    asked = None if isinstance(prompts, Tensor) else as_list(prompts)
+    asked = None if by_ids else as_list(prompts)
     chats = [asked[run.prompt] for run in runs] if asked and all(isinstance(prompt, list) for prompt in asked) else None
     texts, rows = [batch.texts[run.prompt] for run in runs], [batch.rows()[run.prompt] for run in runs]
     return _complete(decoding, runs, texts, rows, chats, settings, batch_size or 256, progress)
@@ -151,8 +153,10 @@ def _complete(
 
 def answered(chat: Chat, space: str, text: str) -> Chat:
     """The chat with what the model wrote: a message of its own, or the rest of the message that the chat ends with."""
-    if chat[-1]["role"] == "assistant" and isinstance(chat[-1].get("content"), str):
-        return [*chat[:-1], {**chat[-1], "content": chat[-1]["content"] + space + text}]
+    if is_open(chat):
+        content = chat[-1]["content"]
+        whole = content + space + text if isinstance(content, str) else [*content, {"type": "text", "text": space + text}]
+        return [*chat[:-1], {**chat[-1], "content": whole}]
     return [*chat, {"role": "assistant", "content": text}]
 
 
@@ -181,6 +185,11 @@ def _check_settings(
     batch_size: int | None,
 ) -> None:
     counts(max_new_tokens=max_new_tokens, n_samples=n_samples, batch_size=batch_size)
+    for name, several in (("signs", signs), ("scales", scales)):
+        if not isinstance(several, Sequence) or any(isinstance(one, bool) or not isinstance(one, int | float) for one in several):
+            raise ValueError(f"{name}={several!r} must be a list of numbers.")
+    if isinstance(temperature, bool) or not isinstance(temperature, int | float):
+        raise ValueError(f"temperature={temperature!r} must be 0 (greedy) or a positive, finite number.")
     if not signs or any(sign not in (1, -1) for sign in signs):
         raise ValueError(f"signs={signs!r} must hold +1, -1 or both; use scales for other multiples.")
     if not scales or any(not 0 < scale < float("inf") for scale in scales):

@@ -9,7 +9,7 @@ import melbo_lens as ml
 
 PACKAGE = Path(__file__).parents[2] / "melbo_lens"
 ORDER = (
-    "arguments randomness files tables prompts sites host hooks passes blocks hooked bridge access sliced_model counterparts objectives "
+    "arguments randomness files tables prompts sites host hooks passes blocks hooked bridge access targets sliced_model counterparts objectives "
     "manifolds optimization factors perturbation perturbations updates adapters adapter_effects controls calibration methods "
     "completions decoding steering output_effects differences expectations evaluation exports layer_scan discovery plots page results "
     "organisms cli __main__ __init__ "
