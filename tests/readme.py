@@ -17,7 +17,7 @@ REPRODUCED = re.compile(r"<!-- reproduction -->\n(?:.*?)(?=\n`melbo-lens reprodu
 ARCHITECTURES = ROOT / "tests" / "architectures.json"
 TRIED = re.compile(r"<!-- architectures -->\n(?:.*?)(?=\n`python -m tests.architectures`)", re.DOTALL)
 REASONS = {
-    "mixture of experts": "a mixture of experts has no one matrix to update",
+    "mixture of experts": "a mixture of experts has no one MLP matrix to update",
     "without an MLP": "no MLP whose output is hooked",
     "forward pass": "this version of TransformerLens can't run it with transformers 5.23",
 }
@@ -95,8 +95,8 @@ def reproduction() -> str:
 def architectures() -> str:
     """The table of architectures, by what works with each version of TransformerLens."""
     results = json.loads(ARCHITECTURES.read_text())
-    lines = ["| architecture | vectors | adapters | |", "|---|---|---|---|"]
-    alike: dict[tuple[str, str, str], list[str]] = {}
+    lines = ["| architecture | vectors | adapters (MLP) | adapters (attention) | |", "|---|---|---|---|---|"]
+    alike: dict[tuple[str, ...], list[str]] = {}
     for name in results["3"]:
         found = [_cells(results[major][name]) for major in ("3", "4")]
         cells = found[0] if found[0] == found[1] else tuple(_both(*pair) for pair in zip(*found, strict=True))
@@ -106,13 +106,14 @@ def architectures() -> str:
     return "\n".join(lines)
 
 
-def _cells(entry: dict[str, str]) -> tuple[str, str, str]:
+def _cells(entry: dict[str, str]) -> tuple[str, ...]:
     """Whether vectors and adapters work, and why not or with what."""
-    refused = entry["vectors"] if entry["vectors"] != "yes" else entry["adapters"] if entry["adapters"] != "yes" else ""
+    kinds = ("vectors", "adapters", "attention")
+    refused = next((entry[kind] for kind in kinds if entry[kind] != "yes"), "")
     if "off by" in entry["note"]:
-        return "differ", "differ", entry["note"]
+        return "differ", "differ", "differ", entry["note"]
     why = next((short for long, short in REASONS.items() if long in refused), refused)
-    return *("yes" if entry[kind] == "yes" else "no" for kind in ("vectors", "adapters")), " ".join(filter(None, [why, entry["note"]]))
+    return *("yes" if entry[kind] == "yes" else "no" for kind in kinds), " ".join(filter(None, [why, entry["note"]]))
 
 
 def _both(three: str, four: str) -> str:

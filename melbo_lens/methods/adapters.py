@@ -85,7 +85,7 @@ def fit_adapters(
         radius: with `scale="auto"`, the mean norm of the updates; "auto", the default, takes the one that `calibrate_radius` gives vectors.
         normalization: "column" (every column of A and of B has unit norm), "frobenius" (each matrix has) or "spectral" (largest singular value 1).
         diversity: above 0, adapter k's objective is divided by 1 + diversity * sum over j < k of cos(d_k, d_j) ** 4, d the changes at the target.
-            Without it many adapters find the same change; .2 doubled the planted behaviours found for 8 % of the objective (README).
+            Without it many adapters find the same change; with .2 eight found more planted behaviours, for 8 % of the objective (README).
         p, q, token_norm, target_positions, target_hook: as in `fit_vectors`.
         optimizer: "adamw" is the published recipe, step by step; "power" makes each factor in turn the maximiser of the objective made linear.
         n_steps: default 400 for "adamw", 60 at most for "power", which stops by tolerance.

@@ -22,7 +22,8 @@ from melbo_lens.methods.adapters import fit_adapters
 from melbo_lens.methods.melbo import fit_vectors
 from melbo_lens.organisms import modes, reasoning, refusal
 from melbo_lens.organisms.organism import Organism
-from melbo_lens.perturbations import SteeringVectors, concatenate
+from melbo_lens.perturbation import concatenate
+from melbo_lens.perturbations import SteeringVectors
 from melbo_lens.prompts import Prompts
 from melbo_lens.randomness import gaussian
 from melbo_lens.sliced_model import slice_model

@@ -132,3 +132,35 @@ def test_top_tokens_at_another_position(model):
         with ml.steer(model, steering):
             change = host_of(model).forward(tokens)[0, 2] - clean
     assert table.iloc[1].promoted[0] == (models.WORDS[int(change.argmax())], pytest.approx(float(change.max()), rel=1e-3))
+
+
+def test_a_masked_token_counts_nothing(directories):
+    """Some models give tokens that must not come a logit of -inf; that is no overflow, and no entropy."""
+    model = models.bridge(directories("llama"))
+    bias = torch.zeros(len(models.WORDS))
+    bias[3] = -torch.inf
+    model.original_model.lm_head.register_forward_hook(lambda module, arguments, output: output + bias)
+    steering = vectors(2)
+    measured = ml.effects(model, PROMPTS, steering)
+    assert measured.table.notna().all().all() and (measured.table.kl > 0).all()
+    tokens = model.to_tokens(PROMPTS[0])
+    with torch.no_grad():
+        p = model(tokens)[0, -1].softmax(-1)
+        with ml.steer(model, steering[1]):
+            q = model(tokens)[0, -1].softmax(-1)
+    kept = torch.arange(len(p)) != 3
+    row = measured.table[(measured.table.vector == 1) & (measured.table.sign == 1) & (measured.table.prompt == 0)].iloc[0]
+    assert row.kl == pytest.approx(float((p[kept] * (p[kept] / q[kept]).log()).sum()), rel=1e-3)
+    assert row.entropy == pytest.approx(float(-(q[kept] * q[kept].log()).sum()), rel=1e-3)
+    promoted = ml.top_tokens(model, steering, k=3, prompts=PROMPTS).promoted
+    assert all(token != "<unk>" and value == value for row in promoted for token, value in row)
+    assert ml.generate(model, PROMPTS, steering, 3, progress=False).table.log_probs.map(len).min() >= 0
+
+
+def test_changes_that_overflow_are_an_error_for_clusters_and_tokens_too(directories):
+    model = models.bridge(directories("llama"), dtype=torch.float16)
+    loud = ml.SteeringVectors(torch.full((2, models.D_MODEL), 7e4), 1)
+    with pytest.raises(FloatingPointError, match="vector 0 makes the target NaN or infinite in float16"):
+        ml.cluster_by_effect(ml.slice_model(model, PROMPTS, 1, 3), loud)
+    with pytest.raises(FloatingPointError, match="vector 0 makes the logits NaN or infinite in float16"):
+        ml.top_tokens(model, loud, prompts=PROMPTS)

@@ -201,3 +201,42 @@ def test_measures_of_a_completion_equal_a_run_of_its_ids_by_hand(model):
     log_probs = host_of(model).forward(ids).detach().log_softmax(-1)[0]
     found = ml.next_tokens(model, one).log_probs[0]
     torch.testing.assert_close(found, log_probs[:-1].gather(1, ids[0, 1:, None])[:, 0], rtol=1e-4, atol=1e-4)
+
+
+def test_generation_goes_on_from_completions(model):
+    first = ml.generate(model, ["w1 w2", "w3"], None, max_new_tokens=3, progress=False)
+    second = ml.generate(model, first, None, max_new_tokens=2, progress=False)
+    assert [list(ids) for ids in second.prompt_tokens] == [[*ids, *new] for ids, new in zip(first.prompt_tokens, first.table.tokens, strict=True)]
+    with pytest.raises(ValueError, match="there are no prompts"):
+        ml.generate(model, first.filter(kind="steered"), None, max_new_tokens=2, progress=False)
+
+
+PARTS = (
+    "{% for m in messages %}w1 {% if m['content'] is string %}{{ m['content'] }}{% else %}{% for p in m['content'] %}{{ p['text'] }}{% endfor %}"
+    "{% endif %}{% if m.get('tool_calls') %} w15{% endif %} w2 {% endfor %}{% if add_generation_prompt %}w3 {% endif %}"
+)
+
+
+def test_an_answer_in_parts_goes_on_and_the_callers_messages_are_left_alone(model, monkeypatch):
+    monkeypatch.setattr(model.tokenizer, "chat_template", PARTS)
+    chat = [{"role": "user", "content": "w4"}, {"role": "assistant", "content": [{"type": "text", "text": "w5"}]}]
+    completions = ml.generate(model, chat, None, max_new_tokens=2, progress=False)
+    assert completions.prompt_tokens[0] == (5, 8, 6, 5, 9) and chat[1]["content"] == [{"type": "text", "text": "w5"}]
+    said = completions.table.tokens[0]
+    assert completions.continue_with("w6").prompt_tokens[0] == (5, 8, 6, 5, 9, *said, 6, 5, 10, 6, 7)
+
+
+@pytest.mark.parametrize("content", [{}, {"content": ""}, {"content": "w5"}, {"content": None}])
+def test_a_last_call_of_a_tool_is_rendered_and_not_gone_on_with(model, monkeypatch, content):
+    monkeypatch.setattr(model.tokenizer, "chat_template", PARTS.replace("{% else %}", "{% elif m['content'] %}"))
+    ids = tokenize(host_of(model), [{"role": "user", "content": "w4"}, {"role": "assistant", "tool_calls": [{"x": 1}], **content}]).rows()[0]
+    assert ids[-3:] == [19, 6, 7]  # the call, the end, the next header
+
+
+def test_a_stop_that_begins_with_a_space_stops_a_sentencepiece_tokenizer(directories, tmp_path):
+    model = model_with(sentence_piece(), directories, tmp_path)
+    steering = ml.SteeringVectors(torch.randn(8, models.D_MODEL, generator=torch.Generator().manual_seed(0)), 1).rescaled(6.0)
+    free = ml.generate(model, ["abc", "the b"], steering, max_new_tokens=5, progress=False).table
+    row = next(row for row in free.itertuples() if row.text.startswith(" ") and len(row.text) > 1)
+    ended = ml.generate(model, ["abc", "the b"], steering, max_new_tokens=5, stop=row.text[:2], progress=False).table.loc[row.Index]
+    assert ended.text == "" and len(ended.tokens) <= 2

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -127,3 +129,22 @@ def test_a_site_is_part_of_a_vector(tmp_path):
         _ = ml.SteeringVectors(values, 3) + vectors
     with pytest.raises(ValueError, match=r"site='mlp' must be one of \['attn_out', 'mlp_out', 'resid_post'\]"):
         ml.SteeringVectors(values, 3, site="mlp")
+
+
+@pytest.mark.parametrize("make", [list, tuple, np.array, torch.tensor, pd.Series])
+def test_rows_are_scaled_and_chosen_by_sequences_of_any_kind(make):
+    vectors = ml.SteeringVectors(torch.ones(2, 4), 0)
+    assert (vectors * make([1.0, 2.0])).radii.tolist() == [2.0, 4.0] and (vectors / make([1.0, 2.0])).radii.tolist() == [2.0, 1.0]
+    assert made()[make([2, 0])].gains.tolist() == [2.0, 0.5]
+    with pytest.raises(ValueError, match="3 factors were given for 2 vectors"):
+        _ = vectors * make([1.0, 2.0, 3.0])
+
+
+def test_what_is_no_index_is_refused():
+    with pytest.raises(IndexError, match="True is no index"):
+        made()[True]
+
+
+def test_a_sum_of_vectors_for_different_targets_has_none():
+    a, b = (ml.SteeringVectors(torch.ones(1, 4), 0, provenance={"target_layer": layer}) for layer in (3, 4))
+    assert "target_layer" not in (a - b).provenance and (a + a).provenance["target_layer"] == 3
