@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import melbo_lens as ml
 from melbo_lens.access import host_of
+from melbo_lens.decoding import Decoding
 from melbo_lens.prompts import text_after, tokenize
 from tests import models
 
@@ -233,10 +234,8 @@ def test_a_last_call_of_a_tool_is_rendered_and_not_gone_on_with(model, monkeypat
     assert ids[-3:] == [19, 6, 7]  # the call, the end, the next header
 
 
-def test_a_stop_that_begins_with_a_space_stops_a_sentencepiece_tokenizer(directories, tmp_path):
+def test_a_stop_that_begins_with_a_space_is_seen_with_a_sentencepiece_tokenizer(directories, tmp_path):
     model = model_with(sentence_piece(), directories, tmp_path)
-    steering = ml.SteeringVectors(torch.randn(8, models.D_MODEL, generator=torch.Generator().manual_seed(0)), 1).rescaled(6.0)
-    free = ml.generate(model, ["abc", "the b"], steering, max_new_tokens=5, progress=False).table
-    row = next(row for row in free.itertuples() if row.text.startswith(" ") and len(row.text) > 1)
-    ended = ml.generate(model, ["abc", "the b"], steering, max_new_tokens=5, stop=row.text[:2], progress=False).table.loc[row.Index]
-    assert ended.text == "" and len(ended.tokens) <= 2
+    before, new = tokenize(host_of(model), "hello").rows()[0], model.tokenizer.convert_tokens_to_ids(["▁a", "x"])
+    decoding = Decoding(host_of(model), None, 0, 5, 0.0, "all", 0, [" a"])
+    assert decoding._stopped(before, new[:1]) and not decoding._stopped(before, new[1:])
