@@ -216,11 +216,11 @@ def _central_differences(
 
 
 def _kl(sliced: SlicedModel, clean: Float[Tensor, "prompt d_vocab"], vectors: Float[Tensor, "direction d_model"]) -> float:
-    values = [_divergence(clean, _next_token_log_probs(sliced, vector)).mean() for vector in vectors]
+    values = [divergence(clean, _next_token_log_probs(sliced, vector)).mean() for vector in vectors]
     return float(torch.stack(values).mean())
 
 
-def _divergence(clean: Tensor, steered: Tensor) -> Float[Tensor, " prompt"]:
+def divergence(clean: Tensor, steered: Tensor) -> Float[Tensor, " prompt"]:
     """KL in nats; a token that is impossible in the first counts nothing."""
     return torch.where(clean > -torch.inf, clean.exp() * (clean - steered), torch.zeros_like(clean)).sum(-1)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from melbo_lens import blocks, hooks, tables
 from melbo_lens.access import host_of
 from melbo_lens.arguments import public
+from melbo_lens.calibration import divergence
 from melbo_lens.completions import Completions
 from melbo_lens.host import Host
 from melbo_lens.manifolds import unit
@@ -81,19 +82,13 @@ def effects(
     which = [prompt for prompt, _, _ in runs]
     clean, steered = clean_logits.log_softmax(-1)[which], logits.log_softmax(-1)
     table = pd.DataFrame([(vector, sign, prompt) for prompt, vector, sign in runs], columns=["vector", "sign", "prompt"])
-    table["kl"] = kl(clean, steered).tolist()
+    table["kl"] = divergence(clean, steered).clamp(min=0).tolist()
     table["entropy"] = torch.special.entr(steered.exp()).sum(-1).tolist()
     table["entropy_unsteered"] = torch.special.entr(clean.exp()).sum(-1).tolist()
     if tokens is not None:
         table["logit_difference"] = (logits[:, tokens[0]] - logits[:, tokens[1]]).tolist()
         table["logit_difference_unsteered"] = (clean_logits[which][:, tokens[0]] - clean_logits[which][:, tokens[1]]).tolist()
     return Effects(table, norms / clean_norms[which] - 1)
-
-
-def kl(clean: Float[Tensor, "row d_vocab"], steered: Float[Tensor, "row d_vocab"]) -> Float[Tensor, " row"]:
-    """``KL(clean || steered)`` of log-probabilities, in nats; a token that is impossible in the first counts nothing."""
-    terms = torch.where(clean > -torch.inf, clean.exp() * (clean - steered), torch.zeros_like(clean))
-    return terms.sum(-1).clamp(min=0)
 
 
 def _run(host: Host, tokens: Tensor, lengths: Tensor, steering: list[Hook]) -> tuple[Float[Tensor, "row d_vocab"], Tensor]:
