@@ -11,7 +11,8 @@ from torch import Tensor
 
 from melbo_lens import tables
 from melbo_lens.arguments import plain_fields, plain_json, public
-from melbo_lens.perturbation import Hook, Parts, Perturbation, checked_history, no_history
+from melbo_lens.objectives import Objective
+from melbo_lens.perturbation import Hook, Parts, Perturbation, checked_history, checked_objective, no_history, objective_header
 from melbo_lens.sites import WeightSite, usual_site
 from melbo_lens.updates import RowUpdate
 
@@ -36,6 +37,7 @@ class SteeringAdapters(Perturbation):
         history: the objective, all prompts summed, before each step and, last, of these factors; no steps if they were not fitted.
         provenance: every resolved setting of the fit, in JSON's types.
         sites: source layer -> which weights, and where they are hooked; by default the MLP's in models without a norm after it.
+        objective: what they, or those that they are a control of, were learned to maximise; None if it is not known.
     """
 
     factors: Mapping[int, Factors]
@@ -43,6 +45,7 @@ class SteeringAdapters(Perturbation):
     history: Float[Tensor, "step adapter_or_0"] = field(default_factory=lambda: no_history(0))
     provenance: Mapping[str, Any] = field(default_factory=dict)
     sites: Mapping[int, WeightSite] = field(default_factory=dict)
+    objective: Objective | None = None
 
     word = "adapter"
 
@@ -68,6 +71,7 @@ class SteeringAdapters(Perturbation):
         object.__setattr__(self, "scales", self.scales.detach().to(kept[min(kept)][0]).clone())
         object.__setattr__(self, "history", checked_history(self.history, n, self.word))
         object.__setattr__(self, "provenance", plain_json(self.provenance, "provenance"))
+        object.__setattr__(self, "objective", checked_objective(self.objective, self.provenance))
         object.__setattr__(self, "sites", {layer: self.sites.get(layer, usual_site(layer)) for layer in kept})
 
     @classmethod
@@ -81,13 +85,14 @@ class SteeringAdapters(Perturbation):
 
     def parts(self) -> tuple[Parts, dict[str, Any]]:
         factors = {f"{name}.{layer}": factor for layer, pair in self.factors.items() for name, factor in zip("AB", pair, strict=True)}
-        return {**factors, "scales": self.scales, "history": self.history}, {"sites": [asdict(site) for site in self.sites.values()]}
+        header = {"sites": [asdict(site) for site in self.sites.values()], "objective": objective_header(self.objective)}
+        return {**factors, "scales": self.scales, "history": self.history}, header
 
     @classmethod
     def of_parts(cls, tensors: Parts, header: Mapping[str, Any], provenance: Mapping[str, Any]) -> Self:
         sites = {site["layer"]: WeightSite(**site) for site in header["sites"]}
         factors = {layer: (tensors[f"A.{layer}"], tensors[f"B.{layer}"]) for layer in sites}
-        return cls(factors, tensors["scales"], tensors["history"], provenance, sites)
+        return cls(factors, tensors["scales"], tensors["history"], provenance, sites, Objective.of(header.get("objective")))
 
     def scaled_parts(self, tensors: Parts, coefficients: Float[Tensor, " row"]) -> Parts:
         return {**tensors, "scales": tensors["scales"] * coefficients.to(self.scales)}

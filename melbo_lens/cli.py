@@ -196,7 +196,7 @@ def _measured(model: Any, prompts: Any, first: str, vectors: Any, positions: sli
     return {
         "changes": ml.activation_changes(model, first, vectors),
         "effects": ml.target_effects(model, prompts, vectors, target_positions=positions, signs=(1, -1)),
-        "control": ml.objective(model, prompts, ml.random_vectors(like=vectors), vectors.provenance["target_layer"], positions),
+        "control": ml.objective(model, prompts, ml.random_vectors(like=vectors)),
         "ranked": ml.rank(vectors, ml.effects(model, prompts, vectors)),
     }
 

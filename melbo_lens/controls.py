@@ -1,5 +1,6 @@
 """What is a found perturbation compared with?  Random ones of equal norm, of the same kind, measured at the same place."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,9 +12,9 @@ from melbo_lens.access import host_of
 from melbo_lens.adapter_effects import mean_norms
 from melbo_lens.adapters import SteeringAdapters
 from melbo_lens.arguments import public
-from melbo_lens.factors import normalize
+from melbo_lens.ascent.constraints import NORMALIZATIONS
 from melbo_lens.manifolds import to_sphere
-from melbo_lens.perturbation import Perturbation, objective_of
+from melbo_lens.perturbation import Perturbation
 from melbo_lens.perturbations import SteeringVectors
 from melbo_lens.prompts import PromptBatch, Prompts, pad
 from melbo_lens.randomness import gaussian_rows
@@ -28,8 +29,9 @@ def random_vectors(like: SteeringVectors, seed: int = 0) -> SteeringVectors:
         seed: vector k depends on (seed, k) alone.
     """
     values = gaussian_rows(len(like), like.d_model, seed, "random_vectors").to(like.values.device)
-    provenance = {"method": "random_vectors", "seed": seed, **objective_of(like), "matched_to": dict(like.provenance)}
-    return SteeringVectors(to_sphere(values, like.radii), like.source_layer, provenance=provenance, site=like.site)
+    provenance = {"method": "random_vectors", "seed": seed, "matched_to": dict(like.provenance)}
+    values = to_sphere(values, like.radii)
+    return SteeringVectors(values, like.source_layer, provenance=provenance, site=like.site, objective=like.objective)
 
 
 @public
@@ -53,11 +55,12 @@ def random_adapters(like: SteeringAdapters, model: Any, prompts: Prompts | None 
         layer: tuple(_random_factor(factor, how, seed, layer, name) for factor, name in zip(pair, "AB", strict=True))
         for layer, pair in like.factors.items()
     }
-    provenance = {"method": "random_adapters", "seed": seed, "normalization": how, **objective_of(like), "matched_to": dict(like.provenance)}
+    provenance = {"method": "random_adapters", "seed": seed, "normalization": how, "matched_to": dict(like.provenance)}
     # a norm after the MLP takes an update and its negative differently, so the control has the sign of what it is matched to
-    control = SteeringAdapters(factors, torch.where(like.scales < 0, -1, 1).to(like.scales), provenance=provenance, sites=like.sites).on(host)
+    signs = torch.where(like.scales < 0, -1, 1).to(like.scales)
+    control = SteeringAdapters(factors, signs, provenance=provenance, sites=like.sites, objective=like.objective).on(host)
     scales = control.scales * scales_for_norms(control, host, prompts, mean_norms(like, host, prompts))
-    return SteeringAdapters(factors, scales, provenance=provenance, sites=control.sites)
+    return replace(control, scales=scales)
 
 
 def fitting_prompts(adapters: SteeringAdapters, prompts: Prompts | None, device: Any = None) -> Prompts:
@@ -101,7 +104,7 @@ def _solved(adapter: SteeringAdapters, model: Any, prompts: Prompts, norm: float
 
 def _random_factor(like: Tensor, how: Any, seed: int, layer: int, name: str) -> Tensor:
     rows = gaussian_rows(len(like), like[0].numel(), seed, "random_adapters", layer, name)
-    return normalize(rows.view(like.shape).to(like.device), how)
+    return NORMALIZATIONS[how].normalize(rows.view(like.shape).to(like.device))
 
 
 def random_like(model: Any, perturbations: Perturbation, batch: PromptBatch, seed: int) -> Perturbation:

@@ -7,7 +7,7 @@ for each.
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,8 +18,7 @@ from melbo_lens import files, hooks
 from melbo_lens.access import host_of
 from melbo_lens.arguments import public
 from melbo_lens.host import Host
-from melbo_lens.objectives import TokenNorm, change_objective, check_exponents
-from melbo_lens.perturbation import objective_of
+from melbo_lens.objectives import Objective, TokenNorm
 from melbo_lens.prompts import Positions, PromptBatch, Prompts, one_prompt, token_texts, tokenize
 
 ROWS_AT_ONCE = 64
@@ -188,32 +187,34 @@ def objective(
     prompts: Prompts,
     perturbations: Any,
     target_layer: int | None = None,
-    target_positions: Positions = slice(None),
-    p: float = 2,
-    q: float = 1,
-    token_norm: TokenNorm = "d_model",
+    target_positions: Positions | None = None,
+    p: float | None = None,
+    q: float | None = None,
+    token_norm: TokenNorm | None = None,
     target_hook: str | None = None,
 ) -> Float[Tensor, " vector"]:
-    """The objective that `fit_vectors` maximises, summed over prompts, of any perturbations: of random ones it is the level to beat.
+    """The objective that a fit maximises, without penalty and summed over prompts, of any perturbations: of random ones it is the level to beat.
 
     Args:
-        model, prompts, target_layer, target_positions, p, q, token_norm, target_hook: as in `fit_vectors`; give the same. Without a target, that of
-            the perturbations, or of those that they are a control of.
+        model, prompts: as in `fit_vectors`; give the same.
         perturbations: vectors or adapters.
+        target_layer, target_positions, p, q, token_norm, target_hook: None takes what the perturbations, or those that they are a control of, were
+            learned for; what they don't know is as `fit_vectors` has it (all positions, p 2, q 1).
 
     Raises:
         ValueError: the perturbations know no target and none is given, or the model has no such layer or hook.
         FloatingPointError: NaN or infinity at the target.
     """
-    check_exponents(p, q, token_norm)
+    said = {"target_positions": target_positions, "p": p, "q": q, "token_norm": token_norm}
+    wanted = replace(perturbations.objective or Objective(), **{name: value for name, value in said.items() if value is not None})
     host = host_of(model)
-    batch = tokenize(host, prompts, target_positions)
+    batch = tokenize(host, prompts, wanted.target_positions)
     _, name = _target(host, perturbations, target_layer, target_hook)
     parts = []
     for changes in _changes(host, batch, perturbations, name):
         n = len(changes)
         mask = batch.target_mask.expand(n, -1, -1).flatten(0, 1)
-        parts.append(change_objective(changes.flatten(0, 1), mask, p, q, token_norm).view(n, -1).sum(1))
+        parts.append(wanted.value(changes.flatten(0, 1), mask).view(n, -1).sum(1))
     return torch.cat(parts).cpu()
 
 
@@ -255,9 +256,9 @@ def _target(host: Host, perturbations: Any, layer: int | None, hook: str | None)
     if layer is not None and hook is not None:
         raise ValueError(f"target_layer={layer} and target_hook={hook!r} were given: one place is read, leave one of them out.")
     if layer is None and hook is None:
-        learned_for = objective_of(perturbations)
-        layer = learned_for.get("target_layer")
-        hook = learned_for.get("target_hook") if layer is None else None
+        learned_for = perturbations.objective or Objective()
+        layer = learned_for.target_layer
+        hook = learned_for.target_hook if layer is None else None
     if layer is None and hook is None:
         raise ValueError(
             "these perturbations don't know at which layer they are to act (they were not learned, or joined over several targets): give "

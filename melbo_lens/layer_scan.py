@@ -16,14 +16,16 @@ from tqdm.auto import tqdm
 from melbo_lens import files, hooks, tables
 from melbo_lens.access import host_of
 from melbo_lens.arguments import counts, positive, public
+from melbo_lens.ascent.constraints import OrderedRows
+from melbo_lens.ascent.fixed_point import fixed_point
 from melbo_lens.calibration import NoRadius, solve_radius
 from melbo_lens.manifolds import to_sphere
-from melbo_lens.methods.gradients import default_batch_size, objective_and_gradient
+from melbo_lens.methods.problem import Problem, bias, default_batch_size
 from melbo_lens.methods.provenance import fingerprint
-from melbo_lens.optimization import power
+from melbo_lens.objectives import Objective, positions_text
 from melbo_lens.output_effects import effects
 from melbo_lens.perturbations import SteeringVectors
-from melbo_lens.prompts import Positions, PromptBatch, Prompts, positions_text, tokenize
+from melbo_lens.prompts import Positions, PromptBatch, Prompts, tokenize
 from melbo_lens.randomness import gaussian_rows
 from melbo_lens.sliced_model import SlicedModel, slice_model
 
@@ -151,18 +153,18 @@ def _scan_pair(sliced: SlicedModel, prompts: PromptBatch, radius: float | str, n
         except NoRadius as error:
             warnings.warn(f"layers {sliced.source_layer} to {sliced.target_layer} are left blank: {error}", stacklevel=3)
             return [[sliced.source_layer, sliced.target_layer, sign, *[float("nan")] * 5] for sign in (1, -1)]
-        evaluate = objective_and_gradient(sliced, 2, 1, "d_model", default_batch_size(sliced))
+        problem = Problem(sliced, bias(sliced), Objective().value, default_batch_size(sliced))
         starts = gaussian_rows(n_vectors, sliced.d_model, "scan_layers", seed).to(sliced.device)
         radii = starts.new_full((n_vectors,), chosen)
-        *_, state = power(evaluate, starts[None], radii, n_steps)
-        values = state["values"]
+        *_, climb = fixed_point(problem, (starts[None],), OrderedRows(radii), n_steps)
+        (values,) = climb.point
         random = to_sphere(gaussian_rows(2 * n_vectors, sliced.d_model, "scan control", seed).to(sliced.device), radii.repeat(2))
-        random_objective = float(evaluate(random)[0].mean())
+        random_objective = float(problem((random[None],)).value.mean())
         vectors = SteeringVectors(values, sliced.source_layer)
         rows = []
         for sign in (1, -1):
             measured = effects(sliced.host, prompts, vectors, signs=(sign,)).table
-            objective = float(evaluate(sign * values)[0].mean())
+            objective = float(problem((sign * values[None],)).value.mean())
             row = [sliced.source_layer, sliced.target_layer, sign, chosen, objective, random_objective]
             rows.append([*row, float(measured.kl.mean()), float(measured.entropy.mean())])
     return rows

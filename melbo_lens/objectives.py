@@ -1,12 +1,66 @@
-"""How much did the target activations change?  One number for each row, differentiable everywhere it is used."""
+"""How much did the target activations change?  One number for each row, differentiable everywhere it is used, and where it is read."""
 
-from typing import Literal, TypeAlias
+import ast
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 TokenNorm: TypeAlias = Literal["d_model", "pos"]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is maximised, and where it is read. What was learned carries it, and so does its control.
+
+    Attributes:
+        target_layer: the stream that enters this block; None if another activation is read.
+        target_hook: that activation.
+        target_positions: where a change counts, in each prompt's own tokens.
+        p, q, token_norm: see `change_objective`.
+        diversity: see `penalized`.
+
+    Raises:
+        ValueError: exponents or a diversity without meaning.
+    """
+
+    target_layer: int | None = None
+    target_hook: str | None = None
+    target_positions: slice | Sequence[int] = field(default_factory=lambda: slice(None))
+    p: float = 2.0
+    q: float = 1.0
+    token_norm: str = "d_model"
+    diversity: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, value in (("p", self.p), ("q", self.q)):
+            if not 1 <= value < float("inf"):
+                raise ValueError(f"{name}={value} must be a finite number of at least 1: published settings are p in {{2, 4}}, q in {{1, p}}.")
+        if self.token_norm not in ("d_model", "pos"):
+            raise ValueError(f'token_norm={self.token_norm!r} must be "d_model" (as published) or "pos" (as the published code computes it).')
+        if not 0 <= self.diversity < float("inf"):
+            raise ValueError(f"diversity={self.diversity!r} must be 0 (off) or a positive, finite number.")
+
+    def value(self, change: Float[Tensor, "row pos d_target"], mask: Bool[Tensor, "row pos"]) -> Float[Tensor, " row"]:
+        """`change_objective` with these exponents."""
+        return change_objective(change, mask, self.p, self.q, self.token_norm)
+
+    def header(self) -> dict[str, Any]:
+        """The same in JSON's types."""
+        return {**asdict(self), "target_positions": positions_text(self.target_positions)}
+
+    @classmethod
+    def of(cls, header: Mapping[str, Any] | None) -> "Objective | None":
+        """What `header` was made of; None if it names no place. Provenances of version 0.1.0 will do."""
+        known = {name: header[name] for name in cls.__dataclass_fields__ if name in (header or {})}
+        if known.get("target_layer") is None and known.get("target_hook") is None:
+            return None
+        if "target_positions" in known:
+            known["target_positions"] = _positions(known["target_positions"])
+        return cls(**known)
 
 
 def change_objective(
@@ -38,17 +92,29 @@ def change_objective(
     return _power(_power(squared, p / 2).sum(-1), 1 / q)
 
 
-def check_exponents(p: float, q: float, token_norm: str) -> None:
-    """Refuses exponents for which the objective is no norm-like quantity.
+def penalized(values: Float[Tensor, " row"], changes: Float[Tensor, "row change"], diversity: float) -> Float[Tensor, " row"]:
+    """The objective of each row less a penalty for a change like that of an earlier row, in order::
 
-    Raises:
-        ValueError: p or q below 1 or not finite, or an unknown `token_norm`.
+        f_k / (1 + diversity * sum over j < k of cos(d_k, d_j) ** 4)
+
+    The earlier ones are held fixed, so row 0 is never bent, and row k only by those before it. The fourth power spares changes that merely
+    share something, as different behaviours do (cosines about .5), and repels copies.
     """
-    for name, value in (("p", p), ("q", q)):
-        if not 1 <= value < float("inf"):
-            raise ValueError(f"{name}={value} must be a finite number of at least 1: published settings are p in {{2, 4}}, q in {{1, p}}.")
-    if token_norm not in ("d_model", "pos"):
-        raise ValueError(f'token_norm={token_norm!r} must be "d_model" (as published) or "pos" (as the published code computes it).')
+    unit = changes / changes.norm(dim=1, keepdim=True).clamp(min=1e-30)
+    alike = (unit @ unit.detach().T) ** 4
+    return values / (1 + diversity * alike.tril(diagonal=-1).sum(1))
+
+
+def positions_text(positions: slice | Sequence[int]) -> str:
+    """Target positions as files keep them, the same for a list and a tuple."""
+    return str(positions if isinstance(positions, slice) else list(positions))
+
+
+def _positions(text: str) -> slice | list[int]:
+    """What `positions_text` wrote."""
+    if text.startswith("slice"):
+        return slice(*ast.literal_eval(text.removeprefix("slice")))
+    return list(ast.literal_eval(text))
 
 
 def _power(x: Tensor, exponent: float) -> Tensor:

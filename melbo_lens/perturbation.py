@@ -14,6 +14,7 @@ from torch import Tensor
 
 from melbo_lens import files
 from melbo_lens.arguments import as_list, plain, public
+from melbo_lens.objectives import Objective
 
 if TYPE_CHECKING:
     from typing import Self
@@ -33,12 +34,13 @@ KINDS: dict[str, type["Perturbation"]] = {}  # every kind by its name, as files 
 class Perturbation(ABC):
     """Rows that each perturb a model, an immutable value without a model inside.
 
-    A kind is a frozen dataclass with the fields `history` and `provenance`. It says once of which tensors it consists (`parts`), and from these
-    follow indexing, signs and multiples, joining, files, pickles, copies and devices.
+    A kind is a frozen dataclass with the fields `history`, `provenance` and `objective`. It says once of which tensors it consists (`parts`);
+    indexing, signs and multiples, joining, files, pickles, copies and devices follow from these.
 
     Attributes:
         history: the objective, all prompts summed, before each step and, last, of these rows; no steps if they were not fitted.
         provenance: every resolved setting of the fit, in JSON's types.
+        objective: what these rows were learned to maximise, or what those were that they are a control of; None if it is not known.
     """
 
     word: ClassVar[str] = "perturbation"  # what one row is called
@@ -46,6 +48,7 @@ class Perturbation(ABC):
 
     history: Tensor
     provenance: Mapping[str, Any]
+    objective: Objective | None
 
     def __init_subclass__(cls, **settings: Any) -> None:
         super().__init_subclass__(**settings)
@@ -244,9 +247,14 @@ def checked_history(history: Tensor, n: int, word: str) -> Tensor:
     return history.detach().float().clone()
 
 
-def objective_of(perturbations: Perturbation) -> dict[str, Any]:
-    """Where the change was read that these were learned to maximise: what a control must know, to be measured at the same place."""
-    return {key: perturbations.provenance[key] for key in ("target_layer", "target_hook") if key in perturbations.provenance}
+def checked_objective(objective: Objective | None, provenance: Mapping[str, Any]) -> Objective | None:
+    """The objective, or what a provenance says of one: files of version 0.1.0 have no other place for it."""
+    return objective or Objective.of(provenance)
+
+
+def objective_header(objective: Objective | None) -> dict[str, Any] | None:
+    """The objective as a file's header keeps it."""
+    return None if objective is None else objective.header()
 
 
 def chosen_rows(index: Index, n: int, word: str) -> Int[Tensor, " row"]:

@@ -1,7 +1,7 @@
 """What are steering vectors?  A bias for each row, added at one site of one layer."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor
 from melbo_lens import tables
 from melbo_lens.arguments import plain_fields, plain_json, public
 from melbo_lens.manifolds import to_sphere, unit
-from melbo_lens.perturbation import Hook, Parts, Perturbation, checked_history, no_history, objective_of
+from melbo_lens.objectives import Objective
+from melbo_lens.perturbation import Hook, Parts, Perturbation, checked_history, checked_objective, no_history, objective_header
 from melbo_lens.sites import site_of
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class SteeringVectors(Perturbation):
         history: the objective, all prompts summed, before each step and, last, of `values`; no steps for vectors that were not fitted.
         provenance: every resolved setting of the fit, in JSON's types.
         site: "mlp_out" (`hook_mlp_out`), "resid_post" (the stream that leaves the block) or "attn_out" (`hook_attn_out`).
+        objective: what they, or those that they are a control of, were learned to maximise; None if it is not known.
     """
 
     values: Float[Tensor, "vector d_model"]  # 2-D also for one vector
@@ -40,6 +42,7 @@ class SteeringVectors(Perturbation):
     history: Float[Tensor, "step vector_or_0"] = field(default_factory=lambda: no_history(0))
     provenance: Mapping[str, Any] = field(default_factory=dict)
     site: str = "mlp_out"
+    objective: Objective | None = None
 
     word = "vector"
 
@@ -56,6 +59,7 @@ class SteeringVectors(Perturbation):
         object.__setattr__(self, "values", self.values.detach().float().clone())
         object.__setattr__(self, "history", checked_history(self.history, len(self.values), self.word))
         object.__setattr__(self, "provenance", plain_json(self.provenance, "provenance"))
+        object.__setattr__(self, "objective", checked_objective(self.objective, self.provenance))
 
     @classmethod
     @public
@@ -64,12 +68,14 @@ class SteeringVectors(Perturbation):
         return cls(values[None] if values.ndim == 1 else values, source_layer, provenance={"method": "from_tensor"}, site=site)
 
     def parts(self) -> tuple[Parts, dict[str, Any]]:
-        return {"values": self.values, "history": self.history}, {"source_layer": self.source_layer, "site": self.site}
+        header = {"source_layer": self.source_layer, "site": self.site, "objective": objective_header(self.objective)}
+        return {"values": self.values, "history": self.history}, header
 
     @classmethod
     def of_parts(cls, tensors: Parts, header: Mapping[str, Any], provenance: Mapping[str, Any]) -> Self:
-        # files of version 0.1.0 name no site
-        return cls(tensors["values"], header["source_layer"], tensors["history"], provenance, header.get("site", "mlp_out"))
+        # files of version 0.1.0 name no site and no objective
+        site, objective = header.get("site", "mlp_out"), Objective.of(header.get("objective"))
+        return cls(tensors["values"], header["source_layer"], tensors["history"], provenance, site, objective)
 
     def scaled_parts(self, tensors: Parts, coefficients: Float[Tensor, " row"]) -> Parts:
         return {"values": tensors["values"] * coefficients.to(self.values)[:, None]}
@@ -188,10 +194,10 @@ class SteeringVectors(Perturbation):
 
     def _less_target(self, other: "SteeringVectors") -> "SteeringVectors":
         """These vectors; of a sum of vectors learned for different targets, none is the target."""
-        if objective_of(self) == objective_of(other):
+        if self.objective == other.objective:
             return self
         kept = {key: value for key, value in self.provenance.items() if key not in ("target_layer", "target_hook")}
-        return SteeringVectors(self.values, self.source_layer, self.history, kept, self.site)
+        return replace(self, provenance=kept, objective=None)
 
     def __repr__(self) -> str:
         radii = self.radii

@@ -3,7 +3,7 @@
 import copy
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
@@ -25,12 +25,14 @@ class PromptBatch:
         lengths: the number of own tokens of each prompt, BOS included.
         target_mask: True at the positions whose change counts.
         texts: what each prompt says, for tables and provenance.
+        positions: the target positions as they were asked for.
     """
 
     tokens: Int[Tensor, "prompt pos"]
     lengths: Int[Tensor, " prompt"]
     target_mask: Bool[Tensor, "prompt pos"]
     texts: tuple[str, ...]
+    positions: Positions = field(default_factory=lambda: slice(None))
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -122,7 +124,8 @@ def pad(rows: list[list[int]], texts: Sequence[str], target_positions: Positions
     chosen = [_select(len(row), target_positions, i) + [False] * (width - len(row)) for i, row in enumerate(rows)]
     tokens = torch.tensor([row + [filler] * (width - len(row)) for row in rows], dtype=torch.long, device=device)
     lengths = torch.tensor([len(row) for row in rows], dtype=torch.long, device=device)
-    return PromptBatch(tokens, lengths, torch.tensor(chosen, dtype=torch.bool, device=device), tuple(texts))
+    mask = torch.tensor(chosen, dtype=torch.bool, device=device)
+    return PromptBatch(tokens, lengths, mask, tuple(texts), target_positions)
 
 
 def as_list(prompts: Prompts) -> list[Any]:
@@ -134,11 +137,6 @@ def as_list(prompts: Prompts) -> list[Any]:
     if not prompts:
         raise ValueError("prompts is an empty list: give at least one prompt.")
     return [list(prompts)] if isinstance(prompts[0], dict) else list(prompts)
-
-
-def positions_text(positions: Positions) -> str:
-    """Target positions as provenance keeps them, the same for a list and a tuple."""
-    return str(positions if isinstance(positions, slice) else list(positions))
 
 
 def one_prompt(batch: PromptBatch) -> None:

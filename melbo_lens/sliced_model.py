@@ -202,6 +202,46 @@ def slice_model(
     return sliced
 
 
+def opened(model: Any) -> "SlicedModel | Host":
+    """The model, ready to be asked for its sizes; a slice in its place stays."""
+    return model if isinstance(model, SlicedModel) else host_of(model)
+
+
+def as_slice(
+    model: Any,
+    prompts: Prompts | None,
+    source_layer: int | None,
+    target_layer: int | None,
+    target_positions: Positions | None,
+    target_hook: str | None,
+    site: str | None,
+    default_positions: Positions = slice(None),
+) -> SlicedModel:
+    """The slice that was given in place of a model, or a new one.
+
+    Raises:
+        TypeError: a model without prompts or a layer, or a slice with what it says itself.
+    """
+    if not isinstance(model, SlicedModel):
+        for name, value in (("prompts", prompts), ("source_layer", source_layer)):
+            if value is None:
+                raise TypeError(f"{name} is missing: give it beside the model, or a slice of slice_model in the model's place.")
+        positions = default_positions if target_positions is None else target_positions
+        return slice_model(model, prompts, source_layer, target_layer, positions, target_hook, site or "mlp_out")
+    beside = {
+        "prompts": prompts,
+        "source_layer": source_layer,
+        "target_layer": target_layer,
+        "target_positions": target_positions,
+        "target_hook": target_hook,
+        "site": site,
+    }
+    given = [name for name, value in beside.items() if value is not None]
+    if given:
+        raise TypeError(f"a slice was given, which says {' and '.join(given)} itself: leave {'it' if len(given) == 1 else 'them'} out.")
+    return model
+
+
 def _replay(
     host: Host,
     calls: tuple[blocks.BlockCall, ...] | list[blocks.BlockCall],

@@ -4,25 +4,26 @@ import os
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from melbo_lens import files
-from melbo_lens.optimization import State
+from melbo_lens.ascent.states import State
+from melbo_lens.methods import version_0_1_0
 
 KIND = "ascent"
-ALWAYS_SO = {"fit_vectors": {"site": "mlp_out"}, "fit_adapters": {"site": "mlp"}}  # what a checkpoint of version 0.1.0 needs not say
+S = TypeVar("S", bound=State)
 
 
 def run(
-    states: Iterable[State],
+    states: Iterable[S],
     checkpoint: str | os.PathLike[str] | None,
     settings: Mapping[str, Any],
     bar: Any,
-    state: State | None = None,
+    state: S | None = None,
     interval: float = 30.0,
-) -> State:
+) -> S:
     """Takes an ascent to its end and returns the last state.
 
     `state` is the one that the ascent goes on from, if any. Every `interval` seconds, at the end, and when interrupted,
@@ -34,23 +35,23 @@ def run(
             bar.update()
             bar.set_postfix_str(f"objective {_mean_objective(state):.4g}", refresh=False)
             if checkpoint is not None and time.monotonic() - saved > interval:
-                files.write(checkpoint, KIND, state, settings)
+                files.write(checkpoint, KIND, state.tensors(), settings)
                 saved = time.monotonic()
     finally:
         if checkpoint is not None and state is not None:
-            files.write(checkpoint, KIND, state, settings)
+            files.write(checkpoint, KIND, state.tensors(), settings)
     return state
 
 
 def _mean_objective(state: State) -> float:
-    """The mean over the vectors of their last known objective; those not begun don't count."""
-    known = state["history"].nan_to_num(-1.0)
+    """The mean over the rows of their last known objective; those not begun don't count."""
+    known = state.history.nan_to_num(-1.0)
     last = torch.where(known >= 0, torch.arange(1, len(known) + 1, device=known.device)[:, None], 0).amax(0)
     begun = last > 0
     return float(known.gather(0, (last - 1).clamp(min=0)[None])[0][begun].mean()) if begun.any() else 0.0
 
 
-def resume(checkpoint: str | os.PathLike[str] | None, settings: Mapping[str, Any]) -> State | None:
+def resume(checkpoint: str | os.PathLike[str] | None, settings: Mapping[str, Any], kind: type[S], device: torch.device | str = "cpu") -> S | None:
     """The saved state, None if there is none yet.
 
     Raises:
@@ -64,10 +65,10 @@ def resume(checkpoint: str | os.PathLike[str] | None, settings: Mapping[str, Any
         if not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
             raise OSError(f"checkpoint={str(path)!r} can't be written: its folder does not exist or is not writable.")
         return None
-    state, saved = files.read(path, KIND)
-    saved = {**ALWAYS_SO.get(saved.get("method"), {}), **saved}
+    tensors, saved = files.read(path, KIND)
+    saved = {**version_0_1_0.UNSAID.get(saved.get("method"), {}), **saved}
     differing = sorted(key for key in {*settings, *saved} if settings.get(key) != saved.get(key))
     if differing:
         pairs = ", ".join(f"{key}: {saved.get(key)!r} there, {settings.get(key)!r} here" for key in differing)
         raise ValueError(f"checkpoint={str(path)!r} belongs to another fit ({pairs[:600]}): use the same arguments, or another file.")
-    return state
+    return kind.of(version_0_1_0.translated(tensors, saved), device)

@@ -1,58 +1,54 @@
 """How are unsupervised steering vectors learned?  `fit_vectors`: the method of Mack and Turner's post, on slices and in batches."""
 
 import hashlib
-import time
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from melbo_lens import hooks
-from melbo_lens.access import host_of
-from melbo_lens.arguments import counts, public
+from melbo_lens.arguments import counts, positive, public
+from melbo_lens.ascent.constraints import OrderedRows, Sphere
 from melbo_lens.calibration import solve_radius
-from melbo_lens.methods import checkpoints
-from melbo_lens.methods.gradients import default_batch_size, objective_and_gradient
-from melbo_lens.methods.provenance import describe
-from melbo_lens.objectives import TokenNorm, check_exponents
-from melbo_lens.optimization import State, adamw, power
+from melbo_lens.methods.fitting import Optimizer, Run, fit, objective_at, settings_of
+from melbo_lens.methods.problem import Problem, bias
+from melbo_lens.objectives import Objective, TokenNorm
 from melbo_lens.perturbations import SteeringVectors
-from melbo_lens.prompts import Positions, Prompts, positions_text
+from melbo_lens.prompts import Positions, Prompts
 from melbo_lens.randomness import gaussian_rows
-from melbo_lens.sliced_model import SlicedModel, slice_model
+from melbo_lens.sliced_model import as_slice, opened
 
-DEFAULT_STEPS = {"adamw": 300, "power": 40}
-DEFAULT_LR = 1e-3
-Optimizer = Literal["power", "adamw"]
+STEPS = {"adamw": 300, "power": 40}
 
 
 @public
 def fit_vectors(
     model: Any,
-    prompts: Prompts,
-    source_layer: int,
+    prompts: Prompts | None = None,
+    source_layer: int | None = None,
     target_layer: int | None = None,
+    *,
     n_vectors: int = 32,
     radius: float | Literal["auto"] = "auto",
     p: float = 2,
     q: float = 1,
-    target_positions: Positions = slice(None),
+    target_positions: Positions | None = None,
     orthogonal: bool = True,
     optimizer: Optimizer = "power",
     n_steps: int | None = None,
     lr: float | None = None,
-    init: Float[Tensor, "vector d_model"] | None = None,
+    init: Float[Tensor, "vector d_model"] | SteeringVectors | None = None,
     restarts: int = 1,
+    diversity: float = 0.0,
     token_norm: TokenNorm = "d_model",
     batch_size: int | None = None,
     seed: int = 0,
     checkpoint: str | Path | None = None,
     progress: bool = True,
     target_hook: str | None = None,
-    site: str = "mlp_out",
+    site: str | None = None,
 ) -> SteeringVectors:
     """Learns vectors of norm R that, added at an early MLP output, change a later activation most.
 
@@ -63,7 +59,7 @@ def fit_vectors(
     with Z the target activation and I_i the target positions. No labels are used. Model and global state are left as they were.
 
     Args:
-        model: `HookedTransformer` or `TransformerBridge`.
+        model: `HookedTransformer` or `TransformerBridge`, or a slice of `slice_model`, which says prompts, layers, positions and site itself.
         prompts: text, chat messages, a list of either, or token ids [prompt pos]. One is enough.
         source_layer: the block at whose `site` the vectors are added, at every position.
         target_layer: the change is measured in the stream entering this block (`n_layers`: leaving the last one).
@@ -71,20 +67,21 @@ def fit_vectors(
         radius: their norm R. Behaviours sit at different radii: try a few. "auto" calibrates one (`calibrate_radius`).
         p: larger ones favour a change concentrated on few positions; the post uses 2 and 4.
         q: each prompt's sum is raised to 1 / q; the post uses 1 and p.
-        target_positions: where a change counts, in each prompt's own tokens: `slice(-3, None)` for the last three.
+        target_positions: where a change counts, in each prompt's own tokens: `slice(-3, None)` for the last three; None: at all.
         orthogonal: each vector is orthogonal to those before it. Without it many find the same loudest direction.
         optimizer: "power", a fixed-point iteration, is fast; "adamw" is the published recipe, step by step.
         n_steps: default 40 at most for "power", which stops by tolerance, and 300 for "adamw".
         lr: of "adamw", in units of the vectors' coordinates; default 1e-3, as published.
         init: starting directions instead of random ones.
         restarts: number of random starts from which "power" keeps the best of each vector.
+        diversity: above 0, each vector pays for a change like that of an earlier one, as in `fit_adapters`; of use with `orthogonal=False`.
         token_norm: see `change_objective`.
         batch_size: rows (vector x prompt) in one forward pass. It bounds memory and changes results by rounding only; None takes about 1 GiB.
         seed: of the starting directions; that of vector k depends on (seed, k) alone.
         checkpoint: a file to which the state is saved twice a minute and on an interrupt; the same call later goes on from it.
         progress: whether to show a progress bar with the mean objective.
         target_hook: read this activation instead of a layer's stream.
-        site: where in the block they are added: "mlp_out", "resid_post" (the stream that leaves it) or "attn_out".
+        site: where in the block they are added: "mlp_out" (None too), "resid_post" (the stream that leaves it) or "attn_out".
 
     Returns:
         The vectors, with `history` [step vector] and every resolved setting in `provenance`.
@@ -95,61 +92,39 @@ def fit_vectors(
 
     Source: Mack and Turner, "Mechanistically Eliciting Latent Behaviors in Language Models" (2024).
     """
-    _check_settings(n_vectors, radius, optimizer, n_steps, lr, restarts, batch_size, init)
-    check_exponents(p, q, token_norm)
-    host = host_of(model)
-    d_model = host.d_model
+    run = Run(optimizer, n_steps, lr, restarts, batch_size, seed, checkpoint, progress)
+    counts(n_vectors=n_vectors)
+    if radius != "auto":
+        positive("radius", radius, ', or "auto" to calibrate one')
+    init = init.values if isinstance(init, SteeringVectors) else init
+    if init is not None and not (torch.isfinite(init).all() and (init.norm(dim=-1) > 0).all()):
+        raise ValueError("init must hold finite directions, none of them zero.")
+    Objective(p=p, q=q, token_norm=token_norm, diversity=diversity)  # checks them before the model runs
+    model = opened(model)
+    d_model = model.d_model
     if orthogonal and n_vectors > d_model:
         raise ValueError(
             f"n_vectors={n_vectors} can't be orthogonal in d_model={d_model} dimensions: ask for at most {d_model}, or orthogonal=False."
         )
     if init is not None and tuple(init.shape) != (n_vectors, d_model):
         raise ValueError(f"init has shape {tuple(init.shape)}, it must be [vector d_model] = ({n_vectors}, {d_model}).")
-    began = time.monotonic()
-    sliced = slice_model(host, prompts, source_layer, target_layer, target_positions, target_hook, site)
-    with hooks.frozen(host):
+    sliced = as_slice(model, prompts, source_layer, target_layer, target_positions, target_hook, site)
+    run, objective = run.resolved(sliced, STEPS), objective_at(sliced, p=p, q=q, token_norm=token_norm, diversity=diversity)
+    with hooks.frozen(sliced.host):
         solved = solve_radius(sliced, seed=seed) if radius == "auto" else None
-        settings = {
-            "method": "fit_vectors",
-            **describe(sliced),
+        settings = settings_of("fit_vectors", sliced, objective, run) | {
             "n_vectors": n_vectors,
             "radius": solved.radius if solved else float(radius),
             "radius_rule": f"{solved.rule} {solved.target:.3g}" if solved else "given",
-            "p": p,
-            "q": q,
-            "token_norm": token_norm,
-            "target_positions": positions_text(target_positions),
             "orthogonal": orthogonal,
-            "optimizer": optimizer,
-            "n_steps": n_steps or DEFAULT_STEPS[optimizer],
-            "lr": (lr or DEFAULT_LR) if optimizer == "adamw" else None,
             "init": None if init is None else _digest(init),
-            "restarts": restarts,
-            "batch_size": batch_size or default_batch_size(sliced),
-            "seed": seed,
         }
         starts = torch.stack([_starts(init, n_vectors, d_model, seed, restart) for restart in range(restarts)]).to(sliced.device)
-        state = _ascend(sliced, starts, settings, checkpoint, progress)
-    steps = int(state["step"]) - 1 if optimizer == "power" else settings["n_steps"]
-    settings |= {"status": _status(state, settings, steps), "seconds": round(time.monotonic() - began, 3)}
-    return SteeringVectors(state["values"], source_layer, state["history"][: steps + 1], settings, site)
-
-
-def _ascend(sliced: SlicedModel, starts: Float[Tensor, "restart vector d_model"], settings: dict, checkpoint: Any, progress: bool) -> State:
-    n_vectors, n_steps = settings["n_vectors"], settings["n_steps"]
-    evaluate = objective_and_gradient(sliced, settings["p"], settings["q"], settings["token_norm"], settings["batch_size"])
-    radii = starts.new_full((n_vectors,), settings["radius"])
-    saved = checkpoints.resume(checkpoint, settings)
-    saved = None if saved is None else {name: tensor.to(sliced.device) for name, tensor in saved.items()}
-    if settings["optimizer"] == "adamw":
-        states = adamw(evaluate, starts[0], radii, n_steps, settings["lr"], settings["orthogonal"], saved)
-        total = (n_steps + 1) * (n_vectors if settings["orthogonal"] else 1)
-    else:
-        states = power(evaluate, starts, radii, n_steps, settings["orthogonal"], state=saved)
-        total = n_steps + 1
-    label = f"layer {settings['source_layer']}, radius {settings['radius']:.3g}"
-    with tqdm(total=total, desc=label, unit="step", disable=not progress) as bar:
-        return checkpoints.run(states, checkpoint, settings, bar, saved)
+        radii = starts.new_full((n_vectors,), settings["radius"])
+        problem = Problem(sliced, bias(sliced), objective.value, run.batch_size, diversity)
+        label = f"layer {sliced.source_layer}, radius {settings['radius']:.3g}"
+        found = fit(problem, (starts,), OrderedRows(radii) if orthogonal else Sphere(radii), run, settings, label)
+    return SteeringVectors(found.point[0], sliced.source_layer, found.history, found.provenance, sliced.site.name, objective)
 
 
 def _starts(init: Tensor | None, n_vectors: int, d_model: int, seed: int, restart: int) -> Float[Tensor, "vector d_model"]:
@@ -161,39 +136,3 @@ def _starts(init: Tensor | None, n_vectors: int, d_model: int, seed: int, restar
 
 def _digest(init: Tensor) -> str:
     return hashlib.blake2b(init.detach().float().cpu().numpy().tobytes(), digest_size=8).hexdigest()
-
-
-def _status(state: State, settings: dict, steps: int) -> str:
-    if settings["optimizer"] == "adamw":
-        return f"ran all {steps} steps; the last iterate is kept"
-    total = settings["n_vectors"] if settings["orthogonal"] else 1
-    settled = int(state["settled"])
-    if settled == total:
-        return f"settled after {steps} steps: every objective changed by less than .1 % in a step"
-    what = f"{settled} of {total} vectors had settled" if settings["orthogonal"] else "not all vectors had settled"
-    return f"stopped after {steps} steps, as n_steps says; {what}, each is the best point seen"
-
-
-def _check_settings(
-    n_vectors: int,
-    radius: float | str,
-    optimizer: str,
-    n_steps: int | None,
-    lr: float | None,
-    restarts: int,
-    batch_size: int | None,
-    init: Tensor | None,
-) -> None:
-    counts(n_vectors=n_vectors, n_steps=n_steps, restarts=restarts, batch_size=batch_size)
-    if radius != "auto" and (isinstance(radius, str) or not 0 < radius < float("inf")):
-        raise ValueError(f'radius={radius!r} must be a positive, finite number, or "auto" to calibrate one.')
-    if optimizer not in DEFAULT_STEPS:
-        raise ValueError(f'optimizer={optimizer!r} must be "power" (fast) or "adamw" (the published recipe).')
-    if lr is not None and optimizer != "adamw":
-        raise ValueError(f'lr={lr} has no meaning for optimizer="power", which takes no step size: leave it out, or use "adamw".')
-    if lr is not None and not 0 < lr < float("inf"):
-        raise ValueError(f"lr={lr} must be a positive, finite number.")
-    if restarts > 1 and optimizer != "power":
-        raise ValueError(f'restarts={restarts} needs optimizer="power": the published recipe has one start.')
-    if init is not None and not (torch.isfinite(init).all() and (init.norm(dim=-1) > 0).all()):
-        raise ValueError("init must hold finite directions, none of them zero.")

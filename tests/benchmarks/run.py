@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, GPT2Config
 import melbo_lens as ml
 from melbo_lens import hooks, passes
 from melbo_lens.calibration import solve_radius
-from melbo_lens.methods.gradients import objective_and_gradient
+from melbo_lens.methods.problem import Problem, bias
+from melbo_lens.objectives import Objective
 from tests import models
 from tests.benchmarks import breadth
 from tests.oracles.textbook import Textbook
@@ -65,8 +66,9 @@ def step_cost(repeats=5):
     for _ in tqdm(range(repeats), desc="cost of a step"):
         times["textbook"].append(seconds(book.learn, starts[:1], 2.0, 3, 1e-3)[0] / 3)
         for name, n in (("one row", 1), ("many rows", N_ROWS)):
-            evaluate = objective_and_gradient(ml.slice_model(model, tokens, SOURCE, TARGET), 2, 1, "d_model", N_ROWS)
-            times[name].append(seconds(evaluate, 2 * starts[:n] / starts[:n].norm(dim=1, keepdim=True))[0] / n)
+            sliced = ml.slice_model(model, tokens, SOURCE, TARGET)
+            problem = Problem(sliced, bias(sliced), Objective().value, N_ROWS)
+            times[name].append(seconds(problem, (2 * starts[None, :n] / starts[:n].norm(dim=1, keepdim=True),))[0] / n)
     textbook, one, many = (statistics.median(times[name]) for name in ("textbook", "one row", "many rows"))
     return {
         "seconds_textbook": textbook,
@@ -234,7 +236,7 @@ def memory(batch_size):
     theta = torch.randn(N_ROWS, 512, generator=torch.Generator().manual_seed(1))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         for rows in theta.split(batch_size):
-            objective_and_gradient(sliced, 2, 1, "d_model", batch_size)(rows)
+            Problem(sliced, bias(sliced), Objective().value, batch_size)((rows[None],))
             chunks.append(0)
     return {"saved_bytes": max(chunks), "peak_rss_kib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, "rss_before_kib": before}
 

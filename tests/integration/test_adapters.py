@@ -7,13 +7,16 @@ from transformers import AutoModelForCausalLM
 import melbo_lens as ml
 from melbo_lens import hooks
 from melbo_lens.access import host_of
-from melbo_lens.factors import normalize
-from melbo_lens.methods.adapter_gradients import AdapterObjective, penalized
+from melbo_lens.ascent.constraints import NORMALIZATIONS
+from melbo_lens.methods.low_rank import LowRank
+from melbo_lens.methods.problem import Problem
+from melbo_lens.objectives import Objective, penalized
 from melbo_lens.sliced_model import SlicedModel, slice_model
 from tests import models
 from tests.oracles.textbook_adapters import TextbookAdapters
 
 PROMPTS = ["w1 w2 w3 w4", "w5 w6 w7"]
+FROBENIUS = NORMALIZATIONS["frobenius"]
 DENSE = [name for name in models.CONFIGS if name != "mixtral"]
 CASES = [(name, kind) for name in DENSE for kind in ("bridge", "compatible")]
 TOKENS = torch.tensor([[1, 5, 9, 7, 12, 30]])
@@ -173,16 +176,21 @@ def test_several_source_layers_follow_the_textbook(build, directories):
 
 def objective(model, diversity=0.0, batch_size=64, layers=(1,), scale=0.6):
     sliced = slice_model(model, PROMPTS, layers[0], 4, slice(-2, None))
-    return AdapterObjective(
-        sliced, [host_of(model).weight_site(layer, "mlp") for layer in layers], [], 3, 1.5, "d_model", batch_size, scale, diversity=diversity
-    )
+    act = LowRank(sliced, [host_of(model).weight_site(layer, "mlp") for layer in layers], [], scale)
+    problem = Problem(sliced, act, Objective(p=3, q=1.5).value, batch_size, diversity)
+
+    def evaluate(point):
+        seen = problem(tuple(x[None] for x in point))
+        return seen.value[0], seen.score[0], tuple(x[0] for x in seen.gradient)
+
+    return evaluate
 
 
 def random_point(model, layers=(1,), n=3, rank=2):
     point = []
     for i, layer in enumerate(layers):
         d_mlp, d_model = host_of(model).widths(layer, "mlp")
-        point += [normalize(gaussian(n, rank, d_mlp, seed=i), "frobenius"), normalize(gaussian(n, d_model, rank, seed=i + 9), "frobenius")]
+        point += [FROBENIUS.normalize(gaussian(n, rank, d_mlp, seed=i)), FROBENIUS.normalize(gaussian(n, d_model, rank, seed=i + 9))]
     return tuple(point)
 
 
@@ -193,7 +201,7 @@ def test_the_gradient_is_that_of_finite_differences(build, layers, diversity):
     with hooks.frozen(host_of(model)):
         _, _, gradients = evaluate(point)
         for i, factor in enumerate(point):
-            direction = normalize(gaussian(*factor.shape, seed=20 + i), "frobenius")
+            direction = FROBENIUS.normalize(gaussian(*factor.shape, seed=20 + i))
             direction[:2] = 0  # the penalty holds earlier adapters fixed, so move the last one only
             moved = [tuple(other + sign * 5e-3 * direction if j == i else other for j, other in enumerate(point)) for sign in (1, -1)]
             difference = (evaluate(moved[0])[1] - evaluate(moved[1])[1])[2] / 1e-2
@@ -291,16 +299,16 @@ def test_a_checkpoint_goes_on_and_refuses_other_settings(model, tmp_path, monkey
     settings = {"n_adapters": 2, "rank": 2, "n_steps": 6, "lr": 0.02, "progress": False}
     whole = ml.fit_adapters(model, PROMPTS, 1, 3, **settings)
     calls = []
-    original = AdapterObjective.__call__
+    original = Problem.__call__
 
-    def interrupted(self, point):
+    def interrupted(self, point, first):
         calls.append(1)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return original(self, point)
+        return original(self, point, first)
 
     path = tmp_path / "fit.checkpoint"
-    monkeypatch.setattr(AdapterObjective, "__call__", interrupted)
+    monkeypatch.setattr(Problem, "__call__", interrupted)
     with pytest.raises(KeyboardInterrupt):
         ml.fit_adapters(model, PROMPTS, 1, 3, checkpoint=path, **settings)
     resumed = ml.fit_adapters(model, PROMPTS, 1, 3, checkpoint=path, **settings)
@@ -360,7 +368,7 @@ def test_an_unknown_normalization_is_refused():
     from melbo_lens.methods.adapters import _check_settings
 
     with pytest.raises(ValueError, match='"column" \\(as published\\), "frobenius" or "spectral"'):
-        _check_settings(2, 2, None, None, None, "nuclear", 0.0, "adamw", None, None, None)
+        _check_settings(2, 2, None, None, None, "nuclear")
 
 
 @pytest.mark.parametrize("layers", [[1, 2], [0, 3]])

@@ -5,6 +5,7 @@ import torch
 
 import melbo_lens as ml
 from melbo_lens import files
+from melbo_lens.ascent.states import State
 from melbo_lens.methods import checkpoints
 
 ARGUMENTS = {"source_layer": 1, "target_layer": 3, "n_vectors": 3, "radius": 2.0, "progress": False}
@@ -55,7 +56,7 @@ def test_going_on_after_an_interrupt_equals_one_run(any_model, tmp_path, optimiz
 def test_the_state_is_saved_at_intervals_too(model, tmp_path, monkeypatch):
     saves = []
     monkeypatch.setattr(files, "write", lambda *arguments: saves.append(arguments))
-    states = ({"history": torch.ones(2, 1), "values": torch.ones(1, 3)} for _ in range(5))
+    states = (State((torch.ones(1, 3),), torch.ones(2, 1), step) for step in range(5))
 
     class Bar:
         update = set_postfix_str = lambda *_, **__: None

@@ -53,7 +53,7 @@ def no_steps(monkeypatch):
     def forbidden(*_, **__):
         raise AssertionError("an optimisation step was begun")
 
-    monkeypatch.setattr(melbo, "_ascend", forbidden)
+    monkeypatch.setattr(melbo, "fit", forbidden)
 
 
 @pytest.mark.parametrize(("bad", "said"), BAD, ids=lambda value: None if isinstance(value, dict) else value)

@@ -7,12 +7,13 @@ import torch
 from torch import nn
 
 import melbo_lens as ml
+from melbo_lens.ascent.constraints import OrderedRows
+from melbo_lens.ascent.fixed_point import fixed_point
 from melbo_lens.blocks import BlockCall
-from melbo_lens.methods.gradients import objective_and_gradient
-from melbo_lens.optimization import power
 from melbo_lens.prompts import PromptBatch
 from melbo_lens.sliced_model import SlicedModel
 from tests import models
+from tests.builders import of_vectors, vector_problem
 from tests.oracles.textbook import Textbook
 
 PROMPTS = ["w1 w2 w3 w4", "w5 w6 w7"]
@@ -40,25 +41,27 @@ def test_on_a_linear_slice_the_vectors_are_the_right_singular_vectors_in_order()
     maps, sliced = linear_slice()
     stacked = maps[0].flatten(0, 1)  # [pos d_target, d_model]
     _, singular, right = torch.linalg.svd(stacked)
-    evaluate = objective_and_gradient(sliced, 2, 1, "d_model", 64)
-    *_, state = power(evaluate, torch.randn(1, 3, 10, generator=torch.Generator().manual_seed(1)), torch.full((3,), 2.0), 4000, tolerance=1e-8)
-    torch.testing.assert_close((state["values"] / 2 * right[:3]).sum(1).abs(), torch.ones(3), atol=1e-3, rtol=0)
-    torch.testing.assert_close(evaluate(state["values"])[0], (2 * singular[:3]) ** 2, rtol=1e-4, atol=0)
+    start = torch.randn(1, 3, 10, generator=torch.Generator().manual_seed(1))
+    *_, climb = fixed_point(vector_problem(sliced), (start,), OrderedRows(torch.full((3,), 2.0)), 4000, tolerance=1e-8)
+    (values,) = climb.point
+    torch.testing.assert_close((values / 2 * right[:3]).sum(1).abs(), torch.ones(3), atol=1e-3, rtol=0)
+    torch.testing.assert_close(of_vectors(sliced)(values)[0], (2 * singular[:3]) ** 2, rtol=1e-4, atol=0)
 
 
 def test_over_many_prompts_it_is_the_top_eigenvector_of_the_summed_gram_matrix():
     maps, sliced = linear_slice(n_prompts=5)
     gram = torch.einsum("itde,itdf->ef", maps, maps)
     values, vectors = torch.linalg.eigh(gram)
-    evaluate = objective_and_gradient(sliced, 2, 1, "d_model", 3)
-    *_, state = power(evaluate, torch.randn(1, 1, 10, generator=torch.Generator().manual_seed(1)), torch.ones(1), 4000, tolerance=1e-8)
-    torch.testing.assert_close((state["values"][0] @ vectors[:, -1]).abs(), torch.tensor(1.0), atol=1e-4, rtol=0)
-    torch.testing.assert_close(evaluate(state["values"])[0], values[-1:], rtol=1e-4, atol=0)
+    start = torch.randn(1, 1, 10, generator=torch.Generator().manual_seed(1))
+    *_, climb = fixed_point(vector_problem(sliced, batch_size=3), (start,), OrderedRows(torch.ones(1)), 4000, tolerance=1e-8)
+    (found,) = climb.point
+    torch.testing.assert_close((found[0] @ vectors[:, -1]).abs(), torch.tensor(1.0), atol=1e-4, rtol=0)
+    torch.testing.assert_close(of_vectors(sliced)(found)[0], values[-1:], rtol=1e-4, atol=0)
 
 
 def test_the_gradient_is_that_of_finite_differences():
     _, sliced = linear_slice(n_prompts=2)
-    evaluate = objective_and_gradient(sliced, 3, 1.5, "d_model", 3)
+    evaluate = of_vectors(sliced, 3, 1.5, 3)
     theta = torch.randn(2, 10, generator=torch.Generator().manual_seed(3))
     _, gradient = evaluate(theta)
     direction = torch.randn(2, 10, generator=torch.Generator().manual_seed(4))
@@ -102,10 +105,10 @@ def test_the_last_row_of_the_history_is_the_objective_of_the_values(any_model, o
         any_model, PROMPTS, 1, 3, n_vectors=3, radius=2.0, optimizer=optimizer, lr=lr, orthogonal=orthogonal, n_steps=15, progress=False
     )
     sliced = ml.slice_model(any_model, PROMPTS, 1, 3)
-    value, _ = objective_and_gradient(sliced, 2, 1, "d_model", 2)(vectors.values)
+    value, _ = of_vectors(sliced, 2, 1, 2)(vectors.values)
     torch.testing.assert_close(vectors.history[-1], value, rtol=1e-4, atol=0)
     control = ml.random_vectors(like=vectors, seed=1)
-    assert value.sum() > 1.2 * objective_and_gradient(sliced, 2, 1, "d_model", 9)(control.values)[0].sum()
+    assert value.sum() > 1.2 * of_vectors(sliced, 2, 1, 9)(control.values)[0].sum()
 
 
 def test_one_step_does_not_depend_on_the_batch_size(model):
@@ -142,7 +145,7 @@ def test_the_same_seed_gives_identical_vectors_and_another_seed_others(any_model
 def test_prompt_order_and_padding_do_not_matter(any_model):
     def objective(prompts):
         sliced = ml.slice_model(any_model, prompts, 1, 3, target_positions=slice(-2, None))
-        return objective_and_gradient(sliced, 2, 1, "d_model", 4)(torch.ones(2, models.D_MODEL))
+        return of_vectors(sliced, 2, 1, 4)(torch.ones(2, models.D_MODEL))
 
     together, reverse = objective(PROMPTS), objective(PROMPTS[::-1])
     apart = [objective(prompt) for prompt in PROMPTS]

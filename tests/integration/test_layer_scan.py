@@ -5,8 +5,8 @@ import torch
 
 import melbo_lens as ml
 from melbo_lens import layer_scan
-from melbo_lens.methods.gradients import objective_and_gradient
 from tests import models
+from tests.builders import of_vectors
 
 PROMPTS = ["w1 w2 w3", "w4 w5"]
 FAST = {"radius": 2.0, "n_vectors": 2, "n_steps": 4, "progress": False}
@@ -25,7 +25,7 @@ def test_a_shortened_slice_is_the_slice_made_directly(any_model):
     long, direct = ml.slice_model(any_model, PROMPTS, 0, 4), ml.slice_model(any_model, PROMPTS, 0, 2)
     short = long.shorter(2)
     theta = torch.randn(2, models.D_MODEL, generator=torch.Generator().manual_seed(0))
-    for a, b in zip(objective_and_gradient(short, 2, 1, "d_model", 9)(theta), objective_and_gradient(direct, 2, 1, "d_model", 9)(theta), strict=True):
+    for a, b in zip(of_vectors(short, 2, 1, 9)(theta), of_vectors(direct, 2, 1, 9)(theta), strict=True):
         torch.testing.assert_close(a, b)
     with pytest.raises(ValueError, match="target_layer=5"):
         long.shorter(5)

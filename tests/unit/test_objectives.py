@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from melbo_lens.objectives import change_objective, check_exponents
+from melbo_lens.objectives import Objective, change_objective
 
 EXPONENTS = st.sampled_from([1.0, 1.5, 2.0, 3.0, 4.0])
 SEEDS = st.integers(0, 10_000)
@@ -94,4 +94,4 @@ def test_the_gradient_is_finite_where_nothing_changed(p, q, norm):
 @pytest.mark.parametrize(("p", "q", "norm", "named"), [(0.5, 1, "d_model", "p=0.5"), (2, 0.9, "d_model", "q=0.9"), (2, 1, "rows", "token_norm")])
 def test_refuses_exponents_and_norms_without_meaning(p, q, norm, named):
     with pytest.raises(ValueError, match=named):
-        check_exponents(p, q, norm)
+        Objective(p=p, q=q, token_norm=norm)

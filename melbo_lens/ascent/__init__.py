@@ -1,0 +1,1 @@
+"""How does one climb?  Objectives, the constraints that points obey, and two ascents over any of them.  Torch only."""

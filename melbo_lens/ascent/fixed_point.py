@@ -1,0 +1,115 @@
+"""How does one climb fast?  At a maximum a point is the one that its own gradient asks for; the ascent takes that as an iteration."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from melbo_lens.ascent.constraints import Block, Constraint
+from melbo_lens.ascent.states import Evaluate, Point, State
+
+TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True, eq=False)
+class Climb(State):
+    """The state of `fixed_point`.
+
+    Attributes:
+        moving: where every restart stands, [restart row ...] each; `point` has the frozen rows and of the others the best seen.
+        best: the best score of each problem of the block that is frozen next: of all its rows, or of each.
+        recent: the scores of the last steps that count towards settling; NaN before the first.
+        block: the number of the block that is frozen next.
+        settled: how many rows were frozen before their deadline.
+    """
+
+    moving: Point
+    best: Float[Tensor, " problem"]
+    recent: Float[Tensor, "patience restart problem"]
+    block: int
+    settled: int
+
+
+def fixed_point(
+    evaluate: Evaluate, starts: Point, constraint: Constraint, n_steps: int, tolerance: float = TOLERANCE, state: Climb | None = None
+) -> Iterator[Climb]:
+    """The fast ascent: each step takes the point that maximises the objective made linear, for all rows at once.
+
+    On a sphere that is ``theta <- R grad f / ||grad f||``. Orthogonal rows take their gradients orthonormalised *in order*, so the fixed point is
+    that of learning them one after another. Part of the old point is added each time, which damps oscillation. Rows are frozen block by
+    block, each at the best point that any restart has seen since the block before it was frozen, and the rest goes on in the
+    complement. So a row never falls once the rows before it are frozen. A block that has settled is frozen early.
+
+    Args:
+        evaluate: the function to climb.
+        starts: starting rows, [restart row ...] each.
+        constraint: where they stay.
+        n_steps: at most so many steps.
+        tolerance: a block has settled when its score changes by less than this share within the constraint's patience, in every restart.
+        state: a state yielded before, to go on from it.
+
+    Yields:
+        The state after each evaluation. In its history a frozen row keeps its value.
+    """
+    n_rows = starts[0].shape[1]
+    blocks = constraint.blocks(n_rows, n_steps)
+    climb = state or _begun(constraint.project(starts, tuple(x[:, :0] for x in starts)), blocks[0], constraint.patience, n_steps)
+    while climb.block < len(blocks):
+        block = blocks[climb.block]
+        active = tuple(x[:, block.start :] for x in climb.moving)
+        seen = evaluate(climb.moving, block.start)
+
+        score = seen.score[:, : len(block)]
+        score = score.sum(1, keepdim=True) if block.joint else score  # [restart problem]
+        top, winner = score.max(0)
+        better = top > climb.best
+        rows = torch.arange(len(block), device=top.device)
+        improved, winners = better.expand(len(block)), winner.expand(len(block))
+        best = [_where(improved, x[winners, rows], old[block.start : block.stop]) for x, old in zip(active, climb.point, strict=True)]
+        history = climb.history.clone()
+        before = history[max(climb.step - 1, 0)]
+        history[climb.step, : block.start] = before[: block.start]
+        history[climb.step, block.stop :] = seen.value[:, len(block) :].amax(0)
+        history[climb.step, block.start : block.stop] = torch.where(improved, seen.value[winners, rows], before[block.start : block.stop])
+
+        # With patience the best score counts, since scores fall and rise again while factors take turns.
+        latest = torch.fmax(score, climb.recent[-1]) if constraint.patience > 1 else score
+        settled = bool(((latest - climb.recent[0]).abs() <= tolerance * latest.abs()).all())
+        late = climb.step >= block.deadline
+        frozen = block.stop if settled or late else block.start
+        still = tuple(
+            torch.cat([x[:, : block.start], kept.expand(len(x), *kept.shape)], dim=1)[:, :frozen] for x, kept in zip(climb.moving, best, strict=True)
+        )
+        ahead = tuple(x[:, frozen - block.start :] for x in active)
+        along = tuple(x[:, frozen - block.start :] for x in seen.gradient)
+        moved = constraint.pulled(ahead, along, still, climb.step) if frozen < n_rows else ahead
+        moving = tuple(torch.cat(pair, dim=1) for pair in zip(still, moved, strict=True))
+        rest = [x[0, block.stop :] for x in moving]
+        point = tuple(torch.cat([old[: block.start], kept, others]) for old, kept, others in zip(climb.point, best, rest, strict=True))
+        position = {"history": history, "step": climb.step + 1, "moving": moving, "point": point}
+        if frozen == block.start:
+            top = torch.where(better, top, climb.best)
+            climb = Climb(**position, best=top, recent=torch.cat([climb.recent[1:], latest[None]]), block=climb.block, settled=climb.settled)
+        else:
+            following = blocks[climb.block + 1] if climb.block + 1 < len(blocks) else None
+            unseen = _unseen(moving[0], following, constraint.patience)
+            climb = Climb(**position, **unseen, block=climb.block + 1, settled=climb.settled + (0 if late else len(block)))
+        yield climb
+
+
+def _begun(starts: Point, block: Block, patience: int, n_steps: int) -> Climb:
+    history = starts[0].new_full((n_steps + 1, starts[0].shape[1]), float("nan"))
+    return Climb(tuple(x[0] for x in starts), history, 0, starts, **_unseen(starts[0], block, patience), block=0, settled=0)
+
+
+def _unseen(like: Tensor, block: Block | None, patience: int) -> dict[str, Tensor]:
+    """What is known of a block of which nothing was evaluated."""
+    problems = 0 if block is None else 1 if block.joint else len(block)
+    return {"best": like.new_full((problems,), -torch.inf), "recent": like.new_full((patience, len(like), problems), torch.nan)}
+
+
+def _where(rows: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """The new rows where a row improved."""
+    return torch.where(rows.view(-1, *[1] * (new.ndim - 1)), new, old)

@@ -1,0 +1,145 @@
+"""What do all fits share?  Settings that are checked and filled in, an ascent that is shown, saved and resumed, and a sentence of how it ended."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from melbo_lens.arguments import counts, positive
+from melbo_lens.ascent.adamw import Descent, adamw
+from melbo_lens.ascent.constraints import Constraint
+from melbo_lens.ascent.fixed_point import Climb, fixed_point
+from melbo_lens.ascent.states import Point
+from melbo_lens.methods import checkpoints
+from melbo_lens.methods.problem import Problem, default_batch_size
+from melbo_lens.methods.provenance import describe
+from melbo_lens.objectives import Objective
+from melbo_lens.sliced_model import SlicedModel
+
+DEFAULT_LR = 1e-3
+Optimizer: TypeAlias = Literal["power", "adamw"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """How an ascent is run, checked when made.
+
+    Attributes:
+        optimizer: "power" (`fixed_point`) or "adamw" (`adamw`).
+        n_steps, batch_size: None: the default of method and slice.
+        lr: of "adamw".
+        restarts: random starts of "power".
+        seed: of the starts.
+        checkpoint: the file for its state.
+        progress: whether a bar is shown.
+        began: when the call began, so that its seconds are all counted.
+
+    Raises:
+        ValueError: a setting breaks a rule, or doesn't go with the optimizer.
+    """
+
+    optimizer: Optimizer
+    n_steps: int | None = None
+    lr: float | None = None
+    restarts: int = 1
+    batch_size: int | None = None
+    seed: int = 0
+    checkpoint: str | Path | None = None
+    progress: bool = True
+    began: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        counts(n_steps=self.n_steps, restarts=self.restarts, batch_size=self.batch_size)
+        if self.optimizer not in ("power", "adamw"):
+            raise ValueError(f'optimizer={self.optimizer!r} must be "power" (fast) or "adamw" (the published recipe).')
+        if self.lr is not None and self.optimizer != "adamw":
+            raise ValueError(f'lr={self.lr} has no meaning for optimizer="power", which takes no step size: leave it out, or use "adamw".')
+        if self.lr is not None:
+            positive("lr", self.lr, "")
+        if self.restarts > 1 and self.optimizer != "power":
+            raise ValueError(f'restarts={self.restarts} needs optimizer="power": the published recipe has one start.')
+
+    def resolved(self, sliced: SlicedModel, steps: Mapping[str, int]) -> "Run":
+        """With the defaults filled in; `steps` are the method's, by optimizer."""
+        return replace(
+            self,
+            n_steps=self.n_steps or steps[self.optimizer],
+            lr=(self.lr or DEFAULT_LR) if self.optimizer == "adamw" else None,
+            batch_size=self.batch_size or default_batch_size(sliced),
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """What of it changes the result."""
+        return {name: getattr(self, name) for name in ("optimizer", "n_steps", "lr", "restarts", "batch_size", "seed")}
+
+
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """How an ascent ended.
+
+    Attributes:
+        point: what it found, [row ...] each.
+        history: the objective before each step and, last, of the point.
+        provenance: every setting, with `status` and `seconds`.
+    """
+
+    point: Point
+    history: Float[Tensor, "step row"]
+    provenance: dict[str, Any]
+
+
+def settings_of(method: str, sliced: SlicedModel, objective: Objective, run: Run) -> dict[str, Any]:
+    """The provenance that fits of all methods have."""
+    return {"method": method, **describe(sliced), **without_place(objective), **run.settings()}
+
+
+def objective_at(sliced: SlicedModel, **settings: Any) -> Objective:
+    """The objective with these settings, read at the slice's target."""
+    hook = sliced.target_hook if sliced.target_layer is None else None
+    return Objective(sliced.target_layer, hook, sliced.batch.positions, **settings)
+
+
+def without_place(objective: Objective) -> dict[str, Any]:
+    """An objective's numbers; where it is read, the slice says by the names that the model has."""
+    return {name: value for name, value in objective.header().items() if name not in ("target_layer", "target_hook")}
+
+
+def fit(problem: Problem, starts: Point, constraint: Constraint, run: Run, settings: dict[str, Any], label: str) -> Fitted:
+    """Takes an ascent to its end.
+
+    Args:
+        problem: what is climbed.
+        starts: [restart row ...] each.
+        constraint: where the rows live.
+        run: resolved.
+        settings: the provenance; a checkpoint goes on only for the same.
+        label: what the bar says.
+    """
+    n_rows, device = starts[0].shape[1], starts[0].device
+    if run.optimizer == "adamw":
+        saved = checkpoints.resume(run.checkpoint, settings, Descent, device)
+        states = adamw(problem, tuple(x[0] for x in starts), constraint, run.n_steps, run.lr, saved)
+        total = (run.n_steps + 1) * len(constraint.groups(n_rows))
+    else:
+        saved = checkpoints.resume(run.checkpoint, settings, Climb, device)
+        states = fixed_point(problem, starts, constraint, run.n_steps, state=saved)
+        total = run.n_steps + 1
+    with tqdm(total=total, desc=label, unit="step", disable=not run.progress) as bar:
+        state = checkpoints.run(states, run.checkpoint, settings, bar, saved)
+    steps = run.n_steps if run.optimizer == "adamw" else state.step - 1
+    ended = {"status": status(state, n_rows, steps, constraint.patience), "seconds": round(time.monotonic() - run.began, 3)}
+    return Fitted(state.point, state.history[: steps + 1], {**settings, **ended})
+
+
+def status(state: Descent | Climb, n_rows: int, steps: int, patience: int) -> str:
+    """How the ascent ended, as a sentence."""
+    if isinstance(state, Descent):
+        return f"ran all {steps} steps; the last iterate is kept"
+    if state.settled == n_rows:
+        return f"settled after {steps} steps: no objective changed by more than .1 % in {'a step' if patience == 1 else f'{patience} steps'}"
+    return f"stopped after {steps} steps, as n_steps says; {state.settled} of {n_rows} had settled, each is the best point seen"

@@ -1,0 +1,65 @@
+"""How are checkpoints of version 0.1.0 read?  It had four ascents whose states had names of their own."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from melbo_lens.ascent.adamw import MOMENTS
+from melbo_lens.ascent.constraints import OrderedRows
+
+# settings that there was no choice of
+UNSAID = {
+    "fit_vectors": {"site": "mlp_out", "diversity": 0.0},
+    "fit_adapters": {"site": "mlp", "init": None, "restarts": 1},
+}
+
+
+def translated(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors by the names that they have now."""
+    if "theta" in tensors:
+        return _power(tensors, settings)
+    if "scores" in tensors:
+        return _alternate(tensors, settings)
+    if "adamw_exp_avg" in tensors:
+        moments = {f"{name}.0": tensors[f"adamw_{name}"] for name in MOMENTS}
+        return {"point.0": tensors["values"], **moments, **{name: tensors[name] for name in ("history", "group", "step")}}
+    if "step.0" in tensors:
+        ended = int(tensors["step"]) > settings["n_steps"]
+        return {**tensors, "group": torch.tensor(int(ended)), "step": torch.tensor(0) if ended else tensors["step"]}
+    return dict(tensors)
+
+
+def _power(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Of vectors: each problem had its own axis, and what was best its own tensors."""
+    moving, number = tensors["theta"].flatten(1, 2), int(tensors["block"])
+    n_rows, best = moving.shape[1], tensors["best_score"]
+    point, seen = moving[0].clone(), best >= 0
+    settled = tensors["settled"]
+    if settings["orthogonal"]:
+        blocks = OrderedRows(moving.new_ones(n_rows)).blocks(n_rows, settings["n_steps"])
+        if number < len(blocks) and seen.all():
+            point[blocks[number].start : blocks[number].stop] = tensors["best_theta"][0]
+    else:
+        settled = settled * n_rows
+        if number == 0:
+            point[seen] = tensors["best_theta"][seen, 0]
+    last = tensors["last_score"][None]
+    known = {
+        "best": torch.where(seen, best, -torch.inf),
+        "recent": torch.where(last.isinf(), torch.nan, last),
+        "settled": settled,
+    }
+    return {"point.0": point, "moving.0": moving, **known, **{name: tensors[name] for name in ("history", "block", "step")}}
+
+
+def _alternate(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Of adapters: there were no restarts, and every step's best scores were kept."""
+    step, settled, scores = int(tensors["step"]), int(tensors["settled"]), tensors["scores"]
+    recent = torch.cat([scores.new_full((10, scores.shape[1]), torch.nan), scores[:step]])[-10:]
+    point = {name: tensor for name, tensor in tensors.items() if name.startswith("point.")}
+    moving = {name: tensor[None] for name, tensor in tensors.items() if name.startswith("moving.")}
+    known = {"best": scores[step - 1], "recent": recent[:, None], "history": tensors["history"], "step": tensors["step"]}
+    position = {"settled": torch.tensor(settled * scores.shape[1]), "block": torch.tensor(int(settled or step > settings["n_steps"]))}
+    return {**point, **moving, **known, **position}
