@@ -179,24 +179,6 @@ class SteeringAdapters(Perturbation):
         """The same adapters hooked elsewhere: classes of model differ in where their weights can be hooked."""
         return replace(self, sites=sites).with_token(self.token)
 
-    def effect(self, model: Any, prompts: Any, layer: int | None = None) -> Any:
-        """`ml.source_effects(adapters, model, prompts, layer)`."""
-        from melbo_lens.adapter_effects import source_effects
-
-        return source_effects(self, model, prompts, layer)
-
-    def to_vectors(self, model: Any, prompts: Any) -> Any:
-        """`ml.nearest_vectors(adapters, model, prompts)`."""
-        from melbo_lens.adapter_effects import nearest_vectors
-
-        return nearest_vectors(self, model, prompts)
-
-    def to_peft(self, path: Any, model: Any = None, **settings: Any) -> Any:
-        """`ml.export(adapters, "peft", path, model=model)`."""
-        from melbo_lens.exports import export
-
-        return export(self, "peft", path, model=model, **settings)
-
     def rescaled(self, scales: Float[Tensor, " adapter"], how: str) -> "SteeringAdapters":
         """The same factors with other scales; `how` says in the provenance where these come from."""
         return self.derived({**self.parts()[0], "scales": scales}, how)

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -50,8 +50,9 @@ def demo(
     found = ml.discover(organism.model, prompt, budget, organism.behaviors, heldout=organism.prompts["selection"][:16], seed=seed)
     vectors, completions = found.joined(source_layer=0, target_layer=len(organism.model.blocks))
     files.write_text(out / "groups.csv", found.table.to_csv(index=False))
-    measured = _measured(organism.model, prompt, prompt, vectors, slice(-1, None))
-    ml.save_results(out, vectors, completions, organism.behaviors, "What the modes organism hides", **measured)
+    title = "What the modes organism hides"
+    ml.Findings.measured(organism.model, prompt, vectors, completions, organism.behaviors, title).save(out)
+    ml.report_directory(out)
     console.print(f"\nprompt: {escape(prompt)}")
     console.print(f"unsteered: {escape(completions.filter(kind='unsteered').table.text[0])}\n")
     table = Table(title=f"{len(vectors)} vectors learned from this prompt alone: what they elicit", show_lines=True)
@@ -135,8 +136,8 @@ def fit(
         (out / "fit.checkpoint").unlink()
         if max_new_tokens:
             completions = ml.generate(loaded, prompts, vectors, max_new_tokens=max_new_tokens, seed=seed)
-            measured = _measured(loaded, prompts, prompt[0], vectors, positions)
-            ml.save_results(out, vectors, completions, title=f"Vectors of {model}", **measured)
+            ml.Findings.measured(loaded, prompts, vectors, completions, title=f"Vectors of {model}").save(out)
+            ml.report_directory(out)
     console.print(escape(repr(vectors)))
     console.print(f"wrote {', '.join(sorted(path.name for path in out.iterdir()))} to {out}", soft_wrap=True)
 
@@ -187,18 +188,6 @@ def report(
     with _errors_in_a_sentence():
         path = ml.report_directory(directory, dict(entry.split("=", 1) for entry in behavior or []), out)
     console.print(f"wrote {path}, {path.stat().st_size / 1e6:.1f} MB", soft_wrap=True)
-
-
-def _measured(model: Any, prompts: Any, first: str, vectors: Any, positions: slice) -> dict[str, Any]:
-    """What the page shows besides completions."""
-    import melbo_lens as ml
-
-    return {
-        "changes": ml.activation_changes(model, first, vectors),
-        "effects": ml.target_effects(model, prompts, vectors, target_positions=positions, signs=(1, -1)),
-        "control": ml.objective(model, prompts, ml.random_vectors(like=vectors)),
-        "ranked": ml.rank(vectors, ml.effects(model, prompts, vectors)),
-    }
 
 
 def _load(model: str, dtype: str, device: str | None) -> object:

@@ -16,7 +16,7 @@ from melbo_lens.ascent.constraints import NORMALIZATIONS
 from melbo_lens.manifolds import to_sphere
 from melbo_lens.perturbation import Perturbation
 from melbo_lens.perturbations import SteeringVectors
-from melbo_lens.prompts import PromptBatch, Prompts, pad
+from melbo_lens.prompts import Prompts, pad
 from melbo_lens.randomness import gaussian_rows
 
 
@@ -107,8 +107,16 @@ def _random_factor(like: Tensor, how: Any, seed: int, layer: int, name: str) -> 
     return NORMALIZATIONS[how].normalize(rows.view(like.shape).to(like.device))
 
 
-def random_like(model: Any, perturbations: Perturbation, batch: PromptBatch, seed: int) -> Perturbation:
-    """The norm-matched control; adapters that were not fitted are matched on the prompts at hand."""
+@public
+def random_like(perturbations: Perturbation, model: Any, prompts: Prompts | None = None, seed: int = 0) -> Perturbation:
+    """The norm-matched control of any kind: `random_vectors`, or `random_adapters` of the same update norms.
+
+    Args:
+        perturbations: vectors or adapters.
+        model: needed for adapters, whose norms are those of what they write on prompts.
+        prompts: on which adapters that were not fitted are matched; fitted ones know theirs.
+        seed: row k depends on (seed, k) alone.
+    """
     if isinstance(perturbations, SteeringVectors):
         return random_vectors(perturbations, seed)
-    return random_adapters(perturbations, model, None if "prompt_tokens" in perturbations.provenance else batch, seed)
+    return random_adapters(perturbations, model, None if "prompt_tokens" in perturbations.provenance else prompts, seed)

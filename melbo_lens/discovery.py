@@ -1,9 +1,9 @@
-"""Where do I look in a model that I know nothing of?  A scan of layer pairs, and a search within a time budget that groups what it finds."""
+"""What does a model hide of which I know nothing?  A search of layers and radii within a time budget, and the groups of what it finds."""
 
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
@@ -12,59 +12,17 @@ from tqdm.auto import tqdm
 
 from melbo_lens import tables
 from melbo_lens.access import host_of
-from melbo_lens.adapters import SteeringAdapters
-from melbo_lens.arguments import plain_fields, public
-from melbo_lens.calibration import solve_radius
+from melbo_lens.arguments import public
 from melbo_lens.completions import Completions
-from melbo_lens.evaluation import Behavior, shows
-from melbo_lens.methods.adapters import fit_adapters
-from melbo_lens.methods.melbo import fit_vectors
-from melbo_lens.output_effects import cluster, word_counts
+from melbo_lens.evaluation import Behavior
+from melbo_lens.groups import grouped, heldout_rate
 from melbo_lens.perturbation import Perturbation, concatenate
-from melbo_lens.perturbations import SteeringVectors
-from melbo_lens.prompts import Positions, Prompts
-from melbo_lens.sliced_model import slice_model
+from melbo_lens.prompts import Positions, Prompts, tokenize
+from melbo_lens.sliced_model import SlicedModel, slice_model
 from melbo_lens.steering import generate
+from melbo_lens.trials import AdapterTrial, Trial, make_plan
 
-FRACTIONS = (0.5, 0.75, 0.4, 1.0, 0.6, 0.55, 0.3, 1.5)  # radii as fractions of the source stream's norm, most promising first
-COLUMNS = "group behavior example source_layer target_layer radius vector sign rate heldout_rate random_rate n_vectors".split()
-ALIKE = 0.5  # completions whose token counts have a smaller average cosine distance form a group
 SHARE_FOR_HELDOUT = 0.25
-
-
-@plain_fields
-@dataclass(frozen=True)
-class Trial:
-    """One fit of a plan: which layers, which radius, how many vectors, orthogonal or free."""
-
-    source_layer: int
-    target_layer: int
-    radius: float
-    n_vectors: int
-    orthogonal: bool
-    seed: int
-
-    def fit(self, model: Any, prompts: Prompts, target_positions: Positions) -> SteeringVectors:
-        return fit_vectors(model, prompts, **asdict(self), target_positions=target_positions, progress=False)
-
-
-@plain_fields
-@dataclass(frozen=True)
-class AdapterTrial:
-    """One fit of adapters: which layers, the mean norm of their updates, how many, of which rank."""
-
-    source_layer: int
-    target_layer: int
-    radius: float
-    n_adapters: int
-    rank: int
-    seed: int
-    diversity: float = 0.0
-
-    def fit(self, model: Any, prompts: Prompts, target_positions: Positions) -> SteeringAdapters:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # a collapse shows in the table
-            return fit_adapters(model, prompts, **asdict(self), optimizer="power", target_positions=target_positions, progress=False)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -122,6 +80,7 @@ def discover(
     prompts: Prompts,
     budget: float = 60.0,
     behaviors: Mapping[str, Behavior] | None = None,
+    *,
     heldout: Prompts | None = None,
     target_positions: Positions = slice(-1, None),
     max_new_tokens: int = 24,
@@ -155,6 +114,8 @@ def discover(
     began = time.monotonic()
     trials = list(plan) if plan is not None else make_plan(host, prompts, seed)
     allowed = float("inf") if plan is not None else budget * (1 - (SHARE_FOR_HELDOUT if heldout is not None else 0.05))
+    batch = tokenize(host, prompts, target_positions)
+    slices: dict[tuple[int, int], SlicedModel] = {}
     done, fitted, written, longest = [], [], [], 0.0
     with tqdm(total=None if plan is not None else round(budget), desc="discover", unit="s", disable=not progress) as bar:
         for trial in trials:
@@ -162,7 +123,10 @@ def discover(
             if done and start - began + longest > allowed:
                 break
             try:
-                vectors = trial.fit(host, prompts, target_positions)
+                between = (trial.source_layer, trial.target_layer)
+                if between not in slices:
+                    slices[between] = slice_model(host, batch, *between, target_positions)
+                vectors = trial.fit(slices[between])
                 completions = generate(host, prompts, vectors, max_new_tokens=max_new_tokens, seed=trial.seed, progress=False)
             except FloatingPointError as error:
                 warnings.warn(f"{trial} is left out: {error}", stacklevel=2)
@@ -175,111 +139,16 @@ def discover(
             bar.update(round(time.monotonic() - began) - bar.n)
     if not done:
         raise FloatingPointError("no trial could be completed, see the warnings: use smaller radii, or load the model in bfloat16 or float32.")
-    table = _group(done, written, behaviors or {})
+    table = grouped(done, written, behaviors or {})
     if heldout is not None and len(table):
         table["heldout_rate"] = [
-            _heldout(host, heldout, fitted[row.trial][row.vector], row, behaviors or {}, max_new_tokens, seed) for row in table.itertuples()
+            heldout_rate(host, heldout, fitted[row.trial][row.vector], row, behaviors or {}, max_new_tokens, seed) for row in table.itertuples()
         ]
     settings = {"budget": budget, "seed": seed, "seconds": round(time.monotonic() - began, 1), "max_new_tokens": max_new_tokens}
     return Discovery(table, tuple(done), tuple(fitted), tuple(written), settings)
-
-
-@public
-def make_plan(model: Any, prompts: Prompts, seed: int = 0) -> list[Trial]:
-    """Layer pairs from early to the last layer, at radii around the stream's own norm: free vectors first, orthogonal ones after."""
-    host = host_of(model)
-    n_layers = host.n_layers
-    sources = sorted({0, n_layers // 4, n_layers // 3})
-    pairs = [(source, n_layers) for source in sources if source + 1 < n_layers]
-    pairs += [(source, 3 * n_layers // 4) for source in sources if source + 1 < 3 * n_layers // 4]
-    norms = {source: solve_radius(slice_model(host, prompts, source, n_layers), "fraction", 1.0).radius for source, _ in pairs}
-    plan = []
-    for (source, target), orthogonal in [*((pair, False) for pair in pairs), *((pair, True) for pair in pairs)]:
-        for fraction in FRACTIONS:
-            n_vectors = min(host.d_model, 16) if orthogonal else 64
-            plan.append(Trial(source, target, fraction * norms[source], n_vectors, orthogonal, seed * 1000 + len(plan)))
-    return plan
 
 
 def _lengthened(vectors: Perturbation, n_rows: int) -> Perturbation:
     """Repeats the last row of a history that settled early, so that histories can stand side by side."""
     history = torch.cat([vectors.history, vectors.history[-1:].expand(n_rows - len(vectors.history), -1)])
     return replace(vectors, history=history)
-
-
-def _group(done: Sequence[Trial | AdapterTrial], written: Sequence[Completions], behaviors: Mapping[str, Behavior]) -> pd.DataFrame:
-    """Groups of completions that differ from the unsteered ones of their prompt, best first."""
-    parts = []
-    for number, completions in enumerate(written):
-        table = completions.table.assign(trial=number)
-        plain = table[table.kind == "unsteered"].set_index("prompt").text
-        parts.append(table[table.kind != "unsteered"].assign(differs=lambda rows, plain=plain: rows.text != rows.prompt.map(plain)))
-    rows = pd.concat(parts, ignore_index=True)
-    changed = rows[rows.differs].copy()
-    changed["behavior"] = ""
-    for name, behavior in behaviors.items():
-        changed.loc[shows(changed.text, behavior) & (changed.behavior == ""), "behavior"] = name
-    unnamed = changed.text[changed.behavior == ""].drop_duplicates().tolist()
-    labels = dict(zip(unnamed, cluster(word_counts(unnamed), ALIKE), strict=True))
-    changed["group"] = [behavior or f"words {labels[text]}" for behavior, text in zip(changed.behavior, changed.text, strict=True)]
-    n_each = rows.groupby("kind").size()
-    found = []
-    for group, members in changed.groupby("group"):
-        steered, random = members[members.kind == "steered"], members[members.kind == "random"]
-        if steered.empty:
-            continue
-        hits = steered.groupby(["trial", "vector", "sign"]).size().reset_index(name="hits")
-        hits["radius"] = [done[trial].radius for trial in hits.trial]
-        best = hits.sort_values(["hits", "radius"], ascending=[False, True]).iloc[0]
-        mine = rows[(rows.kind == "steered") & (rows.trial == best.trial) & (rows.vector == best.vector) & (rows.sign == best.sign)]
-        example = steered[(steered.trial == best.trial) & (steered.vector == best.vector) & (steered.sign == best.sign)].text.iloc[0]
-        trial = done[int(best.trial)]
-        random_rate = len(random) / max(int(n_each.get("random", 0)), 1)
-        excess = len(steered) / int(n_each["steered"]) - random_rate
-        found.append(
-            {
-                "group": group,
-                "behavior": steered.behavior.iloc[0],
-                "example": example,
-                "source_layer": trial.source_layer,
-                "target_layer": trial.target_layer,
-                "radius": trial.radius,
-                "vector": int(best.vector),
-                "sign": int(best.sign),
-                "rate": best.hits / len(mine),
-                "heldout_rate": float("nan"),
-                "random_rate": random_rate,
-                "n_vectors": len(hits.drop_duplicates(["trial", "vector"])),
-                "trial": int(best.trial),
-                "score": excess * variety(example),
-            }
-        )
-    table = pd.DataFrame(found, columns=[*COLUMNS, "trial", "score"])
-    return table.sort_values("score", ascending=False).drop(columns="score").reset_index(drop=True)
-
-
-def _heldout(
-    model: Any,
-    prompts: Prompts,
-    vectors: Perturbation,
-    row: Any,
-    behaviors: Mapping[str, Behavior],
-    max_new_tokens: int,
-    seed: int,
-) -> float:
-    """The share of held-out prompts whose completion belongs to the row's group."""
-    completions = generate(
-        model, prompts, vectors, max_new_tokens, signs=(row.sign,), include_unsteered=False, include_random=False, seed=seed, progress=False
-    )
-    texts = completions.table.text
-    if row.behavior:
-        return float(shows(texts, behaviors[row.behavior]).mean())
-    counts = word_counts([row.example, *texts])
-    similar = torch.cosine_similarity(counts[:1], counts[1:])
-    return float((similar > 1 - ALIKE).float().mean())
-
-
-def variety(text: str) -> float:
-    """The share of different words in a text: low for one that repeats itself."""
-    words = text.split()
-    return len(set(words)) / len(words) if words else 0.0

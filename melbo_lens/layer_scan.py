@@ -23,7 +23,7 @@ from melbo_lens.manifolds import to_sphere
 from melbo_lens.methods.problem import Problem, bias, default_batch_size
 from melbo_lens.methods.provenance import fingerprint
 from melbo_lens.objectives import Objective, positions_text
-from melbo_lens.output_effects import effects
+from melbo_lens.output import output_effects
 from melbo_lens.perturbations import SteeringVectors
 from melbo_lens.prompts import Positions, PromptBatch, Prompts, tokenize
 from melbo_lens.randomness import gaussian_rows
@@ -163,7 +163,7 @@ def _scan_pair(sliced: SlicedModel, prompts: PromptBatch, radius: float | str, n
         vectors = SteeringVectors(values, sliced.source_layer)
         rows = []
         for sign in (1, -1):
-            measured = effects(sliced.host, prompts, vectors, signs=(sign,)).table
+            measured = output_effects(sliced.host, prompts, vectors, signs=(sign,)).table
             objective = float(problem((sign * values[None],)).value.mean())
             row = [sliced.source_layer, sliced.target_layer, sign, chosen, objective, random_objective]
             rows.append([*row, float(measured.kl.mean()), float(measured.entropy.mean())])

@@ -11,12 +11,12 @@ from jinja2 import Environment, PackageLoader
 
 from melbo_lens import plots
 from melbo_lens.arguments import public
-from melbo_lens.calibration import Calibration
 from melbo_lens.completions import Completions
-from melbo_lens.differences import ActivationChanges, TargetEffects
+from melbo_lens.differences import ActivationChanges
 from melbo_lens.evaluation import Behavior, Evaluation, evaluate, shows
 from melbo_lens.files import write_text
-from melbo_lens.layer_scan import LayerScan
+from melbo_lens.findings import TITLE, Findings
+from melbo_lens.perturbation import Perturbation
 from melbo_lens.perturbations import SteeringVectors
 
 HIDDEN_SETTINGS = ("prompt_tokens", "parts", "prompts", "rows", "matched_to")
@@ -36,55 +36,91 @@ class Picture:
 
 @public
 def report(
-    vectors: Any,
-    completions: Completions,
+    findings: Findings | Perturbation,
+    completions: Completions | None = None,
     behaviors: Mapping[str, Behavior] | None = None,
     path: str | os.PathLike[str] = "report.html",
-    title: str = "What the vectors elicit",
-    *,
-    changes: ActivationChanges | None = None,
-    effects: TargetEffects | None = None,
-    control: Any = None,
-    ranked: pd.DataFrame | None = None,
-    calibration: Calibration | None = None,
-    scan: LayerScan | None = None,
-    coherence: Any = None,
-    views: plots.TokenView | None = None,
+    title: str = TITLE,
+    **measured: Any,
 ) -> Path:
     """Writes one self-contained page: rates, ranking, figures, a section for each vector, a table of completions with filters, and the settings.
 
     What is not given is left out; nothing here runs a model.
 
     Args:
-        vectors: what was learned.
-        completions: from `generate`.
-        behaviors: name -> regular expression or function of the text.
+        findings: what a run found, or the vectors alone, with the rest of `Findings` after them.
+        completions, behaviors, title, measured: of vectors alone: the fields of `Findings` (completions, changes, effects, control, ...).
         path: where to write; its folder must exist.
-        title: heading of the page.
-        changes: from `activation_changes`: where on the prompt the vectors act.
-        effects: from `target_effects`: which vectors do the same.
-        control: objectives of random vectors of the same norms, from `objective`.
-        ranked: from `rank`: the KL divergence of each vector and sign.
-        calibration, scan: how radius and layers were chosen.
-        coherence: of each completion, from `coherence`; shown if there are several scales.
-        views: more token views, as from `plots.token_log_probs`.
 
     Returns:
         The path written.
+
+    Raises:
+        TypeError: vectors without completions, or something beside findings that these say themselves.
     """
-    behaviors = behaviors or {}
+    if isinstance(findings, Findings):
+        if completions is not None or behaviors is not None or measured or title != TITLE:
+            raise TypeError("findings say their completions, behaviours, title and measures themselves: give the findings and a path alone.")
+        return _written(findings, path)
+    if completions is None:
+        raise TypeError("completions is missing: give them beside the vectors, or give Findings in place of both.")
+    return _written(Findings(findings, completions, behaviors or {}, title, **measured), path)
+
+
+@public
+def save_results(
+    directory: str | os.PathLike[str],
+    vectors: Perturbation,
+    completions: Completions,
+    behaviors: Mapping[str, Behavior] | None = None,
+    title: str = TITLE,
+    **measured: Any,
+) -> Path:
+    """Writes vectors, completions, measurements and the page that shows them to a folder, which is made if missing.
+
+    Args:
+        directory: where to write. Each file is written whole or not at all.
+        vectors, completions, behaviors, title, measured: the fields of `Findings`.
+
+    Returns:
+        The page.
+    """
+    Findings(vectors, completions, behaviors or {}, title, **measured).save(directory)
+    return report_directory(directory)
+
+
+@public
+def report_directory(
+    directory: str | os.PathLike[str],
+    behaviors: Mapping[str, Behavior] | None = None,
+    path: str | os.PathLike[str] | None = None,
+) -> Path:
+    """Writes the page of a folder again, from the files in it.
+
+    Args:
+        directory: a folder that `Findings.save`, `save_results` or `melbo-lens fit` wrote.
+        behaviors: other behaviours to count instead of those of the run.
+        path: the page; `report.html` in the folder by default.
+
+    Raises:
+        FileNotFoundError: the folder lacks one of its files.
+        ValueError: a file is damaged.
+    """
+    return _written(Findings.load(directory, behaviors), Path(directory) / "report.html" if path is None else path)
+
+
+def _written(findings: Findings, path: str | os.PathLike[str]) -> Path:
+    vectors, completions, behaviors = findings.vectors, findings.completions, findings.behaviors
     table = completions.table.reset_index(drop=True)
     evaluation = evaluate(completions, behaviors) if behaviors and (table.kind == "steered").any() else None
     shown = pd.DataFrame({name: shows(table.text, behavior).to_numpy(dtype=bool) for name, behavior in behaviors.items()}, index=table.index)
-    ranking = _ranking(vectors, table, shown, ranked)
+    ranking = _ranking(vectors, table, shown, findings.ranked)
     best = int(ranking.vector.iloc[0]) if len(ranking) else 0
-    figures = list(
-        _figures(vectors, completions, behaviors, evaluation, ranking, best, changes, effects, control, calibration, scan, coherence),
-    )
-    tokens = _token_views(changes, views)
+    figures = list(_figures(findings, evaluation, ranking, best))
+    tokens = _token_views(findings.changes, findings.views)
     environment = Environment(loader=PackageLoader("melbo_lens", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page = environment.get_template("report.html.jinja").render(
-        title=title,
+        title=findings.title,
         summary=[repr(vectors), repr(completions)],
         rates=[] if evaluation is None else evaluation.summary.to_dict("records"),
         note="" if evaluation is None else evaluation.note,
@@ -102,7 +138,7 @@ def report(
         prompts=table.drop_duplicates("prompt").sort_values("prompt")[["prompt", "prompt_text"]].to_dict("records"),
         plain=_plain(table),
         vectors=sorted({int(vector) for vector in table.vector.dropna()}),
-        settings=[(key, value) for key, value in getattr(vectors, "provenance", {}).items() if key not in HIDDEN_SETTINGS],
+        settings=[(key, value) for key, value in vectors.provenance.items() if key not in HIDDEN_SETTINGS],
         generation=[(key, value) for key, value in completions.settings.items() if key != "perturbations"],
         signs=SIGNS,
     )
@@ -110,7 +146,7 @@ def report(
     return Path(path)
 
 
-def _ranking(vectors: Any, table: pd.DataFrame, shown: pd.DataFrame, ranked: pd.DataFrame | None) -> pd.DataFrame:
+def _ranking(vectors: Perturbation, table: pd.DataFrame, shown: pd.DataFrame, ranked: pd.DataFrame | None) -> pd.DataFrame:
     """Vectors and signs with their measures, those that change most first."""
     plain = table[table.kind == "unsteered"].drop_duplicates(["prompt", "sample"]).set_index(["prompt", "sample"]).text
     joined = table.join(plain.rename("plain"), on=["prompt", "sample"])
@@ -121,8 +157,8 @@ def _ranking(vectors: Any, table: pd.DataFrame, shown: pd.DataFrame, ranked: pd.
         return pd.DataFrame(columns=["vector", "sign", "changed"])
     means = rows.groupby(["vector", "sign"])[["changed", *hits]].mean()
     found = means.reset_index().astype({"vector": int, "sign": int})
-    history = getattr(vectors, "history", None)
-    if history is not None and len(history):
+    history = vectors.history
+    if len(history):
         # the objective is that of the vector as it was learned; its negative was not measured
         found.insert(
             2,
@@ -136,21 +172,10 @@ def _ranking(vectors: Any, table: pd.DataFrame, shown: pd.DataFrame, ranked: pd.
     return found.sort_values(order, ascending=False, kind="stable", na_position="last").reset_index(drop=True)
 
 
-def _figures(
-    vectors: Any,
-    completions: Completions,
-    behaviors: Mapping[str, Behavior],
-    evaluation: Evaluation | None,
-    ranking: pd.DataFrame,
-    best: int,
-    changes: ActivationChanges | None,
-    effects: TargetEffects | None,
-    control: Any,
-    calibration: Calibration | None,
-    scan: LayerScan | None,
-    coherence: Any,
-) -> Iterator[Picture]:
+def _figures(findings: Findings, evaluation: Evaluation | None, ranking: pd.DataFrame, best: int) -> Iterator[Picture]:
     """What can be drawn from what is there, in the order of the page."""
+    vectors, completions, behaviors = findings.vectors, findings.completions, findings.behaviors
+    changes, effects, calibration, scan = findings.changes, findings.effects, findings.calibration, findings.scan
     several = completions.table.scale[completions.table.scale > 0].nunique() > 1
     planned: list[tuple[bool, str, str, Callable[[], Any]]] = [
         (
@@ -161,10 +186,10 @@ def _figures(
         ),
         (True, "ranked", "Each row is a vector with a sign. A blank means not measured.", lambda: plots.ranking(ranking, completions)),
         (
-            hasattr(vectors, "history"),
+            True,
             "objective",
             "A curve for each vector. The dotted line is what random vectors of the same norm reach.",
-            lambda: plots.objective_history(vectors, control, completions),
+            lambda: plots.objective_history(vectors, findings.control, completions),
         ),
         (
             isinstance(vectors, SteeringVectors),
@@ -200,7 +225,7 @@ def _figures(
             several and bool(behaviors),
             "scales",
             "Above: how often each behaviour is seen at multiples of the vectors. Below: how coherent the text is.",
-            lambda: plots.scale_sweep(completions, behaviors, coherence),
+            lambda: plots.scale_sweep(completions, behaviors, findings.coherence),
         ),
         (calibration is not None, "radius", "The rule's value at each radius that was tried.", lambda: plots.radius_curve(calibration)),
         (scan is not None, "layer-map", "Objective of a few vectors over that of random ones, the larger sign.", lambda: plots.layer_map(scan)),
@@ -223,20 +248,19 @@ def _token_views(changes: ActivationChanges | None, views: plots.TokenView | Non
     return plots.TokenView(tuple(element for view in chosen for element in view.elements)) if chosen else None
 
 
-def _sections(vectors: Any, table: pd.DataFrame, shown: pd.DataFrame) -> Iterator[dict[str, Any]]:
+def _sections(vectors: Perturbation, table: pd.DataFrame, shown: pd.DataFrame) -> Iterator[dict[str, Any]]:
     """For each vector its completions beside the unsteered ones, a row for each prompt, sample and scale."""
     labels = _labels(shown, len(table))
     plain = {(row.prompt, row.sample): row.text for row in table[table.kind == "unsteered"].itertuples()}
-    radii = getattr(vectors, "radii", None)
-    history = getattr(vectors, "history", None)
+    measures, history = vectors.measures(), vectors.history
     columns = (table[name].tolist() for name in ("kind", "vector", "prompt", "sample", "scale", "sign", "text"))
     written: dict[int, dict[tuple[int, int, float], dict[int, Any]]] = {}
     for (kind, k, prompt, sample, scale, sign, text), names in zip(zip(*columns, strict=True), labels, strict=True):
         if kind == "steered":
             written.setdefault(int(k), {}).setdefault((prompt, sample, scale), {})[int(sign)] = (text, names)
     for k in range(min(len(vectors), MOST_SECTIONS)):
-        facts = [] if radii is None else [("radius", f"{float(radii[k]):.4g}")]
-        if history is not None and len(history):
+        facts = [(name, f"{values[k]:.4g}") for name, values in measures.items()]
+        if len(history):
             facts.append(("objective", f"{float(history[0][k]):.4g} at the start, {float(history[-1][k]):.4g} at the end"))
         rows = [
             {"prompt": prompt, "sample": sample, "scale": f"{scale:g}", "plain": plain.get((prompt, sample)), "texts": texts}

@@ -34,8 +34,8 @@ KINDS: dict[str, type["Perturbation"]] = {}  # every kind by its name, as files 
 class Perturbation(ABC):
     """Rows that each perturb a model, an immutable value without a model inside.
 
-    A kind is a frozen dataclass with the fields `history`, `provenance` and `objective`. It says once of which tensors it consists (`parts`);
-    indexing, signs and multiples, joining, files, pickles, copies and devices follow from these.
+    A kind is a frozen dataclass with the fields `history` and `provenance`, and `objective` if it has one. It says once of which tensors it
+    consists (`parts`); indexing, signs and multiples, joining, files, pickles, copies and devices follow from these.
 
     Attributes:
         history: the objective, all prompts summed, before each step and, last, of these rows; no steps if they were not fitted.
@@ -48,7 +48,7 @@ class Perturbation(ABC):
 
     history: Tensor
     provenance: Mapping[str, Any]
-    objective: Objective | None
+    objective: Objective | None = None
 
     def __init_subclass__(cls, **settings: Any) -> None:
         super().__init_subclass__(**settings)
@@ -220,6 +220,8 @@ def concatenate(several: Sequence[P]) -> P:
     first = several[0].provenance
     shared = {key: first[key] for key in first if key != "rows" and all(one.provenance.get(key, one) == first[key] for one in several)}
     tensors, header = several[0].parts()
+    if any(one.objective != several[0].objective for one in several):
+        header = {**header, "objective": None}
     alike = len({one.history.shape[0] for one in several}) == 1
     joined = {
         name: torch.cat([one.parts()[0][name].to(tensor.device) for one in several], dim=_row_axis(name))

@@ -1,7 +1,6 @@
-"""What does the model write under a perturbation?  `steer` attaches one to a model, `generate` runs many as the rows of large batches."""
+"""What does the model write under a perturbation?  `generate` runs many as the rows of large batches."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -9,32 +8,15 @@ from typing import Any
 import pandas as pd
 from torch import Tensor
 
-from melbo_lens import hooks
 from melbo_lens.access import host_of
 from melbo_lens.arguments import counts, public
+from melbo_lens.attaching import fitting
 from melbo_lens.completions import COLUMNS, Completions
 from melbo_lens.controls import random_like
 from melbo_lens.decoding import Decoding, Run
-from melbo_lens.host import Host
 from melbo_lens.passes import Positions
 from melbo_lens.perturbation import Perturbation, concatenate
 from melbo_lens.prompts import AsPrompts, Chat, PromptBatch, Prompts, as_list, is_open, space_between, tokenize
-
-
-@contextmanager
-def steer(model: Any, perturbation: Perturbation | Sequence[Perturbation]) -> Iterator[Any]:
-    """Steers whatever the model runs inside the block, and leaves no trace after it, also on an exception.
-
-    One vector or adapter steers every row of a batch; n of them need batches of exactly n rows. A sequence steers with all its members at once.
-
-    Raises:
-        ValueError: the perturbation doesn't fit the model.
-    """
-    several = [perturbation] if isinstance(perturbation, Perturbation) else list(perturbation)
-    host = host_of(model)
-    several = [_fitting(host, one) for one in several]
-    with hooks.attached(host, [hook for one in several for hook in one.hooks()]):
-        yield model
 
 
 @public
@@ -43,6 +25,7 @@ def generate(
     prompts: Prompts,
     perturbations: Perturbation | None,
     max_new_tokens: int = 64,
+    *,
     signs: int | Sequence[int] = (+1, -1),
     scales: float | Sequence[float] = (1.0,),
     temperature: float = 0.0,
@@ -88,7 +71,7 @@ def generate(
     """
     host = host_of(model)
     if perturbations is not None:
-        perturbations = _fitting(host, perturbations)
+        perturbations = fitting(host, perturbations)
     signs, scales = ([one] if isinstance(one, int | float) else one for one in (signs, scales))
     _check_settings(max_new_tokens, signs, scales, temperature, n_samples, positions, batch_size)
     by_ids = isinstance(prompts, Tensor | PromptBatch | AsPrompts)  # which say nothing of chats
@@ -99,7 +82,7 @@ def generate(
     runs = [Run(i, "unsteered", None, 0, 0.0, sample) for i in range(len(batch)) for sample in range(n_samples) if include_unsteered]
     if perturbations is not None:
         if include_random:
-            bank = concatenate([perturbations, random_like(host, perturbations, batch, seed)])
+            bank = concatenate([perturbations, random_like(perturbations, host, batch, seed)])
         for kind in ("steered", "random") if include_random else ("steered",):
             grid = product(range(len(batch)), range(len(perturbations)), signs, scales, range(n_samples))
             runs += [Run(i, kind, k, int(sign), float(scale), sample) for i, k, sign, scale, sample in grid]
@@ -165,14 +148,6 @@ def _stops(stop: str | Sequence[str] | None) -> list[str]:
     if any(not text for text in stops):
         raise ValueError(f"stop={stop!r} holds an empty string, which every text contains: leave it out.")
     return stops
-
-
-def _fitting(host: Host, perturbation: Perturbation) -> Perturbation:
-    """The perturbation with its hooks where this model has them."""
-    fitting = perturbation.on(host)
-    for name, _ in fitting.hooks():
-        hooks.hook_point(host, name)
-    return fitting
 
 
 def _check_settings(

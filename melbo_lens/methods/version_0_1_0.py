@@ -27,7 +27,7 @@ def translated(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> di
         return {"point.0": tensors["values"], **moments, **{name: tensors[name] for name in ("history", "group", "step")}}
     if "step.0" in tensors:
         ended = int(tensors["step"]) > settings["n_steps"]
-        return {**tensors, "group": torch.tensor(int(ended)), "step": torch.tensor(0) if ended else tensors["step"]}
+        return {**tensors, "group": _whole(int(ended)), "step": _whole(0) if ended else tensors["step"]}
     return dict(tensors)
 
 
@@ -61,5 +61,9 @@ def _alternate(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> di
     point = {name: tensor for name, tensor in tensors.items() if name.startswith("point.")}
     moving = {name: tensor[None] for name, tensor in tensors.items() if name.startswith("moving.")}
     known = {"best": scores[step - 1], "recent": recent[:, None], "history": tensors["history"], "step": tensors["step"]}
-    position = {"settled": torch.tensor(settled * scores.shape[1]), "block": torch.tensor(int(settled or step > settings["n_steps"]))}
+    position = {"settled": _whole(settled * scores.shape[1]), "block": _whole(int(settled or step > settings["n_steps"]))}
     return {**point, **moving, **known, **position}
+
+
+def _whole(number: int) -> Tensor:
+    return torch.tensor(number, dtype=torch.long, device="cpu")

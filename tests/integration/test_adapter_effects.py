@@ -208,7 +208,7 @@ def test_an_adapter_is_immutable(model):
 
 def test_effects_of_adapters_are_measured_like_those_of_vectors(model):
     adapters = adapters_for(model)
-    table = ml.effects(model, PROMPTS[:1], adapters, signs=(1,)).table
+    table = ml.output_effects(model, PROMPTS[:1], adapters, signs=(1,)).table
     with ml.steer(model, adapters[1]), torch.no_grad():
         steered = host_of(model).forward(model.to_tokens(PROMPTS[0]))[0, -1].log_softmax(-1)
     with torch.no_grad():

@@ -11,6 +11,7 @@ from melbo_lens.ascent.constraints import NORMALIZATIONS
 from melbo_lens.methods.low_rank import LowRank
 from melbo_lens.methods.problem import Problem
 from melbo_lens.objectives import Objective, penalized
+from melbo_lens.ranking import target_changes
 from melbo_lens.sliced_model import SlicedModel, slice_model
 from tests import models
 from tests.oracles.textbook_adapters import TextbookAdapters
@@ -261,7 +262,7 @@ def test_diversity_turns_effects_apart_and_a_collapse_is_announced(model):
 def test_the_history_ends_with_the_objective_of_what_is_returned(any_model, optimizer):
     fitted = ml.fit_adapters(any_model, PROMPTS, 1, 3, n_adapters=2, rank=2, optimizer=optimizer, n_steps=8, progress=False)
     sliced = slice_model(any_model, PROMPTS, 1, 3, slice(-3, None))
-    changes = ml.target_changes(sliced, fitted)
+    changes = target_changes(sliced, fitted)
     per_prompt = changes.unflatten(1, (-1, models.D_MODEL)).square().sum(-1)  # 3 positions of the first prompt, then of the second
     expected = per_prompt[:, :3].sum(1).sqrt() + per_prompt[:, 3:].sum(1).sqrt()
     torch.testing.assert_close(fitted.history[-1], expected, rtol=1e-4, atol=0)

@@ -47,11 +47,16 @@ def fitted(model):
 @given(i=integers, x=numbers, many=sequences)
 def test_fits(model, i, x, many):
     settings = {"n_steps": 2, "optimizer": "adamw", "lr": 0.001, "batch_size": 4, "seed": 3, "progress": False}
-    plainly = ml.fit_vectors(model, PROMPTS, 1, 3, 2, 2.0, 2, 1, [-2, -1], **settings)
+    plainly = ml.fit_vectors(model, PROMPTS, 1, 3, n_vectors=2, radius=2.0, p=2, q=1, target_positions=[-2, -1], **settings)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint, path = Path(folder) / "c", Path(folder) / "v.safetensors"
         vectors = ml.fit_vectors(
-            *(model, PROMPTS, i(1), i(3), i(2), x(2.0), i(2), i(1), many([-2, -1])),
+            *(model, PROMPTS, i(1), i(3)),
+            n_vectors=i(2),
+            radius=x(2.0),
+            p=i(2),
+            q=i(1),
+            target_positions=many([-2, -1]),
             n_steps=i(2),
             optimizer="adamw",
             lr=x(0.001),
@@ -78,7 +83,9 @@ def test_generation_and_evaluation(model, fitted, i, x, many):
     settings = {"signs": [1, -1], "scales": [0.5, 1.0], "temperature": 1.0, "n_samples": 2, "seed": 3}
     plainly = ml.generate(model, PROMPTS, fitted, 3, **settings, progress=False)
     written = ml.generate(
-        *(model, PROMPTS, fitted, i(3), many([1, -1]), many([0.5, 1.0])),
+        *(model, PROMPTS, fitted, i(3)),
+        signs=many([1, -1]),
+        scales=many([0.5, 1.0]),
         temperature=x(1.0),
         n_samples=i(2),
         batch_size=i(7),
@@ -105,11 +112,11 @@ def test_measures_and_searches(model, fitted, i, x, many):
     assert ml.target_effects(model, PROMPTS, fitted, i(3), many([-1]), many([1, -1])).signs == (1, 1, -1, -1)
     assert len(ml.objective(model, PROMPTS, fitted, i(3), p=i(2), q=x(1.0))) == 2
     assert ml.activation_changes(model, PROMPTS[0], fitted, many([2, 3])).layers == (2, 3)
-    assert len(ml.effects(model, PROMPTS, fitted, many([1]), many([4, 5])).table) == 6
+    assert len(ml.output_effects(model, PROMPTS, fitted, many([1]), many([4, 5])).table) == 6
     assert ml.next_tokens(model, PROMPTS[0], fitted, i(3)).top_log_probs.shape[-1] == 3
     assert len(ml.top_tokens(model, fitted, i(3)).promoted[0]) == 3 and len(ml.max_activating(model, fitted, PROMPTS, i(1))) == 2
     assert len(ml.closest_directions(fitted, torch.eye(32), k=i(2))) == 4
-    assert len(ml.rank(fitted, ml.effects(model, PROMPTS, fitted), many([0, 0]))) == 2
+    assert len(ml.rank(fitted, ml.output_effects(model, PROMPTS, fitted), many([0, 0]))) == 2
     assert len(ml.cluster_by_effect(ml.slice_model(model, PROMPTS, 1, 3), fitted, x(0.25))) == 2
     assert is_json(ml.random_vectors(fitted, i(3)).provenance)
 
@@ -142,7 +149,7 @@ def test_a_seed_that_is_no_integer_is_refused(model, fitted, seed):
 
 def test_every_public_function_is_marked_as_a_public_call():
     unmarked = [name for name in ml.__all__ if inspect.isfunction(getattr(ml, name)) and not hasattr(getattr(ml, name), "is_public")]
-    assert unmarked == ["concatenate", "load", "save", "steer"]  # which take no number
+    assert unmarked == ["concatenate", "load", "steer"]  # which take no number
 
 
 def test_what_no_file_can_keep_is_refused_when_it_enters():

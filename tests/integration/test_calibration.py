@@ -88,7 +88,7 @@ def test_half_precision_models_are_calibrated_in_float32(directories, kind):
 def test_the_kl_rule_reaches_its_divergence(any_model):
     solved = ml.calibrate_radius(any_model, ["w1 w2 w3", "w4"], 1, 3, rule="kl", target=0.05)
     vectors = ml.SteeringVectors(to_sphere(gaussian_rows(N_DIRECTIONS, models.D_MODEL, 0, "calibration"), torch.ones(N_DIRECTIONS)), 1)
-    measured = ml.effects(any_model, ["w1 w2 w3", "w4"], solved.radius * vectors, signs=(1,)).table.kl.mean()
+    measured = ml.output_effects(any_model, ["w1 w2 w3", "w4"], solved.radius * vectors, signs=(1,)).table.kl.mean()
     assert measured == pytest.approx(0.05, rel=0.1)
 
 

@@ -7,7 +7,7 @@ import torch
 import melbo_lens as ml
 from melbo_lens.access import host_of
 from melbo_lens.completions import COLUMNS
-from melbo_lens.output_effects import cluster
+from melbo_lens.ranking import cluster
 from tests import models
 
 PROMPTS = ["w1 w2 w3", "w4 w5 w6 w7 w8 w9"]
@@ -28,7 +28,7 @@ def logits_of(model, prompt, vector=None):
 
 def test_distributions_and_logit_differences_are_those_of_the_steered_model(any_model):
     steering = vectors()
-    table = ml.effects(any_model, PROMPTS, steering, tokens=(5, 7)).table
+    table = ml.output_effects(any_model, PROMPTS, steering, tokens=(5, 7)).table
     assert len(table) == 2 * 3 * 2
     for row in table.itertuples():
         clean, steered = logits_of(any_model, PROMPTS[row.prompt]), logits_of(any_model, PROMPTS[row.prompt], row.sign * steering[row.vector])
@@ -40,7 +40,7 @@ def test_distributions_and_logit_differences_are_those_of_the_steered_model(any_
 
 
 def test_norm_changes_are_located_by_layer_and_position(any_model):
-    change = ml.effects(any_model, PROMPTS, vectors(1), signs=(1,)).norm_change
+    change = ml.output_effects(any_model, PROMPTS, vectors(1), signs=(1,)).norm_change
     assert change.shape[:2] == (2, models.N_LAYERS)
     assert change[:, 0].nan_to_num().abs().max() < 1e-5  # nothing before the source layer
     length = any_model.to_tokens(PROMPTS[0]).shape[1]
@@ -103,7 +103,7 @@ def test_vectors_with_one_effect_share_a_cluster(any_model):
 
 def test_the_ranking_keeps_the_best_of_each_cluster_and_gives_its_reasons(model):
     steering = vectors(3)
-    measured = ml.effects(model, PROMPTS, steering)
+    measured = ml.output_effects(model, PROMPTS, steering)
     table = ml.rank(steering, measured, clusters=[0, 1, 0])
     assert list(table.columns) == ["vector", "sign", "kl", "entropy_change", "objective", "cluster", "near_duplicates"]
     assert len(table) == 4 and table.kl.is_monotonic_decreasing and sorted(table.near_duplicates) == [0, 0, 1, 1]
@@ -141,7 +141,7 @@ def test_a_masked_token_counts_nothing(directories):
     bias[3] = -torch.inf
     model.original_model.lm_head.register_forward_hook(lambda module, arguments, output: output + bias)
     steering = vectors(2)
-    measured = ml.effects(model, PROMPTS, steering)
+    measured = ml.output_effects(model, PROMPTS, steering)
     assert measured.table.notna().all().all() and (measured.table.kl > 0).all()
     tokens = model.to_tokens(PROMPTS[0])
     with torch.no_grad():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import melbo_lens as ml
-from melbo_lens import access
+from melbo_lens import access, hooks
 from melbo_lens.ascent.constraints import Sphere
 from melbo_lens.methods.fitting import Run, fit, objective_at, settings_of
 from melbo_lens.methods.problem import Problem
@@ -26,7 +26,7 @@ def fit_last_position(model, prompts, source_layer, target_layer, *, n_vectors=4
         here = sliced.batch.target_mask[chosen].to(rows[0].dtype).repeat(len(rows[0]), 1)
         return sliced.change(rows[0].repeat_interleave(len(chosen), 0)[:, None] * here[..., None], chosen.repeat(len(rows[0])))
 
-    with ml.hooks.frozen(sliced.host):
+    with hooks.frozen(sliced.host):
         starts = gaussian_rows(n_vectors, sliced.d_model, "fit_last_position", 0)[None].to(sliced.device)
         problem = Problem(sliced, act, objective.value, run.batch_size)
         settings = settings_of("fit_last_position", sliced, objective, run) | {"radius": radius}

@@ -31,7 +31,7 @@ def results(build):
         "calibration": ml.calibrate_radius(model, PROMPTS, 1, 3),
         "scan": ml.scan_layers(model, PROMPTS, [0], [3], n_vectors=2, n_steps=2, progress=False),
         "discovery": ml.discover(model, PROMPTS[0], plan=plan, max_new_tokens=2, progress=False),
-        "effects": ml.effects(model, PROMPTS, vectors),
+        "effects": ml.output_effects(model, PROMPTS, vectors),
         "changes": changes,
         "target effects": ml.target_effects(model, PROMPTS, vectors),
         "adapter effect": ml.source_effects(adapters, model, PROMPTS),

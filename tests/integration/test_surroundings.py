@@ -52,7 +52,7 @@ def everything(model):
         "tokens": torch.tensor([sum(tokens) for tokens in written.table.tokens], dtype=torch.float32, device="cpu"),
         "coherence": ml.coherence(model, written).nan_to_num(),
         "scan": torch.tensor(scan.table.to_numpy(dtype=float), dtype=torch.float32, device="cpu"),
-        "effects": torch.tensor(ml.effects(model, PROMPTS, fitted["power"]).table.kl.tolist(), dtype=torch.float32, device="cpu"),
+        "effects": torch.tensor(ml.output_effects(model, PROMPTS, fitted["power"]).table.kl.tolist(), dtype=torch.float32, device="cpu"),
         "target": ml.target_effects(model, PROMPTS, fitted["power"]).values,
         "changes": ml.activation_changes(model, PROMPTS[0], adapters).change,
         "nearest": ml.nearest_vectors(adapters, model, PROMPTS).values,

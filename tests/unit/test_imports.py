@@ -10,13 +10,11 @@ import melbo_lens as ml
 
 PACKAGE = Path(__file__).parents[2] / "melbo_lens"
 ORDER = (
-    "arguments randomness files tables prompts sites host hooks passes blocks hooked bridge access targets sliced_model counterparts objectives "
-    "manifolds ascent perturbation perturbations updates adapters adapter_effects controls calibration methods "
-    "completions decoding steering output_effects differences expectations evaluation exports layer_scan discovery plots page results "
-    "organisms cli __main__ __init__ "
+    "arguments randomness files tables prompts objectives manifolds ascent sites updates perturbation perturbations adapters host hooks passes "
+    "blocks hooked bridge access targets sliced_model counterparts adapter_effects controls calibration differences output expectations directions "
+    "ranking methods completions decoding attaching steering evaluation naturalness words exports trials groups discovery layer_scan plots organisms "
+    "findings page cli __main__ __init__"
 ).split()
-# the old names of functions, which a value hands on until version 0.2
-DELEGATED = {("adapters", "adapter_effects"), ("adapters", "exports")}
 ONLY_IN = {"transformer_lens": {"access", "hooked"}, "plotly": {"plots"}, "circuitsvis": {"plots"}}
 PURE = {
     "objectives": {"torch", "jaxtyping"},
@@ -46,7 +44,7 @@ def imported(path):
 def test_a_file_imports_only_from_files_before_it(path):
     here = part(path)
     for name in imported(path):
-        if name.startswith("melbo_lens.") and (other := name.split(".")[1]) != here and (here, other) not in DELEGATED:
+        if name.startswith("melbo_lens.") and (other := name.split(".")[1]) != here:
             assert ORDER.index(other) < ORDER.index(here), f"{here} imports {other}"
 
 
@@ -78,7 +76,8 @@ def test_no_public_name_hides_a_file():
 def test_every_public_name_is_there_and_said_to_type_checkers():
     imports = [node for node in ast.walk(ast.parse((PACKAGE / "__init__.py").read_text())) if isinstance(node, ast.ImportFrom)]
     declared = {alias.asname for node in imports for alias in node.names} - {None}
-    assert declared == set(ml.__all__) and all(getattr(ml, name) is not None for name in ml.__all__) and set(ml.__all__) <= set(dir(ml))
+    assert declared >= set(ml.__all__) and declared == {*ml.__all__, *ml._HOME_OF}
+    assert all(getattr(ml, name) is not None for name in declared) and set(ml.__all__) <= set(dir(ml))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         print(ml.nothing)
 
