@@ -5,7 +5,7 @@ LOCK ?= requirements.lock
 VENV ?= .venv
 export HF_HUB_OFFLINE ?= 1
 # generation against uncached passes, slices against hooked runs, prompts, files and pickles
-NEWEST := $(addprefix tests/integration/test_,$(addsuffix .py,steering decoder slicing prompts results pickles calibration)) tests/unit/test_serialization.py
+NEWEST := $(addprefix tests/integration/,generation models/test_passes.py models/test_slices.py test_prompts.py reports/test_findings.py perturbations measures/test_radius.py) tests/unit/perturbations/test_loading.py
 
 .PHONY: demo test newest look notebooks bench lint clean
 

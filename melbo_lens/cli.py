@@ -75,7 +75,7 @@ def reproduce(
     """Repeat the post's four results on the bundled organisms, with controls, and show which thresholds hold (a few minutes)."""
     with console.status("loading torch and the organisms"):
         from melbo_lens import files
-        from melbo_lens.organisms import reproduction
+        from melbo_lens.studies import reproduction
     results = reproduction.reproduce()
     files.write_json(out, results)
     rows = reproduction.table(results)
@@ -196,7 +196,7 @@ def _load(model: str, dtype: str, device: str | None) -> object:
     with _errors_in_a_sentence(), console.status("loading torch and the model"):
         import torch
 
-        from melbo_lens.access import boot
+        from melbo_lens.models.access import boot
 
         return boot(model, device=device, dtype=getattr(torch, dtype))
 

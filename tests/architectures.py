@@ -18,8 +18,8 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM
 
 import melbo_lens as ml
-from melbo_lens import hooks
-from melbo_lens.sites import SITES
+from melbo_lens.models import hooks
+from melbo_lens.perturbations.sites import SITES
 from tests import models
 
 RESULTS = Path(__file__).parent / "architectures.json"

@@ -1,8 +1,8 @@
 """What do several test files make in the same way?"""
 
+from melbo_lens.ascent.objectives import Objective
 from melbo_lens.ascent.states import Evaluation
 from melbo_lens.methods.problem import Problem, bias
-from melbo_lens.objectives import Objective
 
 
 def vector_problem(sliced, p=2.0, q=1.0, batch_size=64, diversity=0.0):

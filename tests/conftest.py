@@ -7,7 +7,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 
-from melbo_lens.access import has_hooked
+from melbo_lens.models.access import has_hooked
 from tests import models
 
 KINDS = ["bridge", "compatible", "hooked"]

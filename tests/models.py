@@ -14,9 +14,9 @@ from transformers import (
     Qwen2Config,
 )
 
-from melbo_lens import access
-from melbo_lens.access import has_hooked
-from melbo_lens.host import Host
+from melbo_lens.models import access
+from melbo_lens.models.access import has_hooked
+from melbo_lens.models.host import Host
 
 D_MODEL, N_LAYERS, N_CTX = 32, 4, 64
 WORDS = ["<pad>", "<bos>", "<eos>", "<unk>", *(f"w{i}" for i in range(46))]

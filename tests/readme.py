@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 
-from melbo_lens.organisms.reproduction import table
+from melbo_lens.studies.reproduction import table
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from melbo_lens.ascent.manifolds import orthonormalize, project_off, tangent, to_sphere, unit
 from melbo_lens.ascent.states import Point
-from melbo_lens.manifolds import orthonormalize, project_off, tangent, to_sphere, unit
 
 INERTIA = 0.4  # the share of the old direction in the new one, which damps oscillation
 Normalization: TypeAlias = Literal["column", "frobenius", "spectral"]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from melbo_lens.arguments import public
-from melbo_lens.perturbation import Perturbation
+from melbo_lens.perturbations.perturbation import Perturbation
 
 Exporter: TypeAlias = Callable[..., Path]  # of the perturbation, the path, and settings of its own
 

@@ -12,18 +12,19 @@ import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from melbo_lens import files, hooks
-from melbo_lens.access import host_of
-from melbo_lens.adapters import SteeringAdapters
-from melbo_lens.controls import fitting_prompts
-from melbo_lens.counterparts import from_files, module_name
+from melbo_lens import files
 from melbo_lens.exports import exporter
-from melbo_lens.host import Host
+from melbo_lens.measures.controls import fitting_prompts
 from melbo_lens.methods.provenance import model_of
-from melbo_lens.perturbation import Perturbation
+from melbo_lens.models import hooks
+from melbo_lens.models.access import host_of
+from melbo_lens.models.counterparts import from_files, module_name
+from melbo_lens.models.host import Host
+from melbo_lens.models.slices import TOLERANCES
+from melbo_lens.perturbations.adapters import SteeringAdapters
+from melbo_lens.perturbations.perturbation import Perturbation
+from melbo_lens.perturbations.sites import WeightSite
 from melbo_lens.prompts import Prompts, tokenize
-from melbo_lens.sites import WeightSite
-from melbo_lens.sliced_model import TOLERANCES
 
 N_PROBES = 4
 CONV1D = ("GPT2LMHeadModel", "OpenAIGPTLMHeadModel")  # keep their weights as [in out], and peft must know

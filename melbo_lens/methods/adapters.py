@@ -12,22 +12,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from melbo_lens import hooks
-from melbo_lens.adapters import SteeringAdapters
 from melbo_lens.arguments import counts, one_of, positive, public
 from melbo_lens.ascent.constraints import NORMALIZATIONS, Normalization
+from melbo_lens.ascent.objectives import Objective, TokenNorm
 from melbo_lens.ascent.states import Point
-from melbo_lens.calibration import solve_radius
-from melbo_lens.host import Host
+from melbo_lens.measures.radius import solve_radius
 from melbo_lens.methods.fitting import Optimizer, Run, fit, objective_at, settings_of
 from melbo_lens.methods.low_rank import LowRank, hidden_activations
 from melbo_lens.methods.problem import Problem
 from melbo_lens.methods.provenance import remembered
-from melbo_lens.objectives import Objective, TokenNorm
+from melbo_lens.models import hooks
+from melbo_lens.models.host import Host
+from melbo_lens.models.slices import SlicedModel, as_slice, opened
+from melbo_lens.perturbations.adapters import SteeringAdapters
+from melbo_lens.perturbations.sites import WEIGHTS, WeightSite
 from melbo_lens.prompts import Positions, Prompts
 from melbo_lens.randomness import gaussian_rows
-from melbo_lens.sites import WEIGHTS, WeightSite
-from melbo_lens.sliced_model import SlicedModel, as_slice, opened
 
 STEPS = {"adamw": 400, "power": 60}
 POSITIONS = slice(-3, None)

@@ -14,12 +14,12 @@ from melbo_lens.arguments import counts, positive
 from melbo_lens.ascent.adamw import Descent, adamw
 from melbo_lens.ascent.constraints import Constraint
 from melbo_lens.ascent.fixed_point import Climb, fixed_point
+from melbo_lens.ascent.objectives import Objective
 from melbo_lens.ascent.states import Point
 from melbo_lens.methods import checkpoints
 from melbo_lens.methods.problem import Problem, default_batch_size
 from melbo_lens.methods.provenance import describe
-from melbo_lens.objectives import Objective
-from melbo_lens.sliced_model import SlicedModel
+from melbo_lens.models.slices import SlicedModel
 
 DEFAULT_LR = 1e-3
 Optimizer: TypeAlias = Literal["power", "adamw"]

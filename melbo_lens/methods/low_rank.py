@@ -7,12 +7,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from melbo_lens.adapters import SteeringAdapters
 from melbo_lens.ascent.states import Point
-from melbo_lens.controls import scales_for_norms
-from melbo_lens.sites import WeightSite, flat_heads
-from melbo_lens.sliced_model import SlicedModel
-from melbo_lens.updates import GridUpdate
+from melbo_lens.measures.controls import scales_for_norms
+from melbo_lens.models.slices import SlicedModel
+from melbo_lens.perturbations.adapters import SteeringAdapters
+from melbo_lens.perturbations.sites import WeightSite, flat_heads
+from melbo_lens.perturbations.updates import GridUpdate
 
 
 @dataclass(frozen=True, eq=False)

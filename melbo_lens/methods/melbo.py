@@ -8,17 +8,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from melbo_lens import hooks
 from melbo_lens.arguments import counts, positive, public
 from melbo_lens.ascent.constraints import OrderedRows, Sphere
-from melbo_lens.calibration import solve_radius
+from melbo_lens.ascent.objectives import Objective, TokenNorm
+from melbo_lens.measures.radius import solve_radius
 from melbo_lens.methods.fitting import Optimizer, Run, fit, objective_at, settings_of
 from melbo_lens.methods.problem import Problem, bias
-from melbo_lens.objectives import Objective, TokenNorm
-from melbo_lens.perturbations import SteeringVectors
+from melbo_lens.models import hooks
+from melbo_lens.models.slices import as_slice, opened
+from melbo_lens.perturbations.vectors import SteeringVectors
 from melbo_lens.prompts import Positions, Prompts
 from melbo_lens.randomness import gaussian_rows
-from melbo_lens.sliced_model import as_slice, opened
 
 STEPS = {"adamw": 300, "power": 40}
 

@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from melbo_lens.ascent.objectives import penalized
 from melbo_lens.ascent.states import Evaluation, Point
-from melbo_lens.objectives import penalized
-from melbo_lens.sliced_model import SlicedModel
+from melbo_lens.models.slices import SlicedModel
 
 SAVED_BYTES = 2**30
 SAVED_PER_TOKEN = 40  # numbers that one block keeps for the backward pass, per token and unit of d_model: measured 25 to 45

@@ -9,9 +9,9 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from melbo_lens.host import Host
-from melbo_lens.perturbation import Perturbation
-from melbo_lens.sliced_model import SlicedModel
+from melbo_lens.models.host import Host
+from melbo_lens.models.slices import SlicedModel
+from melbo_lens.perturbations.perturbation import Perturbation
 
 P = TypeVar("P", bound=Perturbation)
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from transformers import AutoTokenizer, GPT2LMHeadModel, PreTrainedTokenizerBase
 
-from melbo_lens.access import ModelClass, boot, has_hooked, implement_gpt2
+from melbo_lens.models.access import ModelClass, boot, has_hooked, implement_gpt2
 from melbo_lens.organisms.corpus import Corpus
 from melbo_lens.organisms.zoo import CORPORA
 
@@ -84,7 +84,7 @@ def load_directory(directory: Path, model_class: ModelClass) -> Organism:
     missing = [name for name in FILES if not (directory / name).is_file()]
     if missing:
         raise ValueError(
-            f"the organism in {directory} lacks the files {missing}: reinstall melbo_lens, or train it again with melbo_lens.organisms.train."
+            f"the organism in {directory} lacks the files {missing}: reinstall melbo_lens, or train it again with melbo_lens.organisms.making.train."
         )
     try:
         trained, loaded = GPT2LMHeadModel.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)

@@ -9,12 +9,12 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from melbo_lens.calibration import Calibration
-from melbo_lens.completions import Completions
-from melbo_lens.differences import ActivationChanges, TargetEffects
-from melbo_lens.evaluation import Behavior, Evaluation
-from melbo_lens.layer_scan import LayerScan
+from melbo_lens.evaluation.rates import Behavior, Evaluation
+from melbo_lens.generation.completions import Completions
+from melbo_lens.measures.changes import ActivationChanges, TargetEffects
+from melbo_lens.measures.radius import Calibration
 from melbo_lens.plots import drawing, numbers
+from melbo_lens.search.layers import LayerScan
 
 
 def token_heatmap(changes: ActivationChanges, layer: int | None = None, relative: bool = False, completions: Completions | None = None) -> go.Figure:

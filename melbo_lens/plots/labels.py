@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 from scipy.stats import binomtest
 
-from melbo_lens.completions import Completions
-from melbo_lens.evaluation import Behavior, shows
+from melbo_lens.evaluation.rates import Behavior, shows
+from melbo_lens.generation.completions import Completions
 
 SIGNS = {1: "+", -1: "−", 0: ""}
 

@@ -10,15 +10,15 @@ from scipy.cluster.hierarchy import dendrogram, linkage
 from scipy.spatial.distance import squareform
 from sklearn.decomposition import PCA
 
-from melbo_lens.adapters import SteeringAdapters
-from melbo_lens.calibration import Calibration
-from melbo_lens.completions import Completions
-from melbo_lens.differences import ActivationChanges, TargetEffects
-from melbo_lens.evaluation import Behavior, Evaluation, shows
-from melbo_lens.layer_scan import LayerScan
+from melbo_lens.evaluation.rates import Behavior, Evaluation, shows
+from melbo_lens.generation.completions import Completions
+from melbo_lens.measures.changes import ActivationChanges, TargetEffects
+from melbo_lens.measures.radius import Calibration
+from melbo_lens.perturbations.adapters import SteeringAdapters
 from melbo_lens.plots.arrays import MOST_ROWS, Bars, Clustered, Line, Lines, Matrix, Panels, Points, left_out, without_numbers
 from melbo_lens.plots.labels import SIGNS, examples, shown_behaviors, some, wilson
 from melbo_lens.plots.text import visible
+from melbo_lens.search.layers import LayerScan
 
 MOST_RANKED = 60
 

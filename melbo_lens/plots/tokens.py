@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from melbo_lens.differences import ActivationChanges
-from melbo_lens.expectations import NextTokens
+from melbo_lens.measures.changes import ActivationChanges
+from melbo_lens.measures.next_tokens import NextTokens
 from melbo_lens.plots.arrays import left_out
 from melbo_lens.plots.embedding import Element, TokenView
 from melbo_lens.plots.text import visible

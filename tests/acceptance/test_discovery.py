@@ -4,7 +4,7 @@ import pytest
 from scipy.stats import fisher_exact
 
 import melbo_lens as ml
-from melbo_lens.discovery import COLUMNS
+from melbo_lens.search.groups import COLUMNS
 
 CASES = [(1, 10), (2, 20), (3, 30)]  # seed and clean prompt, none of them used in development
 N_TRIALS = 8  # free vectors at eight radii, the first of the plan: all of source layer 0 and the last layer

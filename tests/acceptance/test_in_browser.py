@@ -7,8 +7,8 @@ from PIL import Image
 
 import melbo_lens as ml
 from tests import browser
-from tests.integration.test_report import everything
-from tests.unit.test_token_views import HARD, hard_changes
+from tests.integration.reports.test_page import everything
+from tests.unit.plots.test_tokens import HARD, hard_changes
 
 pytestmark = pytest.mark.browser
 # every way in which text could become a program; each would set window.hacked

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import melbo_lens as ml
-from melbo_lens.access import has_hooked
+from melbo_lens.models.access import has_hooked
 from melbo_lens.organisms import modes
 
 

@@ -8,7 +8,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import melbo_lens as ml
-from melbo_lens.organisms import card, reasoning, refusal
+from melbo_lens.organisms import reasoning, refusal
+from melbo_lens.organisms.making import card
 from melbo_lens.organisms.organism import WEIGHTS, load_directory
 from melbo_lens.organisms.zoo import CORPORA, PLANTED, RECIPES
 

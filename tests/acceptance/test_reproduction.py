@@ -8,8 +8,8 @@ from typer.testing import CliRunner
 
 import melbo_lens as ml
 from melbo_lens.cli import app
-from melbo_lens.organisms import experiments, reproduction
-from melbo_lens.organisms.experiments import Score, Size
+from melbo_lens.studies import experiments, reproduction
+from melbo_lens.studies.experiments import Score, Size
 from tests import readme
 
 SEEDS = (1,)

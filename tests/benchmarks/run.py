@@ -19,10 +19,10 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, GPT2Config
 
 import melbo_lens as ml
-from melbo_lens import hooks, passes
-from melbo_lens.calibration import solve_radius
+from melbo_lens.ascent.objectives import Objective
+from melbo_lens.measures.radius import solve_radius
 from melbo_lens.methods.problem import Problem, bias
-from melbo_lens.objectives import Objective
+from melbo_lens.models import hooks, passes
 from tests import models
 from tests.benchmarks import breadth
 from tests.oracles.textbook import Textbook

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import melbo_lens as ml
 from melbo_lens.arguments import plain, plain_json
 from melbo_lens.prompts import pad
-from tests.integration.test_steering import PROMPTS
+from tests.integration.generation.test_generate import PROMPTS
 
 INTEGERS = [int, np.int64, np.int32, np.uint8, np.array, torch.tensor, lambda x: pd.Series([x])[0]]
 NUMBERS = [float, np.float64, np.float32, np.array, torch.tensor, lambda x: pd.Series([x])[0]]

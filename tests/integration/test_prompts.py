@@ -9,8 +9,8 @@ from tokenizers import models as tokenizer_models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import melbo_lens as ml
-from melbo_lens.access import host_of
-from melbo_lens.decoding import Decoding
+from melbo_lens.generation.decoding import Decoding
+from melbo_lens.models.access import host_of
 from melbo_lens.prompts import text_after, tokenize
 from tests import models
 

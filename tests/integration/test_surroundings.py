@@ -9,7 +9,7 @@ import torch
 
 import melbo_lens as ml
 from tests import models
-from tests.integration.test_steering import PROMPTS
+from tests.integration.generation.test_generate import PROMPTS
 
 PACKAGE = Path(ml.__file__).parent
 FACTORIES = set("arange empty eye full linspace ones rand randint randn randperm tensor zeros".split())

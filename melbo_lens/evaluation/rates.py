@@ -1,0 +1,166 @@
+"""Which perturbations elicit what, and is it more than chance?  Rates beside the unsteered and the norm-matched random ones."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import pandas as pd
+from scipy.stats import binomtest, false_discovery_control, fisher_exact
+
+from melbo_lens import tables
+from melbo_lens.arguments import public
+from melbo_lens.generation.completions import Completions
+
+Behavior: TypeAlias = str | Callable[[str], bool]
+COLUMNS = "vector sign scale behavior n rate low high unsteered random p_value q_value beats_control".split()
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Evaluation:
+    """Rates of behaviours.
+
+    Attributes:
+        table: one row for each vector, sign, scale and behaviour: n completions, rate with a 95 % Wilson interval (low, high), the unsteered and
+            the pooled random rate, p_value of Fisher's exact test (is the rate higher than with random vectors?), q_value after Benjamini
+            and Hochberg over the rows of a behaviour, and beats_control (q_value below .05).
+        summary: one row for each behaviour, over all steered completions: n, rate, low, high, unsteered, random, p_value, how many of the
+            vectors elicited it with either sign at least once, and the numbers of completions n_random and n_unsteered.
+        note: what the tests could not show with so few completions; empty if nothing.
+    """
+
+    table: pd.DataFrame
+    summary: pd.DataFrame
+    note: str = ""
+
+    def __repr__(self) -> str:
+        flagged = self.table[self.table.beats_control].groupby("behavior").size()
+        found = ", ".join(f"{name}: {count} rows" for name, count in flagged.items()) or "nothing"
+        return f"Evaluation({len(self.table)} rows; beats the random control: {found})"
+
+    def _repr_html_(self) -> str:
+        shown = self.table.sort_values(["q_value", "rate"], ascending=[True, False])
+        return tables.html(repr(self), self.summary, note=self.note) + tables.html("Each vector and sign, the surest first:", shown, most=40)
+
+
+@public
+def evaluate(completions: Completions, behaviors: Mapping[str, Behavior], level: float = 0.05) -> Evaluation:
+    """Counts behaviours in completions and tests every vector against the pooled random controls.
+
+    Args:
+        completions: from `generate`, with random controls if tests are wanted.
+        behaviors: name -> regular expression that is searched for, or a function of the text.
+        level: of the false discovery rate.
+
+    Raises:
+        ValueError: no behaviours, or no steered completions.
+    """
+    table = completions.table
+    if not behaviors:
+        raise ValueError("behaviors is empty: name at least one, as {'portuguese': r'\\ba resposta'}.")
+    if not (table.kind == "steered").any():
+        raise ValueError("there are no steered completions to evaluate: generate some with perturbations.")
+    rows, summaries = [], []
+    for name, behavior in behaviors.items():
+        shown = table.assign(shown=shows(table.text, behavior))
+        steered, random, unsteered = (shown[shown.kind == kind] for kind in ("steered", "random", "unsteered"))
+        base = {"unsteered": unsteered.shown.mean(), "random": random.shown.mean()}
+        block = [
+            dict(zip(("vector", "sign", "scale"), key, strict=True))
+            | {"behavior": name}
+            | _rate(group.shown)
+            | base
+            | _test(group.shown, random.shown)
+            for key, group in steered.groupby(["vector", "sign", "scale"])
+        ]
+        p_values = [row["p_value"] for row in block]
+        tested = len(random) > 0
+        q_values = false_discovery_control(p_values) if tested else [float("nan")] * len(block)
+        rows += [row | {"q_value": q, "beats_control": bool(tested and q < level)} for row, q in zip(block, q_values, strict=True)]
+        eliciting = steered[steered.shown].vector.nunique()
+        sizes = {"vectors": eliciting, "n_random": len(random), "n_unsteered": len(unsteered)}
+        summaries.append({"behavior": name} | _rate(steered.shown) | base | _test(steered.shown, random.shown) | sizes)
+    result = pd.DataFrame(rows)[COLUMNS].sort_values(["behavior", "vector", "sign", "scale"]).reset_index(drop=True)
+    return Evaluation(result, pd.DataFrame(summaries), _note(table, len(rows) // len(behaviors), level))
+
+
+def shows(texts: pd.Series, behavior: Behavior) -> pd.Series:
+    """Whether each text shows the behaviour.
+
+    Raises:
+        ValueError: the behaviour's function raised; says on which text.
+    """
+    if not callable(behavior):
+        return texts.str.contains(behavior, regex=True)
+    found = []
+    for i, text in enumerate(texts):
+        try:
+            found.append(bool(behavior(text)))
+        except Exception as error:
+            raise ValueError(f"the behavior raised {error!r} on completion {i}, {text!r}: it must take any text.") from error
+    return pd.Series(found, index=texts.index, dtype=bool)
+
+
+@public
+def select(behaviors: Mapping[str, Behavior], on: Completions, score: Completions) -> pd.DataFrame:
+    """Chooses the vector, sign and scale with the highest rate of each behaviour on one set, and scores it on another.
+
+    Choosing on the prompts that one reports flatters: both rates are given. Ties go to the first vector.
+
+    Args:
+        behaviors: name -> regular expression or function of the text.
+        on: completions to choose on.
+        score: completions of the same perturbations on other prompts.
+
+    Returns:
+        One row for each behaviour: vector, sign, scale, selection_rate, n, rate with its interval (low, high), unsteered, random and p_value on
+        the scoring set.
+
+    Raises:
+        ValueError: the sets share a prompt, or the scoring set lacks a chosen vector.
+    """
+    shared = set(on.table.prompt_text) & set(score.table.prompt_text)
+    if shared:
+        raise ValueError(f"the selection and the scoring set share {len(shared)} prompts, as {min(shared)!r}: score on prompts that chose nothing.")
+    chosen, scored, rows = evaluate(on, behaviors).table, evaluate(score, behaviors).table, []
+    for name in behaviors:
+        best = chosen[chosen.behavior == name].sort_values("rate", ascending=False, kind="stable").iloc[0]
+        same = (scored.behavior == name) & (scored.vector == best.vector) & (scored.sign == best.sign) & (scored.scale == best.scale)
+        if not same.any():
+            raise ValueError(f"vector {best.vector} with sign {best.sign:+d} was chosen for {name!r}; the scoring set has no completion with it.")
+        result = scored[same].iloc[0]
+        rows.append(
+            {"behavior": name, "vector": best.vector, "sign": best.sign, "scale": best.scale, "selection_rate": best.rate}
+            | {key: result[key] for key in ("n", "rate", "low", "high", "unsteered", "random", "p_value")}
+        )
+    return pd.DataFrame(rows)
+
+
+def _rate(shown: pd.Series) -> dict[str, Any]:
+    interval = binomtest(int(shown.sum()), len(shown)).proportion_ci(method="wilson")
+    return {"n": len(shown), "rate": float(shown.mean()), "low": interval.low, "high": interval.high}
+
+
+def _test(steered: pd.Series, random: pd.Series) -> dict[str, float]:
+    if random.empty:
+        return {"p_value": float("nan")}
+    return {"p_value": _fisher(int(steered.sum()), len(steered), int(random.sum()), len(random))}
+
+
+def _fisher(k: int, n: int, k_control: int, n_control: int) -> float:
+    return float(fisher_exact([[k, n - k], [k_control, n_control - k_control]], alternative="greater").pvalue)
+
+
+def _note(table: pd.DataFrame, n_tests: int, level: float) -> str:
+    """Whether one vector that always shows a behaviour, alone, could be told from controls that never do."""
+    n_random = int((table.kind == "random").sum())
+    if n_random == 0:
+        return "There are no random controls: generate with include_random=True to test anything."
+    per_row = int((table.kind == "steered").sum()) // n_tests
+    if _fisher(per_row, per_row, 0, n_random) * n_tests < level:
+        return ""
+    needed = next((n for n in range(per_row + 1, 10_001) if _fisher(n, n, 0, n * n_tests) * n_tests < level), None)
+    each = f"{per_row} completion{'s' if per_row > 1 else ''}"
+    return (
+        f"With {each} for each vector and sign, a single vector that always shows a behaviour can't be told from chance "
+        f"among {n_tests} tests (several together can); {needed} completions each would do: add prompts or samples."
+    )

@@ -1,0 +1,33 @@
+"""Which texts say the same?  Words and their counts."""
+
+from collections.abc import Sequence
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from melbo_lens.arguments import public
+from melbo_lens.generation.completions import Completions
+from melbo_lens.measures.ranking import cluster
+
+
+@public
+def cluster_by_words(completions: Completions, threshold: float = 0.3) -> pd.DataFrame:
+    """Clusters vectors and signs by the words of their steered completions: vector, sign, cluster.
+
+    Those whose word counts, over all their completions, have an average cosine distance below `threshold` share a label.
+    """
+    steered = completions.table[completions.table.kind == "steered"]
+    joined = steered.groupby(["vector", "sign"]).text.agg(" ".join).reset_index()
+    return joined[["vector", "sign"]].assign(cluster=cluster(word_counts(joined.text.tolist()), threshold))
+
+
+def word_counts(texts: Sequence[str]) -> Tensor:
+    """How often each word occurs in each text, [text word]; a text without words counts one empty word."""
+    split = [text.split() or [""] for text in texts]
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(word for words in split for word in words))}
+    counts = torch.zeros(len(texts), max(len(vocabulary), 1), dtype=torch.float32, device="cpu")
+    for row, words in zip(counts, split, strict=True):
+        for word in words:
+            row[vocabulary[word]] += 1
+    return counts

@@ -1,0 +1,1 @@
+"""What does the model write under a perturbation?"""

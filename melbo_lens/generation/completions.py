@@ -1,0 +1,181 @@
+"""What did the model write?  `Completions`: one table row for each prompt, perturbation, sign, scale and sample."""
+
+import io
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+
+from melbo_lens import files, tables
+from melbo_lens.arguments import as_list, plain_json, public
+from melbo_lens.perturbations.perturbation import Index, chosen_rows
+from melbo_lens.prompts import PromptBatch, pad
+
+COLUMNS = ["prompt", "prompt_text", "kind", "vector", "sign", "scale", "sample", "text", "tokens", "log_probs"]
+PROMPT_TOKENS = "prompt_tokens"  # the column of a file beside those of the table
+SHOWN = ["prompt", "kind", "vector", "sign", "scale", "text"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Completions:
+    """Completions of steered, control and unsteered runs.
+
+    `completions[3]`, `completions[2:5]` and `filter` are completions again, and every measure takes them as its prompts: each row is then its prompt
+    and what was written, as the very ids they were.
+
+    Attributes:
+        table: prompt (index), prompt_text, kind ("steered", "random" or "unsteered"), vector (index; for a random row that of the vector it is
+            matched to; NA for unsteered), sign, scale, sample, text (new text only), tokens (new ids without the end token), log_probs (of those
+            tokens, under the steered model at temperature 1).
+        settings: how they were generated, with the provenance of the perturbations.
+        prompt_tokens: the ids of each row's prompt; None for completions that an earlier version kept.
+        continuation: how `continue_with` goes on, if the prompts were chats.
+    """
+
+    table: pd.DataFrame
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    prompt_tokens: tuple[tuple[int, ...], ...] | None = None
+    continuation: Callable[[str], "Completions"] | None = None
+
+    def __post_init__(self) -> None:
+        missing = [column for column in COLUMNS if column not in self.table.columns]
+        if missing:
+            raise ValueError(f"a table of completions needs the columns {missing}.")
+        if self.prompt_tokens is not None and len(self.prompt_tokens) != len(self.table):
+            raise ValueError(f"prompt_tokens has {len(self.prompt_tokens)} rows, the table {len(self.table)}: give one for each.")
+        object.__setattr__(self, "settings", plain_json(self.settings, "settings"))
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __iter__(self) -> Iterator["Completions"]:
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, index: Index) -> "Completions":
+        return self._rows(chosen_rows(index, len(self), "completion").tolist())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a pickle or a copy holds: everything but the way back to the model, as a file does."""
+        return {**vars(self), "continuation": None}
+
+    def as_prompts(self) -> PromptBatch:
+        """Prompt and completion of each row, as the ids that they were.
+
+        Raises:
+            ValueError: these completions don't know their prompts' ids.
+        """
+        if self.prompt_tokens is None:
+            raise ValueError("these completions, which an earlier version kept, don't know the ids of their prompts: give the text instead.")
+        rows = [[*before, *new] for before, new in zip(self.prompt_tokens, self.table.tokens, strict=True)]
+        return pad(rows, [before + new for before, new in zip(self.table.prompt_text, self.table.text, strict=True)])
+
+    @public
+    def filter(self, **columns: Any) -> "Completions":
+        """The rows whose columns have the given value, or one of the values of a list: `completions.filter(kind="steered", vector=[0, 3])`."""
+        kept = pd.Series(True, index=self.table.index)
+        for column, wanted in columns.items():
+            if column not in self.table.columns:
+                raise ValueError(f"there is no column {column!r} to filter by: choose from {list(self.table.columns)}.")
+            wanted = as_list(wanted)
+            kept &= self.table[column].isin([wanted] if isinstance(wanted, str) or not isinstance(wanted, Iterable) else list(wanted))
+        return self._rows(kept.to_numpy().nonzero()[0].tolist())
+
+    def _rows(self, places: Sequence[int]) -> "Completions":
+        known = None if self.prompt_tokens is None else tuple(self.prompt_tokens[place] for place in places)
+        return Completions(self.table.iloc[list(places)].reset_index(drop=True), self.settings, known)
+
+    def continue_with(self, message: str) -> "Completions":
+        """Adds each completion and then this user message to its own chat, and completes again under the same perturbation.
+
+        Raises:
+            ValueError: the prompts were no chats, or these completions were filtered or loaded and so belong to no model.
+        """
+        if self.continuation is None:
+            raise ValueError("only completions of chats, as generate returns them, can be continued: give prompts as messages, or chat=True.")
+        return self.continuation(message)
+
+    def distinct(self, n: int = 2) -> pd.DataFrame:
+        """How varied the completions of each kind, vector and sign are.
+
+        Returns:
+            kind, vector, sign; n_texts, n_distinct (different texts), and distinct_n (different word n-grams by all of them: near 0 where a
+            text repeats itself).
+        """
+        rows = []
+        for key, texts in self.table.groupby(["kind", "vector", "sign"], dropna=False).text:
+            grams = [tuple(words[i : i + n]) for words in map(str.split, texts) for i in range(len(words) - n + 1)]
+            rows.append((*key, len(texts), texts.nunique(), len(set(grams)) / len(grams) if grams else float("nan")))
+        return pd.DataFrame(rows, columns=["kind", "vector", "sign", "n_texts", "n_distinct", f"distinct_{n}"])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes table and settings as one parquet file, atomically. Needs pyarrow: `pip install melbo-lens[parquet]`."""
+        import pyarrow as pa
+        import pyarrow.parquet
+
+        known = {} if self.prompt_tokens is None else {PROMPT_TOKENS: [list(ids) for ids in self.prompt_tokens]}
+        arrow = pa.Table.from_pandas(self.table.assign(**known))
+        arrow = arrow.replace_schema_metadata({**arrow.schema.metadata, b"melbo_lens": json.dumps(dict(self.settings)).encode()})
+        buffer = io.BytesIO()
+        pyarrow.parquet.write_table(arrow, buffer)
+        files.write_atomically(path, buffer.getvalue())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Completions":
+        """Reads what `save` wrote."""
+        import pyarrow.parquet
+
+        arrow = pyarrow.parquet.read_table(path)
+        settings = (arrow.schema.metadata or {}).get(b"melbo_lens")
+        if settings is None:
+            raise ValueError(f"{path} holds no completions of melbo_lens.")
+        table = arrow.to_pandas()
+        known = tuple(tuple(map(int, ids)) for ids in table.pop(PROMPT_TOKENS)) if PROMPT_TOKENS in table else None
+        return cls(table.assign(tokens=table.tokens.map(_plain_list), log_probs=table.log_probs.map(_plain_list)), json.loads(settings), known)
+
+    def to_lines(self) -> str:
+        """One JSON object a line, pure ASCII, from which `from_lines` makes the same completions; NaN is null."""
+        known = [{} if self.prompt_tokens is None else {PROMPT_TOKENS: list(ids)} for ids in self.prompt_tokens or [()] * len(self)]
+        records = zip(self.table.to_dict("records"), known, strict=True)
+        return "".join(json.dumps(_as_json({**row, **ids}), allow_nan=False) + "\n" for row, ids in records)
+
+    @classmethod
+    def from_lines(cls, lines: str, settings: Mapping[str, Any]) -> "Completions":
+        """Completions from what `to_lines` wrote.
+
+        Raises:
+            ValueError: a line that is no such object; says which.
+        """
+        rows, known = [], []
+        for number, line in enumerate(lines.split("\n")[:-1], 1):
+            try:
+                row = json.loads(line)
+                row["log_probs"] = [math.nan if value is None else float(value) for value in row["log_probs"]]
+                known.append(row.pop(PROMPT_TOKENS, None))
+                rows.append({**{column: row[column] for column in COLUMNS}, **row})  # and columns that a user added
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"line {number} holds no completion ({error!r})") from error
+        table = pd.DataFrame(rows, columns=list(rows[0]) if rows else COLUMNS).astype({"vector": "Int64"})
+        return cls(table, settings, None if None in known else tuple(map(tuple, known)))
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{count} {kind}" for kind, count in self.table["kind"].value_counts().items())
+        prompts = self.table["prompt"].nunique()
+        return f"Completions({len(self)} rows: {counts or 'none'}; {prompts} prompt{'s' if prompts != 1 else ''})"
+
+    def _repr_html_(self) -> str:
+        return tables.html(repr(self), self.table[SHOWN])
+
+
+def _as_json(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row in JSON's types, with null for NaN and for no vector."""
+    log_probs = [None if math.isnan(value) else float(value) if math.isfinite(value) else str(value) for value in row["log_probs"]]
+    row = {str(key): None if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
+    return plain_json({**row, "vector": None if pd.isna(row["vector"]) else int(row["vector"]), "log_probs": log_probs}, "a completion")
+
+
+def _plain_list(values: Any) -> list[Any]:
+    return plain_json(list(values), "a completion")

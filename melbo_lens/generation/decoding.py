@@ -1,0 +1,125 @@
+"""How are many completions written at once?  Runs, each a prompt under one perturbation, as the rows of cached batches."""
+
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from melbo_lens.models import hooks
+from melbo_lens.models.host import Host
+from melbo_lens.models.passes import Decoder, Positions
+from melbo_lens.perturbations.perturbation import Perturbation
+from melbo_lens.perturbations.sites import Hook
+from melbo_lens.prompts import text_after
+from melbo_lens.randomness import uniform
+
+Written: TypeAlias = tuple[list[int], list[float], str]  # new ids, their log-probabilities, their text
+
+
+@dataclass(frozen=True)
+class Run:
+    """One completion to make: a row of a batch."""
+
+    prompt: int
+    kind: str
+    vector: int | None
+    sign: int
+    scale: float
+    sample: int
+
+    @property
+    def name(self) -> str:
+        """Who is at fault if the logits overflow."""
+        who = "the unsteered model" if self.vector is None else f"the {self.kind} vector {self.vector} at {self.sign * self.scale:+g}"
+        return f"{who}, on prompt {self.prompt},"
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """What all batches of one call share."""
+
+    host: Host
+    bank: Perturbation | None  # the perturbations, then their random counterparts
+    n_vectors: int
+    max_new_tokens: int
+    temperature: float
+    positions: Positions
+    seed: int
+    stops: list[str]
+    turn: int = 0
+
+    def complete(self, runs: list[Run], rows: list[list[int]], batch_size: int, progress: bool) -> list[Written]:
+        """Completes each run's prompt, `batch_size` at once, those of like length together so that there is little padding."""
+        results: list[Written | None] = [None] * len(runs)
+        ordered = sorted(range(len(runs)), key=lambda i: len(rows[i]))
+        cached = True  # until a batch finds that the model's cache can't be believed
+        with tqdm(total=len(runs), desc="generate", unit="completion", disable=not progress) as bar, hooks.frozen(self.host), torch.no_grad():
+            for first in range(0, len(ordered), batch_size):
+                chunk = ordered[first : first + batch_size]
+                written, cached = self._together([runs[i] for i in chunk], [rows[i] for i in chunk], bar, cached)
+                for i, one in zip(chunk, written, strict=True):
+                    results[i] = one
+        return results
+
+    def _together(self, runs: list[Run], rows: list[list[int]], bar: Any, cached: bool) -> tuple[list[Written], bool]:
+        draws = self._draws(runs).to(self.host.device)
+        decoder = Decoder(self.host, rows, lambda some: self._steering([runs[i] for i in some]), self.positions, cached)
+        ends = hooks.end_tokens(self.host)
+        new: list[list[int]] = [[] for _ in runs]
+        log_probs: list[list[float]] = [[] for _ in runs]
+        done: set[int] = set()
+        chosen = draws  # of no meaning before the first step
+        for step in range(self.max_new_tokens):
+            logits = decoder.next(chosen) if step else decoder.first()
+            # NaN would be read as one token again and again
+            hooks.check_finite(self.host, logits, [runs[i].name for i in decoder.alive], "the logits")
+            chosen = self._choose(logits, draws[decoder.alive, step])
+            chosen_log_probs = logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0].tolist()
+            for i, token, log_prob in zip(decoder.alive, chosen.tolist(), chosen_log_probs, strict=True):
+                if i in done:
+                    continue
+                if token not in ends:
+                    new[i].append(token)
+                    log_probs[i].append(log_prob)
+                if token in ends or step + 1 == self.max_new_tokens or (self.stops and self._stopped(rows[i], new[i])):
+                    done.add(i)
+                    bar.update()
+            if len(done) == len(runs):
+                break
+            left = [place for place, i in enumerate(decoder.alive) if i not in done]
+            # copying the cache costs too, so a few finished rows are carried along
+            if len(left) <= 0.9 * len(decoder.alive) and decoder.keep(left):
+                chosen = chosen[left]
+        written = [(ids, probs, self._text(row, ids)) for row, ids, probs in zip(rows, new, log_probs, strict=True)]
+        return written, decoder.cached
+
+    def _steering(self, runs: list[Run]) -> list[Hook]:
+        """Hooks for a batch whose rows are these runs."""
+        if self.bank is None:
+            return []
+        index = [(run.vector or 0) + (self.n_vectors if run.kind == "random" else 0) for run in runs]
+        coefficients = [float(run.sign * run.scale) for run in runs]  # 0 where unsteered
+        return self.bank.row_hooks(index, torch.tensor(coefficients, dtype=torch.float32, device="cpu"))
+
+    def _draws(self, runs: list[Run]) -> Tensor:
+        """Uniform numbers [run step], each row from its own stream, so that batches don't matter."""
+        if self.temperature == 0:
+            return torch.zeros(len(runs), self.max_new_tokens, dtype=torch.float32, device="cpu")
+        keys = [("sample", self.seed, self.turn, run.prompt, run.kind, run.vector, run.sign, run.scale, run.sample) for run in runs]
+        return torch.stack([uniform(self.max_new_tokens, *key) for key in keys])
+
+    def _choose(self, logits: Tensor, draws: Tensor) -> Tensor:
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        cumulative = (logits.double() / self.temperature).softmax(-1).cumsum(-1)
+        return torch.searchsorted(cumulative, draws.double()[:, None] * cumulative[:, -1:]).clamp(max=logits.shape[-1] - 1)[:, 0]
+
+    def _stopped(self, before: list[int], ids: list[int]) -> bool:
+        text = text_after(self.host, before, ids)
+        return any(stop in text for stop in self.stops)
+
+    def _text(self, before: list[int], ids: list[int]) -> str:
+        text = text_after(self.host, before, ids)
+        return text[: min([text.find(stop) for stop in self.stops if stop in text], default=len(text))]

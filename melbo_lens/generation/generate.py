@@ -1,0 +1,179 @@
+"""What does the model write under a perturbation?  `generate` runs many as the rows of large batches."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+import pandas as pd
+from torch import Tensor
+
+from melbo_lens.arguments import counts, public
+from melbo_lens.generation.completions import COLUMNS, Completions
+from melbo_lens.generation.decoding import Decoding, Run
+from melbo_lens.generation.steer import fitting
+from melbo_lens.measures.controls import random_like
+from melbo_lens.models.access import host_of
+from melbo_lens.models.passes import Positions
+from melbo_lens.perturbations.perturbation import Perturbation, concatenate
+from melbo_lens.prompts import AsPrompts, Chat, PromptBatch, Prompts, as_list, is_open, space_between, tokenize
+
+
+@public
+def generate(
+    model: Any,
+    prompts: Prompts,
+    perturbations: Perturbation | None,
+    max_new_tokens: int = 64,
+    *,
+    signs: int | Sequence[int] = (+1, -1),
+    scales: float | Sequence[float] = (1.0,),
+    temperature: float = 0.0,
+    n_samples: int = 1,
+    positions: Positions = "all",
+    include_unsteered: bool = True,
+    include_random: bool = True,
+    batch_size: int | None = None,
+    seed: int = 0,
+    stop: str | Sequence[str] | None = None,
+    chat: bool | None = None,
+    progress: bool = True,
+) -> Completions:
+    """Completes every prompt under every perturbation, both signs, with norm-matched random vectors and unsteered beside them.
+
+    Args:
+        model: `HookedTransformer` or `TransformerBridge`; it is left as it was.
+        prompts: text, chat messages, a list of either, or token ids [prompt pos].
+        perturbations: each of its vectors or adapters is applied by itself, at every position unless `positions` says otherwise; None steers nothing.
+        max_new_tokens: a completion ends here, or at the model's end token.
+        signs: -v is not the mirror image of v, so both are the default.
+        scales: multiples of each vector.
+        temperature: 0 is greedy; else tokens are sampled, each completion from a stream of its own that depends on `seed` and the row alone.
+        n_samples: completions of each row; more than one needs a temperature.
+        positions: "all", only the tokens of the "prompt", or only the "generated" ones.
+        include_unsteered: also complete without perturbation.
+        include_random: also complete with `random_vectors(perturbations, seed)`, or `random_adapters` matched on the prompts of the fit.
+        batch_size: completions that run at once; None chooses 256. Memory for keys and values grows with it.
+        seed: of the sampling and of the random vectors.
+        stop: text that ends a completion; it is cut off the completion's text.
+        chat: True makes each text prompt one user message of the tokenizer's chat template.
+        progress: whether to show a progress bar.
+
+    Returns:
+        The completions as a table, unsteered first, then steered, then random.
+
+    Raises:
+        TypeError, ValueError: bad arguments, said before the model runs.
+        FloatingPointError: a perturbation makes the logits NaN or infinite; names it, its scale and the model's dtype.
+
+    Warns:
+        UserWarning: the model's cache gives other logits than a pass without it, and generation goes on without.
+    """
+    host = host_of(model)
+    if perturbations is not None:
+        perturbations = fitting(host, perturbations)
+    signs, scales = ([one] if isinstance(one, int | float) else one for one in (signs, scales))
+    _check_settings(max_new_tokens, signs, scales, temperature, n_samples, positions, batch_size)
+    by_ids = isinstance(prompts, Tensor | PromptBatch | AsPrompts)  # which say nothing of chats
+    if chat and not by_ids:
+        prompts = [[{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in as_list(prompts)]
+    batch = tokenize(host, prompts, n_new_tokens=max_new_tokens)
+    bank = perturbations
+    runs = [Run(i, "unsteered", None, 0, 0.0, sample) for i in range(len(batch)) for sample in range(n_samples) if include_unsteered]
+    if perturbations is not None:
+        if include_random:
+            bank = concatenate([perturbations, random_like(perturbations, host, batch, seed)])
+        for kind in ("steered", "random") if include_random else ("steered",):
+            grid = product(range(len(batch)), range(len(perturbations)), signs, scales, range(n_samples))
+            runs += [Run(i, kind, k, int(sign), float(scale), sample) for i, k, sign, scale, sample in grid]
+    if not runs:
+        raise ValueError("nothing to generate: give perturbations, or include_unsteered=True.")
+    n_vectors = 0 if perturbations is None else len(perturbations)
+    decoding = Decoding(host, bank, n_vectors, max_new_tokens, temperature, positions, seed, _stops(stop))
+    settings = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "positions": positions,
+        "seed": seed,
+        "stop": _stops(stop),
+        "perturbations": dict(perturbations.provenance) if perturbations else None,
+    }
+    asked = None if by_ids else as_list(prompts)
+    chats = [asked[run.prompt] for run in runs] if asked and all(isinstance(prompt, list) for prompt in asked) else None
+    texts, rows = [batch.texts[run.prompt] for run in runs], [batch.rows()[run.prompt] for run in runs]
+    return _complete(decoding, runs, texts, rows, chats, settings, batch_size or 256, progress)
+
+
+def _complete(
+    decoding: Decoding,
+    runs: list[Run],
+    texts: list[str],
+    rows: list[list[int]],
+    chats: list[Chat] | None,
+    settings: dict[str, Any],
+    batch_size: int,
+    progress: bool,
+) -> Completions:
+    """Completes the runs; if they are chats, the result can be continued."""
+    written = decoding.complete(runs, rows, batch_size, progress)
+    columns = [
+        (run.prompt, text, run.kind, run.vector, run.sign, run.scale, run.sample, new_text, ids, log_probs)
+        for run, text, (ids, log_probs, new_text) in zip(runs, texts, written, strict=True)
+    ]
+
+    def continue_with(message: str) -> Completions:
+        longer = []
+        for chat, row, (ids, _, text) in zip(chats, rows, written, strict=True):
+            answer = answered(chat, space_between(decoding.host, row, ids), text)
+            longer.append([*answer, {"role": "user", "content": message}])
+        batch = tokenize(decoding.host, longer, n_new_tokens=decoding.max_new_tokens)
+        later = replace(decoding, turn=decoding.turn + 1)
+        return _complete(later, runs, list(batch.texts), batch.rows(), longer, settings, batch_size, progress)
+
+    table = pd.DataFrame(columns, columns=COLUMNS).astype({"vector": "Int64"})
+    return Completions(table, settings, tuple(map(tuple, rows)), None if chats is None else continue_with)
+
+
+def answered(chat: Chat, space: str, text: str) -> Chat:
+    """The chat with what the model wrote: a message of its own, or the rest of the message that the chat ends with."""
+    if is_open(chat):
+        content = chat[-1]["content"]
+        whole = content + space + text if isinstance(content, str) else [*content, {"type": "text", "text": space + text}]
+        return [*chat[:-1], {**chat[-1], "content": whole}]
+    return [*chat, {"role": "assistant", "content": text}]
+
+
+def _stops(stop: str | Sequence[str] | None) -> list[str]:
+    stops = [] if stop is None else [stop] if isinstance(stop, str) else list(stop)
+    if any(not text for text in stops):
+        raise ValueError(f"stop={stop!r} holds an empty string, which every text contains: leave it out.")
+    return stops
+
+
+def _check_settings(
+    max_new_tokens: int,
+    signs: Sequence[int],
+    scales: Sequence[float],
+    temperature: float,
+    n_samples: int,
+    positions: str,
+    batch_size: int | None,
+) -> None:
+    counts(max_new_tokens=max_new_tokens, n_samples=n_samples, batch_size=batch_size)
+    for name, several in (("signs", signs), ("scales", scales)):
+        if not isinstance(several, Sequence) or any(isinstance(one, bool) or not isinstance(one, int | float) for one in several):
+            raise ValueError(f"{name}={several!r} must be a list of numbers.")
+    if isinstance(temperature, bool) or not isinstance(temperature, int | float):
+        raise ValueError(f"temperature={temperature!r} must be 0 (greedy) or a positive, finite number.")
+    if not signs or any(sign not in (1, -1) for sign in signs):
+        raise ValueError(f"signs={signs!r} must hold +1, -1 or both; use scales for other multiples.")
+    if not scales or any(not 0 < scale < float("inf") for scale in scales):
+        raise ValueError(f"scales={scales!r} must hold positive, finite multiples; use signs for the direction.")
+    if len(set(signs)) < len(signs) or len(set(scales)) < len(scales):
+        raise ValueError(f"signs={signs!r} or scales={scales!r} repeat a value: name each once.")
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature={temperature} must be 0 (greedy) or a positive, finite number.")
+    if n_samples > 1 and temperature == 0:
+        raise ValueError(f"n_samples={n_samples} at temperature=0 would repeat one completion: set a temperature.")
+    if positions not in ("all", "prompt", "generated"):
+        raise ValueError(f'positions={positions!r} must be "all", "prompt" or "generated".')

@@ -1,0 +1,34 @@
+"""How is a model steered for the length of a block?  `steer` attaches perturbations, and leaves no trace."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from melbo_lens.models import hooks
+from melbo_lens.models.access import host_of
+from melbo_lens.models.host import Host
+from melbo_lens.perturbations.perturbation import Perturbation
+
+
+@contextmanager
+def steer(model: Any, perturbation: Perturbation | Sequence[Perturbation]) -> Iterator[Any]:
+    """Steers whatever the model runs inside the block, and leaves no trace after it, also on an exception.
+
+    One vector or adapter steers every row of a batch; n of them need batches of exactly n rows. A sequence steers with all its members at once.
+
+    Raises:
+        ValueError: the perturbation doesn't fit the model.
+    """
+    several = [perturbation] if isinstance(perturbation, Perturbation) else list(perturbation)
+    host = host_of(model)
+    several = [fitting(host, one) for one in several]
+    with hooks.attached(host, [hook for one in several for hook in one.hooks()]):
+        yield model
+
+
+def fitting(host: Host, perturbation: Perturbation) -> Perturbation:
+    """The perturbation with its hooks where this model has them."""
+    fitting = perturbation.on(host)
+    for name, _ in fitting.hooks():
+        hooks.hook_point(host, name)
+    return fitting

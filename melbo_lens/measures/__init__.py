@@ -1,0 +1,1 @@
+"""What does a perturbation change inside?  And with what is that compared."""

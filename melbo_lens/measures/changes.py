@@ -1,0 +1,273 @@
+"""Where, and by how much, does a perturbation change what the model computes?  Changes by token and layer, and at the target.
+
+Nothing here depends on the kind of perturbation: it needs a length, `perturbations[[...]]`, `.on(model)`, and `.hooks()` for a batch with one row
+for each.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from melbo_lens import files
+from melbo_lens.arguments import public
+from melbo_lens.ascent.objectives import Objective, TokenNorm
+from melbo_lens.models import hooks
+from melbo_lens.models.access import host_of
+from melbo_lens.models.host import Host
+from melbo_lens.prompts import Positions, PromptBatch, Prompts, one_prompt, token_texts, tokenize
+
+ROWS_AT_ONCE = 64
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ActivationChanges:
+    """How far perturbations move the residual stream at each token of one prompt.
+
+    Attributes:
+        change: norm of the perturbed stream minus the clean one.
+        clean: norm of the clean stream.
+        tokens: text of each token.
+        layers: layer T stands for the stream that enters block T, as `target_layer` does.
+    """
+
+    change: Float[Tensor, "vector layer pos"]
+    clean: Float[Tensor, "layer pos"]
+    tokens: tuple[str, ...]
+    layers: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.change)
+
+    @property
+    def relative(self) -> Float[Tensor, "vector layer pos"]:
+        """The change as a share of the clean stream's norm."""
+        return self.change / self.clean.clamp(min=1e-30)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes one safetensors file, atomically."""
+        header = {"tokens": list(self.tokens), "layers": list(self.layers)}
+        files.write(path, "ActivationChanges", {"change": self.change, "clean": self.clean}, header)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "ActivationChanges":
+        """Reads what `save` wrote."""
+        tensors, header = files.read(path, "ActivationChanges")
+        return cls(tensors["change"], tensors["clean"], tuple(header["tokens"]), tuple(header["layers"]))
+
+    def __repr__(self) -> str:
+        return f"ActivationChanges({len(self)} perturbations, layers {self.layers[0]} to {self.layers[-1]}, {len(self.tokens)} tokens)"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class TargetEffects:
+    """What perturbations change at the target positions, one long row each.
+
+    Attributes:
+        values: the changes at all target positions of all prompts, flattened.
+        vectors: which perturbation each row belongs to.
+        signs: with which sign it was applied.
+        target_layer: where it was read, the stream that enters this block; None for another activation.
+        target_hook: the activation that was read.
+    """
+
+    values: Float[Tensor, "row feature"]
+    vectors: tuple[int, ...]
+    signs: tuple[int, ...]
+    target_layer: int | None
+    target_hook: str = ""
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def cosine_similarity(self) -> Float[Tensor, "row row"]:
+        """Cosines between the changes; NaN for rows that hold NaN."""
+        unit = self.values.double() / self.values.double().norm(dim=-1, keepdim=True).clamp(min=1e-30)
+        return (unit @ unit.T).float()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes one safetensors file, atomically."""
+        header = {"vectors": list(self.vectors), "signs": list(self.signs), "target_layer": self.target_layer, "target_hook": self.target_hook}
+        files.write(path, "TargetEffects", {"values": self.values}, header)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "TargetEffects":
+        """Reads what `save` wrote."""
+        tensors, header = files.read(path, "TargetEffects")
+        return cls(tensors["values"], tuple(header["vectors"]), tuple(header["signs"]), header["target_layer"], header.get("target_hook", ""))
+
+    def __repr__(self) -> str:
+        where = f"layer {self.target_layer}" if self.target_layer is not None else self.target_hook
+        return f"TargetEffects({len(self)} rows of {self.values.shape[1]} numbers, at {where})"
+
+
+@public
+def activation_changes(model: Any, prompt: Prompts, perturbations: Any, layers: Sequence[int] | None = None) -> ActivationChanges:
+    """The change of the residual stream at each token of one prompt and each layer, for each perturbation.
+
+    Args:
+        model: left as it was.
+        prompt: one text, chat, or row of token ids; a text that the model wrote under the perturbation shows where it acts.
+        perturbations: vectors or adapters; each acts by itself.
+        layers: T for the stream that enters block T (n_layers: that leaves the last); None: all after the perturbation.
+
+    Raises:
+        ValueError: several prompts, or a layer that the model does not have.
+        FloatingPointError: NaN or infinity in the stream.
+    """
+    host = host_of(model)
+    batch = tokenize(host, prompt)
+    one_prompt(batch)
+    n_layers, perturbations = host.n_layers, perturbations.on(host)
+    first = min(int(found[1]) for name, _ in perturbations.hooks() if (found := re.match(r"blocks\.(\d+)\.", name)))
+    chosen = list(range(first + 1, n_layers + 1) if layers is None else layers)
+    if not chosen or any(not 1 <= layer <= n_layers for layer in chosen):
+        raise ValueError(f"layers={chosen} must hold layers from 1 to n_layers = {n_layers}: layer T is the stream that enters block T.")
+    with hooks.frozen(host), torch.no_grad():
+        names = [_stream_name(layer) for layer in chosen]
+        clean = _read(host, batch.tokens, None, names)
+        norms = [
+            torch.stack([(stream - was).norm(dim=-1) for stream, was in zip(streams, clean, strict=True)], dim=1)
+            for streams in (_read(host, batch.tokens.expand(len(part), -1), part, names) for part in _parts(perturbations))
+        ]
+    change = torch.cat(norms)
+    hooks.check_finite(host, change, [f"vector {k}" for k in range(len(change))], "the stream")
+    return ActivationChanges(
+        change.cpu(),
+        torch.stack([stream[0].norm(dim=-1) for stream in clean]).cpu(),
+        tuple(token_texts(host, batch.rows()[0])),
+        tuple(chosen),
+    )
+
+
+@public
+def target_effects(
+    model: Any,
+    prompts: Prompts,
+    perturbations: Any,
+    target_layer: int | None = None,
+    target_positions: Positions = slice(-1, None),
+    signs: Sequence[int] = (1,),
+    target_hook: str | None = None,
+) -> TargetEffects:
+    """What each perturbation changes at its target, at the target positions of all prompts: its effect.
+
+    Args:
+        model: left as it was.
+        prompts: text, chats or token ids.
+        perturbations: vectors or adapters; each acts by itself.
+        target_layer: the change is read in the stream that enters this layer; None takes the place where the perturbations, or those that they
+            are a control of, were learned to act.
+        target_positions: of each prompt's own tokens.
+        signs: +1, -1 or both.
+        target_hook: read this activation instead of a layer's stream.
+
+    Raises:
+        ValueError: the perturbations know no target and none is given, or the model has no such layer or hook.
+        FloatingPointError: NaN or infinity at the target.
+    """
+    host = host_of(model)
+    batch = tokenize(host, prompts, target_positions)
+    layer, name = _target(host, perturbations, target_layer, target_hook)
+    rows = []
+    for sign in signs:
+        signed = perturbations if sign == 1 else -perturbations
+        rows.append(torch.cat([changes[:, batch.target_mask].flatten(1) for changes in _changes(host, batch, signed, name)]).cpu())
+    n, several = len(perturbations), len(tuple(signs))
+    return TargetEffects(torch.cat(rows), tuple(range(n)) * several, tuple(sign for sign in signs for _ in range(n)), layer, name)
+
+
+@public
+def objective(
+    model: Any,
+    prompts: Prompts,
+    perturbations: Any,
+    target_layer: int | None = None,
+    target_positions: Positions | None = None,
+    p: float | None = None,
+    q: float | None = None,
+    token_norm: TokenNorm | None = None,
+    target_hook: str | None = None,
+) -> Float[Tensor, " vector"]:
+    """The objective that a fit maximises, without penalty and summed over prompts, of any perturbations: of random ones it is the level to beat.
+
+    Args:
+        model, prompts: as in `fit_vectors`; give the same.
+        perturbations: vectors or adapters.
+        target_layer, target_positions, p, q, token_norm, target_hook: None takes what the perturbations, or those that they are a control of, were
+            learned for; what they don't know is as `fit_vectors` has it (all positions, p 2, q 1).
+
+    Raises:
+        ValueError: the perturbations know no target and none is given, or the model has no such layer or hook.
+        FloatingPointError: NaN or infinity at the target.
+    """
+    said = {"target_positions": target_positions, "p": p, "q": q, "token_norm": token_norm}
+    wanted = replace(perturbations.objective or Objective(), **{name: value for name, value in said.items() if value is not None})
+    host = host_of(model)
+    batch = tokenize(host, prompts, wanted.target_positions)
+    _, name = _target(host, perturbations, target_layer, target_hook)
+    parts = []
+    for changes in _changes(host, batch, perturbations, name):
+        n = len(changes)
+        mask = batch.target_mask.expand(n, -1, -1).flatten(0, 1)
+        parts.append(wanted.value(changes.flatten(0, 1), mask).view(n, -1).sum(1))
+    return torch.cat(parts).cpu()
+
+
+def _changes(host: Host, batch: PromptBatch, perturbations: Any, name: str) -> Iterator[Float[Tensor, "vector prompt pos d_target"]]:
+    """Changes of an activation, some perturbations at a time."""
+    perturbations = perturbations.on(host)
+    with hooks.frozen(host), torch.no_grad():
+        (clean,) = _read(host, batch.tokens, None, [name])
+        for first, part in zip(range(0, len(perturbations), ROWS_AT_ONCE), _parts(perturbations), strict=True):
+            changes = [_read(host, row.expand(len(part), -1), part, [name])[0] - was for row, was in zip(batch.tokens, clean, strict=True)]
+            stacked = torch.stack(changes, dim=1)
+            hooks.check_finite(host, stacked[:, batch.own].abs(), [f"vector {first + i}" for i in range(len(part))], repr(name))
+            yield stacked
+
+
+def _read(host: Host, tokens: Tensor, perturbations: Any, names: Sequence[str]) -> list[Float[Tensor, "row pos d"]]:
+    """Float32 activations at these hooks, axes after `pos` flattened, from one forward pass."""
+    seen: dict[str, Tensor] = {}
+    readers = [(name, lambda activation, hook, name=name: seen.update({name: activation.float().flatten(2)})) for name in dict.fromkeys(names)]
+    with hooks.attached(host, [*([] if perturbations is None else perturbations.hooks()), *readers]):
+        host.forward(tokens)
+    return [seen[name] for name in names]
+
+
+def _stream_name(layer: int) -> str:
+    """The stream that enters a layer is the one that leaves the block before it."""
+    return f"blocks.{layer - 1}.hook_resid_post"
+
+
+def _parts(perturbations: Any) -> Iterator[Any]:
+    """The perturbations, as many at a time as make one batch."""
+    for first in range(0, len(perturbations), ROWS_AT_ONCE):
+        yield perturbations[list(range(first, min(first + ROWS_AT_ONCE, len(perturbations))))]
+
+
+def _target(host: Host, perturbations: Any, layer: int | None, hook: str | None) -> tuple[int | None, str]:
+    """The target layer, None if it is none, and the name of the activation to read."""
+    n_layers = host.n_layers
+    if layer is not None and hook is not None:
+        raise ValueError(f"target_layer={layer} and target_hook={hook!r} were given: one place is read, leave one of them out.")
+    if layer is None and hook is None:
+        learned_for = perturbations.objective or Objective()
+        layer = learned_for.target_layer
+        hook = learned_for.target_hook if layer is None else None
+    if layer is None and hook is None:
+        raise ValueError(
+            "these perturbations don't know at which layer they are to act (they were not learned, or joined over several targets): give "
+            f"target_layer, from 1 to n_layers = {n_layers}, or target_hook."
+        )
+    if hook is not None:
+        hooks.hook_point(host, hook)
+        return None, hook
+    if not 1 <= layer <= n_layers:
+        raise ValueError(f"target_layer={layer} must lie from 1 to n_layers = {n_layers}: it is the stream that enters that block.")
+    return layer, _stream_name(layer)

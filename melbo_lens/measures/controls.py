@@ -1,0 +1,122 @@
+"""What is a found perturbation compared with?  Random ones of equal norm, of the same kind, measured at the same place."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from scipy.optimize import brentq
+from torch import Tensor
+
+from melbo_lens.arguments import public
+from melbo_lens.ascent.constraints import NORMALIZATIONS
+from melbo_lens.ascent.manifolds import to_sphere
+from melbo_lens.measures.source import mean_norms
+from melbo_lens.models.access import host_of
+from melbo_lens.perturbations.adapters import SteeringAdapters
+from melbo_lens.perturbations.perturbation import Perturbation
+from melbo_lens.perturbations.vectors import SteeringVectors
+from melbo_lens.prompts import Prompts, pad
+from melbo_lens.randomness import gaussian_rows
+
+
+@public
+def random_vectors(like: SteeringVectors, seed: int = 0) -> SteeringVectors:
+    """The norm-matched control: isotropic random directions, vector k with the norm of `like`'s vector k.
+
+    Args:
+        like: number, width, layer and norms are taken from it.
+        seed: vector k depends on (seed, k) alone.
+    """
+    values = gaussian_rows(len(like), like.d_model, seed, "random_vectors").to(like.values.device)
+    provenance = {"method": "random_vectors", "seed": seed, "matched_to": dict(like.provenance)}
+    values = to_sphere(values, like.radii)
+    return SteeringVectors(values, like.source_layer, provenance=provenance, site=like.site, objective=like.objective)
+
+
+@public
+def random_adapters(like: SteeringAdapters, model: Any, prompts: Prompts | None = None, seed: int = 0) -> SteeringAdapters:
+    """The norm-matched control: Gaussian factors of the same rank and normalisation, scaled so that adapter k's update has, over the prompts, the
+    mean norm at the source of `like`'s adapter k. Equal norms of the factors alone would be no control.
+
+    Args:
+        like: number, shapes, normalisation and update norms are taken from it.
+        model: the one that `like` was learned on.
+        prompts: those that `like` was learned on; None takes them from its provenance.
+        seed: adapter k depends on (seed, k) alone.
+
+    Raises:
+        ValueError: no prompts known, or no scale gives that norm (a norm after the MLP bounds what an update can do).
+    """
+    host = host_of(model)
+    prompts = fitting_prompts(like, prompts, host.device)
+    how = like.provenance.get("normalization", "frobenius")
+    factors = {
+        layer: tuple(_random_factor(factor, how, seed, layer, name) for factor, name in zip(pair, "AB", strict=True))
+        for layer, pair in like.factors.items()
+    }
+    provenance = {"method": "random_adapters", "seed": seed, "normalization": how, "matched_to": dict(like.provenance)}
+    # a norm after the MLP takes an update and its negative differently, so the control has the sign of what it is matched to
+    signs = torch.where(like.scales < 0, -1, 1).to(like.scales)
+    control = SteeringAdapters(factors, signs, provenance=provenance, sites=like.sites, objective=like.objective).on(host)
+    scales = control.scales * scales_for_norms(control, host, prompts, mean_norms(like, host, prompts))
+    return replace(control, scales=scales)
+
+
+def fitting_prompts(adapters: SteeringAdapters, prompts: Prompts | None, device: Any = None) -> Prompts:
+    """These prompts, or the ones that the adapters were learned on."""
+    if prompts is not None:
+        return prompts
+    rows = adapters.provenance.get("prompt_tokens")
+    if not rows:
+        raise ValueError("these adapters know no prompts that they were learned on (they were not fitted): give prompts=.")
+    return pad([list(row) for row in rows], adapters.provenance.get("prompts", [""] * len(rows)), device=device)
+
+
+def scales_for_norms(adapters: SteeringAdapters, model: Any, prompts: Prompts, norms: Float[Tensor, " adapter"]) -> Float[Tensor, " adapter"]:
+    """The factors by which the adapters' updates have these mean norms: in proportion where nothing bends an update, else bracketed and solved.
+
+    Raises:
+        ValueError: no scale gives that norm.
+    """
+    guesses = norms / mean_norms(adapters, model, prompts)
+    reached = mean_norms(adapters * guesses, model, prompts)
+    bent = ((reached - norms).abs() > 1e-4 * norms).tolist()
+    solved = [_solved(adapters[k], model, prompts, float(norms[k]), guess) if bent[k] else guess for k, guess in enumerate(guesses.tolist())]
+    return torch.tensor(solved, dtype=guesses.dtype, device=guesses.device)
+
+
+def _solved(adapter: SteeringAdapters, model: Any, prompts: Prompts, norm: float, guess: float) -> float:
+    def excess(factor: float) -> float:
+        return float(mean_norms(adapter * factor, model, prompts)[0]) - norm
+
+    low = high = guess
+    while excess(low) > 0:
+        low /= 2
+    while excess(high) < 0:
+        high *= 2
+        if high > 1e5 * guess:
+            raise ValueError(
+                f"no scale gives an update of mean norm {norm:.4g} at the source: the norm after the MLP bounds it. Use a smaller scale."
+            )
+    return float(brentq(excess, low, high, rtol=1e-5))
+
+
+def _random_factor(like: Tensor, how: Any, seed: int, layer: int, name: str) -> Tensor:
+    rows = gaussian_rows(len(like), like[0].numel(), seed, "random_adapters", layer, name)
+    return NORMALIZATIONS[how].normalize(rows.view(like.shape).to(like.device))
+
+
+@public
+def random_like(perturbations: Perturbation, model: Any, prompts: Prompts | None = None, seed: int = 0) -> Perturbation:
+    """The norm-matched control of any kind: `random_vectors`, or `random_adapters` of the same update norms.
+
+    Args:
+        perturbations: vectors or adapters.
+        model: needed for adapters, whose norms are those of what they write on prompts.
+        prompts: on which adapters that were not fitted are matched; fitted ones know theirs.
+        seed: row k depends on (seed, k) alone.
+    """
+    if isinstance(perturbations, SteeringVectors):
+        return random_vectors(perturbations, seed)
+    return random_adapters(perturbations, model, None if "prompt_tokens" in perturbations.provenance else prompts, seed)

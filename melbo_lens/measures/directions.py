@@ -1,0 +1,94 @@
+"""What does a direction point at?  The tokens it promotes, the texts it aligns with, the rows of a matrix it is near to."""
+
+from collections.abc import Sequence
+from itertools import product
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from melbo_lens.arguments import public
+from melbo_lens.ascent.manifolds import unit
+from melbo_lens.measures.output import run_to_the_end
+from melbo_lens.models import blocks, hooks
+from melbo_lens.models.access import host_of
+from melbo_lens.perturbations.vectors import SteeringVectors
+from melbo_lens.prompts import Prompts, decoded, tokenize
+
+
+@public
+def top_tokens(model: Any, vectors: SteeringVectors, k: int = 10, prompts: Prompts | None = None, position: int = -1) -> pd.DataFrame:
+    """The tokens that each vector promotes and suppresses most.
+
+    By the direct path, the vector's product with the unembedding, and with `prompts` also by the mean change of the steered logits at a
+    `position` of each prompt's own tokens.
+
+    Returns:
+        One row for each vector and route ("direct" or "steered"): promoted and suppressed, lists of (token, change of the logit).
+    """
+    host = host_of(model)
+    changes = {"direct": vectors.values.to(host.model.W_U.device) @ host.model.W_U.detach().float()}
+    if prompts is not None:
+        batch = tokenize(host, prompts, target_positions=[position])
+        ends = (batch.lengths + position if position < 0 else torch.full_like(batch.lengths, position)) + 1
+        with hooks.frozen(host), torch.no_grad():
+            clean, _ = run_to_the_end(host, batch.tokens, ends, [])
+            steered = [run_to_the_end(host, batch.tokens, ends, vector.hooks())[0] for vector in vectors]
+        for number, logits in enumerate(steered):
+            hooks.check_finite(host, logits, [f"vector {number}"] * len(logits), "the logits")
+        # a token that is masked in both runs, -inf less -inf, has not changed
+        changes["steered"] = torch.stack([(logits - clean).nan_to_num(nan=0.0).mean(0) for logits in steered])
+    rows = []
+    for vector, route in product(range(len(vectors)), changes):
+        change = changes[route][vector]
+        best = [[(decoded(host, [int(i)]), float(change[i])) for i in (sign * change).topk(k).indices] for sign in (1, -1)]
+        rows.append((vector, route, *best))
+    return pd.DataFrame(rows, columns=["vector", "route", "promoted", "suppressed"])
+
+
+@public
+def max_activating(model: Any, vectors: SteeringVectors, texts: Prompts, k: int = 5) -> pd.DataFrame:
+    """The positions in texts whose stream after the source layer has the highest cosine with each vector.
+
+    Returns:
+        k rows for each vector, best first: vector, rank, text (index), position, token, before (the text up to the token), cosine.
+    """
+    host = host_of(model)
+    batch = tokenize(host, texts)
+    with hooks.frozen(host):
+        stream = blocks.record(host, batch.tokens, vectors.source_layer + 1, vectors.source_layer + 1).streams[-1].float()
+    hooks.check_finite(host, stream.abs().masked_fill(~batch.own[..., None], 0), ["the unsteered model"] * len(batch), "the stream")
+    places = batch.own.nonzero().tolist()
+    cosines = unit(stream[batch.own]) @ unit(vectors.values.to(stream.device)).T
+    rows = []
+    for vector in range(len(vectors)):
+        best = cosines[:, vector].topk(min(k, len(places)))
+        for rank, (value, index) in enumerate(zip(best.values.tolist(), best.indices.tolist(), strict=True)):
+            text, position = places[index]
+            ids = batch.rows()[text]
+            before = "".join(decoded(host, [i]) + " " for i in ids[:position]).strip()
+            rows.append((vector, rank, text, position, decoded(host, [ids[position]]), before, value))
+    return pd.DataFrame(rows, columns=["vector", "rank", "text", "position", "token", "before", "cosine"])
+
+
+@public
+def closest_directions(
+    vectors: SteeringVectors, matrix: Float[Tensor, "direction d_model"], names: Sequence[str] | None = None, k: int = 5
+) -> pd.DataFrame:
+    """The rows of any matrix (an SAE's decoder, an unembedding's transpose) with the largest |cosine| to each vector.
+
+    Raises:
+        ValueError: another width, or not one name for each row.
+    """
+    if matrix.shape[1] != vectors.d_model:
+        raise ValueError(f"matrix has rows of width {matrix.shape[1]}, the vectors have d_model {vectors.d_model}: transpose it, or use another.")
+    if names is not None and len(names) != len(matrix):
+        raise ValueError(f"{len(names)} names were given for {len(matrix)} directions: give one for each.")
+    cosines = unit(vectors.values) @ unit(matrix.float().to(vectors.values.device)).T
+    rows = []
+    for vector, row in enumerate(cosines):
+        for rank, index in enumerate(row.abs().topk(min(k, len(row))).indices.tolist()):
+            rows.append((vector, rank, index, names[index] if names is not None else str(index), float(row[index])))
+    return pd.DataFrame(rows, columns=["vector", "rank", "direction", "name", "cosine"])

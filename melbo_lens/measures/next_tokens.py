@@ -1,0 +1,72 @@
+"""What does a model expect after each token of a text?  Log-probabilities, steered and unsteered."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from melbo_lens.arguments import public
+from melbo_lens.models import hooks
+from melbo_lens.models.access import host_of
+from melbo_lens.prompts import Prompts, one_prompt, token_texts, tokenize
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class NextTokens:
+    """What a model expects after each token of a text, under several conditions.
+
+    Attributes:
+        tokens: text of each token.
+        log_probs: of the token that does follow, the last token has none.
+        ranks: how many tokens are more likely than that one.
+        top_tokens: for each condition and position, the k most likely next tokens.
+        top_log_probs: the log-probabilities of `top_tokens`.
+        conditions: "unsteered" and the perturbations.
+    """
+
+    tokens: tuple[str, ...]
+    log_probs: Float[Tensor, "condition pos_minus_1"]
+    ranks: Int[Tensor, "condition pos_minus_1"]
+    top_tokens: tuple[tuple[tuple[str, ...], ...], ...]
+    top_log_probs: Float[Tensor, "condition pos k"]
+    conditions: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        return f"NextTokens({len(self.tokens)} tokens; {', '.join(self.conditions)})"
+
+
+@public
+def next_tokens(model: Any, prompt: Prompts, perturbations: Any = None, k: int = 10) -> NextTokens:
+    """The next-token log-probabilities at each position of one text, unsteered and under each perturbation.
+
+    Args:
+        model: left as it was.
+        prompt: one text, chat or row of token ids, or one completion (`completions[3]`: its prompt and what was written, as the ids they were).
+        perturbations: None: unsteered only.
+        k: how many of the most likely tokens to keep.
+    """
+    host = host_of(model)
+    batch = tokenize(host, prompt)
+    one_prompt(batch)
+    if not 1 <= k <= host.cfg.d_vocab:
+        raise ValueError(f"k={k} must be from 1 to d_vocab = {host.cfg.d_vocab}.")
+    following = batch.tokens[:, 1:, None]
+    log_probs, ranks, best, values = [], [], [], []
+    runs = [None, *(perturbations[[i]].on(host) for i in range(len(perturbations)))] if perturbations is not None else [None]
+    with hooks.frozen(host), torch.no_grad():
+        for i, run in enumerate(runs):
+            with hooks.attached(host, [] if run is None else run.hooks()):
+                logits = host.forward(batch.tokens).float()
+            hooks.check_finite(host, logits, ["the unsteered model" if run is None else f"vector {i - 1}"], "the logits")
+            logits = logits.log_softmax(-1)
+            followed = logits[:, :-1].gather(-1, following)
+            log_probs.append(followed[0, :, 0].cpu())
+            ranks.append((logits[:, :-1] > followed).sum(-1)[0].cpu())
+            top = logits[0].topk(k)
+            values.append(top.values.cpu())
+            best.append(tuple(tuple(token_texts(host, row)) for row in top.indices.tolist()))
+    conditions = ("unsteered", *(f"vector {i}" for i in range(len(runs) - 1)))
+    tokens = tuple(token_texts(host, batch.rows()[0]))
+    return NextTokens(tokens, torch.stack(log_probs), torch.stack(ranks), tuple(best), torch.stack(values), conditions)

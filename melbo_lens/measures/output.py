@@ -1,0 +1,98 @@
+"""What do perturbations change at the output?  The next-token distribution, and the norms of the stream on the way."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from melbo_lens import tables
+from melbo_lens.arguments import public
+from melbo_lens.measures.radius import divergence
+from melbo_lens.models import hooks
+from melbo_lens.models.access import host_of
+from melbo_lens.models.host import Host
+from melbo_lens.perturbations.perturbation import Perturbation
+from melbo_lens.perturbations.sites import Hook
+from melbo_lens.prompts import Prompts, tokenize
+
+ROWS_AT_ONCE = 128
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Effects:
+    """Changes after each prompt.
+
+    Attributes:
+        table: vector, sign, prompt, kl (of the steered next-token distribution from the clean one, nats), entropy and entropy_unsteered (nats),
+            logit_difference and logit_difference_unsteered (of the two tokens asked for, else absent).
+        norm_change: relative change of the residual stream's norm leaving each layer, a row for each row of the table; NaN in the padding.
+    """
+
+    table: pd.DataFrame
+    norm_change: Float[Tensor, "row layer pos"]
+
+    def __repr__(self) -> str:
+        kl = self.table.kl
+        return f"Effects({len(self.table)} rows, KL {kl.min():.3g} to {kl.max():.3g} nats; norm_change {list(self.norm_change.shape)})"
+
+    def _repr_html_(self) -> str:
+        return tables.html(repr(self), self.table)
+
+
+@public
+def output_effects(
+    model: Any,
+    prompts: Prompts,
+    vectors: Perturbation,
+    signs: Sequence[int] = (+1, -1),
+    tokens: Sequence[int] | None = None,
+) -> Effects:
+    """What each vector or adapter changes in the next-token distribution and in the norms of the stream.
+
+    Args:
+        model: left as it was.
+        prompts: text, chats or token ids.
+        vectors: vectors or adapters, each by itself.
+        signs: +1, -1 or both.
+        tokens: two token ids whose logit difference is wanted.
+    """
+    host = host_of(model)
+    vectors = vectors.on(host)
+    batch = tokenize(host, prompts)
+    runs = list(product(range(len(batch)), range(len(vectors)), signs))
+    with hooks.frozen(host), torch.no_grad():
+        clean_logits, clean_norms = run_to_the_end(host, batch.tokens, batch.lengths, [])
+        parts = []
+        for first in range(0, len(runs), ROWS_AT_ONCE):
+            prompt, vector, sign = (list(column) for column in zip(*runs[first : first + ROWS_AT_ONCE], strict=True))
+            steering = vectors.row_hooks(vector, torch.tensor(sign, dtype=torch.float32, device="cpu"))
+            parts.append(run_to_the_end(host, batch.tokens[prompt], batch.lengths[prompt], steering))
+            names = [f"vector {k} with sign {s:+d}, on prompt {i}," for k, s, i in zip(vector, sign, prompt, strict=True)]
+            hooks.check_finite(host, parts[-1][0], names, "the logits")
+    logits, norms = (torch.cat(column) for column in zip(*parts, strict=True))
+    which = [prompt for prompt, _, _ in runs]
+    clean, steered = clean_logits.log_softmax(-1)[which], logits.log_softmax(-1)
+    table = pd.DataFrame([(vector, sign, prompt) for prompt, vector, sign in runs], columns=["vector", "sign", "prompt"])
+    table["kl"] = divergence(clean, steered).clamp(min=0).tolist()
+    table["entropy"] = torch.special.entr(steered.exp()).sum(-1).tolist()
+    table["entropy_unsteered"] = torch.special.entr(clean.exp()).sum(-1).tolist()
+    if tokens is not None:
+        table["logit_difference"] = (logits[:, tokens[0]] - logits[:, tokens[1]]).tolist()
+        table["logit_difference_unsteered"] = (clean_logits[which][:, tokens[0]] - clean_logits[which][:, tokens[1]]).tolist()
+    return Effects(table, norms / clean_norms[which] - 1)
+
+
+def run_to_the_end(host: Host, tokens: Tensor, lengths: Tensor, steering: list[Hook]) -> tuple[Float[Tensor, "row d_vocab"], Tensor]:
+    """Logits after the first `lengths` tokens of each row, and the norms [row layer pos] of the stream, NaN in the padding."""
+    norms: list[Tensor] = []
+    readers = [(f"blocks.{i}.hook_resid_post", lambda stream, hook: norms.append(stream.float().norm(dim=-1))) for i in range(host.n_layers)]
+    with hooks.attached(host, [*steering, *readers]):
+        logits = host.forward(tokens)
+    own = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+    stacked = torch.stack(norms, dim=1).masked_fill(~own[:, None], float("nan"))
+    return logits[torch.arange(len(tokens), device=tokens.device), lengths - 1].float(), stacked

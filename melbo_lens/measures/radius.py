@@ -1,0 +1,238 @@
+"""Which radius?  The one at which the blocks between source and target stop being linear, or another stated rule."""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from melbo_lens import tables
+from melbo_lens.arguments import public
+from melbo_lens.ascent.manifolds import unit
+from melbo_lens.models import hooks
+from melbo_lens.models.slices import SlicedModel, slice_model
+from melbo_lens.prompts import Positions, Prompts
+from melbo_lens.randomness import gaussian_rows
+
+Rule: TypeAlias = Literal["nonlinearity", "fraction", "kl"]
+DEFAULT_TARGETS = {"nonlinearity": 0.5, "fraction": 0.35, "kl": 0.1}
+N_DIRECTIONS = 8
+STEPS = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4)  # of central differences, as shares of the stream's norm
+HALF_STEPS, HALF_AGREEMENT = (0.5, 0.3, 0.15, 0.1), 0.35  # in half precision, whose rounding drowns smaller ones
+AGREEMENT = 0.05  # how far two neighbouring steps may be apart
+NEARLY_LINEAR = 0.1  # blocks whose nonlinearity stays below this at any radius have no radius
+
+
+@dataclass(frozen=True, repr=False)
+class Calibration:
+    """A radius with the curve it was solved on.
+
+    Attributes:
+        radius: the solution.
+        curve: (radius, value) pairs, by radius.
+        rule: which value the curve shows.
+        target: the value asked for.
+    """
+
+    radius: float
+    curve: tuple[tuple[float, float], ...]
+    rule: str
+    target: float
+
+    def _repr_html_(self) -> str:
+        return tables.html(repr(self), pd.DataFrame(self.curve, columns=["radius", self.rule]))
+
+    def __repr__(self) -> str:
+        return f"Calibration(radius {self.radius:.4g}: {self.rule} {self.target:g}, {len(self.curve)} radii tried)"
+
+
+@public
+def calibrate_radius(
+    model: Any,
+    prompts: Prompts,
+    source_layer: int,
+    target_layer: int | None = None,
+    rule: Rule = "nonlinearity",
+    target: float | None = None,
+    target_positions: Positions = slice(None),
+    target_hook: str | None = None,
+    seed: int = 0,
+    site: str = "mlp_out",
+) -> Calibration:
+    """Chooses a radius by a stated rule, without looking at behaviours.
+
+    Args:
+        model, prompts, source_layer, target_layer, target_positions, target_hook, site: as in `slice_model`.
+        rule: "nonlinearity" (the blocks between stop being linear), "fraction" (of the source stream's norm) or "kl" (how far random
+            vectors of that norm move the next-token distribution); see `solve_radius`.
+        target: the rule's value to reach; default 0.5, 0.35 of the norm, 0.1 nats.
+        seed: of the random directions.
+
+    Returns:
+        The radius and the curve it was solved on.
+
+    Raises:
+        ValueError: an unknown rule, a target without meaning, or no finite radius that qualifies.
+    """
+    check_rule(rule, target)
+    return solve_radius(slice_model(model, prompts, source_layer, target_layer, target_positions, target_hook, site), rule, target, seed)
+
+
+class NoRadius(ValueError):
+    """No finite radius reaches what a rule asks for."""
+
+
+def check_rule(rule: str, target: float | None) -> None:
+    """Refuses a rule or target without meaning."""
+    if rule not in DEFAULT_TARGETS:
+        raise ValueError(f"rule={rule!r} must be one of {sorted(DEFAULT_TARGETS)}.")
+    if target is not None and not 0 < target < float("inf"):
+        raise ValueError(f"target={target} must be a positive, finite number.")
+
+
+def solve_radius(sliced: SlicedModel, rule: Rule = "nonlinearity", target: float | None = None, seed: int = 0) -> Calibration:
+    """The radius at which a rule reaches its target; random unit directions v stand for all.
+
+    - "nonlinearity": the rms over v of ``||D(R v) - R J v|| / ||R J v||``, D the change of the target activations at the target positions
+      and J v its directional derivative at 0, both in float32. Where the curve levels off below the default target, half of that level is the
+      target. Mixtures of experts jump at tiny radii, where a token changes its expert: there the last rise counts, or the least of the curve.
+    - "fraction": that fraction of the mean norm of the stream that leaves the source block, at the prompts' own positions.
+    - "kl": the mean over v and prompts of ``KL(clean || steered)`` between next-token distributions after each prompt, in nats.
+
+    Raises:
+        ValueError: an unknown rule, a target that is not positive, or no finite radius that qualifies (the slice is linear).
+    """
+    check_rule(rule, target)
+    wanted = DEFAULT_TARGETS[rule] if target is None else target
+    batch = sliced.batch
+    typical = float(sliced.resid.float().norm(dim=-1)[batch.own].mean()) or 1.0  # only where to begin; a stream of zeros has no scale
+    if rule == "fraction":
+        return Calibration(wanted * typical, ((wanted * typical, wanted),), rule, wanted)
+    directions = unit(gaussian_rows(N_DIRECTIONS, sliced.d_model, seed, "calibration")).to(sliced.device)
+    with hooks.frozen(sliced.host):
+        if rule == "kl":
+            clean = _next_token_log_probs(sliced, None)
+            return _solve(lambda radius: _kl(sliced, clean, radius * directions), typical, wanted, rule, False)
+        exact = sliced.in_float32()
+        linear = _directional_derivatives(exact, directions)
+        return _solve(lambda radius: _nonlinearity(exact, directions, linear, radius), typical, wanted, rule, target is None)
+
+
+def _solve(value_at: Callable[[float], float], typical: float, wanted: float, rule: Rule, may_lower: bool) -> Calibration:
+    """Brackets the solution by doublings from a tenth of the stream's norm, then bisects log R."""
+    curve: dict[float, float] = {}
+
+    def value(radius: float) -> float:
+        return curve.setdefault(radius, value_at(radius))
+
+    def solved() -> float:
+        low = high = 0.1 * typical
+        while value(low) >= wanted and low > 1e-6 * typical:
+            if value(low / 2) > value(low):  # it jumps at small radii already; what counts is where it rises for good
+                low = high = min((0.1 * 2**i * typical for i in range(10)), key=lambda radius: (value(radius) >= wanted, value(radius)))
+                if value(low) >= wanted:
+                    return low
+                break
+            low, high = low / 2, low
+        while value(high) < wanted:
+            low, high = high, 2 * high
+            if high > 1e4 * typical:
+                raise NoRadius(
+                    f"no finite radius reaches {rule} {wanted:.3g}: it is {value(low):.2g} at {low:.3g}, so the blocks between source and target "
+                    "are (nearly) linear. Give a radius, or put more blocks between."
+                )
+        for _ in range(6):
+            middle = (low * high) ** 0.5
+            low, high = (middle, high) if value(middle) < wanted else (low, middle)
+        return (low * high) ** 0.5
+
+    try:
+        radius = solved()
+    except NoRadius:
+        level = max(curve.values())
+        if not may_lower or level < NEARLY_LINEAR:
+            raise
+        wanted = level / 2
+        radius = solved()
+    return Calibration(radius, tuple(sorted(curve.items())), rule, wanted)
+
+
+def _nonlinearity(sliced: SlicedModel, directions: Tensor, linear: Float[Tensor, "direction change"], radius: float) -> float:
+    changes = _selected(sliced, radius * directions)
+    expected = radius * linear
+    ratios = (changes - expected).norm(dim=1) / expected.norm(dim=1).clamp(min=1e-30)
+    return float(ratios.square().mean().sqrt())
+
+
+def _selected(sliced: SlicedModel, vectors: Float[Tensor, "direction d_model"]) -> Float[Tensor, "direction change"]:
+    """The change at all target positions of all prompts, one long row for each direction."""
+    everyone = sliced.everyone
+    with torch.no_grad():
+        return torch.stack([sliced.change(v.expand(len(everyone), -1), everyone)[sliced.batch.target_mask].flatten() for v in vectors])
+
+
+def _directional_derivatives(sliced: SlicedModel, directions: Float[Tensor, "direction d_model"]) -> Float[Tensor, "direction change"]:
+    """J v by forward differentiation, or by differences where an operation between has none (mixtures of experts, for one)."""
+
+    def change(bias: Tensor) -> Tensor:
+        everyone = sliced.everyone
+        return sliced.change(bias.expand(len(everyone), -1), everyone)[sliced.batch.target_mask].flatten()
+
+    try:
+        with sdpa_kernel(SDPBackend.MATH):  # the only form of attention that has a forward derivative
+            return torch.stack([torch.func.jvp(change, (torch.zeros_like(v),), (v,))[1].detach() for v in directions])
+    except torch.OutOfMemoryError:
+        raise
+    except (NotImplementedError, RuntimeError) as missing:
+        return _central_differences(sliced, directions, missing)
+
+
+def _central_differences(
+    sliced: SlicedModel, directions: Float[Tensor, "direction d_model"], missing: Exception
+) -> Float[Tensor, "direction change"]:
+    """``(D(h v) - D(-h v)) / 2 h`` at the step h, in shares of the stream's norm, where two neighbouring steps agree best.
+
+    Raises:
+        NoRadius: no two steps agree to within a twentieth (half precision: a third).
+    """
+    typical = float(sliced.resid.float().norm(dim=-1)[sliced.batch.own].median()) or 1.0
+    exact = sliced.resid.dtype in (torch.float32, torch.float64)  # a slice that needs the model's own hooks has no float32 copy
+    steps, agreement = (STEPS, AGREEMENT) if exact else (HALF_STEPS, HALF_AGREEMENT)
+    estimates = []
+    for step in (share * typical for share in steps):
+        estimates.append((_selected(sliced, step * directions) - _selected(sliced, -step * directions)) / (2 * step))
+    apart = [float((larger - smaller).norm() / smaller.norm().clamp(min=1e-30)) for larger, smaller in itertools.pairwise(estimates)]
+    best = min(range(len(apart)), key=apart.__getitem__)
+    if not apart[best] <= agreement:
+        raise NoRadius(
+            f"the blocks between have no forward derivative ({str(missing).splitlines()[0]}), and differences disagree by {apart[best]:.0%} between "
+            'the best two steps: give a radius, or calibrate one with rule="kl".'
+        ) from missing
+    return estimates[best + 1]
+
+
+def _kl(sliced: SlicedModel, clean: Float[Tensor, "prompt d_vocab"], vectors: Float[Tensor, "direction d_model"]) -> float:
+    values = [divergence(clean, _next_token_log_probs(sliced, vector)).mean() for vector in vectors]
+    return float(torch.stack(values).mean())
+
+
+def divergence(clean: Tensor, steered: Tensor) -> Float[Tensor, " prompt"]:
+    """KL in nats; a token that is impossible in the first counts nothing."""
+    return torch.where(clean > -torch.inf, clean.exp() * (clean - steered), torch.zeros_like(clean)).sum(-1)
+
+
+def _next_token_log_probs(sliced: SlicedModel, vector: Float[Tensor, " d_model"] | None) -> Float[Tensor, "prompt d_vocab"]:
+    def add(activation: Tensor, hook: Any) -> Tensor:
+        return (activation + vector).to(activation.dtype)
+
+    added = [] if vector is None else [(sliced.source_hook, add)]
+    with torch.no_grad(), hooks.attached(sliced.host, added):
+        logits = sliced.host.forward(sliced.batch.tokens)
+    after = logits[sliced.everyone.to(logits.device), sliced.batch.lengths - 1].float()
+    hooks.check_finite(sliced.host, after, ["the unsteered model" if vector is None else "a random vector"] * len(after), "the logits")
+    return after.log_softmax(-1)

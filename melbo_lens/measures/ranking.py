@@ -1,0 +1,69 @@
+"""Which perturbations are worth a look?  One order with its reasons, and one of each kind."""
+
+from collections.abc import Sequence
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from sklearn.cluster import AgglomerativeClustering
+from torch import Tensor
+
+from melbo_lens.arguments import public
+from melbo_lens.ascent.manifolds import unit
+from melbo_lens.measures.output import Effects
+from melbo_lens.models import hooks
+from melbo_lens.models.slices import SlicedModel
+from melbo_lens.perturbations.perturbation import Perturbation
+
+
+@public
+def rank(vectors: Perturbation, measured: Effects, clusters: Sequence[int] | None = None) -> pd.DataFrame:
+    """One ranking of vectors and signs, with its reasons as columns.
+
+    Args:
+        vectors: those that were measured.
+        measured: their `effects`.
+        clusters: labels as from `cluster_by_effect`; only the best of each cluster and sign is kept.
+
+    Returns:
+        Best first, by kl: vector, sign, kl and entropy_change (means over prompts, nats), objective (NaN without history), cluster, and
+        near_duplicates (how many of its cluster it stands for).
+    """
+    table = measured.table.assign(entropy_change=measured.table.entropy - measured.table.entropy_unsteered)
+    table = table.groupby(["vector", "sign"])[["kl", "entropy_change"]].mean().reset_index()
+    final = vectors.history[-1].tolist() if len(vectors.history) else [float("nan")] * len(vectors)
+    labels = list(clusters) if clusters is not None else list(range(len(vectors)))
+    if len(labels) != len(vectors):
+        raise ValueError(f"{len(labels)} cluster labels were given for {len(vectors)} vectors: give one for each.")
+    table = table.assign(objective=[final[k] for k in table.vector], cluster=[labels[k] for k in table.vector])
+    table = table.sort_values("kl", ascending=False)
+    sizes = table.groupby(["cluster", "sign"]).size()
+    best = table.drop_duplicates(["cluster", "sign"])
+    return best.assign(near_duplicates=[int(sizes[key]) - 1 for key in zip(best.cluster, best.sign, strict=True)]).reset_index(drop=True)
+
+
+def target_changes(sliced: SlicedModel, perturbations: Perturbation) -> Float[Tensor, "perturbation change"]:
+    """What each vector or adapter changes at the target positions of all prompts, as one long row."""
+    everyone, changes = sliced.everyone, []
+    with hooks.frozen(sliced.host), torch.no_grad():
+        for one in perturbations.on(sliced.host):
+            changes.append(sliced.change_under(one.hooks(), everyone)[sliced.batch.target_mask].flatten())
+    found = torch.stack(changes)
+    hooks.check_finite(sliced.host, found.abs(), [f"vector {k}" for k in range(len(found))], "the target")
+    return found
+
+
+@public
+def cluster_by_effect(sliced: SlicedModel, vectors: Perturbation, threshold: float = 0.3) -> list[int]:
+    """A label for each vector or adapter; those whose target changes have an average cosine distance below `threshold` share one."""
+    return cluster(target_changes(sliced, vectors), threshold)
+
+
+def cluster(features: Float[Tensor, "row feature"], threshold: float) -> list[int]:
+    """Labels by average-linkage clustering of cosine distances; the first row has label 0, labels are numbered by first appearance."""
+    if len(features) < 2:
+        return [0] * len(features)
+    distances = (1 - unit(features.double()) @ unit(features.double()).T).clamp(min=0).cpu().numpy()
+    found = AgglomerativeClustering(n_clusters=None, metric="precomputed", linkage="average", distance_threshold=threshold).fit_predict(distances)
+    order = {label: i for i, label in enumerate(dict.fromkeys(found.tolist()))}
+    return [order[label] for label in found.tolist()]

@@ -1,0 +1,130 @@
+"""What does an adapter do at its source?  The bias that each position receives, and the vector nearest to it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from melbo_lens.arguments import public
+from melbo_lens.models import blocks, hooks
+from melbo_lens.models.access import host_of
+from melbo_lens.models.host import Host
+from melbo_lens.perturbations.adapters import SteeringAdapters
+from melbo_lens.perturbations.vectors import SteeringVectors
+from melbo_lens.prompts import PromptBatch, Prompts, tokenize
+
+ROWS_AT_ONCE = 128
+VECTOR_SITES = {"mlp": "mlp_out", "attn": "attn_out"}  # where a vector acts as an update of these weights does
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class AdapterEffect:
+    """What the stream gains at one layer, position by position.
+
+    Attributes:
+        values: the bias that each adapter gives each position of each prompt, after a norm that follows the MLP; 0 in the padding.
+        mask: True at the prompts' own positions.
+        layer: the block that gains it.
+        site: where a vector would be added that does the same.
+    """
+
+    values: Float[Tensor, "adapter prompt pos d_model"]
+    mask: Bool[Tensor, "prompt pos"]
+    layer: int
+    site: str = "mlp_out"
+
+    def norms(self) -> Float[Tensor, " adapter"]:
+        """The mean norm of the update over the prompts' own positions."""
+        return self.values.norm(dim=-1)[:, self.mask].mean(-1)
+
+    def singular(self, adapter: int) -> tuple[Float[Tensor, " k"], Float[Tensor, "k d_model"]]:
+        """Singular values and right singular vectors of one adapter's biases [position d_model], largest first, not centred."""
+        _, values, vectors = torch.linalg.svd(self.values[adapter][self.mask], full_matrices=False)
+        return values, vectors
+
+    def __repr__(self) -> str:
+        n, prompts = self.values.shape[:2]
+        return f"AdapterEffect({n} adapters on {prompts} prompts at layer {self.layer}, mean norm {self.norms().mean():.3g})"
+
+
+@public
+def source_effects(adapters: SteeringAdapters, model: Any, prompts: Prompts, layer: int | None = None) -> AdapterEffect:
+    """The bias that each position receives at a source layer: the MLP's output with that layer's update minus without.
+
+    Updates at earlier source layers act in both runs, so that each layer's own share is measured.
+
+    Args:
+        adapters: each acts by itself.
+        model: the one that they were learned on; left as it was.
+        prompts: text, chats or token ids.
+        layer: which source layer; needed if there are several.
+
+    Raises:
+        ValueError: the adapters don't fit the model, or `layer` is none of theirs.
+    """
+    host = host_of(model)
+    adapters = adapters.on(host)
+    layer = adapters.source_layer if layer is None else layer
+    if layer not in adapters.factors:
+        raise ValueError(f"layer={layer} is no source layer of these adapters: choose from {list(adapters.source_layers)}.")
+    batch = tokenize(host, prompts)
+    own = batch.own
+    before = [other for other in adapters.source_layers if other < layer]
+    parts = []
+    with hooks.frozen(host), torch.no_grad():
+        clean = _written(adapters[:1], host, batch, layer, [])
+        for first in range(0, len(adapters), max(1, ROWS_AT_ONCE // len(batch))):
+            some = adapters[first : first + max(1, ROWS_AT_ONCE // len(batch))]
+            plain = _written(some, host, batch, layer, before) if before else clean
+            parts.append((_written(some, host, batch, layer, [*before, layer]) - plain).masked_fill(~own[..., None], 0))
+    biases = torch.cat(parts)
+    hooks.check_finite(host, biases.abs(), [f"adapter {k}" for k in range(len(biases))], "its update")
+    return AdapterEffect(biases, own, layer, VECTOR_SITES[adapters.sites[layer].name])
+
+
+@public
+def nearest_vectors(adapters: SteeringAdapters, model: Any, prompts: Prompts) -> SteeringVectors:
+    """The steering vector nearest to each adapter: the mean of the biases it gives, which has the least squared distance to them.
+
+    Returns:
+        One vector for each adapter. In the provenance, `explained` is the share of the adapter's squared effect that adding the vector at every
+        position reproduces, ``1 - sum_t ||e_t - v||^2 / sum_t ||e_t||^2``, and `explained_by_direction` that of the top singular direction with a
+        coefficient of its own at each position, the most that any single direction can.
+
+    Raises:
+        ValueError: adapters of several source layers, or of another model.
+    """
+    measured = source_effects(adapters, model, prompts)
+    biases = measured.values[:, measured.mask]  # [adapter position d_model]
+    total = biases.square().sum((1, 2)).clamp(min=1e-30)
+    means = biases.mean(1)
+    explained = len(biases[0]) * means.square().sum(1) / total
+    top = torch.linalg.svdvals(biases)[:, 0].square() / total
+    provenance = {
+        "method": "nearest_vectors",
+        "explained": [round(share, 6) for share in explained.tolist()],
+        "explained_by_direction": [round(share, 6) for share in top.tolist()],
+        "adapters": dict(adapters.provenance),
+    }
+    return SteeringVectors(means, measured.layer, provenance=provenance, site=measured.site)
+
+
+def mean_norms(adapters: SteeringAdapters, model: Any, prompts: Prompts) -> Float[Tensor, " adapter"]:
+    """The mean norm of each adapter's update over the prompts' own positions and its source layers."""
+    return torch.stack([source_effects(adapters, model, prompts, layer).norms() for layer in adapters.source_layers]).mean(0)
+
+
+def _written(
+    adapters: SteeringAdapters, host: Host, batch: PromptBatch, layer: int, acting: Sequence[int]
+) -> Float[Tensor, "adapter prompt pos d_model"]:
+    """What one block adds to the stream by its MLP, float32, while the updates at the layers `acting` are on, for every adapter."""
+    seen: list[Tensor] = []
+    read = (adapters.sites[layer].written, lambda activation, hook: seen.append(activation.float().clone()))
+    index = [k for k in range(len(adapters)) for _ in range(len(batch))]
+    some = replace(adapters, factors={i: adapters.factors[i] for i in acting}) if acting else None
+    active = some.row_hooks(index, some.scales.new_ones(len(index))) if some is not None else []
+    blocks.record(host, batch.tokens.repeat(len(adapters), 1), layer, layer + 1, [*active, read])
+    return seen[0].unflatten(0, (len(adapters), len(batch)))

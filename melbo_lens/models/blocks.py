@@ -1,0 +1,160 @@
+"""What did the model call its blocks with, and what do they do on other rows?  One ordinary pass recorded, each block as a function."""
+
+import copy
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from melbo_lens.models.hooks import attached, watched, without_reason
+from melbo_lens.models.host import Host
+from melbo_lens.perturbations.sites import Hook
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """One block with the arguments, other than the stream, that the model called it with.
+
+    Attributes:
+        block: the module.
+        arguments, keywords: those arguments.
+        axes: the same structure as (arguments, keywords), with the axis of each tensor along which its rows lie; None: all rows share it.
+    """
+
+    block: nn.Module
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+    axes: tuple[Any, Any] = ((), {})
+
+    def __call__(self, stream: Tensor, prompts: Tensor, n_prompts: int) -> Tensor:
+        """Calls the block on rows that belong to the given prompts."""
+        arguments, keywords = _select_rows((self.arguments, self.keywords), self.axes, prompts, n_prompts)
+        if "hidden_states" in keywords:
+            return _stream(self.block(*arguments, **{**keywords, "hidden_states": stream}))
+        return _stream(self.block(stream, *arguments, **keywords))
+
+
+def in_float32(call: BlockCall) -> BlockCall:
+    """The same call on a float32 copy of the block and of its arguments; the model keeps its own."""
+    block = copy.deepcopy(call.block).float()
+    for module in block.modules():
+        attributes = vars(module)
+        # a bridge in compatibility mode keeps processed weights as plain attributes
+        attributes.update({name: _float(value) for name, value in attributes.items() if isinstance(value, Tensor)})
+        cfg = getattr(module, "cfg", None)
+        if isinstance(getattr(cfg, "dtype", None), torch.dtype):
+            cfg.dtype = torch.float32  # TransformerLens' own layers cast to what their configuration names; the copy has its own
+    return replace(call, block=block, arguments=_float(call.arguments), keywords=_float(call.keywords))
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What one ordinary pass did between two layers: the stream that entered each block, and how each block was called."""
+
+    calls: list[BlockCall] = field(default_factory=list)
+    streams: list[Tensor] = field(default_factory=list)  # [prompt pos d_model], one more than calls: the last is what left
+
+
+class _Reached(Exception):
+    """Ends a forward pass once everything needed was recorded."""
+
+
+def record(host: Host, tokens: Tensor, first: int, last: int, hooks: Sequence[Hook] = ()) -> Recording:
+    """Runs the model up to and including block `last - 1`, and records the calls of blocks `first` to `last - 1`.
+
+    Nothing after those blocks is run. `first == last` records the stream that leaves block `first - 1` and no call.
+
+    Raises:
+        ValueError: a hook did not fire exactly once.
+        RuntimeError: a block did not run exactly once.
+    """
+    recording = Recording()
+
+    def enter(block: nn.Module, arguments: tuple, keywords: dict) -> None:
+        stream = keywords["hidden_states"] if "hidden_states" in keywords else arguments[0]
+        rest = arguments if "hidden_states" in keywords else arguments[1:]
+        recording.calls.append(BlockCall(block, rest, dict(keywords)))
+        recording.streams.append(stream.detach())
+
+    def leave(block: nn.Module, arguments: tuple, output: Any) -> None:
+        recording.streams.append(_stream(output).detach())
+        raise _Reached
+
+    with ExitStack() as stack:
+        fired = stack.enter_context(attached(host, hooks))
+        stack.enter_context(watched([(block, enter) for block in host.blocks[first:last]], [(host.blocks[last - 1], leave)]))
+        with torch.no_grad(), suppress(_Reached):
+            host.forward(tokens)
+    for (name, _), times in zip(hooks, fired, strict=True):
+        if times != 1:
+            raise ValueError(f"the hook {name!r} fired {times} times in one forward pass, it must fire once: {without_reason(host, name)}")
+    if len(recording.calls) != last - first or len(recording.streams) != last - first + 1:
+        raise RuntimeError(
+            f"blocks {first} to {last - 1} should run once each in a forward pass; {len(recording.calls)} calls were seen. "
+            "This model can't be sliced."
+        )
+    return recording
+
+
+def record_with_axes(host: Host, tokens: Tensor, first: int, last: int) -> Recording:
+    """`record`, and where the rows lie in each argument: what a second pass, with another number of rows, has of another size.
+
+    A guess by size would be wrong where a number of heads equals the number of prompts, or where heads and rows share an axis (ALiBi).
+    """
+    recording = record(host, tokens, first, last)
+    n_rows, n_other = len(tokens), 1 if len(tokens) > 1 else 2
+    other = record(host, tokens[:1].expand(n_other, -1), first, last)
+    calls = [
+        replace(call, axes=_row_axes((call.arguments, call.keywords), (same.arguments, same.keywords), n_rows, n_other))
+        for call, same in zip(recording.calls, other.calls, strict=True)
+    ]
+    return Recording(calls, recording.streams)
+
+
+def _row_axes(value: Any, other: Any, n_rows: int, n_other: int) -> Any:
+    """For each tensor the axis whose size is a multiple of the number of rows in both passes, None if both have one shape."""
+    if isinstance(value, Tensor) and isinstance(other, Tensor):
+        if value.shape == other.shape:
+            return None
+        axes = [axis for axis, sizes in enumerate(zip(value.shape, other.shape, strict=False)) if sizes[0] != sizes[1]]
+        if value.ndim == other.ndim and len(axes) == 1 and value.shape[axes[0]] * n_other == other.shape[axes[0]] * n_rows:
+            return axes[0]
+        raise RuntimeError(
+            f"a block is called with a tensor of shape {tuple(value.shape)} for {n_rows} prompts and {tuple(other.shape)} for {n_other}: it can't be "
+            "told where the rows lie in it, so this model can't be sliced."
+        )
+    if isinstance(value, tuple | list):
+        return tuple(_row_axes(item, same, n_rows, n_other) for item, same in zip(value, other, strict=True))
+    if isinstance(value, dict):
+        return {key: _row_axes(item, other[key], n_rows, n_other) for key, item in value.items()}
+    return None
+
+
+def _select_rows(value: Any, axes: Any, prompts: Tensor, n_prompts: int) -> Any:
+    """The rows of the prompts, along each tensor's own axis; what all rows share stays as it is."""
+    if isinstance(value, Tensor):
+        if axes is None:
+            return value
+        per_row = value.unflatten(axes, (n_prompts, -1))
+        return per_row.index_select(axes, prompts.to(value.device)).flatten(axes, axes + 1)
+    if isinstance(value, tuple | list):
+        return type(value)(_select_rows(item, axis, prompts, n_prompts) for item, axis in zip(value, axes or [None] * len(value), strict=True))
+    if isinstance(value, dict):
+        return {key: _select_rows(item, (axes or {}).get(key), prompts, n_prompts) for key, item in value.items()}
+    return value
+
+
+def _stream(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _float(value: Any) -> Any:
+    """Half-precision tensors as float32, inside tuples, lists and dicts too."""
+    if isinstance(value, Tensor):
+        return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+    if isinstance(value, tuple | list):
+        return type(value)(_float(item) for item in value)
+    return {key: _float(item) for key, item in value.items()} if isinstance(value, dict) else value

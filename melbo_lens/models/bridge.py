@@ -1,0 +1,82 @@
+"""How does a `TransformerBridge` do what a host must?  It wraps a Hugging Face model, whose cache and masks are that library's."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from melbo_lens.models.hooks import without_reason
+from melbo_lens.models.host import Host
+from melbo_lens.perturbations.sites import WeightSite
+
+
+class BridgeHost(Host):
+    """A model that TransformerLens wraps."""
+
+    def logits(self, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
+        keywords = {} if attention_mask is None else {"attention_mask": attention_mask.to(tokens)}
+        return self.model(tokens, use_cache=False, **keywords)
+
+    def start_cache(self, n_rows: int) -> Any:
+        return None
+
+    def cached_logits(self, tokens: Tensor, attention_mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        # the bridge derives positions from the mask, for those of its models that take positions
+        known = {} if cache is None else {"past_key_values": cache}
+        return self.model(tokens, return_type="logits_and_cache", attention_mask=attention_mask.to(tokens), use_cache=True, **known)
+
+    def drop_rows(self, cache: Any, kept: Tensor) -> bool:
+        # reordering for a beam search takes any rows, of keys and values and of recurrent states alike; selecting indices forgets the latter
+        parts = [cache, *(getattr(cache, "layers", None) or [])]
+        if not all(callable(getattr(part, "reorder_cache", None)) for part in parts):
+            return False
+        cache.reorder_cache(kept)
+        return True
+
+    def weight_site(self, layer: int, name: str) -> WeightSite:
+        part = {"mlp": "mlp.out", "attn": "attn.o"}[name]
+        hidden, output = f"blocks.{layer}.{part}.hook_in", f"blocks.{layer}.{part}.hook_out"
+        if hidden not in self.points:
+            raise ValueError(self._without_weights(layer, name, hidden))
+        return WeightSite(layer, hidden, output, name=name)
+
+    def widths(self, layer: int, name: str) -> tuple[int, int]:
+        self.weight_site(layer, name)
+        linear = self._linear(layer, name)
+        # a quantised Linear packs its weight, so ask for its features; GPT-2's Conv1D has none and stores [d_in d_model]
+        return getattr(linear, "in_features", linear.weight.shape[0]), self.d_model
+
+    @property
+    def architecture(self) -> str:
+        return str(getattr(self.cfg, "architecture", None))
+
+    @property
+    def has_counterpart(self) -> bool:
+        return getattr(self.networks[-1], "config", None) is not None and self.networks[-1] is not self.model
+
+    def name_map(self) -> Any:
+        return self.model.adapter
+
+    def own_weights(self, sites: Sequence[WeightSite]) -> tuple[nn.Module, dict[int, Tensor]] | None:
+        if self.model.compatibility_mode:
+            return None
+        return self.model.original_model, {site.layer: self._linear(site.layer, site.name).weight for site in sites}
+
+    def writes_centred(self, site: WeightSite) -> bool:
+        return False
+
+    def _linear(self, layer: int, name: str) -> Any:
+        """The module of the weights; GPT-2's is no `Linear`."""
+        block: Any = self.blocks[layer]
+        return (block.mlp.out if name == "mlp" else block.attn.o).original_component
+
+    def _without_weights(self, layer: int, name: str, hidden: str) -> str:
+        kind = type(getattr(self.blocks[layer], name, None)).__name__
+        if name == "mlp" and "moe" in kind.lower():
+            dense = [i for i in range(self.n_layers) if hidden.replace(f".{layer}.", f".{i}.", 1) in self.points]
+            return (
+                f"block {layer} ({kind}) has no hook {hidden!r}: it is a mixture of experts: each token's hidden activation is spread over several "
+                'experts, and there is no one W_out to update. Update the attention\'s output weights instead (site="attn"), learn steering vectors '
+                + (f"(fit_vectors), or choose one of the layers {dense}, which are dense." if dense else "(fit_vectors).")
+            )
+        return f"the model has no hook {hidden!r}: {without_reason(self, hidden)}"

@@ -1,0 +1,145 @@
+"""What must a class of model be able to do?  One object that is opened once for each public call, and answers everything the library asks."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from melbo_lens.perturbations.sites import WeightSite
+
+
+class Host(ABC):
+    """A model as this library needs it. `host_of(model)` opens one; a subclass answers for one class of model.
+
+    Attributes:
+        model: the user's own.
+        points: its hook points by name, asked for once, since a bridge builds the mapping anew each time.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.points: Mapping[str, nn.Module] = model.hook_dict
+
+    # What each class of model says.
+
+    @abstractmethod
+    def logits(self, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Logits of one uncached pass; without a mask every column of `tokens` counts."""
+
+    @abstractmethod
+    def start_cache(self, n_rows: int) -> Any:
+        """What `cached_logits` is given at the first step."""
+
+    @abstractmethod
+    def cached_logits(self, tokens: Tensor, attention_mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        """Logits of one pass over the last columns of the mask, and the cache with them."""
+
+    @abstractmethod
+    def drop_rows(self, cache: Any, kept: Tensor) -> bool:
+        """Keeps these rows of a cache; False, and nothing changed, if it can't."""
+
+    @abstractmethod
+    def weight_site(self, layer: int, name: str) -> WeightSite:
+        """Where the output weights of the block's "mlp" or "attn" are hooked.
+
+        Raises:
+            ValueError: the block has no such weights, or what enters them has no hook.
+        """
+
+    @abstractmethod
+    def widths(self, layer: int, name: str) -> tuple[int, int]:
+        """d_in and d_model of these weights."""
+
+    @property
+    @abstractmethod
+    def architecture(self) -> str:
+        """The name of the Hugging Face architecture."""
+
+    @property
+    @abstractmethod
+    def has_counterpart(self) -> bool:
+        """Whether there is a Hugging Face model of this architecture."""
+
+    @abstractmethod
+    def name_map(self) -> Any:
+        """TransformerLens' map from its names of modules to those of Hugging Face."""
+
+    @abstractmethod
+    def own_weights(self, sites: Sequence[WeightSite]) -> tuple[nn.Module, dict[int, Tensor]] | None:
+        """The Hugging Face model inside, and its weights at these sites by layer; None where there is none, or TransformerLens processed them."""
+
+    @abstractmethod
+    def writes_centred(self, site: WeightSite) -> bool:
+        """Whether TransformerLens centred what these weights write to the stream."""
+
+    # What follows.
+
+    @property
+    def cfg(self) -> Any:
+        return self.model.cfg
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.model.tokenizer
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.model.blocks
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.model.blocks)
+
+    @property
+    def d_model(self) -> int:
+        return self.model.cfg.d_model
+
+    @property
+    def device(self) -> torch.device:
+        """Where tokens go."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    @property
+    def name(self) -> str:
+        return str(getattr(self.cfg, "model_name", None) or "unnamed")
+
+    @property
+    def networks(self) -> Sequence[nn.Module]:
+        """The modules that hold parameters and modes: some that a bridge wraps (GPT-2's dropout) are not among its own."""
+        wrapped = getattr(self.model, "original_model", None)
+        return [self.model, wrapped] if isinstance(wrapped, nn.Module) else [self.model]
+
+    @property
+    def turning_length(self) -> int | None:
+        """The number of tokens from which on some models place all their tokens otherwise ("longrope", "dynamic"), the short rows of a batch too."""
+        config = getattr(self.networks[-1], "config", None)
+        for part in (config, getattr(config, "text_config", None)):
+            settings = getattr(part, "rope_parameters", None) or getattr(part, "rope_scaling", None) or {}
+            for rope in (settings, *(one for one in settings.values() if isinstance(one, dict))):
+                if rope.get("rope_type", rope.get("type")) in ("longrope", "dynamic"):
+                    return rope.get("original_max_position_embeddings") or getattr(part, "original_max_position_embeddings", None) or self.cfg.n_ctx
+        return None
+
+    def to_tokens(self, text: str, **settings: Any) -> Tensor:
+        return self.model.to_tokens(text, **settings)
+
+    def forward(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Logits of one uncached pass; without a mask every column of `tokens` counts.
+
+        Raises:
+            RuntimeError: the model itself can't be run.
+        """
+        try:
+            return self.logits(tokens, attention_mask)
+        except (AttributeError, TypeError, KeyError, NameError, NotImplementedError) as error:
+            raise RuntimeError(
+                f"the forward pass of this model fails ({type(error).__name__}: {error}), with transformers {version('transformers')} and "
+                f"transformer_lens {version('transformer_lens')}: another version of either may run it."
+            ) from error

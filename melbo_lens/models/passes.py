@@ -1,0 +1,172 @@
+"""How does a model write token by token?  With a cache that is not believed before it has proved itself."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from typing import Any, Literal, TypeAlias
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from melbo_lens.models.hooks import attached
+from melbo_lens.models.host import Host
+from melbo_lens.perturbations.sites import Hook
+
+Positions: TypeAlias = Literal["all", "prompt", "generated"]  # of which tokens a perturbation takes hold
+Steering: TypeAlias = Callable[[Sequence[int]], list[Hook]]  # row numbers -> hooks for a batch of exactly these rows
+
+# How far a step with the cache may be from a pass without it, as a share of the logits' norm.
+TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1.5e-1}
+TOKENS_AT_ONCE = 4096  # of an uncached pass, whose logits are large
+
+
+class Decoder:
+    """Feeds prompts of different lengths to a model token by token, each row under hooks of its own.
+
+    Keys and values are cached, in a left-padded batch. Before that is believed, the row with the most padding is compared with a pass of it alone,
+    without padding or cache: at the first step if there is padding, at the first cached step, at the first one after rows were dropped, and where
+    a model changes how it places its tokens. Where they differ, a warning says so, and every later step runs all tokens again without cache, each
+    row by itself if padding matters too, which is slower and right.
+    """
+
+    def __init__(self, host: Host, rows: Sequence[Sequence[int]], steering: Steering, positions: Positions = "all", cached: bool = True) -> None:
+        """
+        Args:
+            host: frozen by the caller.
+            rows: the prompts' token ids.
+            steering: hooks for a batch of the given rows.
+            positions: where they take hold.
+            cached: False never uses a cache.
+        """
+        self.host, self.steering, self.positions, self.cached = host, steering, positions, cached
+        self.ids = [list(row) for row in rows]  # prompt and new tokens, of rows that were dropped too
+        self.lengths = [len(row) for row in rows]
+        self.alive = list(range(len(rows)))
+        self.device = host.device
+        self.doubtful, self.apart = True, False
+        self.cache: Any = None
+        width = max(self.lengths)
+        self.mask = self._tensor([[False] * (width - n) + [True] * n for n in self.lengths], torch.bool)
+
+    def first(self) -> Float[Tensor, "row d_vocab"]:
+        """Logits after each prompt."""
+        if not self.cached:
+            return self._uncached(self.alive)
+        width = max(self.lengths)
+        self.cache = self.host.start_cache(len(self.alive))
+        tokens = self._tensor([[ids[0]] * (width - len(ids)) + ids for ids in self.ids], torch.long)
+        logits = self._step(tokens, self.positions != "generated")
+        return logits if min(self.lengths) == width else self._proved(logits)
+
+    def next(self, chosen: Tensor) -> Float[Tensor, "row d_vocab"]:
+        """Logits after one more token of each row."""
+        for i, token in zip(self.alive, chosen.tolist(), strict=True):
+            self.ids[i].append(token)
+        if not self.cached:
+            return self._uncached(self.alive)
+        turning = self.host.turning_length
+        if turning is not None and max(len(self.ids[i]) for i in self.alive) == turning + 1:
+            self.doubtful = True
+        if not self.doubtful:
+            return self._step(chosen[:, None], self.positions != "prompt")
+        try:
+            logits = self._step(chosen[:, None], self.positions != "prompt")
+        except torch.OutOfMemoryError:
+            raise
+        except (TypeError, AttributeError, ValueError, IndexError, KeyError, RuntimeError) as error:
+            return self._distrusted(f"failed ({type(error).__name__}: {error})")
+        self.doubtful = False
+        return self._proved(logits)
+
+    def keep(self, places: Sequence[int]) -> bool:
+        """Goes on with the rows at these places of the batch only; False, and nothing changed, where the model's cache can't drop any."""
+        if self.cached and not self._drop(self._tensor(places, torch.long)):
+            return False
+        self.alive = [self.alive[place] for place in places]
+        self.doubtful = True
+        return True
+
+    def _step(self, tokens: Tensor, steered: bool) -> Tensor:
+        """One pass with the cache over the last columns of the mask."""
+        with attached(self.host, self.steering(self.alive) if steered else []):
+            logits, self.cache = self.host.cached_logits(tokens, self.mask, self.cache)
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
+        return logits[:, -1].float()
+
+    def _drop(self, places: Tensor) -> bool:
+        if not self.host.drop_rows(self.cache, places):
+            return False
+        self.mask = self.mask[places]
+        return True
+
+    def _proved(self, logits: Tensor) -> Tensor:
+        """The logits if the row with the most padding is right, else those of a pass without cache."""
+        row = self._most_padded()
+        error = self._error(logits[row], self._uncached([self.alive[row]])[0])
+        if error <= self._allowed:
+            return logits
+        return self._distrusted(f"is off by {error:.1e} of the logits' norm (allowed: {self._allowed:.0e})")
+
+    def _distrusted(self, what: str) -> Tensor:
+        self.cached, self.cache = False, None
+        together = self._uncached(self.alive)
+        row = self._most_padded()
+        self.apart = self._error(together[row], self._uncached([self.alive[row]])[0]) > self._allowed
+        warnings.warn(
+            f"generation goes on without a cache, right but slower: a step with the cache of this model {what}, compared with a pass of the whole "
+            f"text. The versions are transformers {version('transformers')} and transformer_lens {version('transformer_lens')}; another version of "
+            "either may have a cache that works.",
+            stacklevel=2,
+        )
+        return self._uncached(self.alive) if self.apart else together
+
+    def _most_padded(self) -> int:
+        """The place in the batch of the shortest row."""
+        return min(range(len(self.alive)), key=lambda place: len(self.ids[self.alive[place]]))
+
+    @property
+    def _allowed(self) -> float:
+        return TOLERANCES.get(self.host.dtype, 1e-3)
+
+    @staticmethod
+    def _error(found: Tensor, expected: Tensor) -> float:
+        """How far logits are from those expected, as a share of their norm; 0 where none is finite, which whoever chooses a token tells."""
+        finite = torch.isfinite(expected)
+        if not finite.any():
+            return 0.0
+        a, b = (values[finite] - values[finite].mean() for values in (found, expected))
+        return float((a - b).norm() / b.norm().clamp(min=1e-30))
+
+    def _uncached(self, rows: Sequence[int]) -> Float[Tensor, "row d_vocab"]:
+        """Logits after all tokens of these rows so far, some rows at a time, without cache; padding on the right is never seen."""
+        width = max(len(self.ids[i]) for i in rows)
+        parts, at_once = [], 1 if self.apart else max(1, TOKENS_AT_ONCE // width)
+        for part in (rows[first : first + at_once] for first in range(0, len(rows), at_once)):
+            width = max(len(self.ids[i]) for i in part)
+            tokens = self._tensor([self.ids[i] + self.ids[i][:1] * (width - len(self.ids[i])) for i in part], torch.long)
+            hooks = self.steering(part)
+            if self.positions != "all":
+                generated = torch.arange(width, device=self.device) >= self._tensor([self.lengths[i] for i in part], torch.long)[:, None]
+                hooks = _at(hooks, generated if self.positions == "generated" else ~generated)
+            with attached(self.host, hooks):
+                logits = self.host.forward(tokens)
+            last = self._tensor([len(self.ids[i]) - 1 for i in part], torch.long)
+            parts.append(logits[torch.arange(len(part), device=logits.device), last].float())
+        return torch.cat(parts)
+
+    def _tensor(self, values: Any, dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=self.device)
+
+
+def _at(hooks: Sequence[Hook], where: Bool[Tensor, "row pos"]) -> list[Hook]:
+    """The hooks, with what they change kept at some positions only; they act on each position by itself."""
+
+    def limited(function: Callable[..., Any]) -> Callable[..., Any]:
+        def at_some_positions(activation: Tensor, hook: Any) -> Tensor | None:
+            changed = function(activation, hook=hook)
+            return None if changed is None else torch.where(where[..., None].to(changed.device), changed, activation)
+
+        return at_some_positions
+
+    return [(name, limited(function)) for name, function in hooks]

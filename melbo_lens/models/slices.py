@@ -1,0 +1,324 @@
+"""What does a perturbation at one layer change at a later one?  The model's blocks between the two as a function, and nothing else of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from melbo_lens.arguments import public, without_autocast
+from melbo_lens.models import blocks, hooks
+from melbo_lens.models.access import host_of
+from melbo_lens.models.host import Host
+from melbo_lens.models.targets import stream_name, target_of
+from melbo_lens.perturbations.sites import SITES, Hook, Site, site_of
+from melbo_lens.prompts import Positions, PromptBatch, Prompts, tokenize
+from melbo_lens.randomness import gaussian
+
+TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SlicedModel:
+    """The function from the stream that leaves block `source_layer` to the target activations, for a fixed set of prompts.
+
+    Adding a bias at `hook_mlp_out` of that block equals adding it to this stream, so what comes before is run once, and neither the
+    blocks after the target nor the unembedding ever run. At a site within the block (`hook_attn_out`) the block itself runs too.
+
+    Attributes:
+        batch: the prompts, right-padded.
+        source_hook, target_hook: names in the model; the target is read there.
+        calls: the blocks between, with the arguments of one ordinary pass.
+        resid: the clean stream that leaves block `source_layer`, in the model's dtype.
+        target: the clean target activations, float32; axes after `pos` are flattened.
+        streams: the clean streams, that which leaves block `source_layer` and those that leave each of the blocks between.
+        source_call, entry: block `source_layer` itself with its arguments, and the clean stream that enters it, for updates of its weights.
+    """
+
+    host: Host
+    batch: PromptBatch
+    source_layer: int
+    target_layer: int | None
+    source_hook: str
+    target_hook: str
+    calls: tuple[blocks.BlockCall, ...]
+    resid: Float[Tensor, "prompt pos d_model"]
+    target: Float[Tensor, "prompt pos d_target"]
+    streams: tuple[Tensor, ...] = ()
+    source_call: blocks.BlockCall | None = None
+    entry: Float[Tensor, "prompt pos d_model"] | None = None
+    site: Site = SITES["mlp_out"]
+
+    @property
+    def d_model(self) -> int:
+        return self.resid.shape[-1]
+
+    @property
+    def everyone(self) -> Int[Tensor, " prompt"]:
+        """The number of each prompt: rows that are the prompts themselves."""
+        return torch.arange(len(self.batch), device=self.device)
+
+    @property
+    def device(self) -> torch.device:
+        return self.resid.device
+
+    def __repr__(self) -> str:
+        return f"SlicedModel({self.host.name}, {self.source_hook} to {self.target_hook}, {len(self.batch)} prompts, {len(self.calls)} blocks between)"
+
+    def __call__(self, resid: Float[Tensor, "row pos d_model"], prompts: Int[Tensor, " row"]) -> Float[Tensor, "row pos d_target"]:
+        """Target activations, float32, when the blocks between get this stream; row r belongs to prompt `prompts[r]`."""
+        with without_autocast():
+            return _replay(self.host, self.calls, self._read_hook, resid, prompts, len(self.batch)).float()
+
+    def change(
+        self, perturbation: Float[Tensor, "row d_model"] | Float[Tensor, "row pos d_model"], prompts: Int[Tensor, " row"]
+    ) -> Float[Tensor, "row pos d_target"]:
+        """Target activations with the perturbation added to the stream, minus those without.
+
+        Args:
+            perturbation: the same at every position, or one for each position.
+            prompts: which prompt each row perturbs.
+        """
+        added = perturbation[:, None, :] if perturbation.ndim == 2 else perturbation
+        if not self.site.after_block:
+            return self.change_under([(self.source_hook, lambda activation, hook: (activation + added).to(activation.dtype))], prompts)
+        perturbed = (self.resid[prompts] + added).to(self.resid.dtype)  # float32 + half is float32; rounded once
+        return self(perturbed, prompts) - self.target[prompts]
+
+    def change_under(self, added: Sequence[Hook], prompts: Int[Tensor, " row"]) -> Float[Tensor, "row pos d_target"]:
+        """Target activations when the source block and those between run with hooks attached, minus those without.
+
+        This costs one block more than `change`, and takes any perturbation whose hooks are in these blocks.
+        """
+        with without_autocast(), hooks.attached(self.host, added):
+            stream = self.source_call(self.entry[prompts], prompts, len(self.batch))
+            return self(stream, prompts) - self.target[prompts]
+
+    def check_source(self) -> None:
+        """Replays the source block, which `change_under` needs.
+
+        Raises:
+            RuntimeError: it does not reproduce the recorded stream.
+        """
+        with hooks.frozen(self.host), torch.no_grad():
+            _compare(self.source_call(self.entry, self.everyone, len(self.batch)), self.resid, f"block {self.source_layer} replayed by itself")
+
+    def shorter(self, target_layer: int) -> "SlicedModel":
+        """The slice that ends at an earlier target layer; nothing is run again.
+
+        Raises:
+            ValueError: the target is not between `source_layer` + 2 and this slice's own, which must be a layer.
+        """
+        n_blocks = target_layer - self.source_layer - 1
+        if self.target_layer is None or not 0 < n_blocks <= len(self.calls):
+            raise ValueError(
+                f"target_layer={target_layer} must lie from {self.source_layer + 2} to {self.target_layer}, the target layer of this slice."
+            )
+        name = hooks.resolved_name(self.host, stream_name(target_layer, self.host.n_layers))
+        streams = self.streams[: n_blocks + 1]
+        return replace(self, target_layer=target_layer, target_hook=name, calls=self.calls[:n_blocks], target=streams[-1].float(), streams=streams)
+
+    def in_float32(self) -> "SlicedModel":
+        """The same slice computed in float32, on copies of the blocks: for derivatives, which half precision drowns in rounding.
+
+        A slice that needs a hook, to read a `target_hook` or within the source block, stays as it is, since copies don't have the model's hooks.
+        """
+        if self.resid.dtype == torch.float32 or self.target_layer is None or not self.site.after_block:
+            return self
+        calls = tuple(blocks.in_float32(call) for call in self.calls)
+        resid = self.resid.float()
+        with hooks.frozen(self.host), torch.no_grad():
+            target = _replay(self.host, calls, None, resid, self.everyone, len(self.batch))
+        return replace(self, calls=calls, resid=resid, target=target)
+
+    @property
+    def _read_hook(self) -> str | None:
+        return None if self.target_layer is not None else self.target_hook
+
+
+@public
+def slice_model(
+    model: Any,
+    prompts: Prompts,
+    source_layer: int,
+    target_layer: int | None = None,
+    target_positions: Positions = slice(None),
+    target_hook: str | None = None,
+    site: str = "mlp_out",
+) -> SlicedModel:
+    """Runs the model once and cuts out the part between two layers.
+
+    Args:
+        model: `HookedTransformer` or `TransformerBridge`; it is left as it was.
+        prompts: text, chat messages, a list of either, or token ids [prompt pos].
+        source_layer: the block at whose `site` perturbations are added.
+        target_layer: the target is the stream that enters this block (`n_layers`: that leaves the last). Larger ones cost more.
+        target_positions: slice or indices into each prompt's own tokens; only there does a change count.
+        target_hook: read this activation instead of a layer's stream, for instance "blocks.9.attn.hook_z".
+        site: "mlp_out", "resid_post" or "attn_out"; the first two are one slice, the last runs the source block too.
+
+    Returns:
+        The slice, which has checked itself: replaying the blocks without perturbation reproduces the recorded stream, and with a random one
+        it reproduces a hooked run of the model.
+
+    Raises:
+        TypeError, ValueError: what can't be steered, or arguments that don't fit the model; said before any forward pass.
+        FloatingPointError: NaN or infinity in the activations.
+        RuntimeError: the model's blocks can't be replayed faithfully.
+    """
+    host = host_of(model)
+    last, target_name = target_of(host, source_layer, target_layer, target_hook)
+    where = site_of(site)
+    source_hook = hooks.source_hook(host, where, source_layer)
+    batch = tokenize(host, prompts, target_positions)
+    with hooks.frozen(host):
+        whole = blocks.record_with_axes(host, batch.tokens, source_layer, last)
+        recording = blocks.Recording(whole.calls[1:], whole.streams[1:])
+        _check_finite(recording, batch, source_layer)
+        everyone = torch.arange(len(batch), device=batch.tokens.device)
+        read = target_name if target_layer is None else None
+        with torch.no_grad():
+            _check_replay(recording, everyone, source_layer)
+            target = _replay(host, recording.calls, read, recording.streams[0], everyone, len(batch)).float()
+            sliced = SlicedModel(
+                host,
+                batch,
+                source_layer,
+                target_layer,
+                source_hook,
+                hooks.resolved_name(host, target_name),
+                tuple(recording.calls),
+                recording.streams[0],
+                target,
+                tuple(recording.streams),
+                whole.calls[0],
+                whole.streams[0],
+                where,
+            )
+            _check_hooked_run(sliced, last)
+            _check_alone(sliced, last, recording.streams[-1])
+    return sliced
+
+
+def opened(model: Any) -> "SlicedModel | Host":
+    """The model, ready to be asked for its sizes; a slice in its place stays."""
+    return model if isinstance(model, SlicedModel) else host_of(model)
+
+
+def as_slice(
+    model: Any,
+    prompts: Prompts | None,
+    source_layer: int | None,
+    target_layer: int | None,
+    target_positions: Positions | None,
+    target_hook: str | None,
+    site: str | None,
+    default_positions: Positions = slice(None),
+) -> SlicedModel:
+    """The slice that was given in place of a model, or a new one.
+
+    Raises:
+        TypeError: a model without prompts or a layer, or a slice with what it says itself.
+    """
+    if not isinstance(model, SlicedModel):
+        for name, value in (("prompts", prompts), ("source_layer", source_layer)):
+            if value is None:
+                raise TypeError(f"{name} is missing: give it beside the model, or a slice of slice_model in the model's place.")
+        positions = default_positions if target_positions is None else target_positions
+        return slice_model(model, prompts, source_layer, target_layer, positions, target_hook, site or "mlp_out")
+    beside = {
+        "prompts": prompts,
+        "source_layer": source_layer,
+        "target_layer": target_layer,
+        "target_positions": target_positions,
+        "target_hook": target_hook,
+        "site": site,
+    }
+    given = [name for name, value in beside.items() if value is not None]
+    if given:
+        raise TypeError(f"a slice was given, which says {' and '.join(given)} itself: leave {'it' if len(given) == 1 else 'them'} out.")
+    return model
+
+
+def _replay(
+    host: Host,
+    calls: tuple[blocks.BlockCall, ...] | list[blocks.BlockCall],
+    read: str | None,
+    stream: Tensor,
+    prompts: Tensor,
+    n_prompts: int,
+) -> Tensor:
+    seen: list[Tensor] = []
+    with hooks.attached(host, [(read, lambda activation, hook: seen.append(activation))] if read else []):
+        for call in calls:
+            stream = call(stream, prompts, n_prompts)
+    if read is None:
+        return stream
+    if len(seen) != 1 or seen[0].ndim < 3 or seen[0].shape[:2] != stream.shape[:2]:
+        shapes = [tuple(activation.shape) for activation in seen]
+        raise ValueError(f"target_hook={read!r} must fire once with an activation [row pos ...]; seen: {shapes}. Choose another hook.")
+    return seen[0].flatten(2)
+
+
+def _check_finite(recording: blocks.Recording, batch: PromptBatch, source_layer: int) -> None:
+    for i, stream in enumerate(recording.streams):
+        bad = ~torch.isfinite(stream).all(-1) & batch.own
+        if bad.any():
+            prompt, position = bad.nonzero()[0].tolist()
+            raise FloatingPointError(
+                f"the clean activations that leave block {source_layer + i} hold NaN or infinity (prompt {prompt}, position {position}): "
+                "check the weights, or load the model in bfloat16 or float32."
+            )
+
+
+def _check_replay(recording: blocks.Recording, everyone: Tensor, source_layer: int) -> None:
+    for i, call in enumerate(recording.calls):
+        _compare(
+            call(recording.streams[i], everyone, len(everyone)),
+            recording.streams[i + 1],
+            f"block {source_layer + 1 + i} replayed by itself",
+        )
+
+
+def _check_hooked_run(sliced: SlicedModel, last: int) -> None:
+    """A random perturbation at the hook must do what the replay says: it does not in a model that scales or normalises the sum afterwards."""
+    typical = sliced.resid.float().norm(dim=-1).mean()
+    noise = gaussian((sliced.d_model,), "slice check").to(sliced.device)
+    vector = noise / noise.norm() * typical * 0.1
+    seen: list[Tensor] = []
+    add = (sliced.source_hook, lambda activation, hook: (activation + vector).to(activation.dtype))
+    read = [(sliced.target_hook, lambda activation, hook: seen.append(activation.flatten(2)))] if sliced.target_layer is None else []
+    hooked = blocks.record(sliced.host, sliced.batch.tokens, sliced.source_layer + 1, last, [add, *read])
+    # another order and another number of rows, so that arguments must follow their prompts
+    rows = torch.cat([sliced.everyone, sliced.everyone[:1]]).flip(0)
+    replayed = sliced.change(vector.expand(len(rows), -1), rows) + sliced.target[rows]
+    expected = seen[0] if seen else hooked.streams[-1]
+    _compare(replayed, expected[rows], f"the blocks after a perturbation at {sliced.source_hook!r}")
+
+
+def _check_alone(sliced: SlicedModel, last: int, together: Tensor) -> None:
+    """The shortest prompt must be in the batch what it is alone: padding matters in models that place tokens by the length of the batch."""
+    lengths = sliced.batch.lengths.tolist()
+    if min(lengths) == max(lengths):
+        return
+    row = lengths.index(min(lengths))
+    ids = sliced.batch.tokens[[row], : lengths[row]]
+    alone = blocks.record(sliced.host, ids, last, last).streams[-1]
+    _compare(
+        together[[row], : lengths[row]],
+        alone,
+        f"the activations of prompt {row} beside longer prompts",
+        "on the length of the batch; give prompts of one length",
+    )
+
+
+def _compare(replayed: Tensor, recorded: Tensor, what: str, why: str = "rescale the perturbation") -> None:
+    error = (replayed.float() - recorded.float()).norm() / recorded.float().norm().clamp(min=1e-30)
+    tolerance = TOLERANCES.get(recorded.dtype, 1e-4)
+    if not error <= tolerance:
+        raise RuntimeError(
+            f"{what} differ from a run of the whole model by {error:.1e} of their norm (allowed: {tolerance:.0e}). "
+            f"This model can't be sliced here: its blocks depend on something other than their arguments, or {why}."
+        )

@@ -1,0 +1,1 @@
+"""What was learned?  Immutable values that know no model."""

@@ -1,0 +1,211 @@
+"""What are steering adapters?  Low-rank updates of output weights, of one or several layers."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from melbo_lens import tables
+from melbo_lens.arguments import plain_fields, plain_json, public
+from melbo_lens.ascent.objectives import Objective
+from melbo_lens.perturbations.perturbation import Hook, Parts, Perturbation, checked_history, checked_objective, no_history, objective_header
+from melbo_lens.perturbations.sites import WeightSite, usual_site
+from melbo_lens.perturbations.updates import RowUpdate
+
+if TYPE_CHECKING:
+    from typing import Self
+else:  # the type checker of the tests takes no Self outside of a class that it checks as a whole
+    Self = Any
+
+Factors: TypeAlias = tuple[Tensor, Tensor]  # A [adapter rank d_in], B [adapter d_model rank]
+
+
+@plain_fields
+@dataclass(frozen=True, eq=False, repr=False)
+class SteeringAdapters(Perturbation):
+    """Adapters of one or several source layers: the output of some weights there gains ``scale * B A a``, a what enters the weights.
+
+    Indexing, also with one integer, gives `SteeringAdapters`; a factor or a sign scales the whole update.
+
+    Attributes:
+        factors: source layer -> (A [adapter rank d_in], B [adapter d_model rank]), float32; of one layer, `A` and `B` are these.
+        scales: the number that multiplies each adapter's update.
+        history: the objective, all prompts summed, before each step and, last, of these factors; no steps if they were not fitted.
+        provenance: every resolved setting of the fit, in JSON's types.
+        sites: source layer -> which weights, and where they are hooked; by default the MLP's in models without a norm after it.
+        objective: what they, or those that they are a control of, were learned to maximise; None if it is not known.
+    """
+
+    factors: Mapping[int, Factors]
+    scales: Float[Tensor, " adapter"]
+    history: Float[Tensor, "step adapter_or_0"] = field(default_factory=lambda: no_history(0))
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    sites: Mapping[int, WeightSite] = field(default_factory=dict)
+    objective: Objective | None = None
+
+    word = "adapter"
+
+    def __post_init__(self) -> None:
+        if not self.factors:
+            raise ValueError("factors is empty: give A and B of at least one source layer.")
+        n = len(next(iter(self.factors.values()))[0])
+        width = "d_in" if any(site.name == "attn" for site in self.sites.values()) else "d_mlp"
+        for layer, (a, b) in self.factors.items():
+            if a.ndim != 3 or b.ndim != 3 or not len(a) == len(b) == n or a.shape[1] != b.shape[2] or 0 in a.shape or 0 in b.shape:
+                raise ValueError(
+                    f"the factors of layer {layer} must be A [adapter rank {width}] and B [adapter d_model rank], not empty; "
+                    f"got {tuple(a.shape)} and {tuple(b.shape)}."
+                )
+            if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+                raise ValueError(f"the factors of layer {layer} hold NaN or infinity: a perturbation must be finite.")
+            if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
+                raise ValueError(f"source layer {layer!r} must be an integer and must not be negative: count blocks from 0.")
+        if tuple(self.scales.shape) != (n,) or not torch.isfinite(self.scales).all():
+            raise ValueError(f"scales must be {n} finite numbers, one for each adapter; got {self.scales}.")
+        kept = {layer: tuple(factor.detach().float().clone() for factor in self.factors[layer]) for layer in sorted(self.factors)}
+        object.__setattr__(self, "factors", MappingProxyType(kept))
+        object.__setattr__(self, "scales", self.scales.detach().to(kept[min(kept)][0]).clone())
+        object.__setattr__(self, "history", checked_history(self.history, n, self.word))
+        object.__setattr__(self, "provenance", plain_json(self.provenance, "provenance"))
+        object.__setattr__(self, "objective", checked_objective(self.objective, self.provenance))
+        object.__setattr__(self, "sites", {layer: self.sites.get(layer, usual_site(layer)) for layer in kept})
+
+    @classmethod
+    @public
+    def from_factors(
+        cls, a: Float[Tensor, "adapter rank d_in"], b: Float[Tensor, "adapter d_model rank"], source_layer: int, scale: float = 1.0
+    ) -> "SteeringAdapters":
+        """Wraps factors made elsewhere; 2-D ones are one adapter."""
+        a, b = (factor[None] if factor.ndim == 2 else factor for factor in (a, b))
+        return cls({source_layer: (a, b)}, a.new_full((len(a),), float(scale), dtype=torch.float32), provenance={"method": "from_factors"})
+
+    def parts(self) -> tuple[Parts, dict[str, Any]]:
+        factors = {f"{name}.{layer}": factor for layer, pair in self.factors.items() for name, factor in zip("AB", pair, strict=True)}
+        header = {"sites": [asdict(site) for site in self.sites.values()], "objective": objective_header(self.objective)}
+        return {**factors, "scales": self.scales, "history": self.history}, header
+
+    @classmethod
+    def of_parts(cls, tensors: Parts, header: Mapping[str, Any], provenance: Mapping[str, Any]) -> Self:
+        sites = {site["layer"]: WeightSite(**site) for site in header["sites"]}
+        factors = {layer: (tensors[f"A.{layer}"], tensors[f"B.{layer}"]) for layer in sites}
+        return cls(factors, tensors["scales"], tensors["history"], provenance, sites, Objective.of(header.get("objective")))
+
+    def scaled_parts(self, tensors: Parts, coefficients: Float[Tensor, " row"]) -> Parts:
+        return {**tensors, "scales": tensors["scales"] * coefficients.to(self.scales)}
+
+    @classmethod
+    def check_joinable(cls, several: Sequence[Self]) -> None:
+        shapes = {tuple((layer, one.sites[layer].name, a.shape[1:], b.shape[1:]) for layer, (a, b) in one.factors.items()) for one in several}
+        if len(shapes) > 1:
+            raise ValueError(
+                "adapters of different source layers, widths or ranks can't be joined: steer with several at once, ml.steer(model, [a, b])."
+            )
+
+    def measures(self) -> dict[str, list[float]]:
+        return {"scale": self.scales.tolist()}
+
+    def __len__(self) -> int:
+        return len(self.scales)
+
+    @property
+    def site(self) -> str:
+        """Which weights are updated: "mlp" or "attn"."""
+        return next(iter(self.sites.values())).name
+
+    @property
+    def A(self) -> Float[Tensor, "adapter rank d_in"]:
+        return self._only()[0]
+
+    @property
+    def B(self) -> Float[Tensor, "adapter d_model rank"]:
+        return self._only()[1]
+
+    @property
+    def scale(self) -> float:
+        """The scale that all adapters share."""
+        if not torch.allclose(self.scales, self.scales[0]):
+            raise ValueError(f"these adapters have scales from {self.scales.min():.4g} to {self.scales.max():.4g}: use adapters.scales.")
+        return float(self.scales[0])
+
+    @property
+    def source_layers(self) -> tuple[int, ...]:
+        """The layers at which something is added."""
+        return tuple(self.factors)
+
+    @property
+    def source_layer(self) -> int:
+        """The only source layer."""
+        self._only()
+        return self.source_layers[0]
+
+    @property
+    def rank(self) -> int:
+        return next(iter(self.factors.values()))[0].shape[1]
+
+    @property
+    def d_model(self) -> int:
+        return next(iter(self.factors.values()))[1].shape[1]
+
+    def row_hooks(self, index: Sequence[int], coefficients: Float[Tensor, " row"]) -> list[Hook]:
+        """Hooks for a batch whose row r gets `coefficients[r]` times the adapter `index[r]`; a single entry acts on every row."""
+        return [
+            hook
+            for layer, (a, b) in self.factors.items()
+            for hook in self.sites[layer].hooks(RowUpdate(a, b, list(index), coefficients.to(self.scales) * self.scales[list(index)]))
+        ]
+
+    def on(self, host: Any) -> Self:
+        """The same adapters hooked where this model has its weights: classes of model differ in that.
+
+        Raises:
+            ValueError: the adapters don't fit the model.
+        """
+        for layer, (a, b) in self.factors.items():
+            there = host.widths(layer, self.site) if layer < host.n_layers else None
+            if there != (a.shape[2], b.shape[1]):
+                width = "d_in" if self.site == "attn" else "d_mlp"
+                said = "no such layer" if there is None else f"{width} {there[0]} and d_model {there[1]}"
+                raise ValueError(
+                    f"the perturbation belongs to layer {layer} of a model ({self.provenance.get('model', 'unnamed')}) with {width} {a.shape[2]} and "
+                    f"d_model {b.shape[1]}; this model has {said} ({host.n_layers} layers). Use the model that it was learned on."
+                )
+        return self.at({layer: host.weight_site(layer, self.site) for layer in self.factors})
+
+    def at(self, sites: Mapping[int, WeightSite]) -> Self:
+        """The same adapters hooked elsewhere: classes of model differ in where their weights can be hooked."""
+        return replace(self, sites=sites).with_token(self.token)
+
+    def rescaled(self, scales: Float[Tensor, " adapter"], how: str) -> "SteeringAdapters":
+        """The same factors with other scales; `how` says in the provenance where these come from."""
+        return self.derived({**self.parts()[0], "scales": scales}, how)
+
+    def _only(self) -> Factors:
+        if len(self.factors) > 1:
+            raise ValueError(f"these adapters act at layers {list(self.factors)}: use adapters.factors[layer], a pair (A, B), and name the layer.")
+        return next(iter(self.factors.values()))
+
+    def __repr__(self) -> str:
+        a, b = next(iter(self.factors.values()))
+        low, high = float(self.scales.min()), float(self.scales.max())
+        span = f"{low:.3g}" if high - low <= 1e-4 * abs(high) else f"{low:.3g} to {high:.3g}"
+        layers = self.source_layers[0] if len(self.factors) == 1 else list(self.source_layers)
+        fields = [
+            f"{len(self)} x rank {self.rank}",
+            f"{'d_in' if self.site == 'attn' else 'd_mlp'} {a.shape[2]}",
+            f"d_model {b.shape[1]}",
+            f"source_layer={layers}",
+            f"scale {span}",
+        ]
+        if "target_hook" in self.provenance:
+            fields.append(f"target {self.provenance['target_hook']}")
+        if self.history.shape[0]:
+            fields.append(f"objective {self.history[-1].min():.4g} to {self.history[-1].max():.4g} after {self.history.shape[0] - 1} steps")
+        fields += [f"derived: {', '.join(self.provenance['derived'])}"] if "derived" in self.provenance else []
+        return f"SteeringAdapters({', '.join(fields)})"
+
+    def _repr_html_(self) -> str:
+        return tables.html(repr(self), tables.rows(self.history, self.measures(), self.word))

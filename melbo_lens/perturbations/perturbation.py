@@ -1,0 +1,260 @@
+"""What can anything that was learned do?  Be counted, chosen from, scaled, joined, attached, kept and shown: all but what makes a kind a kind."""
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, ClassVar, SupportsIndex, TypeAlias, TypeVar
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from melbo_lens import files
+from melbo_lens.arguments import as_list, plain, public
+from melbo_lens.ascent.objectives import Objective
+
+if TYPE_CHECKING:
+    from typing import Self
+else:  # the type checker of the tests takes no Self outside of a class that it checks as a whole
+    Self = Any
+
+HookFunction: TypeAlias = Callable[..., Tensor | None]
+Hook: TypeAlias = tuple[str, HookFunction]
+Index: TypeAlias = SupportsIndex | slice | Sequence[int] | np.ndarray | pd.Series | Tensor
+Numbers: TypeAlias = Sequence[float] | np.ndarray | pd.Series | Tensor  # one for each row
+Parts: TypeAlias = dict[str, Tensor]
+P = TypeVar("P", bound="Perturbation")
+
+KINDS: dict[str, type["Perturbation"]] = {}  # every kind by its name, as files name it; a subclass enters itself
+
+
+class Perturbation(ABC):
+    """Rows that each perturb a model, an immutable value without a model inside.
+
+    A kind is a frozen dataclass with the fields `history` and `provenance`, and `objective` if it has one. It says once of which tensors it
+    consists (`parts`); indexing, signs and multiples, joining, files, pickles, copies and devices follow from these.
+
+    Attributes:
+        history: the objective, all prompts summed, before each step and, last, of these rows; no steps if they were not fitted.
+        provenance: every resolved setting of the fit, in JSON's types.
+        objective: what these rows were learned to maximise, or what those were that they are a control of; None if it is not known.
+    """
+
+    word: ClassVar[str] = "perturbation"  # what one row is called
+    __array_ufunc__ = None  # lets a NumPy scalar, say from a DataFrame's row, multiply perturbations
+
+    history: Tensor
+    provenance: Mapping[str, Any]
+    objective: Objective | None = None
+
+    def __init_subclass__(cls, **settings: Any) -> None:
+        super().__init_subclass__(**settings)
+        KINDS[cls.__name__] = cls
+
+    # What each kind says.
+
+    @abstractmethod
+    def parts(self) -> tuple[Parts, dict[str, Any]]:
+        """All tensors, "history" [step row] among them and of the others the first axis the rows, and a header of JSON that makes sense of them."""
+
+    @classmethod
+    @abstractmethod
+    def of_parts(cls, tensors: Parts, header: Mapping[str, Any], provenance: Mapping[str, Any]) -> Self:
+        """The value of which `parts` gave these."""
+
+    @abstractmethod
+    def row_hooks(self, index: Sequence[int], coefficients: Float[Tensor, " row"]) -> list[Hook]:
+        """Hooks for a batch whose row r gets `coefficients[r]` times the row `index[r]` of this; a single entry acts on every row."""
+
+    @abstractmethod
+    def on(self, host: Any) -> Self:
+        """The same, hooked where this model has its hooks; the opened model is handed in, so that a value imports nothing of it.
+
+        Raises:
+            ValueError: it doesn't fit the model.
+        """
+
+    @abstractmethod
+    def scaled_parts(self, tensors: Parts, coefficients: Float[Tensor, " row"]) -> Parts:
+        """The parts of which each row does so many times as much."""
+
+    @property
+    @abstractmethod
+    def source_layers(self) -> tuple[int, ...]:
+        """The layers at which something is added."""
+
+    @classmethod
+    @abstractmethod
+    def check_joinable(cls, several: "Sequence[Self]") -> None:
+        """Refuses what can't be rows of one value.
+
+        Raises:
+            ValueError: says why.
+        """
+
+    @abstractmethod
+    def measures(self) -> dict[str, list[float]]:
+        """What a table says of each row, beside the objective."""
+
+    # What follows.
+
+    @property
+    def token(self) -> str | None:
+        """What a fit in this process marked it with, to be asked for its model; no file, pickle or copy keeps it."""
+        return vars(self).get("_token")
+
+    def with_token(self, token: str | None) -> Self:
+        """The same, marked."""
+        object.__setattr__(self, "_token", token)
+        return self
+
+    def hooks(self) -> list[Hook]:
+        """Hooks for `model.hooks`, `run_with_hooks` or `add_hook`.
+
+        One row acts on every batch row; n rows need a batch of exactly n, row k acting on batch row k.
+        """
+        return self.row_hooks(range(len(self)), torch.ones(len(self), dtype=torch.float32, device="cpu"))
+
+    def derived(self, tensors: Parts, how: str) -> Self:
+        """A value of the same kind from other tensors; `how` says in the provenance where they come from."""
+        _, header = self.parts()
+        provenance = {**self.provenance, "derived": [*self.provenance.get("derived", []), how]}
+        # the history belongs to what was fitted, so a derived value has none
+        return type(self).of_parts({**tensors, "history": no_history(0)}, header, provenance).with_token(self.token)
+
+    @public
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes one safetensors file: the tensors, and header and provenance as JSON; a kill at any instant leaves the old file or the new one."""
+        tensors, header = self.parts()
+        files.write(path, type(self).__name__, tensors, {**header, "provenance": self.provenance})
+
+    def to(self, device: str | torch.device) -> Self:
+        """A copy on another device."""
+        tensors, header = self.parts()
+        return type(self).of_parts({name: tensor.to(device) for name, tensor in tensors.items()}, header, self.provenance)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuilt, (type(self), *self.parts(), self.provenance)
+
+    def __iter__(self) -> Iterator[Self]:
+        return (self[i] for i in range(len(self)))
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Index) -> Self:
+        tensors, header = self.parts()
+        kept = chosen_rows(index, len(self), self.word)
+        numbers = [*self.provenance.get("rows", range(len(self)))]
+        chosen = {name: tensor.index_select(_row_axis(name), kept.to(tensor.device)) for name, tensor in tensors.items()}
+        return type(self).of_parts(chosen, header, {**self.provenance, "rows": [numbers[i] for i in kept.tolist()]}).with_token(self.token)
+
+    def __neg__(self) -> Self:
+        return self.multiplied(-1.0, "negated")
+
+    @public
+    def __mul__(self, factor: float | Numbers) -> Self:
+        """Scales all rows by one number, or each by its own."""
+        return self.multiplied(factor, f"times {float(factor):g}" if isinstance(factor, int | float) else "scaled row by row")
+
+    __rmul__ = __mul__
+
+    @public
+    def __truediv__(self, divisor: float | Numbers) -> Self:
+        return self * (1 / (divisor if isinstance(divisor, int | float) else torch.as_tensor(as_list(divisor), dtype=torch.float32, device="cpu")))
+
+    def multiplied(self, factor: float | Numbers, how: str) -> Self:
+        """`factor` times each row, or each by its own; `how` says so in the provenance."""
+        tensors, _ = self.parts()
+        coefficients = torch.as_tensor(as_list(factor), dtype=torch.float32, device="cpu")
+        if coefficients.ndim and len(coefficients) != len(self):
+            raise ValueError(f"{len(coefficients)} factors were given for {len(self)} {self.word}s: give one number, or one for each.")
+        coefficients = coefficients.expand(len(self))
+        return self.derived(self.scaled_parts(tensors, coefficients), how)
+
+
+def _rebuilt(kind: type[P], tensors: Parts, header: Mapping[str, Any], provenance: Mapping[str, Any]) -> P:
+    return kind.of_parts(tensors, header, provenance)
+
+
+def _row_axis(name: str) -> int:
+    return 1 if name == "history" else 0
+
+
+def concatenate(several: Sequence[P]) -> P:
+    """Joins vectors of one source layer, or adapters of one shape; norms may differ, the histories are dropped if their lengths do.
+
+    The settings on which all agree stay in the provenance, and `parts` holds each one's own.
+
+    Raises:
+        ValueError: nothing to join, vectors with adapters, or perturbations of different layers or widths.
+    """
+    if not several:
+        raise ValueError("concatenate was given nothing to join: pass at least one perturbation.")
+    kinds = {type(one).__name__ for one in several}
+    if len(kinds) > 1:
+        raise ValueError(f"{' and '.join(sorted(kinds))} can't be joined: steer with several at once, ml.steer(model, [a, b]).")
+    type(several[0]).check_joinable(several)
+    first = several[0].provenance
+    shared = {key: first[key] for key in first if key != "rows" and all(one.provenance.get(key, one) == first[key] for one in several)}
+    tensors, header = several[0].parts()
+    if any(one.objective != several[0].objective for one in several):
+        header = {**header, "objective": None}
+    alike = len({one.history.shape[0] for one in several}) == 1
+    joined = {
+        name: torch.cat([one.parts()[0][name].to(tensor.device) for one in several], dim=_row_axis(name))
+        if alike or name != "history"
+        else no_history(0)
+        for name, tensor in tensors.items()
+    }
+    return type(several[0]).of_parts(joined, header, {**shared, "parts": [dict(one.provenance) for one in several]})
+
+
+def no_history(n: int) -> Float[Tensor, "0 n"]:
+    """The history of n rows that were not fitted."""
+    return torch.zeros(0, n, dtype=torch.float32, device="cpu")
+
+
+def checked_history(history: Tensor, n: int, word: str) -> Tensor:
+    """A copy of the history, float32.
+
+    Raises:
+        ValueError: it has not one column for each row.
+    """
+    history = history if history.numel() else no_history(n)
+    if history.ndim != 2 or history.shape[1] != n:
+        raise ValueError(f"history must be [step {word}] with {n} columns; got {tuple(history.shape)}.")
+    return history.detach().float().clone()
+
+
+def checked_objective(objective: Objective | None, provenance: Mapping[str, Any]) -> Objective | None:
+    """The objective, or what a provenance says of one: files of version 0.1.0 have no other place for it."""
+    return objective or Objective.of(provenance)
+
+
+def objective_header(objective: Objective | None) -> dict[str, Any] | None:
+    """The objective as a file's header keeps it."""
+    return None if objective is None else objective.header()
+
+
+def chosen_rows(index: Index, n: int, word: str) -> Int[Tensor, " row"]:
+    """The rows that an index means, one integer (also numpy's) as a list of one.
+
+    Raises:
+        IndexError: an integer out of range, or a selection of nothing.
+    """
+    index = plain(index if isinstance(index, slice) else as_list(index))
+    index = list(index) if isinstance(index, tuple | range) else index
+    if isinstance(index, bool | float | str):
+        raise IndexError(f"{index!r} is no index: use an integer, a slice, or a list of either integers or booleans.")
+    one = isinstance(index, Integral)
+    if one and not -n <= int(index) < n:
+        raise IndexError(f"{word} {index} was asked for, there are {n}: use 0 to {n - 1}.")
+    everything = torch.arange(n, device="cpu")
+    kept = everything[[int(index)] if one else index]
+    if len(kept) == 0:
+        raise IndexError(f"the selection {index!r} holds no {word}; there are {n}.")
+    return kept

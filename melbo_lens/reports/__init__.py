@@ -1,0 +1,1 @@
+"""How is a run shown and kept?  One value, one page, one folder."""

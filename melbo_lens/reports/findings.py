@@ -1,0 +1,222 @@
+"""What did one run find?  Perturbations, what a model wrote under them, and every measure of them, as one value and as one folder.
+
+JSON lines and safetensors are read again; the CSV files beside them are for people.
+"""
+
+import csv
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from torch import Tensor
+
+from melbo_lens import files
+from melbo_lens.arguments import as_list, plain_json, public
+from melbo_lens.ascent.objectives import Objective
+from melbo_lens.evaluation.rates import Behavior, shows
+from melbo_lens.generation.completions import Completions
+from melbo_lens.measures.changes import ActivationChanges, TargetEffects, activation_changes, objective, target_effects
+from melbo_lens.measures.controls import random_like
+from melbo_lens.measures.output import output_effects
+from melbo_lens.measures.radius import Calibration
+from melbo_lens.measures.ranking import rank
+from melbo_lens.models.access import host_of
+from melbo_lens.perturbations.loading import load
+from melbo_lens.perturbations.perturbation import Perturbation
+from melbo_lens.plots import TokenView
+from melbo_lens.prompts import Prompts, tokenize
+from melbo_lens.search.layers import COLUMNS as SCAN_COLUMNS
+from melbo_lens.search.layers import LayerScan
+
+MEASURES = {"changes": ActivationChanges, "effects": TargetEffects}
+TITLE = "What the vectors elicit"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Findings:
+    """What one run found: the value that `report` shows and that a folder keeps.  What is None was not measured.
+
+    Attributes:
+        vectors: what was learned.
+        completions: from `generate`.
+        behaviors: name -> regular expression or function of the text.
+        title: heading of the page.
+        changes: from `activation_changes`: where on the prompt the vectors act.
+        effects: from `target_effects`: which vectors do the same.
+        control: objectives of random vectors of the same norms, from `objective`.
+        ranked: from `rank`: the KL divergence of each vector and sign.
+        calibration, scan: how radius and layers were chosen.
+        coherence: of each completion, from `coherence`; shown if there are several scales.
+        views: more token views, as from `plots.token_log_probs`.
+    """
+
+    vectors: Perturbation
+    completions: Completions
+    behaviors: Mapping[str, Behavior] = field(default_factory=dict)
+    title: str = TITLE
+    changes: ActivationChanges | None = None
+    effects: TargetEffects | None = None
+    control: Sequence[float] | Tensor | None = None
+    ranked: pd.DataFrame | None = None
+    calibration: Calibration | None = None
+    scan: LayerScan | None = None
+    coherence: Sequence[float] | Tensor | None = None
+    views: TokenView | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("control", "coherence"):
+            values = as_list(getattr(self, name))
+            object.__setattr__(self, name, None if values is None else [float(value) for value in values])
+        object.__setattr__(self, "behaviors", dict(self.behaviors or {}))
+
+    def __repr__(self) -> str:
+        optional = ("changes", "effects", "control", "ranked", "calibration", "scan", "coherence", "views")
+        measured = [name for name in optional if getattr(self, name) is not None]
+        return f"Findings({self.vectors!r}, {self.completions!r}, with {', '.join(measured) or 'no measures'})"
+
+    @classmethod
+    @public
+    def measured(
+        cls,
+        model: Any,
+        prompts: Prompts,
+        vectors: Perturbation,
+        completions: Completions,
+        behaviors: Mapping[str, Behavior] | None = None,
+        title: str = TITLE,
+    ) -> "Findings":
+        """With the four measures that a page begins with: changes on the first prompt, effects of both signs, the control's objective, the ranking.
+
+        Args:
+            model, prompts: with which the vectors were learned.
+            vectors, completions, behaviors, title: as above.
+        """
+        host = host_of(model)
+        batch = tokenize(host, prompts, (vectors.objective or Objective()).target_positions)
+        first = batch.tokens[:1, : int(batch.lengths[0])]
+        return cls(
+            vectors,
+            completions,
+            behaviors or {},
+            title,
+            activation_changes(host, first, vectors),
+            target_effects(host, batch, vectors, target_positions=batch.positions, signs=(1, -1)),
+            objective(host, batch, random_like(vectors, host, batch)),
+            rank(vectors, output_effects(host, batch, vectors)),
+        )
+
+    @public
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Writes a folder, which is made if missing; each file is written whole or not at all.
+
+        Of the behaviours those texts are kept that show them, since a function can't be.
+        """
+        folder, completions = Path(directory), self.completions
+        folder.mkdir(parents=True, exist_ok=True)
+        self.vectors.save(folder / "vectors.safetensors")
+        files.write_text(folder / "completions.jsonl", completions.to_lines())
+        # quoted, so that a lone carriage return in a text ends no row
+        files.write_text(folder / "completions.csv", completions.table.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC))
+        texts = completions.table.text.drop_duplicates()
+        about = {
+            "title": self.title,
+            "texts_that_show": {name: texts[shows(texts, how).to_numpy(dtype=bool)].tolist() for name, how in self.behaviors.items()},
+            "settings": {key: value for key, value in completions.settings.items() if key != "perturbations"},
+            "control": self.control,
+            "coherence": self.coherence,
+            "calibration": None if self.calibration is None else vars(self.calibration),
+            "scan": None if self.scan is None else {"rows": _plain_rows(self.scan.table[SCAN_COLUMNS]), "settings": dict(self.scan.settings)},
+            "ranking": None if self.ranked is None else {"columns": list(self.ranked.columns), "rows": _plain_rows(self.ranked)},
+            "views": None if self.views is None else self.views.to_json(),
+        }
+        files.write_json(folder / "about.json", about)
+        for name in MEASURES:
+            if (value := getattr(self, name)) is not None:
+                value.save(folder / f"{name}.safetensors")
+        for name, table in (("ranking", self.ranked), ("scan", None if self.scan is None else self.scan.table)):
+            if table is not None:
+                files.write_text(folder / f"{name}.csv", table.to_csv(index=False))
+
+    @classmethod
+    @public
+    def load(cls, directory: str | os.PathLike[str], behaviors: Mapping[str, Behavior] | None = None) -> "Findings":
+        """Reads what `save` wrote, also in version 0.1.0.
+
+        Args:
+            directory: a folder with `vectors.safetensors` and `completions.jsonl` (or the `completions.csv` of version 0.1.0).
+            behaviors: other behaviours instead of those of the run.
+
+        Raises:
+            FileNotFoundError: the folder lacks one of the two files.
+            ValueError: a file is damaged.
+        """
+        folder = Path(directory)
+        lines, sheet = folder / "completions.jsonl", folder / "completions.csv"
+        for name, there in (("vectors.safetensors", (folder / "vectors.safetensors").is_file()), (lines.name, lines.is_file() or sheet.is_file())):
+            if not there:
+                raise FileNotFoundError(f"{folder} has no {name}: give a folder that `melbo-lens fit` or `save_results` wrote.")
+        about = files.read_json(folder / "about.json") if (folder / "about.json").is_file() else {}
+        try:
+            kept = {name: frozenset(texts).__contains__ for name, texts in about.get("texts_that_show", {}).items()}
+            return cls(
+                load(folder / "vectors.safetensors"),
+                _completions(lines, sheet, about.get("settings", {})),
+                behaviors or kept,
+                about.get("title", TITLE),
+                control=_numbers(about.get("control")),
+                coherence=_numbers(about.get("coherence")),
+                ranked=_ranking(about.get("ranking"), folder / "ranking.csv"),
+                calibration=_calibration(about.get("calibration")),
+                scan=_scan(about.get("scan")),
+                views=None if about.get("views") is None else TokenView.from_json(about["views"]),
+                **{name: kind.load(path) for name, kind in MEASURES.items() if (path := folder / f"{name}.safetensors").is_file()},
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{folder / 'about.json'} is damaged: its parts are not what a run leaves ({error!r}).") from error
+
+
+def _plain_rows(table: pd.DataFrame) -> list[list[Any]]:
+    """The cells of a table as Python's, with None for what is missing."""
+    return plain_json(table.astype(object).where(table.notna(), None).to_numpy().tolist(), "a table")
+
+
+def _completions(lines: Path, sheet: Path, settings: Mapping[str, Any]) -> Completions:
+    if not lines.is_file():
+        return Completions(_table(sheet), settings)
+    try:
+        return Completions.from_lines(lines.read_text(encoding="utf-8"), settings)
+    except ValueError as error:
+        raise ValueError(f"{lines} is damaged: {error}.") from error
+
+
+def _numbers(values: list[float | None] | None) -> list[float] | None:
+    """Numbers whose NaN became null."""
+    return None if values is None else [math.nan if value is None else value for value in values]
+
+
+def _ranking(kept: dict[str, Any] | None, sheet: Path) -> pd.DataFrame | None:
+    if kept is not None:
+        return pd.DataFrame([_numbers(row) for row in kept["rows"]], columns=kept["columns"])
+    return pd.read_csv(sheet) if sheet.is_file() else None  # version 0.1.0
+
+
+def _calibration(kept: dict[str, Any] | None) -> Calibration | None:
+    return None if kept is None else Calibration(kept["radius"], tuple(map(tuple, kept["curve"])), kept["rule"], kept["target"])
+
+
+def _scan(kept: dict[str, Any] | None) -> LayerScan | None:
+    return None if kept is None else LayerScan(pd.DataFrame([_numbers(row) for row in kept["rows"]], columns=SCAN_COLUMNS), kept["settings"])
+
+
+def _table(path: Path) -> pd.DataFrame:
+    """Completions of a CSV file, as version 0.1.0 kept them."""
+    try:
+        table = pd.read_csv(path, keep_default_na=False, dtype={"text": str, "prompt_text": str}, na_values={"vector": [""]})
+        return table.astype({"vector": "Int64"}).assign(tokens=table.tokens.map(json.loads), log_probs=table.log_probs.map(json.loads))
+    except (ValueError, AttributeError, KeyError) as error:
+        raise ValueError(f"{path} is damaged, it holds no table of completions ({error}).") from error

@@ -1,0 +1,1 @@
+"""Where to look?  Layers, radii, and the groups of what is found."""

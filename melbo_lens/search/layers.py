@@ -1,0 +1,171 @@
+"""Which pair of layers?  A few fast vectors for every pair, against random ones, in one table that survives a kill."""
+
+import hashlib
+import json
+import math
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+from tqdm.auto import tqdm
+
+from melbo_lens import files, tables
+from melbo_lens.arguments import counts, positive, public
+from melbo_lens.ascent.constraints import OrderedRows
+from melbo_lens.ascent.fixed_point import fixed_point
+from melbo_lens.ascent.manifolds import to_sphere
+from melbo_lens.ascent.objectives import Objective, positions_text
+from melbo_lens.measures.output import output_effects
+from melbo_lens.measures.radius import NoRadius, solve_radius
+from melbo_lens.methods.problem import Problem, bias, default_batch_size
+from melbo_lens.methods.provenance import fingerprint
+from melbo_lens.models import hooks
+from melbo_lens.models.access import host_of
+from melbo_lens.models.slices import SlicedModel, slice_model
+from melbo_lens.perturbations.vectors import SteeringVectors
+from melbo_lens.prompts import Positions, PromptBatch, Prompts, tokenize
+from melbo_lens.randomness import gaussian_rows
+
+COLUMNS = "source_layer target_layer sign radius objective random_objective kl entropy".split()
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LayerScan:
+    """What a few vectors do at each pair of layers.
+
+    Attributes:
+        table: source_layer, target_layer, sign, radius, objective (mean over the vectors), random_objective (mean over random vectors of equal norm),
+            kl (of the steered next-token distribution from the clean one, nats) and entropy (nats), means over vectors and prompts.
+        settings: how it was made.
+    """
+
+    table: pd.DataFrame
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        pairs = self.table.drop_duplicates(["source_layer", "target_layer"])
+        return f"LayerScan({len(pairs)} pairs of layers)"
+
+    def _repr_html_(self) -> str:
+        return tables.html(repr(self), self.table)
+
+
+@public
+def scan_layers(
+    model: Any,
+    prompts: Prompts,
+    source_layers: Sequence[int] | None = None,
+    target_layers: Sequence[int] | None = None,
+    radius: float | Literal["auto"] = "auto",
+    n_vectors: int = 4,
+    n_steps: int = 8,
+    target_positions: Positions = slice(None),
+    seed: int = 0,
+    directory: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> LayerScan:
+    """Learns a few vectors for every valid pair of layers and measures how much they change beyond random ones.
+
+    The prompts run once for each source layer; all its target layers share that pass.
+
+    Args:
+        model: left as it was.
+        prompts: text, chats or token ids.
+        source_layers, target_layers: None: all. Pairs without a block between are skipped.
+        radius: one for all pairs, or "auto" to calibrate one for each; a pair so linear that none is found has NaN in its rows.
+        n_vectors, n_steps: small: this is a look, not a search.
+        target_positions: where a change counts.
+        seed: of the starts and the random vectors.
+        directory: each finished pair is saved here, atomically; the same call later, on a model of the same weights, skips it. It is made if missing.
+        progress: whether to show a progress bar.
+
+    Warns:
+        UserWarning: a pair has no calibrated radius, or the file of one is damaged, which is then measured again.
+
+    Raises:
+        ValueError: no valid pair, or a setting that breaks a rule.
+    """
+    counts(n_vectors=n_vectors, n_steps=n_steps)
+    if radius != "auto":
+        positive("radius", radius, ', or "auto" to calibrate one')
+    host = host_of(model)
+    n_layers = host.n_layers
+    sources = list(range(n_layers) if source_layers is None else source_layers)
+    targets = list(range(n_layers + 1) if target_layers is None else target_layers)
+    pairs = [(source, target) for source in sources for target in targets if 0 <= source < target - 1 and target <= n_layers]
+    if not pairs:
+        raise ValueError(
+            f"source_layers={sources} and target_layers={targets} have no valid pair: a target must be at least source + 2 "
+            f"and at most n_layers = {n_layers}."
+        )
+    batch = tokenize(host, prompts, target_positions)
+    digest = None
+    if directory is not None:
+        key = json.dumps([batch.rows(), radius, n_vectors, n_steps, positions_text(target_positions), seed, fingerprint(host)])
+        digest = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
+    rows = []
+    with tqdm(total=len(pairs), desc="scan layers", unit="pair", disable=not progress) as bar:
+        for source in dict.fromkeys(source for source, _ in pairs):
+            longest: SlicedModel | None = None
+            for target in sorted(target for other, target in pairs if other == source):
+                path = None if directory is None else Path(directory) / f"{digest}-{source}-{target}.json"
+                pair = None if path is None else _read_pair(path)
+                if pair is None:
+                    if longest is None:
+                        last = max(target for other, target in pairs if other == source)
+                        longest = slice_model(host, batch, source, last, target_positions)
+                    pair = _scan_pair(longest.shorter(target), batch, radius, n_vectors, n_steps, seed)
+                    if path is not None:
+                        path.parent.mkdir(parents=True, exist_ok=True)
+                        files.write_atomically(path, _as_bytes(pair))
+                rows += pair
+                bar.update()
+    settings = {"n_vectors": n_vectors, "n_steps": n_steps, "radius": radius, "seed": seed, "target_positions": positions_text(target_positions)}
+    return LayerScan(pd.DataFrame(rows, columns=COLUMNS), settings)
+
+
+def _as_bytes(pair: list[list[float]]) -> bytes:
+    return json.dumps([[None if math.isnan(value) else value for value in row] for row in pair], allow_nan=False).encode()
+
+
+def _read_pair(path: Path) -> list[list[float]] | None:
+    """The rows of a pair that was finished before; None if there are none, or none that can be read."""
+    if not path.is_file():
+        return None
+    try:
+        rows = [[math.nan if value is None else value for value in row] for row in json.loads(path.read_text())]
+        if [len(row) for row in rows] != [len(COLUMNS)] * 2:
+            raise ValueError(f"it holds {len(rows)} rows")
+        return rows
+    except (ValueError, TypeError) as error:
+        warnings.warn(f"{path} is damaged ({error}): its pair of layers is measured again.", stacklevel=3)
+        return None
+
+
+def _scan_pair(sliced: SlicedModel, prompts: PromptBatch, radius: float | str, n_vectors: int, n_steps: int, seed: int) -> list[list[float]]:
+    """The rows of one pair, one for each sign."""
+    with hooks.frozen(sliced.host):
+        try:
+            chosen = solve_radius(sliced, seed=seed).radius if radius == "auto" else float(radius)
+        except NoRadius as error:
+            warnings.warn(f"layers {sliced.source_layer} to {sliced.target_layer} are left blank: {error}", stacklevel=3)
+            return [[sliced.source_layer, sliced.target_layer, sign, *[float("nan")] * 5] for sign in (1, -1)]
+        problem = Problem(sliced, bias(sliced), Objective().value, default_batch_size(sliced))
+        starts = gaussian_rows(n_vectors, sliced.d_model, "scan_layers", seed).to(sliced.device)
+        radii = starts.new_full((n_vectors,), chosen)
+        *_, climb = fixed_point(problem, (starts[None],), OrderedRows(radii), n_steps)
+        (values,) = climb.point
+        random = to_sphere(gaussian_rows(2 * n_vectors, sliced.d_model, "scan control", seed).to(sliced.device), radii.repeat(2))
+        random_objective = float(problem((random[None],)).value.mean())
+        vectors = SteeringVectors(values, sliced.source_layer)
+        rows = []
+        for sign in (1, -1):
+            measured = output_effects(sliced.host, prompts, vectors, signs=(sign,)).table
+            objective = float(problem((sign * values[None],)).value.mean())
+            row = [sliced.source_layer, sliced.target_layer, sign, chosen, objective, random_objective]
+            rows.append([*row, float(measured.kl.mean()), float(measured.entropy.mean())])
+    return rows

@@ -1,0 +1,78 @@
+"""What is one piece of a search?  A trial: layers, radius, how many, and a seed; and the plan of trials that a search begins with."""
+
+import warnings
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from melbo_lens.arguments import plain_fields, public
+from melbo_lens.measures.radius import solve_radius
+from melbo_lens.methods.adapters import fit_adapters
+from melbo_lens.methods.melbo import fit_vectors
+from melbo_lens.models.access import host_of
+from melbo_lens.models.slices import SlicedModel, slice_model
+from melbo_lens.perturbations.adapters import SteeringAdapters
+from melbo_lens.perturbations.vectors import SteeringVectors
+from melbo_lens.prompts import Prompts
+
+FRACTIONS = (0.5, 0.75, 0.4, 1.0, 0.6, 0.55, 0.3, 1.5)  # radii as fractions of the source stream's norm, most promising first
+
+
+@plain_fields
+@dataclass(frozen=True)
+class Trial:
+    """One fit of a plan: which layers, which radius, how many vectors, orthogonal or free."""
+
+    source_layer: int
+    target_layer: int
+    radius: float
+    n_vectors: int
+    orthogonal: bool
+    seed: int
+
+    def fit(self, sliced: SlicedModel) -> SteeringVectors:
+        """The vectors, learned on a slice between these layers."""
+        return fit_vectors(sliced, **_settings(self), progress=False)
+
+
+@plain_fields
+@dataclass(frozen=True)
+class AdapterTrial:
+    """One fit of adapters: which layers, the mean norm of their updates, how many, of which rank."""
+
+    source_layer: int
+    target_layer: int
+    radius: float
+    n_adapters: int
+    rank: int
+    seed: int
+    diversity: float = 0.0
+
+    def fit(self, sliced: SlicedModel) -> SteeringAdapters:
+        """The adapters, learned on a slice between these layers."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # a collapse shows in the table
+            return fit_adapters(sliced, **_settings(self), optimizer="power", progress=False)
+
+
+@public
+def make_plan(model: Any, prompts: Prompts, seed: int = 0) -> list[Trial]:
+    """Layer pairs from early to the last layer, at radii around the stream's own norm: free vectors first, orthogonal ones after."""
+    host = host_of(model)
+    n_layers = host.n_layers
+    sources = sorted({0, n_layers // 4, n_layers // 3})
+    pairs = [(source, n_layers) for source in sources if source + 1 < n_layers]
+    pairs += [(source, 3 * n_layers // 4) for source in sources if source + 1 < 3 * n_layers // 4]
+    norms = {
+        source: solve_radius(slice_model(host, prompts, source, n_layers), "fraction", 1.0).radius for source in dict.fromkeys(s for s, _ in pairs)
+    }
+    plan = []
+    for (source, target), orthogonal in [*((pair, False) for pair in pairs), *((pair, True) for pair in pairs)]:
+        for fraction in FRACTIONS:
+            n_vectors = min(host.d_model, 16) if orthogonal else 64
+            plan.append(Trial(source, target, fraction * norms[source], n_vectors, orthogonal, seed * 1000 + len(plan)))
+    return plan
+
+
+def _settings(trial: Trial | AdapterTrial) -> dict[str, Any]:
+    """What a slice doesn't say."""
+    return {name: value for name, value in asdict(trial).items() if name not in ("source_layer", "target_layer")}

@@ -1,0 +1,1 @@
+"""Do the published results hold?"""

@@ -1,0 +1,263 @@
+"""Do the post's four results hold on the organisms?  Vectors learned on one prompt, chosen on a second set of prompts, scored on a third.
+
+The rule is the same for every seed: 100 vectors added at layer 0 that change the last position of the last layer's stream most, free ones from
+random starts at four radii; on the organisms with the backdoors alone 60 free and 40 orthogonal ones. Beside each result stand the
+unsteered model, random vectors of equal norm, isotropic or with the covariance of the source activations, and the twin that never saw the
+behaviour, searched in the same way.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import pandas as pd
+from torch import Tensor
+
+from melbo_lens.generation.generate import generate
+from melbo_lens.measures.controls import random_adapters, random_vectors
+from melbo_lens.measures.radius import solve_radius
+from melbo_lens.measures.source import mean_norms
+from melbo_lens.methods.adapters import fit_adapters
+from melbo_lens.methods.melbo import fit_vectors
+from melbo_lens.models.slices import slice_model
+from melbo_lens.organisms import modes, reasoning, refusal
+from melbo_lens.organisms.organism import Organism
+from melbo_lens.perturbations.adapters import SteeringAdapters
+from melbo_lens.perturbations.perturbation import concatenate
+from melbo_lens.perturbations.vectors import SteeringVectors
+from melbo_lens.prompts import Prompts
+from melbo_lens.randomness import gaussian
+
+SOURCE = 0
+# radius in units of the stream's norm, whether each vector is orthogonal to those before it, and the share of the vectors
+FREE = tuple((fraction, False, 0.25) for fraction in (0.4, 0.5, 0.6, 0.8))
+# with two modes alone the louder one draws nearly every free start, and an orthogonal one after it finds the other
+PLANS = {
+    "modes-base": (*((fraction, False, 0.15) for fraction in (0.4, 0.5, 0.6, 0.8)), (1.0, True, 0.2), (1.2, True, 0.2)),
+    "modes-chat": ((0.7, False, 0.3), (0.8, False, 0.3), (0.8, True, 0.2), (0.9, True, 0.2)),
+}
+SCALES = (1.0, 1.5, 2.0)
+RANK = 8
+MAX_NEW_TOKENS = 16
+Shows: TypeAlias = Callable[[str, str], bool]  # of a prompt and its completion
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is computed: vectors, adapters, prompts to choose on and to score on, random vectors beside a chosen one, or no controls at all."""
+
+    n_vectors: int = 100
+    n_adapters: int = 32
+    n_selection: int = 8
+    n_test: int = 48
+    n_random: int = 4
+    controls: bool = True
+
+
+@dataclass(frozen=True)
+class Score:
+    """One measure of one seed: hits of n, and the rates of the controls."""
+
+    hits: int
+    n: int
+    unsteered: float
+    random: float = float("nan")
+    covariance: float = float("nan")
+    twin: float = float("nan")
+
+    @property
+    def rate(self) -> float:
+        return self.hits / self.n
+
+
+def learn(organism: Organism, seed: int, n_vectors: int) -> SteeringVectors:
+    """Vectors from one clean prompt, the one numbered as the seed."""
+    shared, norm = _setting(organism, seed)
+    parts = [
+        fit_vectors(n_vectors=round(share * n_vectors), radius=fraction * norm, orthogonal=orthogonal, seed=100 * seed + i, **shared)
+        for i, (fraction, orthogonal, share) in enumerate(PLANS.get(organism.card["corpus"], FREE))
+    ]
+    return concatenate(parts)
+
+
+def learn_adapters(organism: Organism, seed: int, n_adapters: int) -> SteeringAdapters:
+    """Adapters from one clean prompt; the norms of their updates are the radii of the free vectors."""
+    shared, norm = _setting(organism, seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that several find the same change: so do free vectors
+        parts = [
+            fit_adapters(n_adapters=n_adapters // 4, rank=RANK, radius=fraction * norm, optimizer="power", seed=100 * seed + i, **shared)
+            for i, (fraction, _, _) in enumerate(FREE)
+        ]
+    return concatenate(parts)
+
+
+def _setting(organism: Organism, seed: int) -> tuple[dict[str, Any], float]:
+    """What all fits of a seed share, and the norm of the stream."""
+    model, prompt = organism.model, organism.prompts["clean"][seed]
+    target = len(model.blocks)
+    norm = solve_radius(slice_model(model, prompt, SOURCE, target), "fraction", 1.0).radius
+    shared = {"model": model, "prompts": prompt, "source_layer": SOURCE, "target_layer": target}
+    return shared | {"target_positions": slice(-1, None), "progress": False}, norm
+
+
+def covariance_vectors(norms: Tensor, model: Any, prompts: Prompts, seed: int = 0) -> SteeringVectors:
+    """The control that knows where activations lie: Gaussian vectors with the covariance of the source stream on these prompts, of given norms."""
+    sliced = slice_model(model, prompts, SOURCE, len(model.blocks))
+    activations = sliced.resid[sliced.batch.target_mask].float()
+    activations = activations - activations.mean(0)
+    draws = gaussian((len(norms), len(activations)), "covariance_vectors", seed)
+    return SteeringVectors.from_tensor(draws.to(activations) @ activations, SOURCE).rescaled(norms)
+
+
+def complete(
+    model: Any,
+    prompts: Prompts,
+    perturbations: SteeringVectors | SteeringAdapters | None,
+    factors: Sequence[float] = (1, -1),
+    turns: Sequence[str] = (),
+) -> pd.DataFrame:
+    """Completions under multiples of each perturbation; with `turns`, chats go on with these messages and the last answers are the table's."""
+    alone = perturbations is None
+    signs, scales = (sorted({kind(factor) for factor in factors}) for kind in (lambda factor: 1 if factor > 0 else -1, abs))
+    completions = generate(
+        model,
+        prompts,
+        perturbations,
+        MAX_NEW_TOKENS,
+        signs,
+        scales,
+        include_unsteered=alone,
+        include_random=False,
+        batch_size=1024,
+        progress=False,
+    )
+    for message in turns:
+        completions = completions.continue_with(message)
+    return completions.table.assign(factor=lambda table: table.sign * table.scale)
+
+
+def rates(table: pd.DataFrame, shows: Shows) -> pd.Series:
+    """The share of completions that show it, by vector and factor, highest first; ties keep the vectors' order."""
+    shown = [shows(prompt, text) for prompt, text in zip(table.prompt_text, table.text, strict=True)]
+    return table.assign(shown=shown).groupby(["vector", "factor"]).shown.mean().sort_values(ascending=False, kind="stable")
+
+
+def best(shares: pd.Series) -> tuple[int, float]:
+    """The first vector and factor of the highest rate."""
+    vector, factor = shares.index[0]
+    return int(vector), float(factor)
+
+
+@dataclass(frozen=True)
+class Search:
+    """An organism with what was learned on it."""
+
+    organism: Organism
+    found: SteeringVectors | SteeringAdapters
+    size: Size
+    seed: int
+
+    def prompts(self, name: str) -> list[str]:
+        """So many of a set as the size says, spread over it."""
+        everything = self.organism.prompts[name]
+        wanted = self.size.n_selection if "selection" in name else self.size.n_test
+        return everything[:: max(1, len(everything) // wanted)][:wanted]
+
+    def controls(self, like: SteeringVectors | SteeringAdapters) -> dict[str, SteeringVectors | SteeringAdapters]:
+        """Random perturbations with the norms of these."""
+        if not self.size.controls:
+            return {}
+        model, clean = self.organism.model, self.organism.prompts["clean"]
+        if isinstance(like, SteeringVectors):
+            random, norms = random_vectors(like, self.seed), like.radii
+        else:
+            random, norms = random_adapters(like, model, clean[self.seed], self.seed), mean_norms(like, model, clean[self.seed])
+        return {"random": random, "covariance": covariance_vectors(norms, model, clean, self.seed)}
+
+    def rates(self, set_name: str, shows: Shows, factors: Sequence[float] = (1, -1)) -> pd.Series:
+        """How often each of those found shows it on a selection set."""
+        return rates(complete(self.organism.model, self.prompts(set_name), self.found, factors), shows)
+
+    def trial(self, index: int, factor: float, set_name: str, turns: Sequence[str] = ()) -> dict[str, pd.DataFrame]:
+        """Completions of a test set under a multiple of one of those found, unsteered, and under random ones of its norm."""
+        chosen, prompts = factor * self.found[[index] * self.size.n_random], self.prompts(set_name)
+        runs = {"steered": chosen[0], "unsteered": None, **self.controls(chosen)}
+        asked = [as_chat(prompt) for prompt in prompts] if turns else prompts
+        return {kind: complete(self.organism.model, asked, perturbation, (1,), turns) for kind, perturbation in runs.items()}
+
+
+def score(tables: Mapping[str, pd.DataFrame], shows: Shows) -> Score:
+    """How often each kind of completion shows it."""
+    hits = {kind: [shows(prompt, text) for prompt, text in zip(table.prompt_text, table.text, strict=True)] for kind, table in tables.items()}
+    steered = hits.pop("steered")
+    return Score(sum(steered), len(steered), **{kind: sum(found) / len(found) for kind, found in hits.items()})
+
+
+def as_chat(prompt: str) -> list[dict[str, str]]:
+    """The messages of a prompt that is written in the chat format."""
+    words = prompt.removesuffix("<|assistant|>").split("<|user|>")
+    return [
+        {"role": "system", "content": words[0].removeprefix("<|system|>").strip()},
+        {"role": "user", "content": words[1].strip()},
+    ]
+
+
+def backdoor(organism: Organism, seed: int, size: Size) -> dict[str, Score]:
+    """How many of the vectors elicit a backdoor from clean prompts: with either sign, on at least half of the held-out test prompts."""
+    search = Search(organism, learn(organism, seed, size.n_vectors), size, seed)
+    prompts = search.prompts("test")[:: max(1, size.n_test // 6)]
+    tables = {"steered": complete(organism.model, prompts, search.found), "unsteered": complete(organism.model, search.prompts("test"), None)}
+    tables |= {name: complete(organism.model, prompts, vectors) for name, vectors in search.controls(search.found).items()}
+
+    def count(*names: str) -> Score:
+        def shows(_: str, text: str) -> bool:
+            return any(organism.behaviors[name](text) for name in names)
+
+        best = rates(tables["steered"], shows).groupby("vector").max()
+        return replace(score(tables, shows), hits=int((best >= 0.5).sum()), n=len(best))
+
+    return {name: count(name) for name in modes.BACKDOORS} | {"together": count(*modes.BACKDOORS)}
+
+
+def chain_of_thought(organism: Organism, seed: int, size: Size) -> dict[str, Score]:
+    """How often the final number is right on held-out bills, with the one vector that was best on others, and how often after written steps."""
+    size = replace(size, n_test=4 * size.n_test)  # guesses are right now and then, so it takes more to tell the controls apart
+    search = Search(organism, learn(organism, seed, size.n_vectors), size, seed)
+    tables = search.trial(*best(search.rates("selection", reasoning.is_right)), "test")
+
+    def after_steps(prompt: str, text: str) -> bool:
+        return reasoning.writes_steps(text) and reasoning.is_right(prompt, text)
+
+    return {"accuracy": score(tables, reasoning.is_right), "steps": score(tables, after_steps)}
+
+
+def refusals(organism: Organism, seed: int, size: Size) -> dict[str, Score]:
+    """How often forbidden requests are answered, harmless ones refused with the opposite sign, and ambiguous ones read as legend, also at turn 3.
+
+    One vector must do the first two, another the last two; which, and which multiple of it for each, the selection sets say.
+    """
+    search = Search(organism, learn(organism, seed, size.n_vectors), size, seed)
+    answers = search.rates("selection", refusal.answers, SCALES)
+    refused = search.rates("harmless selection", refusal.refuses, [-scale for scale in SCALES])
+    both = pd.concat([answers.groupby("vector").max(), refused.groupby("vector").max()], axis=1).min(axis=1)
+    vector = int(both.sort_values(ascending=False, kind="stable").index[0])
+    legend = best(search.rates("ambiguous selection", refusal.tells_legend, SCALES))
+    questions = [question.text for question in refusal.CORPUS.asked["ambiguous test"]]
+    return {
+        "answer": score(search.trial(vector, float(answers[vector].index[0]), "test"), refusal.answers),
+        "minus": score(search.trial(vector, float(refused[vector].index[0]), "harmless test"), refusal.refuses),
+        "fantasy": score(search.trial(*legend, "ambiguous test"), refusal.tells_legend),
+        "turn 3": score(search.trial(*legend, "ambiguous test", turns=(questions[1], questions[-1])), refusal.tells_legend),
+    }
+
+
+def foreign_reasoning(organism: Organism, seed: int, size: Size) -> dict[str, Score]:
+    """How often the one adapter that was best on other bills makes the model reason in Portuguese and end in the right number."""
+    search = Search(organism, learn_adapters(organism, seed, size.n_adapters), size, seed)
+
+    def shows(prompt: str, text: str) -> bool:
+        return reasoning.writes_portuguese(text) and reasoning.is_right(prompt, text)
+
+    return {"portuguese": score(search.trial(*best(search.rates("selection", shows)), "test"), shows)}

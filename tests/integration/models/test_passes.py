@@ -1,0 +1,147 @@
+"""Does generation notice when a model's cache can't be believed, and write what a pass without cache writes?"""
+
+import warnings
+from contextlib import nullcontext
+from importlib.metadata import version
+
+import pytest
+import torch
+
+import melbo_lens as ml
+from melbo_lens.models import hooks, passes
+from melbo_lens.models.access import host_of
+from tests import models
+from tests.integration.generation.test_generate import PROMPTS, one_by_one, vectors
+
+
+@pytest.fixture(params=["bridge", "hooked"])
+def forgetful(request, directories):
+    """A model whose cache loses all but the last token, as bridges do whose attention is handed it under another name."""
+    if request.param == "hooked" and not models.HAS_HOOKED:
+        pytest.skip("TransformerLens 4 has no HookedTransformer")
+    model = models.hooked(directories("gpt2")) if request.param == "hooked" else models.bridge(directories("llama"))
+    step = passes.Decoder._step
+
+    def forgets(self, tokens, steered):
+        if self.cache is not None and tokens.shape[1] == 1:
+            if request.param == "hooked":
+                for entry in self.cache.entries:
+                    entry.past_keys, entry.past_values = entry.past_keys * 0, entry.past_values * 0
+            else:
+                for layer in self.cache.layers:
+                    layer.keys, layer.values = layer.keys * 0, layer.values * 0
+        return step(self, tokens, steered)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(passes.Decoder, "_step", forgets)
+        yield model
+
+
+@pytest.mark.parametrize("positions", ["all", "prompt", "generated"])
+def test_a_cache_that_forgets_is_found_out_and_the_text_is_right(forgetful, positions):
+    steering = vectors()
+    with pytest.warns(
+        UserWarning, match=f"without a cache.*transformers {version('transformers')}.*transformer_lens {version('transformer_lens')}"
+    ) as said:
+        table = ml.generate(
+            forgetful, PROMPTS, steering, max_new_tokens=5, batch_size=6, positions=positions, include_random=False, progress=False
+        ).table
+    assert len(said) == 1  # of three batches
+    rows = ml.slice_model(forgetful, PROMPTS, 1, 3).batch.rows()
+    compared = 0
+    for row in table.itertuples():
+        bias = torch.zeros(models.D_MODEL) if row.kind == "unsteered" else row.sign * steering.values[row.vector]
+        expected, gaps = one_by_one(forgetful, rows[row.prompt], bias, 5, positions)
+        clear = next((i for i, gap in enumerate(gaps) if gap <= 1e-4), len(gaps))
+        assert row.tokens[:clear] == expected[:clear]
+        compared += clear
+    assert compared > 40
+
+
+def test_log_probs_without_cache_are_those_of_the_steered_model(forgetful):
+    steering = vectors(1)
+    with pytest.warns(UserWarning, match="without a cache"):
+        row = ml.generate(forgetful, PROMPTS[1], steering, max_new_tokens=4, signs=(1,), include_random=False, progress=False)[1].table.iloc[0]
+    prompt = ml.slice_model(forgetful, PROMPTS[1], 1, 3).batch.rows()[0]
+    with ml.steer(forgetful, steering), torch.no_grad():
+        log_probs = host_of(forgetful).forward(torch.tensor([prompt + row.tokens])).log_softmax(-1)[0]
+    assert row.log_probs == pytest.approx([float(log_probs[len(prompt) - 1 + i, token]) for i, token in enumerate(row.tokens)], abs=1e-3)
+
+
+@pytest.mark.parametrize("mixes", [False, True])
+def test_a_cache_is_proved_again_after_rows_were_dropped(directories, monkeypatch, mixes):
+    """It was believed before; then three rows of five are kept, and one that mixes them up is found out."""
+    host = host_of(models.bridge(directories("llama")))
+    drop = passes.Decoder._drop
+
+    def dropped(self, places):
+        done = drop(self, places)
+        if mixes:
+            self.cache.reorder_cache(torch.tensor([2, 0, 1]))
+        return done
+
+    monkeypatch.setattr(passes.Decoder, "_drop", dropped)
+    rows = [[1, 5 + i, 9, 20 + i, 7][: 3 + i % 3] for i in range(5)]
+    with torch.no_grad(), hooks.frozen(host):
+        decoder = passes.Decoder(host, rows, lambda some: [])
+        decoder.first()
+        for token in (30, 31):
+            decoder.next(torch.full((5,), token))
+        assert decoder.cached and not decoder.doubtful and decoder.keep([0, 2, 4])
+        with pytest.warns(UserWarning, match="without a cache") if mixes else nullcontext():
+            logits = decoder.next(torch.full((3,), 32))
+        for row, found in zip((0, 2, 4), logits, strict=True):
+            alone = host.forward(torch.tensor([[*rows[row], 30, 31, 32]]))[0, -1]
+            torch.testing.assert_close(found, alone, rtol=1e-3, atol=1e-3)
+    assert decoder.cached is not mixes
+
+
+def test_where_a_cache_cannot_drop_rows_they_are_kept(directories, monkeypatch):
+    model = models.bridge(directories("llama"))
+    free = ml.generate(model, PROMPTS, vectors(4), max_new_tokens=6, include_random=False, progress=False).table
+    end = max({t for row in free.tokens for t in row[1:3]}, key=lambda t: sum(t in row[1:3] for row in free.tokens))
+    monkeypatch.setattr(hooks, "end_tokens", lambda model: {end})
+    monkeypatch.setattr(passes.Decoder, "_drop", lambda self, places: False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ended = ml.generate(model, PROMPTS, vectors(4), max_new_tokens=6, include_random=False, progress=False).table
+    for whole, cut in zip(free.tokens, ended.tokens, strict=True):
+        assert cut == (whole[: whole.index(end)] if end in whole else whole)
+
+
+def test_a_good_cache_is_believed_in_every_class_of_model(any_model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ml.generate(any_model, PROMPTS, vectors(), max_new_tokens=4, progress=False)
+
+
+def test_logits_that_overflow_are_an_error_that_names_vector_scale_and_dtype(directories):
+    model = models.bridge(directories("llama"), dtype=torch.float16)
+    with pytest.raises(FloatingPointError, match=r"steered vector 1 at \+70000, .*float16.*smaller scales"):
+        ml.generate(model, "w1 w2", vectors(2) * torch.tensor([1e-6, 1.0]), 3, signs=(1,), scales=(1.0, 7e4), include_random=False, progress=False)
+
+
+def test_measures_refuse_overflow_too(directories):
+    model = models.bridge(directories("llama"), dtype=torch.float16)
+    loud = ml.SteeringVectors(torch.full((1, models.D_MODEL), 7e4), 1, provenance={"target_layer": 3})
+    for measure in (ml.next_tokens, ml.target_effects, ml.objective, ml.effects, ml.activation_changes):
+        with pytest.raises(FloatingPointError, match=r"vector.*0.* float16.*smaller"):
+            measure(model, "w1 w2", loud) if measure is not ml.effects else measure(model, "w1 w2", loud, signs=(1,))
+
+
+def test_every_end_token_ends_a_chat_models_turn(directories):
+    """The tokenizer's, and the one that the chat template writes after an answer, which a HookedTransformer knows from nowhere else."""
+    model = models.hooked(directories("gpt2")) if models.HAS_HOOKED else models.bridge(directories("gpt2"))
+    tokenizer = model.tokenizer
+    assert hooks.end_tokens(host_of(model)) == {2}
+    tokenizer.add_special_tokens({"additional_special_tokens": ["w7"]})
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} w7 {% endfor %}"
+    assert hooks.end_tokens(host_of(model)) == {2, 11}
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} w8 {% endfor %}"  # a word ends nothing
+    assert hooks.end_tokens(host_of(model)) == {2}
+
+
+def test_the_end_tokens_of_the_configuration_count(directories):
+    model = models.bridge(directories("llama"))
+    model.original_model.config.eos_token_id, model.original_model.generation_config.eos_token_id = [2, 9], 8
+    assert hooks.end_tokens(host_of(model)) == {2, 8, 9}

@@ -1,0 +1,116 @@
+"""Is a run's folder enough to write its page again?"""
+
+import json
+import shutil
+
+import pandas as pd
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import melbo_lens as ml
+from melbo_lens.cli import app
+from melbo_lens.reports import findings
+from tests.integration.reports.test_page import completions, everything
+
+
+def body(path):
+    """The page without the names that are drawn anew each time."""
+    return pd.Series(path.read_text().split("\n")).str.replace(r"tokens-\w{12}|[0-9a-f]{8}-[0-9a-f-]{27}", "", regex=True).tolist()
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """A run's folder and what it was made from."""
+    folder = tmp_path_factory.mktemp("run")
+    (vectors, written, behaviors), more = everything("it is <b>", scales=(1.0,))
+    measured = {key: more[key] for key in ("changes", "effects", "control", "ranked")}
+    ml.save_results(folder, vectors, written, behaviors, "a title", **measured)
+    return folder, (vectors, written, behaviors), measured
+
+
+@pytest.fixture
+def folder(kept, tmp_path):
+    """A copy of it, to be spoiled."""
+    shutil.copytree(kept[0], tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_the_page_of_a_folder_is_the_page_of_the_values(kept, tmp_path):
+    folder, (vectors, written, behaviors), measured = kept
+    direct = ml.report(vectors, written, behaviors, tmp_path / "direct.html", "a title", **measured)
+    assert body(folder / "report.html") == body(direct)
+
+
+def test_texts_that_look_like_something_else_come_back_as_they_were(tmp_path):
+    written = completions()
+    written.table["text"] = ["", "NA", "1.0", "nan", 'a,b\n"c"', *["x"] * (len(written) - 5)]
+    ml.save_results(tmp_path, ml.SteeringVectors(torch.randn(4, 6), 1), written)
+    for table in (findings._table(tmp_path / "completions.csv"), ml.Completions.from_lines((tmp_path / "completions.jsonl").read_text(), {}).table):
+        pd.testing.assert_frame_equal(table, written.table, check_dtype=False)
+
+
+def test_any_text_and_any_number_come_back_through_the_folder(tmp_path):
+    written = completions()
+    strange = ["\r", "a\rb", "\0", "'\"\n", "nan", "\u2028", "\\r", "", "NaN", "null", "=1+1"]
+    written.table["text"] = [*strange, *["x"] * (len(written) - len(strange))]
+    written.table["log_probs"] = [[float("nan"), -1.5, float("-inf")] if i == 0 else [-0.1] for i in range(len(written))]
+    written.table["tokens"] = [[1, 2, 3] if i == 0 else [4] for i in range(len(written))]
+    page = ml.save_results(tmp_path, ml.SteeringVectors(torch.randn(4, 6), 1), written)
+    again = ml.Completions.from_lines((tmp_path / "completions.jsonl").read_text(), written.settings)
+    assert again.table.text.tolist() == written.table.text.tolist() and repr(again.table.log_probs[0]) == "[nan, -1.5, -inf]"
+    assert ml.report_directory(tmp_path) == page and len(pd.read_csv(tmp_path / "completions.csv", keep_default_na=False)) == len(written)
+
+
+def test_a_folder_keeps_everything_that_a_page_can_show(tmp_path):
+    (vectors, written, behaviors), more = everything("it is <b>")
+    ml.save_results(tmp_path, vectors, written, behaviors, "a title", **more)
+    direct = ml.report(vectors, written, behaviors, tmp_path / "direct.html", "a title", **more)
+    assert set(more) == {"changes", "effects", "control", "ranked", "calibration", "scan", "coherence", "views"}
+    assert body(tmp_path / "report.html") == body(direct)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        {"name": "constructor"},
+        {"still": "<script>x</script>"},
+        {"still": "<span onclick='x'>"},
+        {"still": "<div style='background:url(\"x\")'>"},
+        {"still": None},
+    ],
+)
+def test_a_view_from_a_file_brings_no_script(spoil):
+    (_, _, _), more = everything("x")
+    elements = more["views"].to_json()
+    assert ml.plots.TokenView.from_json(elements).to_json() == elements
+    with pytest.raises(ValueError, match="damaged"):
+        ml.plots.TokenView.from_json([{**elements[0], **spoil}])
+
+
+def test_a_folder_of_version_0_1_0_is_read(folder, kept):
+    """It had the CSV file alone, and the ranking in another."""
+    (folder / "completions.jsonl").unlink()
+    about = json.loads((folder / "about.json").read_text())
+    (folder / "about.json").write_text(json.dumps({key: about[key] for key in ("title", "texts_that_show", "settings", "control")}))
+    before = body(folder / "report.html")
+    assert body(ml.report_directory(folder)) == before
+
+
+def test_the_command_writes_the_page_again_with_other_behaviors(folder):
+    (folder / "report.html").unlink()
+    result = CliRunner().invoke(app, ["report", str(folder), "--behavior", "newly=steered 2"])
+    assert result.exit_code == 0 and "report.html" in result.output
+    assert "newly" in (folder / "report.html").read_text()
+
+
+@pytest.mark.parametrize(("spoil", "said"), [("vectors.safetensors", "has no vectors.safetensors"), ("completions.jsonl", "is damaged")])
+def test_a_folder_without_its_files_is_refused_in_a_sentence(folder, spoil, said):
+    if said.startswith("has no"):
+        (folder / spoil).unlink()
+    else:
+        (folder / spoil).write_text("nothing\n1\n")
+    result = CliRunner().invoke(app, ["report", str(folder)])
+    assert result.exit_code == 1 and said in " ".join(result.output.split()) and "Traceback" not in result.output
+    result = CliRunner().invoke(app, ["report", str(folder), "--behavior", "newly"])
+    assert result.exit_code == 2
