@@ -46,7 +46,7 @@ bench: $(VENV)/.installed
 	$(VENV)/bin/python -m tests.readme
 
 lint: $(VENV)/.installed
-	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
 clean:
 	rm -rf $(VENV) .venv .venv-tl4 .venv-newest demo-output build

@@ -21,7 +21,12 @@ from tests import browser, qwen
 DEMOS = Path(__file__).parent
 MOST_BYTES = 2_000_000
 # plotly leaves its figure as data and a picture, never its library; bars and warnings are no results
-SETTINGS = {"PLOTLY_RENDERER": "plotly_mimetype+png", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+SETTINGS = {
+    "PLOTLY_RENDERER": "plotly_mimetype+png",
+    "HF_HUB_OFFLINE": "1",
+    "TQDM_DISABLE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
 
 
 def notebooks() -> list[Path]:
@@ -44,7 +49,11 @@ def run(path: Path, scratch: Path, seconds: int = 240) -> tuple[nbformat.Noteboo
     began = time.monotonic()
     try:
         NotebookClient(
-            notebook, timeout=seconds, kernel_name="python3", record_timing=False, resources={"metadata": {"path": str(scratch)}}
+            notebook,
+            timeout=seconds,
+            kernel_name="python3",
+            record_timing=False,
+            resources={"metadata": {"path": str(scratch)}},
         ).execute()
     finally:
         for name, value in before.items():
@@ -67,16 +76,26 @@ def run(path: Path, scratch: Path, seconds: int = 240) -> tuple[nbformat.Noteboo
 
 def add_stills(notebook: nbformat.NotebookNode) -> None:
     """Puts a picture after each token view, which GitHub does not draw."""
-    shown = [(cell, output) for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs if "CircuitsVis" in _html(output)]
+    shown = [
+        (cell, output)
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+        for output in cell.outputs
+        if "CircuitsVis" in _html(output)
+    ]
     if not shown:
         return
     with browser.browse() as page, tempfile.TemporaryDirectory() as folder:
         page.resize(900, 100)  # a picture is at least as high as the window
         for cell, output in shown:
-            (Path(folder) / "view.html").write_text(f"<!doctype html><meta charset='utf-8'><body>{_html(output)}</body>", encoding="utf-8")
+            (Path(folder) / "view.html").write_text(
+                f"<!doctype html><meta charset='utf-8'><body>{_html(output)}</body>", encoding="utf-8"
+            )
             page.open(Path(folder) / "view.html").wait("document.querySelectorAll('.tokens span').length > 0")
             picture = base64.b64encode(page.screenshot(Path(folder) / "view.png", whole=True).read_bytes()).decode()
-            still = nbformat.v4.new_output("display_data", {"image/png": picture, "text/plain": "a still of the view above"})
+            still = nbformat.v4.new_output(
+                "display_data", {"image/png": picture, "text/plain": "a still of the view above"}
+            )
             cell.outputs.insert(cell.outputs.index(output) + 1, still)
 
 
@@ -96,7 +115,9 @@ def main() -> None:
         add_stills(notebook)
         text = nbformat.writes(notebook)
         if len(text.encode()) >= MOST_BYTES:
-            raise SystemExit(f"{path.name} has {len(text.encode()):,} bytes, at most {MOST_BYTES:,} are allowed: show fewer or smaller figures.")
+            raise SystemExit(
+                f"{path.name} has {len(text.encode()):,} bytes, at most {MOST_BYTES:,} are allowed: show fewer or smaller figures."
+            )
         path.write_text(text + "\n", encoding="utf-8")
         print(f"{path.relative_to(DEMOS)}: {took:.0f} s, {len(text.encode()) / 1e6:.2f} MB", flush=True)
 

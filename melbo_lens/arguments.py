@@ -41,13 +41,18 @@ def plain_json(value: Any, what: str) -> Any:
     """
     value = plain(value)
     if isinstance(value, Mapping):
-        return {key if isinstance(key, str) else str(plain(key)): plain_json(item, f"{what}[{key!r}]") for key, item in value.items()}
+        return {
+            key if isinstance(key, str) else str(plain(key)): plain_json(item, f"{what}[{key!r}]")
+            for key, item in value.items()
+        }
     value = as_list(value)
     if isinstance(value, list | tuple | set | frozenset | range):
         return [plain_json(item, what) for item in value]
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise TypeError(f"{what} holds {value!r} ({type(value).__name__}), which a file can't keep: use numbers, text, lists and dicts of them.")
+    raise TypeError(
+        f"{what} holds {value!r} ({type(value).__name__}), which a file can't keep: use numbers, text, lists and dicts of them."
+    )
 
 
 def public(function: Callable[P, R]) -> Callable[P, R]:

@@ -13,7 +13,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-app = typer.Typer(help="Find what a language model hides: unsupervised steering vectors (MELBO).", no_args_is_help=True, add_completion=False)
+app = typer.Typer(
+    help="Find what a language model hides: unsupervised steering vectors (MELBO).",
+    no_args_is_help=True,
+    add_completion=False,
+)
 console = Console()
 
 # options that commands share
@@ -35,7 +39,9 @@ def prepare() -> None:
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="folder for the vectors, the completions and the page")] = Path("demo-output"),
+    out: Annotated[Path, typer.Option(help="folder for the vectors, the completions and the page")] = Path(
+        "demo-output"
+    ),
     budget: Annotated[float, typer.Option(help="seconds for the search")] = 25.0,
     seed: Seed = 0,
 ) -> None:
@@ -47,7 +53,9 @@ def demo(
         organism = ml.organisms.load("modes")
     out.mkdir(parents=True, exist_ok=True)
     prompt = organism.prompts["clean"][0]
-    found = ml.discover(organism.model, prompt, budget, organism.behaviors, heldout=organism.prompts["selection"][:16], seed=seed)
+    found = ml.discover(
+        organism.model, prompt, budget, organism.behaviors, heldout=organism.prompts["selection"][:16], seed=seed
+    )
     vectors, completions = found.joined(source_layer=0, target_layer=len(organism.model.blocks))
     files.write_text(out / "groups.csv", found.table.to_csv(index=False))
     title = "What the modes organism hides"
@@ -61,7 +69,9 @@ def demo(
     summary = ml.evaluate(completions, organism.behaviors).summary
     for row in summary.itertuples():
         group = found.table[found.table.behavior == row.behavior]
-        heldout, example = (f"{group.heldout_rate.iloc[0]:.0%}", group.example.iloc[0]) if len(group) else ("", "not found")
+        heldout, example = (
+            (f"{group.heldout_rate.iloc[0]:.0%}", group.example.iloc[0]) if len(group) else ("", "not found")
+        )
         rates = (f"{rate:.1%}" for rate in (row.rate, row.random, row.unsteered))
         table.add_row(row.behavior, str(row.vectors), *rates, heldout, escape(example))
     console.print(table)
@@ -79,7 +89,10 @@ def reproduce(
     results = reproduction.reproduce()
     files.write_json(out, results)
     rows = reproduction.table(results)
-    table = Table(title=f"seeds {', '.join(map(str, results['settings']['seeds']))}; {results['seconds']} seconds", show_lines=True)
+    table = Table(
+        title=f"seeds {', '.join(map(str, results['settings']['seeds']))}; {results['seconds']} seconds",
+        show_lines=True,
+    )
     # one column for all controls, one for what is measured: it must fit a terminal of 80 columns
     for heading in ("result", "the post", "here", "95 %", "\n".join(reproduction.CONTROLS), "sec.", "holds"):
         table.add_column(heading)
@@ -160,7 +173,9 @@ def discover(
 
     out.mkdir(parents=True, exist_ok=True)
     with _errors_in_a_sentence():
-        found = ml.discover(loaded, prompt if len(prompt) > 1 else prompt[0], budget, heldout=heldout or None, seed=seed)
+        found = ml.discover(
+            loaded, prompt if len(prompt) > 1 else prompt[0], budget, heldout=heldout or None, seed=seed
+        )
         files.write_text(out / "groups.csv", found.table.to_csv(index=False))
         for row in range(min(len(found.table), 20)):
             found.vector(row).save(out / f"group-{row}.safetensors")
@@ -168,7 +183,10 @@ def discover(
     for heading in ("row", "example", "layers", "radius", "vectors", "random", "held out"):
         table.add_column(heading)
     for row, entry in enumerate(found.table.head(20).itertuples()):
-        layers, rates = f"{entry.source_layer} to {entry.target_layer}", (f"{entry.random_rate:.1%}", f"{entry.heldout_rate:.0%}")
+        layers, rates = (
+            f"{entry.source_layer} to {entry.target_layer}",
+            (f"{entry.random_rate:.1%}", f"{entry.heldout_rate:.0%}"),
+        )
         table.add_row(str(row), escape(entry.example), layers, f"{entry.radius:.3g}", str(entry.n_vectors), *rates)
     console.print(table)
     console.print(f"wrote groups.csv and a vector for each of the first groups to {out}", soft_wrap=True)
@@ -177,7 +195,9 @@ def discover(
 @app.command()
 def report(
     directory: Annotated[Path, typer.Argument(help="folder that `fit` or `demo` wrote")],
-    behavior: Annotated[list[str] | None, typer.Option(help="NAME=REGULAR EXPRESSION to count; may be given several times")] = None,
+    behavior: Annotated[
+        list[str] | None, typer.Option(help="NAME=REGULAR EXPRESSION to count; may be given several times")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="the page; default: report.html in the folder")] = None,
 ) -> None:
     """Write the page of a run again, from its folder, without the model."""

@@ -19,7 +19,9 @@ SCHEMA = 1
 def write(path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
     """Writes tensors and a JSON header as one safetensors file, atomically."""
     metadata = {"format": "melbo_lens", "schema": str(SCHEMA), "kind": kind, "header": json.dumps(header)}
-    write_atomically(path, to_bytes({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata))
+    write_atomically(
+        path, to_bytes({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata)
+    )
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
@@ -28,7 +30,9 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     try:
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     except OSError as error:
-        raise type(error)(error.errno, f"path={str(path)!r} can't be written: {error.strerror}. Choose an existing, writable folder") from error
+        raise type(error)(
+            error.errno, f"path={str(path)!r} can't be written: {error.strerror}. Choose an existing, writable folder"
+        ) from error
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
@@ -97,7 +101,9 @@ def read_any(path: str | os.PathLike[str], kinds: Collection[str]) -> tuple[str,
         raise ValueError(f"{path} was not written by melbo_lens: it is a safetensors file of something else.")
     schema = metadata.get("schema", "")
     if not schema.isdigit() or int(schema) > SCHEMA:
-        raise ValueError(f"{path} has schema {schema!r}, this melbo_lens reads up to {SCHEMA}: install a newer melbo_lens.")
+        raise ValueError(
+            f"{path} has schema {schema!r}, this melbo_lens reads up to {SCHEMA}: install a newer melbo_lens."
+        )
     kind = metadata.get("kind")
     if kind not in kinds:
         raise ValueError(f"{path} holds {kind!r}, not {' or '.join(map(repr, kinds))}.")

@@ -109,12 +109,20 @@ def tokenize(
         if not row:
             raise ValueError(f"prompts[{i}] is empty: it has no tokens. Give at least one word or token id.")
         if n_ctx and len(row) + n_new_tokens > n_ctx:
-            room = f"; {max(n_ctx - len(row), 0)} tokens remain for new ones, {n_new_tokens} were asked for" if n_new_tokens else ""
-            raise ValueError(f"prompts[{i}] has {len(row)} tokens, the model's context n_ctx holds {n_ctx}{room}. Shorten it.")
+            room = (
+                f"; {max(n_ctx - len(row), 0)} tokens remain for new ones, {n_new_tokens} were asked for"
+                if n_new_tokens
+                else ""
+            )
+            raise ValueError(
+                f"prompts[{i}] has {len(row)} tokens, the model's context n_ctx holds {n_ctx}{room}. Shorten it."
+            )
     return pad(rows, texts, target_positions, host.device)
 
 
-def pad(rows: list[list[int]], texts: Sequence[str], target_positions: Positions = slice(None), device: Any = None) -> PromptBatch:
+def pad(
+    rows: list[list[int]], texts: Sequence[str], target_positions: Positions = slice(None), device: Any = None
+) -> PromptBatch:
     """Token ids of each prompt as one right-padded batch, on the CPU unless a device is given."""
     if not rows:
         raise ValueError("there are no prompts: give at least one (these completions have no row).")
@@ -133,7 +141,9 @@ def as_list(prompts: Prompts) -> list[Any]:
     if isinstance(prompts, str):
         return [prompts]
     if not isinstance(prompts, Sequence):
-        raise TypeError(f"prompts must be text, chat messages, a list of either, or a tensor of token ids; got {type(prompts).__name__}.")
+        raise TypeError(
+            f"prompts must be text, chat messages, a list of either, or a tensor of token ids; got {type(prompts).__name__}."
+        )
     if not prompts:
         raise ValueError("prompts is an empty list: give at least one prompt.")
     return [list(prompts)] if isinstance(prompts[0], dict) else list(prompts)
@@ -161,7 +171,11 @@ def text_after(host: Any, before: Sequence[int], new: Sequence[int]) -> str:
     A SentencePiece tokenizer drops the space of a token that begins a text; here the token begins none, so the space is put back.
     """
     alone = decoded(host, new)
-    if host.tokenizer is None or not new or not str(host.tokenizer.convert_ids_to_tokens(new[0])).startswith(SPACE_MARK):
+    if (
+        host.tokenizer is None
+        or not new
+        or not str(host.tokenizer.convert_ids_to_tokens(new[0])).startswith(SPACE_MARK)
+    ):
         return alone
     start, whole = decoded(host, before), decoded(host, [*before, *new])
     return whole[len(start) :] if whole.startswith(start) else alone
@@ -178,7 +192,9 @@ def _check_ids(host: Any, rows: Sequence[Sequence[int]]) -> None:
     for i, row in enumerate(rows):
         outside = [token for token in row if token < 0 or (0 < d_vocab <= token)]
         if outside:
-            raise ValueError(f"prompts[{i}] holds the token ids {outside[:5]}, the model's vocabulary has 0 to {d_vocab - 1}: use ids within it.")
+            raise ValueError(
+                f"prompts[{i}] holds the token ids {outside[:5]}, the model's vocabulary has 0 to {d_vocab - 1}: use ids within it."
+            )
 
 
 def _token_rows(host: Any, tokens: Tensor) -> tuple[list[list[int]], tuple[str, ...]]:
@@ -193,15 +209,21 @@ def _token_rows(host: Any, tokens: Tensor) -> tuple[list[list[int]], tuple[str, 
 
 def _text(host: Any, prompt: Any, i: int, add_generation_prompt: bool) -> str:
     if host.tokenizer is None:
-        raise ValueError("the prompt is text but model.tokenizer is None: set a tokenizer, or pass token ids as a tensor.")
+        raise ValueError(
+            "the prompt is text but model.tokenizer is None: set a tokenizer, or pass token ids as a tensor."
+        )
     if isinstance(prompt, str):
         if not prompt:
             raise ValueError(f"prompts[{i}] is empty: it has no text. Give at least one word.")
         return prompt
     if not (isinstance(prompt, list) and prompt and all(map(_is_message, prompt))):
-        raise TypeError(f"prompts[{i}] must be text or a list of messages with the keys 'role' and 'content'; got {prompt!r}.")
+        raise TypeError(
+            f"prompts[{i}] must be text or a list of messages with the keys 'role' and 'content'; got {prompt!r}."
+        )
     if not getattr(host.tokenizer, "chat_template", None):
-        raise ValueError(f"prompts[{i}] is a chat but the tokenizer has no chat template: set tokenizer.chat_template, or pass text.")
+        raise ValueError(
+            f"prompts[{i}] is a chat but the tokenizer has no chat template: set tokenizer.chat_template, or pass text."
+        )
     return _render(host.tokenizer, prompt, i, add_generation_prompt)
 
 
@@ -228,12 +250,24 @@ def _render(tokenizer: Any, chat: Chat, i: int, add_generation_prompt: bool) -> 
         chat = chat[:-1]  # an answer of which nothing is said yet is one that is to be generated
     elif opened:
         keywords = {"continue_final_message": True}
-    remedy = "end the chat with a message of the user, or pass the text itself" if opened else "change the chat, or pass the text itself"
+    remedy = (
+        "end the chat with a message of the user, or pass the text itself"
+        if opened
+        else "change the chat, or pass the text itself"
+    )
     try:
-        return tokenizer.apply_chat_template(copy.deepcopy(chat), tokenize=False, **keywords)  # some versions write into the messages
+        return tokenizer.apply_chat_template(
+            copy.deepcopy(chat), tokenize=False, **keywords
+        )  # some versions write into the messages
     except Exception as error:  # whatever a template raises: Jinja's errors, or Python's from within it
-        what = "ends with a message of the assistant, with which this chat template can't go on" if opened else "is refused by the chat template"
-        raise ValueError(f"prompts[{i}] {what} ({type(error).__name__}: {' '.join(str(error).split())}): {remedy}.") from error
+        what = (
+            "ends with a message of the assistant, with which this chat template can't go on"
+            if opened
+            else "is refused by the chat template"
+        )
+        raise ValueError(
+            f"prompts[{i}] {what} ({type(error).__name__}: {' '.join(str(error).split())}): {remedy}."
+        ) from error
 
 
 def _chat_ids(host: Any, text: str) -> list[int]:
@@ -258,10 +292,14 @@ def _select(length: int, positions: Positions, i: int) -> list[bool]:
     if not isinstance(positions, slice):
         outside = [t for t in positions if not -length <= t < length]
         if outside:
-            raise ValueError(f"target_positions {outside} lie outside prompts[{i}], which has {length} tokens. Use positions within it.")
+            raise ValueError(
+                f"target_positions {outside} lie outside prompts[{i}], which has {length} tokens. Use positions within it."
+            )
         chosen = {t % length for t in positions}
     else:
         chosen = set(range(length)[positions])
     if not chosen:
-        raise ValueError(f"target_positions={positions} selects no token of prompts[{i}], which has {length}. Widen the selection.")
+        raise ValueError(
+            f"target_positions={positions} selects no token of prompts[{i}], which has {length}. Widen the selection."
+        )
     return [t in chosen for t in range(length)]

@@ -27,11 +27,32 @@ MAJOR = version("transformer_lens").split(".")[0]
 
 D, CTX, VOCAB = 32, 64, len(models.WORDS)
 TOKENS = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-WIDE = {"hidden_size": D, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "max_position_embeddings": CTX, **TOKENS}
+WIDE = {
+    "hidden_size": D,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": CTX,
+    **TOKENS,
+}
 GQA = {**WIDE, "num_key_value_heads": 2}
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_conv_kernel_dim": 3}
-MAMBA2 = {"mamba_d_state": 8, "mamba_d_conv": 3, "mamba_expand": 2, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8}
+LINEAR = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_conv_kernel_dim": 3,
+}
+MAMBA2 = {
+    "mamba_d_state": 8,
+    "mamba_d_conv": 3,
+    "mamba_expand": 2,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_n_groups": 1,
+    "mamba_chunk_size": 8,
+}
 
 # name -> (configuration class, settings)
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -39,7 +60,10 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "arcee": ("ArceeConfig", {**GQA, "head_dim": 8}),
     "bamba": ("BambaConfig", {**GQA, **MAMBA2, "attn_layer_indices": [1, 3]}),
     "bloom": ("BloomConfig", {"hidden_size": D, "n_layer": 4, "n_head": 4, "seq_length": CTX, **TOKENS}),
-    "codegen": ("CodeGenConfig", {"n_embd": D, "n_layer": 4, "n_head": 4, "n_positions": CTX, "n_ctx": CTX, "rotary_dim": 4, **TOKENS}),
+    "codegen": (
+        "CodeGenConfig",
+        {"n_embd": D, "n_layer": 4, "n_head": 4, "n_positions": CTX, "n_ctx": CTX, "rotary_dim": 4, **TOKENS},
+    ),
     "cohere": ("CohereConfig", GQA),
     "deepseek_v3": (
         "DeepseekV3Config",
@@ -61,8 +85,14 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "ernie4_5": ("Ernie4_5Config", {**GQA, "head_dim": 8}),
-    "exaone4": ("Exaone4Config", {**GQA, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2}),
-    "falcon": ("FalconConfig", {"hidden_size": D, "num_hidden_layers": 4, "num_attention_heads": 4, "max_position_embeddings": CTX, **TOKENS}),
+    "exaone4": (
+        "Exaone4Config",
+        {**GQA, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    ),
+    "falcon": (
+        "FalconConfig",
+        {"hidden_size": D, "num_hidden_layers": 4, "num_attention_heads": 4, "max_position_embeddings": CTX, **TOKENS},
+    ),
     "falcon_rw": (
         "FalconConfig",
         {
@@ -97,10 +127,19 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "gpt_neox": ("GPTNeoXConfig", WIDE),
-    "gpt_oss": ("GptOssConfig", {**GQA, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8}),
+    "gpt_oss": (
+        "GptOssConfig",
+        {**GQA, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},
+    ),
     "gptj": ("GPTJConfig", {"n_embd": D, "n_layer": 4, "n_head": 4, "n_positions": CTX, "rotary_dim": 4, **TOKENS}),
-    "granite": ("GraniteConfig", {**GQA, "residual_multiplier": 0.5, "embedding_multiplier": 2.0, "logits_scaling": 2.0}),
-    "granite_moe": ("GraniteMoeConfig", {**GQA, "num_local_experts": 4, "num_experts_per_tok": 2, "residual_multiplier": 0.5}),
+    "granite": (
+        "GraniteConfig",
+        {**GQA, "residual_multiplier": 0.5, "embedding_multiplier": 2.0, "logits_scaling": 2.0},
+    ),
+    "granite_moe": (
+        "GraniteMoeConfig",
+        {**GQA, "num_local_experts": 4, "num_experts_per_tok": 2, "residual_multiplier": 0.5},
+    ),
     "granite_moe_hybrid": (
         "GraniteMoeHybridConfig",
         {
@@ -128,7 +167,10 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
             "mamba_dt_rank": 4,
         },
     ),
-    "lfm2": ("Lfm2Config", {**GQA, "layer_types": ["conv", "full_attention"] * 2, "block_ff_dim": 48, "block_auto_adjust_ff_dim": False}),
+    "lfm2": (
+        "Lfm2Config",
+        {**GQA, "layer_types": ["conv", "full_attention"] * 2, "block_ff_dim": 48, "block_auto_adjust_ff_dim": False},
+    ),
     "llama": ("LlamaConfig", GQA),
     "mamba": ("MambaConfig", {"hidden_size": D, "num_hidden_layers": 4, "state_size": 8, **TOKENS}),
     "ministral3": ("Ministral3Config", {**GQA, "head_dim": 8}),
@@ -173,15 +215,26 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": ["linear_attention", "full_attention"] * 2,
         },
     ),
-    "rwkv": ("RwkvConfig", {"hidden_size": D, "num_hidden_layers": 4, "attention_hidden_size": D, "context_length": CTX, **TOKENS}),
+    "rwkv": (
+        "RwkvConfig",
+        {"hidden_size": D, "num_hidden_layers": 4, "attention_hidden_size": D, "context_length": CTX, **TOKENS},
+    ),
     "seed_oss": ("SeedOssConfig", {**GQA, "head_dim": 8}),
     "smollm3": ("SmolLM3Config", GQA),
     "stablelm": ("StableLmConfig", GQA),
     "starcoder2": ("Starcoder2Config", GQA),
-    "xglm": ("XGLMConfig", {"d_model": D, "num_layers": 4, "attention_heads": 4, "ffn_dim": 48, "max_position_embeddings": CTX, **TOKENS}),
+    "xglm": (
+        "XGLMConfig",
+        {"d_model": D, "num_layers": 4, "attention_heads": 4, "ffn_dim": 48, "max_position_embeddings": CTX, **TOKENS},
+    ),
     "zamba2": (
         "Zamba2Config",
-        {**WIDE, **{k: v for k, v in MAMBA2.items() if k != "mamba_n_heads"}, "n_mamba_heads": 8, "layers_block_type": ["mamba", "hybrid"] * 2},
+        {
+            **WIDE,
+            **{k: v for k, v in MAMBA2.items() if k != "mamba_n_heads"},
+            "n_mamba_heads": 8,
+            "layers_block_type": ["mamba", "hybrid"] * 2,
+        },
     ),
 }
 
@@ -212,7 +265,10 @@ class Plain:
 
     def __init__(self, directory: str, bridge: Any) -> None:
         self.network = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-        self.layers = [self.network.get_submodule(bridge.adapter.translate_transformer_lens_path(f"blocks.{i}")) for i in (SOURCE, TARGET - 1)]
+        self.layers = [
+            self.network.get_submodule(bridge.adapter.translate_transformer_lens_path(f"blocks.{i}"))
+            for i in (SOURCE, TARGET - 1)
+        ]
 
     def __call__(self, ids: list[int], bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits, and the stream that leaves the last layer, of one prompt alone, with a bias added to the stream that leaves the source layer."""
@@ -224,7 +280,9 @@ class Plain:
         def read(module: Any, arguments: Any, output: Any) -> None:
             seen.append(output[0] if isinstance(output, tuple) else output)
 
-        handles = [layer.register_forward_hook(function) for layer, function in zip(self.layers, (add, read), strict=True)]
+        handles = [
+            layer.register_forward_hook(function) for layer, function in zip(self.layers, (add, read), strict=True)
+        ]
         try:
             with torch.no_grad():
                 logits = self.network(torch.tensor([ids]), use_cache=False).logits
@@ -279,7 +337,12 @@ def outcome(name: str, folder: Path) -> Outcome:
         batch = ml.slice_model(bridge, PROMPTS, SOURCE, TARGET).batch
         off = max(_bridge_error(bridge, plain, ids) for ids in batch.rows())
     if off > 1e-4:
-        return Outcome("yes", "yes", "yes", f"the bridge itself is off by {off:.0e} of the logits' norm from the Hugging Face model")
+        return Outcome(
+            "yes",
+            "yes",
+            "yes",
+            f"the bridge itself is off by {off:.0e} of the logits' norm from the Hugging Face model",
+        )
     _check_replay(bridge, plain, vectors)
     for site in ("resid_post", "attn_out"):
         _check_site(bridge, site, vectors)
@@ -289,7 +352,14 @@ def outcome(name: str, folder: Path) -> Outcome:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                settings = {"n_adapters": 1, "rank": 2, "n_steps": 2, "optimizer": "power", "site": site, "progress": False}
+                settings = {
+                    "n_adapters": 1,
+                    "rank": 2,
+                    "n_steps": 2,
+                    "optimizer": "power",
+                    "site": site,
+                    "progress": False,
+                }
                 adapters = ml.fit_adapters(bridge, PROMPTS, SOURCE, TARGET, **settings)
         except ValueError as error:
             found.append(_sentence(error))
@@ -328,7 +398,10 @@ def _check_replay(bridge: Any, plain: Plain, vectors: ml.SteeringVectors) -> Non
 def _check_generation(bridge: Any, plain: Plain, vectors: ml.SteeringVectors, rows: list[list[int]]) -> str:
     """Batched, padded, cached generation whose rows end at different steps, against each row alone without cache."""
     runs = [(i, k, sign) for i in range(len(rows)) for k, sign in ((None, 0), (0, 1), (0, -1), (1, 1), (1, -1))]
-    expected = {run: plain.greedy(rows[run[0]], torch.zeros(D) if run[1] is None else run[2] * vectors.values[run[1]]) for run in runs}
+    expected = {
+        run: plain.greedy(rows[run[0]], torch.zeros(D) if run[1] is None else run[2] * vectors.values[run[1]])
+        for run in runs
+    }
     # the token that most rows write early ends them, so that rows are dropped while others go on
     end = Counter(token for new, _ in expected.values() for token in dict.fromkeys(new[1:4])).most_common(1)[0][0]
     with warnings.catch_warnings(record=True) as caught, patch.object(hooks, "end_tokens", lambda model: {end}):
@@ -338,7 +411,9 @@ def _check_generation(bridge: Any, plain: Plain, vectors: ml.SteeringVectors, ro
         new, gaps = expected[row.prompt, None if pd.isna(row.vector) else row.vector, row.sign]
         clear = next((step for step, gap in enumerate(gaps) if gap <= CLEAR), len(gaps))
         cut = new[: new.index(end)] if end in new else new
-        assert row.tokens[:clear] == cut[:clear], f"prompt {row.prompt}, vector {row.vector}, sign {row.sign}: {row.tokens} for {cut}"
+        assert row.tokens[:clear] == cut[:clear], (
+            f"prompt {row.prompt}, vector {row.vector}, sign {row.sign}: {row.tokens} for {cut}"
+        )
     lengths = {len(tokens) for tokens in table.tokens}
     assert len(lengths) > 1, "no row ended early: choose another seed"
     distrusted = [str(one.message) for one in caught if "without a cache" in str(one.message)]
@@ -350,14 +425,20 @@ def _check_site(bridge: Any, site: str, vectors: ml.SteeringVectors) -> None:
     """A slice at another site, whose prompts run as rows of one batch, against whole runs with TransformerLens' own hooks, one prompt at a time."""
     if f"blocks.{SOURCE}.{SITES[site].hook}" not in bridge.hook_dict:
         return
-    sliced, moved = ml.slice_model(bridge, PROMPTS, SOURCE, TARGET, site=site), ml.SteeringVectors(vectors.values, SOURCE, site=site)
+    sliced, moved = (
+        ml.slice_model(bridge, PROMPTS, SOURCE, TARGET, site=site),
+        ml.SteeringVectors(vectors.values, SOURCE, site=site),
+    )
     rows = list(reversed(range(len(PROMPTS))))
     with torch.no_grad():
         found = sliced.change(vectors.values[:1].expand(len(rows), -1), torch.tensor(rows))
     for row, i in zip(found, rows, strict=True):
         ids, streams = torch.tensor([sliced.batch.rows()[i]]), []
         for steering in ([], moved[0].hooks()):
-            read = (f"blocks.{TARGET - 1}.hook_resid_post", lambda stream, hook, streams=streams: streams.append(stream[0]))
+            read = (
+                f"blocks.{TARGET - 1}.hook_resid_post",
+                lambda stream, hook, streams=streams: streams.append(stream[0]),
+            )
             with torch.no_grad():
                 bridge.run_with_hooks(ids, fwd_hooks=[*steering, read])
         expected = streams[1] - streams[0]
@@ -373,7 +454,9 @@ def _check_peft(bridge: Any, directory: str, adapters: ml.SteeringAdapters, fold
         ours = bridge(torch.tensor([ids]), use_cache=False).log_softmax(-1)
     with torch.no_grad():
         clean = network(torch.tensor([ids]), use_cache=False).logits.log_softmax(-1)
-        theirs = PeftModel.from_pretrained(network, str(folder))(torch.tensor([ids]), use_cache=False).logits.log_softmax(-1)
+        theirs = PeftModel.from_pretrained(network, str(folder))(
+            torch.tensor([ids]), use_cache=False
+        ).logits.log_softmax(-1)
     assert float((ours - theirs).abs().max()) < 1e-4 and float((ours - clean).abs().max()) > 1e-2
 
 

@@ -40,12 +40,17 @@ class Page:
         """Waits until a JavaScript expression is true."""
         from selenium.webdriver.support.ui import WebDriverWait
 
-        return WebDriverWait(self.driver, seconds).until(lambda _: self.run(f"return {condition}"), f"never true: {condition}")
+        return WebDriverWait(self.driver, seconds).until(
+            lambda _: self.run(f"return {condition}"), f"never true: {condition}"
+        )
 
     def point(self, selector: str, x: float = 0.5, y: float = 0.5) -> None:
         """Moves the mouse to a place in a thing, given as shares of its width and height."""
         self.run("document.querySelector(arguments[0]).scrollIntoView({block: 'center'})", selector)
-        box = self.run("const b = document.querySelector(arguments[0]).getBoundingClientRect(); return [b.x, b.y, b.width, b.height]", selector)
+        box = self.run(
+            "const b = document.querySelector(arguments[0]).getBoundingClientRect(); return [b.x, b.y, b.width, b.height]",
+            selector,
+        )
         for shift in (3, 0):
             spot = {"type": "mouseMoved", "x": box[0] + box[2] * x + shift, "y": box[1] + box[3] * y}
             self.driver.execute_cdp_cmd("Input.dispatchMouseEvent", spot)
@@ -57,7 +62,9 @@ class Page:
     def requests(self) -> list[str]:
         """Addresses that were asked for since the last call, files and inlined data aside."""
         events = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
-        asked = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
+        asked = [
+            event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"
+        ]
         asked += [event["params"]["url"] for event in events if event["method"] == "Network.webSocketCreated"]
         return [url for url in asked if not url.startswith(("file:", "data:", "blob:", "about:"))]
 
@@ -72,7 +79,9 @@ class Page:
     def screenshot(self, path, whole: bool = False) -> Path:
         import base64
 
-        data = self.driver.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": whole, **(self._all() if whole else {})})
+        data = self.driver.execute_cdp_cmd(
+            "Page.captureScreenshot", {"captureBeyondViewport": whole, **(self._all() if whole else {})}
+        )
         Path(path).write_bytes(base64.b64decode(data["data"]))
         return Path(path)
 
@@ -89,8 +98,20 @@ def browse(width: int = 1400):
 
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
-    switches = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--host-resolver-rules=MAP * ~NOTFOUND"]
-    for switch in [*switches, "--hide-scrollbars", "--no-first-run", "--disable-background-networking", "--disable-component-update"]:
+    switches = [
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--host-resolver-rules=MAP * ~NOTFOUND",
+    ]
+    for switch in [
+        *switches,
+        "--hide-scrollbars",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+    ]:
         options.add_argument(switch)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options=options, service=Service(DRIVER))

@@ -36,7 +36,9 @@ def build(directories):
             pytest.skip("TransformerLens 4 has no HookedTransformer")
         if (name, kind) not in made:
             directory = directories(name)
-            made[name, kind] = models.hooked(directory) if kind == "hooked" else models.bridge(directory, kind == "compatible")
+            made[name, kind] = (
+                models.hooked(directory) if kind == "hooked" else models.bridge(directory, kind == "compatible")
+            )
         return made[name, kind]
 
     return model

@@ -33,7 +33,14 @@ _wide = {
 }
 CONFIGS = {
     "gpt2": GPT2Config(
-        vocab_size=len(WORDS), n_positions=N_CTX, n_embd=D_MODEL, n_layer=N_LAYERS, n_head=4, bos_token_id=1, eos_token_id=2, pad_token_id=0
+        vocab_size=len(WORDS),
+        n_positions=N_CTX,
+        n_embd=D_MODEL,
+        n_layer=N_LAYERS,
+        n_head=4,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
     ),
     "llama": LlamaConfig(num_key_value_heads=2, **_wide),
     "qwen2": Qwen2Config(num_key_value_heads=2, **_wide),

@@ -19,7 +19,9 @@ def save(directory: Path, seed: int = 0) -> Path:
     made = Tokenizer(models.BPE({token: i for i, token in enumerate([*specials, *bytes_])}, merges=[]))
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     marks = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "bos_token": "<|endoftext|>"}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, chat_template=TEMPLATE, additional_special_tokens=["<|im_start|>"], **marks)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=made, chat_template=TEMPLATE, additional_special_tokens=["<|im_start|>"], **marks
+    )
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=32,

@@ -37,7 +37,11 @@ def benchmark() -> str:
     results = json.loads(RESULTS.read_text())
     step, power, memory = results["step"], results["power"], results["memory"]
     rows = [
-        ("one vector and step (24 layers, d_model 512, layers 7 to 16, 32 tokens)", f"{step['factor']:.1f} times faster", ""),
+        (
+            "one vector and step (24 layers, d_model 512, layers 7 to 16, 32 tokens)",
+            f"{step['factor']:.1f} times faster",
+            "",
+        ),
         ("— of it from blocks that are not run", f"{step['factor_skipped_blocks']:.1f}", ""),
         ("— of it from 32 vectors as batch rows", f"{step['factor_batching']:.1f}", ""),
     ]
@@ -51,13 +55,27 @@ def benchmark() -> str:
             )
         )
     rows.append(
-        ("64 completions (32 vectors, both signs) at once, against one vector at a time", f"{results['generation']['factor']:.0f} times faster", "")
+        (
+            "64 completions (32 vectors, both signs) at once, against one vector at a time",
+            f"{results['generation']['factor']:.0f} times faster",
+            "",
+        )
     )
-    rows.append(("— share of it in which the cache is compared with a pass without", f"{results['generation']['check_share']:.1%}", ""))
+    rows.append(
+        (
+            "— share of it in which the cache is compared with a pass without",
+            f"{results['generation']['check_share']:.1%}",
+            "",
+        )
+    )
     many = results["adapters"]
     peak, before = (many[name] / 2**20 for name in ("peak_rss_kib", "rss_before_kib"))
-    label = f"one adapter and step of the published recipe ({many['n_adapters']} of rank {many['rank']}, the same model)"
-    rows.append((label, f"{many['factor']:.1f} times faster; {peak:.1f} GiB at its peak, {before:.1f} before the fit", ""))
+    label = (
+        f"one adapter and step of the published recipe ({many['n_adapters']} of rank {many['rank']}, the same model)"
+    )
+    rows.append(
+        (label, f"{many['factor']:.1f} times faster; {peak:.1f} GiB at its peak, {before:.1f} before the fit", "")
+    )
     ascent = results["adapter_power"]
     rows.append(
         (
@@ -74,7 +92,9 @@ def benchmark() -> str:
             f"{min(found['found_with'])} against {min(found['found_without'])}",
         )
     )
-    rows.append(("bytes kept for the backward pass at half the `batch_size`", f"{memory['saved_ratio']:.2f} of them", ""))
+    rows.append(
+        ("bytes kept for the backward pass at half the `batch_size`", f"{memory['saved_ratio']:.2f} of them", "")
+    )
     lines = [
         f"Against a textbook implementation of the post's equations ({results['machine']}):",
         "",
@@ -88,7 +108,9 @@ def reproduction() -> str:
     """The table of the post's results."""
     results = json.loads(REPRODUCTION.read_text())
     rows = table(results)
-    lines = [f"| {' | '.join(row)} |" for row in (rows.columns, ["---"] * len(rows.columns), *rows.itertuples(index=False))]
+    lines = [
+        f"| {' | '.join(row)} |" for row in (rows.columns, ["---"] * len(rows.columns), *rows.itertuples(index=False))
+    ]
     return "\n".join(lines)
 
 
@@ -122,7 +144,10 @@ def _both(three: str, four: str) -> str:
 
 def filled(text: str) -> str:
     """The README with outputs and numbers of now."""
-    text = BLOCK.sub(lambda found: found[0].replace(found[2], run(found[1])) if found[2] else found[0][:-3] + run(found[1]) + "```", text)
+    text = BLOCK.sub(
+        lambda found: found[0].replace(found[2], run(found[1])) if found[2] else found[0][:-3] + run(found[1]) + "```",
+        text,
+    )
     text = BENCHMARK.sub(lambda _: "<!-- benchmark -->\n" + benchmark() + "\n", text)
     text = TRIED.sub(lambda _: "<!-- architectures -->\n" + architectures() + "\n", text)
     return REPRODUCED.sub(lambda _: "<!-- reproduction -->\n" + reproduction() + "\n", text)

@@ -27,7 +27,9 @@ class Descent(State):
     max_exp_avg_sq: Point
 
 
-def adamw(evaluate: Evaluate, start: Point, constraint: Constraint, n_steps: int, lr: float, state: Descent | None = None) -> Iterator[Descent]:
+def adamw(
+    evaluate: Evaluate, start: Point, constraint: Constraint, n_steps: int, lr: float, state: Descent | None = None
+) -> Iterator[Descent]:
     """AdamW (betas .9 and .98, no weight decay, amsgrad) within a constraint; the last iterate is kept.
 
     Orthogonal vectors are learned one after another, each in the complement of those found, with a fresh optimizer. Others are learned all at
@@ -56,17 +58,24 @@ def adamw(evaluate: Evaluate, start: Point, constraint: Constraint, n_steps: int
         optimizer = _optimizer(moving, lr, state)
         for step in range(state.step, n_steps + 1):
             here = tuple(x.detach() for x in moving)
-            seen = evaluate(tuple(torch.cat([old, x[None]], dim=1) for old, x in zip(found, here, strict=True)), rows.start)
+            seen = evaluate(
+                tuple(torch.cat([old, x[None]], dim=1) for old, x in zip(found, here, strict=True)), rows.start
+            )
             if step < n_steps:
                 ascents = constraint.tangent(seen.gradient, _many(here), found)
                 for x, ascent in zip(moving, ascents, strict=True):
                     x.grad = -ascent[0]
                 optimizer.step()
-                for x, projected in zip(moving, constraint.project(_many(tuple(x.detach() for x in moving)), found), strict=True):
+                for x, projected in zip(
+                    moving, constraint.project(_many(tuple(x.detach() for x in moving)), found), strict=True
+                ):
                     x.data = projected[0]
             history = state.history.clone()
             history[step, at] = seen.value[0]
-            point = tuple(torch.cat([x[: rows.start], new.detach(), x[rows.stop :]]) for x, new in zip(state.point, moving, strict=True))
+            point = tuple(
+                torch.cat([x[: rows.start], new.detach(), x[rows.stop :]])
+                for x, new in zip(state.point, moving, strict=True)
+            )
             moments = {name: tuple(optimizer.state[x][name].clone() for x in moving) for name in MOMENTS}
             state = replace(state, point=point, history=history, step=step + 1, **moments)
             if step == n_steps:

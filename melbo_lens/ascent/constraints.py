@@ -179,7 +179,9 @@ def _divided(matrices: Matrices, norms: Tensor) -> Matrices:
     return matrices / norms.clamp(min=torch.finfo(matrices.dtype).tiny)
 
 
-def _in_order(rows: Float[Tensor, "restart row d_model"], found: Float[Tensor, "restart found d_model"]) -> Float[Tensor, "restart row d_model"]:
+def _in_order(
+    rows: Float[Tensor, "restart row d_model"], found: Float[Tensor, "restart found d_model"]
+) -> Float[Tensor, "restart row d_model"]:
     """The rows orthonormalised in order, in the complement of the ones found."""
     if rows.shape[-2] == 1:
         return unit(project_off(rows, found))

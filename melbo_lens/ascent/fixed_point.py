@@ -33,7 +33,12 @@ class Climb(State):
 
 
 def fixed_point(
-    evaluate: Evaluate, starts: Point, constraint: Constraint, n_steps: int, tolerance: float = TOLERANCE, state: Climb | None = None
+    evaluate: Evaluate,
+    starts: Point,
+    constraint: Constraint,
+    n_steps: int,
+    tolerance: float = TOLERANCE,
+    state: Climb | None = None,
 ) -> Iterator[Climb]:
     """The fast ascent: each step takes the point that maximises the objective made linear, for all rows at once.
 
@@ -55,7 +60,9 @@ def fixed_point(
     """
     n_rows = starts[0].shape[1]
     blocks = constraint.blocks(n_rows, n_steps)
-    climb = state or _begun(constraint.project(starts, tuple(x[:, :0] for x in starts)), blocks[0], constraint.patience, n_steps)
+    climb = state or _begun(
+        constraint.project(starts, tuple(x[:, :0] for x in starts)), blocks[0], constraint.patience, n_steps
+    )
     while climb.block < len(blocks):
         block = blocks[climb.block]
         active = tuple(x[:, block.start :] for x in climb.moving)
@@ -67,12 +74,17 @@ def fixed_point(
         better = top > climb.best
         rows = torch.arange(len(block), device=top.device)
         improved, winners = better.expand(len(block)), winner.expand(len(block))
-        best = [_where(improved, x[winners, rows], old[block.start : block.stop]) for x, old in zip(active, climb.point, strict=True)]
+        best = [
+            _where(improved, x[winners, rows], old[block.start : block.stop])
+            for x, old in zip(active, climb.point, strict=True)
+        ]
         history = climb.history.clone()
         before = history[max(climb.step - 1, 0)]
         history[climb.step, : block.start] = before[: block.start]
         history[climb.step, block.stop :] = seen.value[:, len(block) :].amax(0)
-        history[climb.step, block.start : block.stop] = torch.where(improved, seen.value[winners, rows], before[block.start : block.stop])
+        history[climb.step, block.start : block.stop] = torch.where(
+            improved, seen.value[winners, rows], before[block.start : block.stop]
+        )
 
         # With patience the best score counts, since scores fall and rise again while factors take turns.
         latest = torch.fmax(score, climb.recent[-1]) if constraint.patience > 1 else score
@@ -80,34 +92,51 @@ def fixed_point(
         late = climb.step >= block.deadline
         frozen = block.stop if settled or late else block.start
         still = tuple(
-            torch.cat([x[:, : block.start], kept.expand(len(x), *kept.shape)], dim=1)[:, :frozen] for x, kept in zip(climb.moving, best, strict=True)
+            torch.cat([x[:, : block.start], kept.expand(len(x), *kept.shape)], dim=1)[:, :frozen]
+            for x, kept in zip(climb.moving, best, strict=True)
         )
         ahead = tuple(x[:, frozen - block.start :] for x in active)
         along = tuple(x[:, frozen - block.start :] for x in seen.gradient)
         moved = constraint.pulled(ahead, along, still, climb.step) if frozen < n_rows else ahead
         moving = tuple(torch.cat(pair, dim=1) for pair in zip(still, moved, strict=True))
         rest = [x[0, block.stop :] for x in moving]
-        point = tuple(torch.cat([old[: block.start], kept, others]) for old, kept, others in zip(climb.point, best, rest, strict=True))
+        point = tuple(
+            torch.cat([old[: block.start], kept, others])
+            for old, kept, others in zip(climb.point, best, rest, strict=True)
+        )
         position = {"history": history, "step": climb.step + 1, "moving": moving, "point": point}
         if frozen == block.start:
             top = torch.where(better, top, climb.best)
-            climb = Climb(**position, best=top, recent=torch.cat([climb.recent[1:], latest[None]]), block=climb.block, settled=climb.settled)
+            climb = Climb(
+                **position,
+                best=top,
+                recent=torch.cat([climb.recent[1:], latest[None]]),
+                block=climb.block,
+                settled=climb.settled,
+            )
         else:
             following = blocks[climb.block + 1] if climb.block + 1 < len(blocks) else None
             unseen = _unseen(moving[0], following, constraint.patience)
-            climb = Climb(**position, **unseen, block=climb.block + 1, settled=climb.settled + (0 if late else len(block)))
+            climb = Climb(
+                **position, **unseen, block=climb.block + 1, settled=climb.settled + (0 if late else len(block))
+            )
         yield climb
 
 
 def _begun(starts: Point, block: Block, patience: int, n_steps: int) -> Climb:
     history = starts[0].new_full((n_steps + 1, starts[0].shape[1]), float("nan"))
-    return Climb(tuple(x[0] for x in starts), history, 0, starts, **_unseen(starts[0], block, patience), block=0, settled=0)
+    return Climb(
+        tuple(x[0] for x in starts), history, 0, starts, **_unseen(starts[0], block, patience), block=0, settled=0
+    )
 
 
 def _unseen(like: Tensor, block: Block | None, patience: int) -> dict[str, Tensor]:
     """What is known of a block of which nothing was evaluated."""
     problems = 0 if block is None else 1 if block.joint else len(block)
-    return {"best": like.new_full((problems,), -torch.inf), "recent": like.new_full((patience, len(like), problems), torch.nan)}
+    return {
+        "best": like.new_full((problems,), -torch.inf),
+        "recent": like.new_full((patience, len(like), problems), torch.nan),
+    }
 
 
 def _where(rows: Tensor, new: Tensor, old: Tensor) -> Tensor:

@@ -10,7 +10,9 @@ Rows = Float[Tensor, "*batch row d_model"]
 def to_sphere(rows: Rows, radii: Float[Tensor, "*batch row"]) -> Rows:
     """Scales each row to its radius; a row of zeros stays zero."""
     norms = rows.norm(dim=-1, keepdim=True)
-    return rows * torch.where(norms > 0, radii[..., None] / norms.clamp(min=torch.finfo(rows.dtype).tiny), torch.zeros_like(norms))
+    return rows * torch.where(
+        norms > 0, radii[..., None] / norms.clamp(min=torch.finfo(rows.dtype).tiny), torch.zeros_like(norms)
+    )
 
 
 def unit(rows: Rows) -> Rows:

@@ -38,9 +38,13 @@ class Objective:
     def __post_init__(self) -> None:
         for name, value in (("p", self.p), ("q", self.q)):
             if not 1 <= value < float("inf"):
-                raise ValueError(f"{name}={value} must be a finite number of at least 1: published settings are p in {{2, 4}}, q in {{1, p}}.")
+                raise ValueError(
+                    f"{name}={value} must be a finite number of at least 1: published settings are p in {{2, 4}}, q in {{1, p}}."
+                )
         if self.token_norm not in ("d_model", "pos"):
-            raise ValueError(f'token_norm={self.token_norm!r} must be "d_model" (as published) or "pos" (as the published code computes it).')
+            raise ValueError(
+                f'token_norm={self.token_norm!r} must be "d_model" (as published) or "pos" (as the published code computes it).'
+            )
         if not 0 <= self.diversity < float("inf"):
             raise ValueError(f"diversity={self.diversity!r} must be 0 (off) or a positive, finite number.")
 
@@ -92,7 +96,9 @@ def change_objective(
     return _power(_power(squared, p / 2).sum(-1), 1 / q)
 
 
-def penalized(values: Float[Tensor, " row"], changes: Float[Tensor, "row change"], diversity: float) -> Float[Tensor, " row"]:
+def penalized(
+    values: Float[Tensor, " row"], changes: Float[Tensor, "row change"], diversity: float
+) -> Float[Tensor, " row"]:
     """The objective of each row less a penalty for a change like that of an earlier row, in order::
 
         f_k / (1 + diversity * sum over j < k of cos(d_k, d_j) ** 4)

@@ -55,7 +55,10 @@ class State:
             if isinstance(value, tuple):
                 yield from ((f"{field.name}.{i}", tensor) for i, tensor in enumerate(value))
             else:
-                yield field.name, value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.long, device="cpu")
+                yield (
+                    field.name,
+                    value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.long, device="cpu"),
+                )
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], device: torch.device | str = "cpu") -> Any:
@@ -68,5 +71,7 @@ def _value(kind: Any, name: str, tensors: Mapping[str, Tensor], device: torch.de
         return int(tensors[name])
     if name in tensors:
         return tensors[name].to(device)
-    several = sorted((key for key in tensors if key.rpartition(".")[0] == name), key=lambda key: int(key.rpartition(".")[2]))
+    several = sorted(
+        (key for key in tensors if key.rpartition(".")[0] == name), key=lambda key: int(key.rpartition(".")[2])
+    )
     return tuple(tensors[key].to(device) for key in several)

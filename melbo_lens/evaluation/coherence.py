@@ -1,7 +1,6 @@
 """How natural does the unsteered model find a completion?  Its mean log-probability."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -11,13 +10,13 @@ from melbo_lens.arguments import public
 from melbo_lens.generation.completions import Completions
 from melbo_lens.measures.changes import ROWS_AT_ONCE
 from melbo_lens.models import hooks
-from melbo_lens.models.access import host_of
+from melbo_lens.models.access import Model, host_of
 from melbo_lens.models.host import Host
 from melbo_lens.prompts import tokenize
 
 
 @public
-def coherence(model: Any, completions: Completions) -> Float[Tensor, " completion"]:
+def coherence(model: Model, completions: Completions) -> Float[Tensor, " completion"]:
     """How natural the unsteered model finds each completion: its mean log-probability per new token, NaN for an empty one.
 
     Args:
@@ -34,7 +33,11 @@ def coherence(model: Any, completions: Completions) -> Float[Tensor, " completio
         for first in range(0, len(rows), ROWS_AT_ONCE):
             chunk = rows[first : first + ROWS_AT_ONCE]
             width = max(len(prompt) + len(new) for _, prompt, new in chunk)
-            tokens = torch.tensor([(prompt + new + [prompt[0]] * width)[:width] for _, prompt, new in chunk], dtype=torch.long, device=device)
+            tokens = torch.tensor(
+                [(prompt + new + [prompt[0]] * width)[:width] for _, prompt, new in chunk],
+                dtype=torch.long,
+                device=device,
+            )
             logits = host.forward(tokens)[:, :-1].float()
             hooks.check_finite(host, logits, ["the unsteered model"] * len(chunk), "the logits")
             log_probs = logits.log_softmax(-1).gather(-1, tokens[:, 1:, None])[:, :, 0]

@@ -39,7 +39,9 @@ class Evaluation:
 
     def _repr_html_(self) -> str:
         shown = self.table.sort_values(["q_value", "rate"], ascending=[True, False])
-        return tables.html(repr(self), self.summary, note=self.note) + tables.html("Each vector and sign, the surest first:", shown, most=40)
+        return tables.html(repr(self), self.summary, note=self.note) + tables.html(
+            "Each vector and sign, the surest first:", shown, most=40
+        )
 
 
 @public
@@ -75,7 +77,10 @@ def evaluate(completions: Completions, behaviors: Mapping[str, Behavior], level:
         p_values = [row["p_value"] for row in block]
         tested = len(random) > 0
         q_values = false_discovery_control(p_values) if tested else [float("nan")] * len(block)
-        rows += [row | {"q_value": q, "beats_control": bool(tested and q < level)} for row, q in zip(block, q_values, strict=True)]
+        rows += [
+            row | {"q_value": q, "beats_control": bool(tested and q < level)}
+            for row, q in zip(block, q_values, strict=True)
+        ]
         eliciting = steered[steered.shown].vector.nunique()
         sizes = {"vectors": eliciting, "n_random": len(random), "n_unsteered": len(unsteered)}
         summaries.append({"behavior": name} | _rate(steered.shown) | base | _test(steered.shown, random.shown) | sizes)
@@ -96,7 +101,9 @@ def shows(texts: pd.Series, behavior: Behavior) -> pd.Series:
         try:
             found.append(bool(behavior(text)))
         except Exception as error:
-            raise ValueError(f"the behavior raised {error!r} on completion {i}, {text!r}: it must take any text.") from error
+            raise ValueError(
+                f"the behavior raised {error!r} on completion {i}, {text!r}: it must take any text."
+            ) from error
     return pd.Series(found, index=texts.index, dtype=bool)
 
 
@@ -120,16 +127,31 @@ def select(behaviors: Mapping[str, Behavior], on: Completions, score: Completion
     """
     shared = set(on.table.prompt_text) & set(score.table.prompt_text)
     if shared:
-        raise ValueError(f"the selection and the scoring set share {len(shared)} prompts, as {min(shared)!r}: score on prompts that chose nothing.")
+        raise ValueError(
+            f"the selection and the scoring set share {len(shared)} prompts, as {min(shared)!r}: score on prompts that chose nothing."
+        )
     chosen, scored, rows = evaluate(on, behaviors).table, evaluate(score, behaviors).table, []
     for name in behaviors:
         best = chosen[chosen.behavior == name].sort_values("rate", ascending=False, kind="stable").iloc[0]
-        same = (scored.behavior == name) & (scored.vector == best.vector) & (scored.sign == best.sign) & (scored.scale == best.scale)
+        same = (
+            (scored.behavior == name)
+            & (scored.vector == best.vector)
+            & (scored.sign == best.sign)
+            & (scored.scale == best.scale)
+        )
         if not same.any():
-            raise ValueError(f"vector {best.vector} with sign {best.sign:+d} was chosen for {name!r}; the scoring set has no completion with it.")
+            raise ValueError(
+                f"vector {best.vector} with sign {best.sign:+d} was chosen for {name!r}; the scoring set has no completion with it."
+            )
         result = scored[same].iloc[0]
         rows.append(
-            {"behavior": name, "vector": best.vector, "sign": best.sign, "scale": best.scale, "selection_rate": best.rate}
+            {
+                "behavior": name,
+                "vector": best.vector,
+                "sign": best.sign,
+                "scale": best.scale,
+                "selection_rate": best.rate,
+            }
             | {key: result[key] for key in ("n", "rate", "low", "high", "unsteered", "random", "p_value")}
         )
     return pd.DataFrame(rows)

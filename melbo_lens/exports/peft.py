@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save as to_bytes
@@ -17,7 +16,7 @@ from melbo_lens.exports import exporter
 from melbo_lens.measures.controls import fitting_prompts
 from melbo_lens.methods.provenance import model_of
 from melbo_lens.models import hooks
-from melbo_lens.models.access import host_of
+from melbo_lens.models.access import Model, host_of
 from melbo_lens.models.counterparts import from_files, module_name
 from melbo_lens.models.host import Host
 from melbo_lens.models.slices import TOLERANCES
@@ -34,7 +33,7 @@ CONV1D = ("GPT2LMHeadModel", "OpenAIGPTLMHeadModel")  # keep their weights as [i
 def to_peft(
     adapters: Perturbation,
     path: str | os.PathLike[str],
-    model: Any = None,
+    model: Model = None,
     hf_model: nn.Module | None = None,
     prompts: Prompts | None = None,
 ) -> Path:
@@ -62,14 +61,18 @@ def to_peft(
         UserWarning: there was no Hugging Face model to check against.
     """
     if not isinstance(adapters, SteeringAdapters):
-        raise ValueError(f"peft holds updates of weights, and {type(adapters).__name__} were given: export adapters, as fit_adapters learns them.")
+        raise ValueError(
+            f"peft holds updates of weights, and {type(adapters).__name__} were given: export adapters, as fit_adapters learns them."
+        )
     if len(adapters) != 1:
         raise ValueError(
             f'a peft folder holds one adapter, {len(adapters)} were given: choose one, as ml.export(adapters[0], "peft", path, model=model).'
         )
     model = model if model is not None else model_of(adapters)
     if model is None:
-        raise ValueError("a peft folder needs the model that the adapter was learned on, which is not remembered here: pass model=.")
+        raise ValueError(
+            "a peft folder needs the model that the adapter was learned on, which is not remembered here: pass model=."
+        )
     host = host_of(model)
     adapters = adapters.on(host)
     sites = list(adapters.sites.values())
@@ -106,10 +109,17 @@ def to_peft(
 
 
 def _check(
-    adapters: SteeringAdapters, host: Host, sites: Sequence[WeightSite], names: Mapping[int, str], hf_model: nn.Module | None, prompts: Prompts
+    adapters: SteeringAdapters,
+    host: Host,
+    sites: Sequence[WeightSite],
+    names: Mapping[int, str],
+    hf_model: nn.Module | None,
+    prompts: Prompts,
 ) -> bool:
     """Compares the steered model with the Hugging Face one whose weights are updated; False if there is none to compare with."""
-    rows = [torch.tensor([row], dtype=torch.long, device=host.device) for row in tokenize(host, prompts).rows()[:N_PROBES]]
+    rows = [
+        torch.tensor([row], dtype=torch.long, device=host.device) for row in tokenize(host, prompts).rows()[:N_PROBES]
+    ]
     tolerance = TOLERANCES.get(host.dtype, 1e-4)
 
     def steered(ids: Tensor) -> Tensor:
@@ -141,7 +151,9 @@ def _check(
     return True
 
 
-def _check_centring(adapters: SteeringAdapters, host: Host, steered: Callable[[Tensor], Tensor], rows: list[Tensor], tolerance: float) -> None:
+def _check_centring(
+    adapters: SteeringAdapters, host: Host, steered: Callable[[Tensor], Tensor], rows: list[Tensor], tolerance: float
+) -> None:
     """Centred writing weights are harmless only where a constant added to the stream changes nothing."""
     if not all(map(host.writes_centred, adapters.sites.values())):
         return

@@ -46,7 +46,9 @@ class Completions:
         if missing:
             raise ValueError(f"a table of completions needs the columns {missing}.")
         if self.prompt_tokens is not None and len(self.prompt_tokens) != len(self.table):
-            raise ValueError(f"prompt_tokens has {len(self.prompt_tokens)} rows, the table {len(self.table)}: give one for each.")
+            raise ValueError(
+                f"prompt_tokens has {len(self.prompt_tokens)} rows, the table {len(self.table)}: give one for each."
+            )
         object.__setattr__(self, "settings", plain_json(self.settings, "settings"))
 
     def __len__(self) -> int:
@@ -69,7 +71,9 @@ class Completions:
             ValueError: these completions don't know their prompts' ids.
         """
         if self.prompt_tokens is None:
-            raise ValueError("these completions, which an earlier version kept, don't know the ids of their prompts: give the text instead.")
+            raise ValueError(
+                "these completions, which an earlier version kept, don't know the ids of their prompts: give the text instead."
+            )
         rows = [[*before, *new] for before, new in zip(self.prompt_tokens, self.table.tokens, strict=True)]
         return pad(rows, [before + new for before, new in zip(self.table.prompt_text, self.table.text, strict=True)])
 
@@ -81,7 +85,9 @@ class Completions:
             if column not in self.table.columns:
                 raise ValueError(f"there is no column {column!r} to filter by: choose from {list(self.table.columns)}.")
             wanted = as_list(wanted)
-            kept &= self.table[column].isin([wanted] if isinstance(wanted, str) or not isinstance(wanted, Iterable) else list(wanted))
+            kept &= self.table[column].isin(
+                [wanted] if isinstance(wanted, str) or not isinstance(wanted, Iterable) else list(wanted)
+            )
         return self._rows(kept.to_numpy().nonzero()[0].tolist())
 
     def _rows(self, places: Sequence[int]) -> "Completions":
@@ -95,7 +101,9 @@ class Completions:
             ValueError: the prompts were no chats, or these completions were filtered or loaded and so belong to no model.
         """
         if self.continuation is None:
-            raise ValueError("only completions of chats, as generate returns them, can be continued: give prompts as messages, or chat=True.")
+            raise ValueError(
+                "only completions of chats, as generate returns them, can be continued: give prompts as messages, or chat=True."
+            )
         return self.continuation(message)
 
     def distinct(self, n: int = 2) -> pd.DataFrame:
@@ -118,7 +126,9 @@ class Completions:
 
         known = {} if self.prompt_tokens is None else {PROMPT_TOKENS: [list(ids) for ids in self.prompt_tokens]}
         arrow = pa.Table.from_pandas(self.table.assign(**known))
-        arrow = arrow.replace_schema_metadata({**arrow.schema.metadata, b"melbo_lens": json.dumps(dict(self.settings)).encode()})
+        arrow = arrow.replace_schema_metadata(
+            {**arrow.schema.metadata, b"melbo_lens": json.dumps(dict(self.settings)).encode()}
+        )
         buffer = io.BytesIO()
         pyarrow.parquet.write_table(arrow, buffer)
         files.write_atomically(path, buffer.getvalue())
@@ -134,11 +144,18 @@ class Completions:
             raise ValueError(f"{path} holds no completions of melbo_lens.")
         table = arrow.to_pandas()
         known = tuple(tuple(map(int, ids)) for ids in table.pop(PROMPT_TOKENS)) if PROMPT_TOKENS in table else None
-        return cls(table.assign(tokens=table.tokens.map(_plain_list), log_probs=table.log_probs.map(_plain_list)), json.loads(settings), known)
+        return cls(
+            table.assign(tokens=table.tokens.map(_plain_list), log_probs=table.log_probs.map(_plain_list)),
+            json.loads(settings),
+            known,
+        )
 
     def to_lines(self) -> str:
         """One JSON object a line, pure ASCII, from which `from_lines` makes the same completions; NaN is null."""
-        known = [{} if self.prompt_tokens is None else {PROMPT_TOKENS: list(ids)} for ids in self.prompt_tokens or [()] * len(self)]
+        known = [
+            {} if self.prompt_tokens is None else {PROMPT_TOKENS: list(ids)}
+            for ids in self.prompt_tokens or [()] * len(self)
+        ]
         records = zip(self.table.to_dict("records"), known, strict=True)
         return "".join(json.dumps(_as_json({**row, **ids}), allow_nan=False) + "\n" for row, ids in records)
 
@@ -172,9 +189,15 @@ class Completions:
 
 def _as_json(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row in JSON's types, with null for NaN and for no vector."""
-    log_probs = [None if math.isnan(value) else float(value) if math.isfinite(value) else str(value) for value in row["log_probs"]]
+    log_probs = [
+        None if math.isnan(value) else float(value) if math.isfinite(value) else str(value)
+        for value in row["log_probs"]
+    ]
     row = {str(key): None if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
-    return plain_json({**row, "vector": None if pd.isna(row["vector"]) else int(row["vector"]), "log_probs": log_probs}, "a completion")
+    return plain_json(
+        {**row, "vector": None if pd.isna(row["vector"]) else int(row["vector"]), "log_probs": log_probs},
+        "a completion",
+    )
 
 
 def _plain_list(values: Any) -> list[Any]:

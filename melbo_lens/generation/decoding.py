@@ -32,7 +32,11 @@ class Run:
     @property
     def name(self) -> str:
         """Who is at fault if the logits overflow."""
-        who = "the unsteered model" if self.vector is None else f"the {self.kind} vector {self.vector} at {self.sign * self.scale:+g}"
+        who = (
+            "the unsteered model"
+            if self.vector is None
+            else f"the {self.kind} vector {self.vector} at {self.sign * self.scale:+g}"
+        )
         return f"{who}, on prompt {self.prompt},"
 
 
@@ -55,7 +59,11 @@ class Decoding:
         results: list[Written | None] = [None] * len(runs)
         ordered = sorted(range(len(runs)), key=lambda i: len(rows[i]))
         cached = True  # until a batch finds that the model's cache can't be believed
-        with tqdm(total=len(runs), desc="generate", unit="completion", disable=not progress) as bar, hooks.frozen(self.host), torch.no_grad():
+        with (
+            tqdm(total=len(runs), desc="generate", unit="completion", disable=not progress) as bar,
+            hooks.frozen(self.host),
+            torch.no_grad(),
+        ):
             for first in range(0, len(ordered), batch_size):
                 chunk = ordered[first : first + batch_size]
                 written, cached = self._together([runs[i] for i in chunk], [rows[i] for i in chunk], bar, cached)
@@ -107,14 +115,19 @@ class Decoding:
         """Uniform numbers [run step], each row from its own stream, so that batches don't matter."""
         if self.temperature == 0:
             return torch.zeros(len(runs), self.max_new_tokens, dtype=torch.float32, device="cpu")
-        keys = [("sample", self.seed, self.turn, run.prompt, run.kind, run.vector, run.sign, run.scale, run.sample) for run in runs]
+        keys = [
+            ("sample", self.seed, self.turn, run.prompt, run.kind, run.vector, run.sign, run.scale, run.sample)
+            for run in runs
+        ]
         return torch.stack([uniform(self.max_new_tokens, *key) for key in keys])
 
     def _choose(self, logits: Tensor, draws: Tensor) -> Tensor:
         if self.temperature == 0:
             return logits.argmax(-1)
         cumulative = (logits.double() / self.temperature).softmax(-1).cumsum(-1)
-        return torch.searchsorted(cumulative, draws.double()[:, None] * cumulative[:, -1:]).clamp(max=logits.shape[-1] - 1)[:, 0]
+        return torch.searchsorted(cumulative, draws.double()[:, None] * cumulative[:, -1:]).clamp(
+            max=logits.shape[-1] - 1
+        )[:, 0]
 
     def _stopped(self, before: list[int], ids: list[int]) -> bool:
         text = text_after(self.host, before, ids)

@@ -13,7 +13,7 @@ from melbo_lens.generation.completions import COLUMNS, Completions
 from melbo_lens.generation.decoding import Decoding, Run
 from melbo_lens.generation.steer import fitting
 from melbo_lens.measures.controls import random_like
-from melbo_lens.models.access import host_of
+from melbo_lens.models.access import Model, host_of
 from melbo_lens.models.passes import Positions
 from melbo_lens.perturbations.perturbation import Perturbation, concatenate
 from melbo_lens.prompts import AsPrompts, Chat, PromptBatch, Prompts, as_list, is_open, space_between, tokenize
@@ -21,7 +21,7 @@ from melbo_lens.prompts import AsPrompts, Chat, PromptBatch, Prompts, as_list, i
 
 @public
 def generate(
-    model: Any,
+    model: Model,
     prompts: Prompts,
     perturbations: Perturbation | None,
     max_new_tokens: int = 64,
@@ -76,10 +76,17 @@ def generate(
     _check_settings(max_new_tokens, signs, scales, temperature, n_samples, positions, batch_size)
     by_ids = isinstance(prompts, Tensor | PromptBatch | AsPrompts)  # which say nothing of chats
     if chat and not by_ids:
-        prompts = [[{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in as_list(prompts)]
+        prompts = [
+            [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in as_list(prompts)
+        ]
     batch = tokenize(host, prompts, n_new_tokens=max_new_tokens)
     bank = perturbations
-    runs = [Run(i, "unsteered", None, 0, 0.0, sample) for i in range(len(batch)) for sample in range(n_samples) if include_unsteered]
+    runs = [
+        Run(i, "unsteered", None, 0, 0.0, sample)
+        for i in range(len(batch))
+        for sample in range(n_samples)
+        if include_unsteered
+    ]
     if perturbations is not None:
         if include_random:
             bank = concatenate([perturbations, random_like(perturbations, host, batch, seed)])
@@ -138,7 +145,9 @@ def answered(chat: Chat, space: str, text: str) -> Chat:
     """The chat with what the model wrote: a message of its own, or the rest of the message that the chat ends with."""
     if is_open(chat):
         content = chat[-1]["content"]
-        whole = content + space + text if isinstance(content, str) else [*content, {"type": "text", "text": space + text}]
+        whole = (
+            content + space + text if isinstance(content, str) else [*content, {"type": "text", "text": space + text}]
+        )
         return [*chat[:-1], {**chat[-1], "content": whole}]
     return [*chat, {"role": "assistant", "content": text}]
 
@@ -161,7 +170,9 @@ def _check_settings(
 ) -> None:
     counts(max_new_tokens=max_new_tokens, n_samples=n_samples, batch_size=batch_size)
     for name, several in (("signs", signs), ("scales", scales)):
-        if not isinstance(several, Sequence) or any(isinstance(one, bool) or not isinstance(one, int | float) for one in several):
+        if not isinstance(several, Sequence) or any(
+            isinstance(one, bool) or not isinstance(one, int | float) for one in several
+        ):
             raise ValueError(f"{name}={several!r} must be a list of numbers.")
     if isinstance(temperature, bool) or not isinstance(temperature, int | float):
         raise ValueError(f"temperature={temperature!r} must be 0 (greedy) or a positive, finite number.")

@@ -5,13 +5,13 @@ from contextlib import contextmanager
 from typing import Any
 
 from melbo_lens.models import hooks
-from melbo_lens.models.access import host_of
+from melbo_lens.models.access import Model, host_of
 from melbo_lens.models.host import Host
 from melbo_lens.perturbations.perturbation import Perturbation
 
 
 @contextmanager
-def steer(model: Any, perturbation: Perturbation | Sequence[Perturbation]) -> Iterator[Any]:
+def steer(model: Model, perturbation: Perturbation | Sequence[Perturbation]) -> Iterator[Any]:
     """Steers whatever the model runs inside the block, and leaves no trace after it, also on an exception.
 
     One vector or adapter steers every row of a batch; n of them need batches of exactly n rows. A sequence steers with all its members at once.

@@ -18,7 +18,7 @@ from melbo_lens import files
 from melbo_lens.arguments import public
 from melbo_lens.ascent.objectives import Objective, TokenNorm
 from melbo_lens.models import hooks
-from melbo_lens.models.access import host_of
+from melbo_lens.models.access import Model, host_of
 from melbo_lens.models.host import Host
 from melbo_lens.prompts import Positions, PromptBatch, Prompts, one_prompt, token_texts, tokenize
 
@@ -92,14 +92,25 @@ class TargetEffects:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one safetensors file, atomically."""
-        header = {"vectors": list(self.vectors), "signs": list(self.signs), "target_layer": self.target_layer, "target_hook": self.target_hook}
+        header = {
+            "vectors": list(self.vectors),
+            "signs": list(self.signs),
+            "target_layer": self.target_layer,
+            "target_hook": self.target_hook,
+        }
         files.write(path, "TargetEffects", {"values": self.values}, header)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "TargetEffects":
         """Reads what `save` wrote."""
         tensors, header = files.read(path, "TargetEffects")
-        return cls(tensors["values"], tuple(header["vectors"]), tuple(header["signs"]), header["target_layer"], header.get("target_hook", ""))
+        return cls(
+            tensors["values"],
+            tuple(header["vectors"]),
+            tuple(header["signs"]),
+            header["target_layer"],
+            header.get("target_hook", ""),
+        )
 
     def __repr__(self) -> str:
         where = f"layer {self.target_layer}" if self.target_layer is not None else self.target_hook
@@ -107,7 +118,9 @@ class TargetEffects:
 
 
 @public
-def activation_changes(model: Any, prompt: Prompts, perturbations: Any, layers: Sequence[int] | None = None) -> ActivationChanges:
+def activation_changes(
+    model: Model, prompt: Prompts, perturbations: Any, layers: Sequence[int] | None = None
+) -> ActivationChanges:
     """The change of the residual stream at each token of one prompt and each layer, for each perturbation.
 
     Args:
@@ -127,13 +140,17 @@ def activation_changes(model: Any, prompt: Prompts, perturbations: Any, layers: 
     first = min(int(found[1]) for name, _ in perturbations.hooks() if (found := re.match(r"blocks\.(\d+)\.", name)))
     chosen = list(range(first + 1, n_layers + 1) if layers is None else layers)
     if not chosen or any(not 1 <= layer <= n_layers for layer in chosen):
-        raise ValueError(f"layers={chosen} must hold layers from 1 to n_layers = {n_layers}: layer T is the stream that enters block T.")
+        raise ValueError(
+            f"layers={chosen} must hold layers from 1 to n_layers = {n_layers}: layer T is the stream that enters block T."
+        )
     with hooks.frozen(host), torch.no_grad():
         names = [_stream_name(layer) for layer in chosen]
         clean = _read(host, batch.tokens, None, names)
         norms = [
             torch.stack([(stream - was).norm(dim=-1) for stream, was in zip(streams, clean, strict=True)], dim=1)
-            for streams in (_read(host, batch.tokens.expand(len(part), -1), part, names) for part in _parts(perturbations))
+            for streams in (
+                _read(host, batch.tokens.expand(len(part), -1), part, names) for part in _parts(perturbations)
+            )
         ]
     change = torch.cat(norms)
     hooks.check_finite(host, change, [f"vector {k}" for k in range(len(change))], "the stream")
@@ -147,7 +164,7 @@ def activation_changes(model: Any, prompt: Prompts, perturbations: Any, layers: 
 
 @public
 def target_effects(
-    model: Any,
+    model: Model,
     prompts: Prompts,
     perturbations: Any,
     target_layer: int | None = None,
@@ -177,14 +194,20 @@ def target_effects(
     rows = []
     for sign in signs:
         signed = perturbations if sign == 1 else -perturbations
-        rows.append(torch.cat([changes[:, batch.target_mask].flatten(1) for changes in _changes(host, batch, signed, name)]).cpu())
+        rows.append(
+            torch.cat(
+                [changes[:, batch.target_mask].flatten(1) for changes in _changes(host, batch, signed, name)]
+            ).cpu()
+        )
     n, several = len(perturbations), len(tuple(signs))
-    return TargetEffects(torch.cat(rows), tuple(range(n)) * several, tuple(sign for sign in signs for _ in range(n)), layer, name)
+    return TargetEffects(
+        torch.cat(rows), tuple(range(n)) * several, tuple(sign for sign in signs for _ in range(n)), layer, name
+    )
 
 
 @public
 def objective(
-    model: Any,
+    model: Model,
     prompts: Prompts,
     perturbations: Any,
     target_layer: int | None = None,
@@ -207,7 +230,9 @@ def objective(
         FloatingPointError: NaN or infinity at the target.
     """
     said = {"target_positions": target_positions, "p": p, "q": q, "token_norm": token_norm}
-    wanted = replace(perturbations.objective or Objective(), **{name: value for name, value in said.items() if value is not None})
+    wanted = replace(
+        perturbations.objective or Objective(), **{name: value for name, value in said.items() if value is not None}
+    )
     host = host_of(model)
     batch = tokenize(host, prompts, wanted.target_positions)
     _, name = _target(host, perturbations, target_layer, target_hook)
@@ -219,22 +244,32 @@ def objective(
     return torch.cat(parts).cpu()
 
 
-def _changes(host: Host, batch: PromptBatch, perturbations: Any, name: str) -> Iterator[Float[Tensor, "vector prompt pos d_target"]]:
+def _changes(
+    host: Host, batch: PromptBatch, perturbations: Any, name: str
+) -> Iterator[Float[Tensor, "vector prompt pos d_target"]]:
     """Changes of an activation, some perturbations at a time."""
     perturbations = perturbations.on(host)
     with hooks.frozen(host), torch.no_grad():
         (clean,) = _read(host, batch.tokens, None, [name])
         for first, part in zip(range(0, len(perturbations), ROWS_AT_ONCE), _parts(perturbations), strict=True):
-            changes = [_read(host, row.expand(len(part), -1), part, [name])[0] - was for row, was in zip(batch.tokens, clean, strict=True)]
+            changes = [
+                _read(host, row.expand(len(part), -1), part, [name])[0] - was
+                for row, was in zip(batch.tokens, clean, strict=True)
+            ]
             stacked = torch.stack(changes, dim=1)
-            hooks.check_finite(host, stacked[:, batch.own].abs(), [f"vector {first + i}" for i in range(len(part))], repr(name))
+            hooks.check_finite(
+                host, stacked[:, batch.own].abs(), [f"vector {first + i}" for i in range(len(part))], repr(name)
+            )
             yield stacked
 
 
 def _read(host: Host, tokens: Tensor, perturbations: Any, names: Sequence[str]) -> list[Float[Tensor, "row pos d"]]:
     """Float32 activations at these hooks, axes after `pos` flattened, from one forward pass."""
     seen: dict[str, Tensor] = {}
-    readers = [(name, lambda activation, hook, name=name: seen.update({name: activation.float().flatten(2)})) for name in dict.fromkeys(names)]
+    readers = [
+        (name, lambda activation, hook, name=name: seen.update({name: activation.float().flatten(2)}))
+        for name in dict.fromkeys(names)
+    ]
     with hooks.attached(host, [*([] if perturbations is None else perturbations.hooks()), *readers]):
         host.forward(tokens)
     return [seen[name] for name in names]
@@ -255,7 +290,9 @@ def _target(host: Host, perturbations: Any, layer: int | None, hook: str | None)
     """The target layer, None if it is none, and the name of the activation to read."""
     n_layers = host.n_layers
     if layer is not None and hook is not None:
-        raise ValueError(f"target_layer={layer} and target_hook={hook!r} were given: one place is read, leave one of them out.")
+        raise ValueError(
+            f"target_layer={layer} and target_hook={hook!r} were given: one place is read, leave one of them out."
+        )
     if layer is None and hook is None:
         learned_for = perturbations.objective or Objective()
         layer = learned_for.target_layer
@@ -269,5 +306,7 @@ def _target(host: Host, perturbations: Any, layer: int | None, hook: str | None)
         hooks.hook_point(host, hook)
         return None, hook
     if not 1 <= layer <= n_layers:
-        raise ValueError(f"target_layer={layer} must lie from 1 to n_layers = {n_layers}: it is the stream that enters that block.")
+        raise ValueError(
+            f"target_layer={layer} must lie from 1 to n_layers = {n_layers}: it is the stream that enters that block."
+        )
     return layer, _stream_name(layer)

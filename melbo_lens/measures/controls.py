@@ -12,7 +12,7 @@ from melbo_lens.arguments import public
 from melbo_lens.ascent.constraints import NORMALIZATIONS
 from melbo_lens.ascent.manifolds import to_sphere
 from melbo_lens.measures.source import mean_norms
-from melbo_lens.models.access import host_of
+from melbo_lens.models.access import Model, host_of
 from melbo_lens.perturbations.adapters import SteeringAdapters
 from melbo_lens.perturbations.perturbation import Perturbation
 from melbo_lens.perturbations.vectors import SteeringVectors
@@ -35,7 +35,9 @@ def random_vectors(like: SteeringVectors, seed: int = 0) -> SteeringVectors:
 
 
 @public
-def random_adapters(like: SteeringAdapters, model: Any, prompts: Prompts | None = None, seed: int = 0) -> SteeringAdapters:
+def random_adapters(
+    like: SteeringAdapters, model: Model, prompts: Prompts | None = None, seed: int = 0
+) -> SteeringAdapters:
     """The norm-matched control: Gaussian factors of the same rank and normalisation, scaled so that adapter k's update has, over the prompts, the
     mean norm at the source of `like`'s adapter k. Equal norms of the factors alone would be no control.
 
@@ -58,7 +60,9 @@ def random_adapters(like: SteeringAdapters, model: Any, prompts: Prompts | None 
     provenance = {"method": "random_adapters", "seed": seed, "normalization": how, "matched_to": dict(like.provenance)}
     # a norm after the MLP takes an update and its negative differently, so the control has the sign of what it is matched to
     signs = torch.where(like.scales < 0, -1, 1).to(like.scales)
-    control = SteeringAdapters(factors, signs, provenance=provenance, sites=like.sites, objective=like.objective).on(host)
+    control = SteeringAdapters(factors, signs, provenance=provenance, sites=like.sites, objective=like.objective).on(
+        host
+    )
     scales = control.scales * scales_for_norms(control, host, prompts, mean_norms(like, host, prompts))
     return replace(control, scales=scales)
 
@@ -69,11 +73,15 @@ def fitting_prompts(adapters: SteeringAdapters, prompts: Prompts | None, device:
         return prompts
     rows = adapters.provenance.get("prompt_tokens")
     if not rows:
-        raise ValueError("these adapters know no prompts that they were learned on (they were not fitted): give prompts=.")
+        raise ValueError(
+            "these adapters know no prompts that they were learned on (they were not fitted): give prompts=."
+        )
     return pad([list(row) for row in rows], adapters.provenance.get("prompts", [""] * len(rows)), device=device)
 
 
-def scales_for_norms(adapters: SteeringAdapters, model: Any, prompts: Prompts, norms: Float[Tensor, " adapter"]) -> Float[Tensor, " adapter"]:
+def scales_for_norms(
+    adapters: SteeringAdapters, model: Model, prompts: Prompts, norms: Float[Tensor, " adapter"]
+) -> Float[Tensor, " adapter"]:
     """The factors by which the adapters' updates have these mean norms: in proportion where nothing bends an update, else bracketed and solved.
 
     Raises:
@@ -82,11 +90,14 @@ def scales_for_norms(adapters: SteeringAdapters, model: Any, prompts: Prompts, n
     guesses = norms / mean_norms(adapters, model, prompts)
     reached = mean_norms(adapters * guesses, model, prompts)
     bent = ((reached - norms).abs() > 1e-4 * norms).tolist()
-    solved = [_solved(adapters[k], model, prompts, float(norms[k]), guess) if bent[k] else guess for k, guess in enumerate(guesses.tolist())]
+    solved = [
+        _solved(adapters[k], model, prompts, float(norms[k]), guess) if bent[k] else guess
+        for k, guess in enumerate(guesses.tolist())
+    ]
     return torch.tensor(solved, dtype=guesses.dtype, device=guesses.device)
 
 
-def _solved(adapter: SteeringAdapters, model: Any, prompts: Prompts, norm: float, guess: float) -> float:
+def _solved(adapter: SteeringAdapters, model: Model, prompts: Prompts, norm: float, guess: float) -> float:
     def excess(factor: float) -> float:
         return float(mean_norms(adapter * factor, model, prompts)[0]) - norm
 
@@ -108,7 +119,9 @@ def _random_factor(like: Tensor, how: Any, seed: int, layer: int, name: str) -> 
 
 
 @public
-def random_like(perturbations: Perturbation, model: Any, prompts: Prompts | None = None, seed: int = 0) -> Perturbation:
+def random_like(
+    perturbations: Perturbation, model: Model, prompts: Prompts | None = None, seed: int = 0
+) -> Perturbation:
     """The norm-matched control of any kind: `random_vectors`, or `random_adapters` of the same update norms.
 
     Args:

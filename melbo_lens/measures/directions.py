@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from itertools import product
-from typing import Any
 
 import pandas as pd
 import torch
@@ -13,13 +12,15 @@ from melbo_lens.arguments import public
 from melbo_lens.ascent.manifolds import unit
 from melbo_lens.measures.output import run_to_the_end
 from melbo_lens.models import blocks, hooks
-from melbo_lens.models.access import host_of
+from melbo_lens.models.access import Model, host_of
 from melbo_lens.perturbations.vectors import SteeringVectors
 from melbo_lens.prompts import Prompts, decoded, tokenize
 
 
 @public
-def top_tokens(model: Any, vectors: SteeringVectors, k: int = 10, prompts: Prompts | None = None, position: int = -1) -> pd.DataFrame:
+def top_tokens(
+    model: Model, vectors: SteeringVectors, k: int = 10, prompts: Prompts | None = None, position: int = -1
+) -> pd.DataFrame:
     """The tokens that each vector promotes and suppresses most.
 
     By the direct path, the vector's product with the unembedding, and with `prompts` also by the mean change of the steered logits at a
@@ -43,13 +44,15 @@ def top_tokens(model: Any, vectors: SteeringVectors, k: int = 10, prompts: Promp
     rows = []
     for vector, route in product(range(len(vectors)), changes):
         change = changes[route][vector]
-        best = [[(decoded(host, [int(i)]), float(change[i])) for i in (sign * change).topk(k).indices] for sign in (1, -1)]
+        best = [
+            [(decoded(host, [int(i)]), float(change[i])) for i in (sign * change).topk(k).indices] for sign in (1, -1)
+        ]
         rows.append((vector, route, *best))
     return pd.DataFrame(rows, columns=["vector", "route", "promoted", "suppressed"])
 
 
 @public
-def max_activating(model: Any, vectors: SteeringVectors, texts: Prompts, k: int = 5) -> pd.DataFrame:
+def max_activating(model: Model, vectors: SteeringVectors, texts: Prompts, k: int = 5) -> pd.DataFrame:
     """The positions in texts whose stream after the source layer has the highest cosine with each vector.
 
     Returns:
@@ -58,8 +61,12 @@ def max_activating(model: Any, vectors: SteeringVectors, texts: Prompts, k: int 
     host = host_of(model)
     batch = tokenize(host, texts)
     with hooks.frozen(host):
-        stream = blocks.record(host, batch.tokens, vectors.source_layer + 1, vectors.source_layer + 1).streams[-1].float()
-    hooks.check_finite(host, stream.abs().masked_fill(~batch.own[..., None], 0), ["the unsteered model"] * len(batch), "the stream")
+        stream = (
+            blocks.record(host, batch.tokens, vectors.source_layer + 1, vectors.source_layer + 1).streams[-1].float()
+        )
+    hooks.check_finite(
+        host, stream.abs().masked_fill(~batch.own[..., None], 0), ["the unsteered model"] * len(batch), "the stream"
+    )
     places = batch.own.nonzero().tolist()
     cosines = unit(stream[batch.own]) @ unit(vectors.values.to(stream.device)).T
     rows = []
@@ -83,7 +90,9 @@ def closest_directions(
         ValueError: another width, or not one name for each row.
     """
     if matrix.shape[1] != vectors.d_model:
-        raise ValueError(f"matrix has rows of width {matrix.shape[1]}, the vectors have d_model {vectors.d_model}: transpose it, or use another.")
+        raise ValueError(
+            f"matrix has rows of width {matrix.shape[1]}, the vectors have d_model {vectors.d_model}: transpose it, or use another."
+        )
     if names is not None and len(names) != len(matrix):
         raise ValueError(f"{len(names)} names were given for {len(matrix)} directions: give one for each.")
     cosines = unit(vectors.values) @ unit(matrix.float().to(vectors.values.device)).T

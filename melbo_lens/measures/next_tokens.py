@@ -9,7 +9,7 @@ from torch import Tensor
 
 from melbo_lens.arguments import public
 from melbo_lens.models import hooks
-from melbo_lens.models.access import host_of
+from melbo_lens.models.access import Model, host_of
 from melbo_lens.prompts import Prompts, one_prompt, token_texts, tokenize
 
 
@@ -38,7 +38,7 @@ class NextTokens:
 
 
 @public
-def next_tokens(model: Any, prompt: Prompts, perturbations: Any = None, k: int = 10) -> NextTokens:
+def next_tokens(model: Model, prompt: Prompts, perturbations: Any = None, k: int = 10) -> NextTokens:
     """The next-token log-probabilities at each position of one text, unsteered and under each perturbation.
 
     Args:
@@ -54,12 +54,18 @@ def next_tokens(model: Any, prompt: Prompts, perturbations: Any = None, k: int =
         raise ValueError(f"k={k} must be from 1 to d_vocab = {host.cfg.d_vocab}.")
     following = batch.tokens[:, 1:, None]
     log_probs, ranks, best, values = [], [], [], []
-    runs = [None, *(perturbations[[i]].on(host) for i in range(len(perturbations)))] if perturbations is not None else [None]
+    runs = (
+        [None, *(perturbations[[i]].on(host) for i in range(len(perturbations)))]
+        if perturbations is not None
+        else [None]
+    )
     with hooks.frozen(host), torch.no_grad():
         for i, run in enumerate(runs):
             with hooks.attached(host, [] if run is None else run.hooks()):
                 logits = host.forward(batch.tokens).float()
-            hooks.check_finite(host, logits, ["the unsteered model" if run is None else f"vector {i - 1}"], "the logits")
+            hooks.check_finite(
+                host, logits, ["the unsteered model" if run is None else f"vector {i - 1}"], "the logits"
+            )
             logits = logits.log_softmax(-1)
             followed = logits[:, :-1].gather(-1, following)
             log_probs.append(followed[0, :, 0].cpu())

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
 
 import pandas as pd
 import torch
@@ -14,7 +13,7 @@ from melbo_lens import tables
 from melbo_lens.arguments import public
 from melbo_lens.measures.radius import divergence
 from melbo_lens.models import hooks
-from melbo_lens.models.access import host_of
+from melbo_lens.models.access import Model, host_of
 from melbo_lens.models.host import Host
 from melbo_lens.perturbations.perturbation import Perturbation
 from melbo_lens.perturbations.sites import Hook
@@ -46,7 +45,7 @@ class Effects:
 
 @public
 def output_effects(
-    model: Any,
+    model: Model,
     prompts: Prompts,
     vectors: Perturbation,
     signs: Sequence[int] = (+1, -1),
@@ -72,25 +71,36 @@ def output_effects(
             prompt, vector, sign = (list(column) for column in zip(*runs[first : first + ROWS_AT_ONCE], strict=True))
             steering = vectors.row_hooks(vector, torch.tensor(sign, dtype=torch.float32, device="cpu"))
             parts.append(run_to_the_end(host, batch.tokens[prompt], batch.lengths[prompt], steering))
-            names = [f"vector {k} with sign {s:+d}, on prompt {i}," for k, s, i in zip(vector, sign, prompt, strict=True)]
+            names = [
+                f"vector {k} with sign {s:+d}, on prompt {i}," for k, s, i in zip(vector, sign, prompt, strict=True)
+            ]
             hooks.check_finite(host, parts[-1][0], names, "the logits")
     logits, norms = (torch.cat(column) for column in zip(*parts, strict=True))
     which = [prompt for prompt, _, _ in runs]
     clean, steered = clean_logits.log_softmax(-1)[which], logits.log_softmax(-1)
-    table = pd.DataFrame([(vector, sign, prompt) for prompt, vector, sign in runs], columns=["vector", "sign", "prompt"])
+    table = pd.DataFrame(
+        [(vector, sign, prompt) for prompt, vector, sign in runs], columns=["vector", "sign", "prompt"]
+    )
     table["kl"] = divergence(clean, steered).clamp(min=0).tolist()
     table["entropy"] = torch.special.entr(steered.exp()).sum(-1).tolist()
     table["entropy_unsteered"] = torch.special.entr(clean.exp()).sum(-1).tolist()
     if tokens is not None:
         table["logit_difference"] = (logits[:, tokens[0]] - logits[:, tokens[1]]).tolist()
-        table["logit_difference_unsteered"] = (clean_logits[which][:, tokens[0]] - clean_logits[which][:, tokens[1]]).tolist()
+        table["logit_difference_unsteered"] = (
+            clean_logits[which][:, tokens[0]] - clean_logits[which][:, tokens[1]]
+        ).tolist()
     return Effects(table, norms / clean_norms[which] - 1)
 
 
-def run_to_the_end(host: Host, tokens: Tensor, lengths: Tensor, steering: list[Hook]) -> tuple[Float[Tensor, "row d_vocab"], Tensor]:
+def run_to_the_end(
+    host: Host, tokens: Tensor, lengths: Tensor, steering: list[Hook]
+) -> tuple[Float[Tensor, "row d_vocab"], Tensor]:
     """Logits after the first `lengths` tokens of each row, and the norms [row layer pos] of the stream, NaN in the padding."""
     norms: list[Tensor] = []
-    readers = [(f"blocks.{i}.hook_resid_post", lambda stream, hook: norms.append(stream.float().norm(dim=-1))) for i in range(host.n_layers)]
+    readers = [
+        (f"blocks.{i}.hook_resid_post", lambda stream, hook: norms.append(stream.float().norm(dim=-1)))
+        for i in range(host.n_layers)
+    ]
     with hooks.attached(host, [*steering, *readers]):
         logits = host.forward(tokens)
     own = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]

@@ -15,6 +15,7 @@ from melbo_lens import tables
 from melbo_lens.arguments import public
 from melbo_lens.ascent.manifolds import unit
 from melbo_lens.models import hooks
+from melbo_lens.models.access import Model
 from melbo_lens.models.slices import SlicedModel, slice_model
 from melbo_lens.prompts import Positions, Prompts
 from melbo_lens.randomness import gaussian_rows
@@ -53,7 +54,7 @@ class Calibration:
 
 @public
 def calibrate_radius(
-    model: Any,
+    model: Model,
     prompts: Prompts,
     source_layer: int,
     target_layer: int | None = None,
@@ -80,7 +81,9 @@ def calibrate_radius(
         ValueError: an unknown rule, a target without meaning, or no finite radius that qualifies.
     """
     check_rule(rule, target)
-    return solve_radius(slice_model(model, prompts, source_layer, target_layer, target_positions, target_hook, site), rule, target, seed)
+    return solve_radius(
+        slice_model(model, prompts, source_layer, target_layer, target_positions, target_hook, site), rule, target, seed
+    )
 
 
 class NoRadius(ValueError):
@@ -95,7 +98,9 @@ def check_rule(rule: str, target: float | None) -> None:
         raise ValueError(f"target={target} must be a positive, finite number.")
 
 
-def solve_radius(sliced: SlicedModel, rule: Rule = "nonlinearity", target: float | None = None, seed: int = 0) -> Calibration:
+def solve_radius(
+    sliced: SlicedModel, rule: Rule = "nonlinearity", target: float | None = None, seed: int = 0
+) -> Calibration:
     """The radius at which a rule reaches its target; random unit directions v stand for all.
 
     - "nonlinearity": the rms over v of ``||D(R v) - R J v|| / ||R J v||``, D the change of the target activations at the target positions
@@ -110,7 +115,9 @@ def solve_radius(sliced: SlicedModel, rule: Rule = "nonlinearity", target: float
     check_rule(rule, target)
     wanted = DEFAULT_TARGETS[rule] if target is None else target
     batch = sliced.batch
-    typical = float(sliced.resid.float().norm(dim=-1)[batch.own].mean()) or 1.0  # only where to begin; a stream of zeros has no scale
+    typical = (
+        float(sliced.resid.float().norm(dim=-1)[batch.own].mean()) or 1.0
+    )  # only where to begin; a stream of zeros has no scale
     if rule == "fraction":
         return Calibration(wanted * typical, ((wanted * typical, wanted),), rule, wanted)
     directions = unit(gaussian_rows(N_DIRECTIONS, sliced.d_model, seed, "calibration")).to(sliced.device)
@@ -120,10 +127,14 @@ def solve_radius(sliced: SlicedModel, rule: Rule = "nonlinearity", target: float
             return _solve(lambda radius: _kl(sliced, clean, radius * directions), typical, wanted, rule, False)
         exact = sliced.in_float32()
         linear = _directional_derivatives(exact, directions)
-        return _solve(lambda radius: _nonlinearity(exact, directions, linear, radius), typical, wanted, rule, target is None)
+        return _solve(
+            lambda radius: _nonlinearity(exact, directions, linear, radius), typical, wanted, rule, target is None
+        )
 
 
-def _solve(value_at: Callable[[float], float], typical: float, wanted: float, rule: Rule, may_lower: bool) -> Calibration:
+def _solve(
+    value_at: Callable[[float], float], typical: float, wanted: float, rule: Rule, may_lower: bool
+) -> Calibration:
     """Brackets the solution by doublings from a tenth of the stream's norm, then bisects log R."""
     curve: dict[float, float] = {}
 
@@ -134,7 +145,10 @@ def _solve(value_at: Callable[[float], float], typical: float, wanted: float, ru
         low = high = 0.1 * typical
         while value(low) >= wanted and low > 1e-6 * typical:
             if value(low / 2) > value(low):  # it jumps at small radii already; what counts is where it rises for good
-                low = high = min((0.1 * 2**i * typical for i in range(10)), key=lambda radius: (value(radius) >= wanted, value(radius)))
+                low = high = min(
+                    (0.1 * 2**i * typical for i in range(10)),
+                    key=lambda radius: (value(radius) >= wanted, value(radius)),
+                )
                 if value(low) >= wanted:
                     return low
                 break
@@ -162,7 +176,9 @@ def _solve(value_at: Callable[[float], float], typical: float, wanted: float, ru
     return Calibration(radius, tuple(sorted(curve.items())), rule, wanted)
 
 
-def _nonlinearity(sliced: SlicedModel, directions: Tensor, linear: Float[Tensor, "direction change"], radius: float) -> float:
+def _nonlinearity(
+    sliced: SlicedModel, directions: Tensor, linear: Float[Tensor, "direction change"], radius: float
+) -> float:
     changes = _selected(sliced, radius * directions)
     expected = radius * linear
     ratios = (changes - expected).norm(dim=1) / expected.norm(dim=1).clamp(min=1e-30)
@@ -173,10 +189,14 @@ def _selected(sliced: SlicedModel, vectors: Float[Tensor, "direction d_model"]) 
     """The change at all target positions of all prompts, one long row for each direction."""
     everyone = sliced.everyone
     with torch.no_grad():
-        return torch.stack([sliced.change(v.expand(len(everyone), -1), everyone)[sliced.batch.target_mask].flatten() for v in vectors])
+        return torch.stack(
+            [sliced.change(v.expand(len(everyone), -1), everyone)[sliced.batch.target_mask].flatten() for v in vectors]
+        )
 
 
-def _directional_derivatives(sliced: SlicedModel, directions: Float[Tensor, "direction d_model"]) -> Float[Tensor, "direction change"]:
+def _directional_derivatives(
+    sliced: SlicedModel, directions: Float[Tensor, "direction d_model"]
+) -> Float[Tensor, "direction change"]:
     """J v by forward differentiation, or by differences where an operation between has none (mixtures of experts, for one)."""
 
     def change(bias: Tensor) -> Tensor:
@@ -201,12 +221,18 @@ def _central_differences(
         NoRadius: no two steps agree to within a twentieth (half precision: a third).
     """
     typical = float(sliced.resid.float().norm(dim=-1)[sliced.batch.own].median()) or 1.0
-    exact = sliced.resid.dtype in (torch.float32, torch.float64)  # a slice that needs the model's own hooks has no float32 copy
+    exact = sliced.resid.dtype in (
+        torch.float32,
+        torch.float64,
+    )  # a slice that needs the model's own hooks has no float32 copy
     steps, agreement = (STEPS, AGREEMENT) if exact else (HALF_STEPS, HALF_AGREEMENT)
     estimates = []
     for step in (share * typical for share in steps):
         estimates.append((_selected(sliced, step * directions) - _selected(sliced, -step * directions)) / (2 * step))
-    apart = [float((larger - smaller).norm() / smaller.norm().clamp(min=1e-30)) for larger, smaller in itertools.pairwise(estimates)]
+    apart = [
+        float((larger - smaller).norm() / smaller.norm().clamp(min=1e-30))
+        for larger, smaller in itertools.pairwise(estimates)
+    ]
     best = min(range(len(apart)), key=apart.__getitem__)
     if not apart[best] <= agreement:
         raise NoRadius(
@@ -216,7 +242,9 @@ def _central_differences(
     return estimates[best + 1]
 
 
-def _kl(sliced: SlicedModel, clean: Float[Tensor, "prompt d_vocab"], vectors: Float[Tensor, "direction d_model"]) -> float:
+def _kl(
+    sliced: SlicedModel, clean: Float[Tensor, "prompt d_vocab"], vectors: Float[Tensor, "direction d_model"]
+) -> float:
     values = [divergence(clean, _next_token_log_probs(sliced, vector)).mean() for vector in vectors]
     return float(torch.stack(values).mean())
 
@@ -226,7 +254,9 @@ def divergence(clean: Tensor, steered: Tensor) -> Float[Tensor, " prompt"]:
     return torch.where(clean > -torch.inf, clean.exp() * (clean - steered), torch.zeros_like(clean)).sum(-1)
 
 
-def _next_token_log_probs(sliced: SlicedModel, vector: Float[Tensor, " d_model"] | None) -> Float[Tensor, "prompt d_vocab"]:
+def _next_token_log_probs(
+    sliced: SlicedModel, vector: Float[Tensor, " d_model"] | None
+) -> Float[Tensor, "prompt d_vocab"]:
     def add(activation: Tensor, hook: Any) -> Tensor:
         return (activation + vector).to(activation.dtype)
 
@@ -234,5 +264,7 @@ def _next_token_log_probs(sliced: SlicedModel, vector: Float[Tensor, " d_model"]
     with torch.no_grad(), hooks.attached(sliced.host, added):
         logits = sliced.host.forward(sliced.batch.tokens)
     after = logits[sliced.everyone.to(logits.device), sliced.batch.lengths - 1].float()
-    hooks.check_finite(sliced.host, after, ["the unsteered model" if vector is None else "a random vector"] * len(after), "the logits")
+    hooks.check_finite(
+        sliced.host, after, ["the unsteered model" if vector is None else "a random vector"] * len(after), "the logits"
+    )
     return after.log_softmax(-1)

@@ -39,7 +39,9 @@ def rank(vectors: Perturbation, measured: Effects, clusters: Sequence[int] | Non
     table = table.sort_values("kl", ascending=False)
     sizes = table.groupby(["cluster", "sign"]).size()
     best = table.drop_duplicates(["cluster", "sign"])
-    return best.assign(near_duplicates=[int(sizes[key]) - 1 for key in zip(best.cluster, best.sign, strict=True)]).reset_index(drop=True)
+    return best.assign(
+        near_duplicates=[int(sizes[key]) - 1 for key in zip(best.cluster, best.sign, strict=True)]
+    ).reset_index(drop=True)
 
 
 def target_changes(sliced: SlicedModel, perturbations: Perturbation) -> Float[Tensor, "perturbation change"]:
@@ -64,6 +66,8 @@ def cluster(features: Float[Tensor, "row feature"], threshold: float) -> list[in
     if len(features) < 2:
         return [0] * len(features)
     distances = (1 - unit(features.double()) @ unit(features.double()).T).clamp(min=0).cpu().numpy()
-    found = AgglomerativeClustering(n_clusters=None, metric="precomputed", linkage="average", distance_threshold=threshold).fit_predict(distances)
+    found = AgglomerativeClustering(
+        n_clusters=None, metric="precomputed", linkage="average", distance_threshold=threshold
+    ).fit_predict(distances)
     order = {label: i for i, label in enumerate(dict.fromkeys(found.tolist()))}
     return [order[label] for label in found.tolist()]

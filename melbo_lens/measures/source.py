@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from melbo_lens.arguments import public
 from melbo_lens.models import blocks, hooks
-from melbo_lens.models.access import host_of
+from melbo_lens.models.access import Model, host_of
 from melbo_lens.models.host import Host
 from melbo_lens.perturbations.adapters import SteeringAdapters
 from melbo_lens.perturbations.vectors import SteeringVectors
@@ -51,7 +50,9 @@ class AdapterEffect:
 
 
 @public
-def source_effects(adapters: SteeringAdapters, model: Any, prompts: Prompts, layer: int | None = None) -> AdapterEffect:
+def source_effects(
+    adapters: SteeringAdapters, model: Model, prompts: Prompts, layer: int | None = None
+) -> AdapterEffect:
     """The bias that each position receives at a source layer: the MLP's output with that layer's update minus without.
 
     Updates at earlier source layers act in both runs, so that each layer's own share is measured.
@@ -69,7 +70,9 @@ def source_effects(adapters: SteeringAdapters, model: Any, prompts: Prompts, lay
     adapters = adapters.on(host)
     layer = adapters.source_layer if layer is None else layer
     if layer not in adapters.factors:
-        raise ValueError(f"layer={layer} is no source layer of these adapters: choose from {list(adapters.source_layers)}.")
+        raise ValueError(
+            f"layer={layer} is no source layer of these adapters: choose from {list(adapters.source_layers)}."
+        )
     batch = tokenize(host, prompts)
     own = batch.own
     before = [other for other in adapters.source_layers if other < layer]
@@ -86,7 +89,7 @@ def source_effects(adapters: SteeringAdapters, model: Any, prompts: Prompts, lay
 
 
 @public
-def nearest_vectors(adapters: SteeringAdapters, model: Any, prompts: Prompts) -> SteeringVectors:
+def nearest_vectors(adapters: SteeringAdapters, model: Model, prompts: Prompts) -> SteeringVectors:
     """The steering vector nearest to each adapter: the mean of the biases it gives, which has the least squared distance to them.
 
     Returns:
@@ -112,9 +115,11 @@ def nearest_vectors(adapters: SteeringAdapters, model: Any, prompts: Prompts) ->
     return SteeringVectors(means, measured.layer, provenance=provenance, site=measured.site)
 
 
-def mean_norms(adapters: SteeringAdapters, model: Any, prompts: Prompts) -> Float[Tensor, " adapter"]:
+def mean_norms(adapters: SteeringAdapters, model: Model, prompts: Prompts) -> Float[Tensor, " adapter"]:
     """The mean norm of each adapter's update over the prompts' own positions and its source layers."""
-    return torch.stack([source_effects(adapters, model, prompts, layer).norms() for layer in adapters.source_layers]).mean(0)
+    return torch.stack(
+        [source_effects(adapters, model, prompts, layer).norms() for layer in adapters.source_layers]
+    ).mean(0)
 
 
 def _written(

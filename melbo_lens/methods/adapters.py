@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -22,6 +22,7 @@ from melbo_lens.methods.low_rank import LowRank, hidden_activations
 from melbo_lens.methods.problem import Problem
 from melbo_lens.methods.provenance import remembered
 from melbo_lens.models import hooks
+from melbo_lens.models.access import Model
 from melbo_lens.models.host import Host
 from melbo_lens.models.slices import SlicedModel, as_slice, opened
 from melbo_lens.perturbations.adapters import SteeringAdapters
@@ -36,7 +37,7 @@ ALIKE = 0.9  # mean |cosine| between effects from which one is warned
 
 @public
 def fit_adapters(
-    model: Any,
+    model: Model | SlicedModel,
     prompts: Prompts | None = None,
     source_layer: int | Sequence[int] | None = None,
     target_layer: int | None = None,
@@ -124,15 +125,23 @@ def fit_adapters(
     first = None if isinstance(model, SlicedModel) else layers[0]
     sliced = as_slice(model, prompts, first, target_layer, target_positions, target_hook, None, POSITIONS)
     sliced.check_source()
-    run, objective = run.resolved(sliced, STEPS), objective_at(sliced, p=p, q=q, token_norm=token_norm, diversity=diversity)
-    starts = tuple(torch.stack(same) for same in zip(*(_starts(host, sites, init, n_adapters, rank, seed, r) for r in range(restarts)), strict=True))
+    run, objective = (
+        run.resolved(sliced, STEPS),
+        objective_at(sliced, p=p, q=q, token_norm=token_norm, diversity=diversity),
+    )
+    starts = tuple(
+        torch.stack(same)
+        for same in zip(*(_starts(host, sites, init, n_adapters, rank, seed, r) for r in range(restarts)), strict=True)
+    )
     starts, constraint = tuple(x.to(sliced.device) for x in starts), NORMALIZATIONS[normalization]
     with hooks.frozen(host):
         act = LowRank(sliced, sites, hidden_activations(sliced, sites), alpha / rank if alpha is not None else scale)
         rule = "alpha / rank" if alpha is not None else "given"
         if act.scale is None:
             solved = solve_radius(sliced, seed=seed) if radius is None else None
-            radius, rule = (solved.radius, f"{solved.rule} {solved.target:.3g}") if solved else (float(radius), "radius given")
+            radius, rule = (
+                (solved.radius, f"{solved.rule} {solved.target:.3g}") if solved else (float(radius), "radius given")
+            )
             few = tuple(constraint.normalize(x[0, :4]) for x in starts)
             act = replace(act, update_norm=act.update_norm_for(few, radius))
         settings = settings_of("fit_adapters", sliced, objective, run) | {
@@ -166,41 +175,65 @@ def fit_adapters(
     }
     factors = {layer: (found.point[2 * i], found.point[2 * i + 1]) for i, layer in enumerate(layers)}
     provenance = found.provenance | measured
-    adapters = SteeringAdapters(factors, scales, found.history, provenance, {one.layer: one for one in sites}, objective)
+    adapters = SteeringAdapters(
+        factors, scales, found.history, provenance, {one.layer: one for one in sites}, objective
+    )
     return remembered(adapters, host)
 
 
 def _layers(model: SlicedModel | Host, source_layer: int | Sequence[int] | None) -> list[int]:
     """The source layers in order; those of a slice begin where it begins."""
     if source_layer is None and not isinstance(model, SlicedModel):
-        raise TypeError("source_layer is missing: give it beside the model, or a slice of slice_model in the model's place.")
+        raise TypeError(
+            "source_layer is missing: give it beside the model, or a slice of slice_model in the model's place."
+        )
     layers = model.source_layer if source_layer is None else source_layer
     layers = sorted({layers} if isinstance(layers, int) else set(layers))
     if isinstance(model, SlicedModel) and layers[:1] != [model.source_layer]:
-        raise ValueError(f"source_layer={source_layer} must begin at layer {model.source_layer}, where the slice begins.")
+        raise ValueError(
+            f"source_layer={source_layer} must begin at layer {model.source_layer}, where the slice begins."
+        )
     return layers
 
 
-def _sites(host: Host, layers: Sequence[int], name: str, rank: int, target_layer: int | None, target_hook: str | None) -> list[WeightSite]:
+def _sites(
+    host: Host, layers: Sequence[int], name: str, rank: int, target_layer: int | None, target_hook: str | None
+) -> list[WeightSite]:
     if not layers:
         raise ValueError("source_layer is an empty list: name at least one layer.")
     for layer in layers:
         if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < host.n_layers:
-            raise ValueError(f"source_layer={layer!r} must be an integer from 0 to {host.n_layers - 1}: the model has {host.n_layers} blocks.")
+            raise ValueError(
+                f"source_layer={layer!r} must be an integer from 0 to {host.n_layers - 1}: the model has {host.n_layers} blocks."
+            )
     sites = [host.weight_site(layer, name) for layer in layers]
     for layer in layers:
         most = min(host.widths(layer, name))
         if rank > most:
-            raise ValueError(f"rank={rank} must be from 1 to min(d_mlp, d_model) = {most} of layer {layer}: no update of W_out has more.")
+            raise ValueError(
+                f"rank={rank} must be from 1 to min(d_mlp, d_model) = {most} of layer {layer}: no update of W_out has more."
+            )
         read_in = re.match(r"blocks\.(\d+)\.", target_hook or "")
         if read_in and int(read_in[1]) <= layer and len(layers) > 1:
-            raise ValueError(f"source layer {layer} must lie before the block of target_hook={target_hook!r}: what it updates is not read there.")
+            raise ValueError(
+                f"source layer {layer} must lie before the block of target_hook={target_hook!r}: what it updates is not read there."
+            )
         if target_layer is not None and layer + 1 >= target_layer and len(layers) > 1:
-            raise ValueError(f"source layer {layer} must lie at least two before target_layer={target_layer}: a block has to lie between.")
+            raise ValueError(
+                f"source layer {layer} must lie at least two before target_layer={target_layer}: a block has to lie between."
+            )
     return sites
 
 
-def _starts(host: Host, sites: Sequence[WeightSite], init: SteeringAdapters | None, n_adapters: int, rank: int, seed: int, restart: int) -> Point:
+def _starts(
+    host: Host,
+    sites: Sequence[WeightSite],
+    init: SteeringAdapters | None,
+    n_adapters: int,
+    rank: int,
+    seed: int,
+    restart: int,
+) -> Point:
     """The given factors or Gaussian ones; those of adapter k depend on (seed, k), the layer, and on which restart they are for."""
     if init is not None and restart == 0:
         return tuple(factor.cpu() for pair in init.factors.values() for factor in pair)
@@ -209,11 +242,15 @@ def _starts(host: Host, sites: Sequence[WeightSite], init: SteeringAdapters | No
         d_in, d_model = host.widths(site.layer, site.name)
         for name, shape in (("A", (rank, d_in)), ("B", (d_model, rank))):
             which = (site.layer, name, *([restart] if restart else []))
-            point.append(gaussian_rows(n_adapters, shape[0] * shape[1], "fit_adapters", seed, *which).view(n_adapters, *shape))
+            point.append(
+                gaussian_rows(n_adapters, shape[0] * shape[1], "fit_adapters", seed, *which).view(n_adapters, *shape)
+            )
     return tuple(point)
 
 
-def _check_init(host: Host, sites: Sequence[WeightSite], init: SteeringAdapters | None, n_adapters: int, rank: int) -> None:
+def _check_init(
+    host: Host, sites: Sequence[WeightSite], init: SteeringAdapters | None, n_adapters: int, rank: int
+) -> None:
     if init is None:
         return
     wanted = {site.layer: (n_adapters, rank, *host.widths(site.layer, site.name)) for site in sites}
@@ -239,15 +276,21 @@ def _alikeness(changes: Float[Tensor, "adapter prompt pos d_target"]) -> float:
     return float(((unit @ unit.T).abs().sum() - n) / (n * (n - 1))) if n > 1 else 0.0
 
 
-def _check_settings(n_adapters: int, rank: int, scale: float | None, alpha: float | None, radius: float | None, normalization: str) -> None:
+def _check_settings(
+    n_adapters: int, rank: int, scale: float | None, alpha: float | None, radius: float | None, normalization: str
+) -> None:
     counts(n_adapters=n_adapters, rank=rank)
     if scale is not None and alpha is not None:
-        raise ValueError(f"scale={scale!r} and alpha={alpha!r} say the same thing (scale = alpha / rank): give one of them.")
+        raise ValueError(
+            f"scale={scale!r} and alpha={alpha!r} say the same thing (scale = alpha / rank): give one of them."
+        )
     for name, value in (("scale", scale), ("radius", radius)):
         if value is not None:
             positive(name, value, ', or "auto" to calibrate it')
     if radius is not None and (alpha is not None or scale is not None):
-        raise ValueError(f"radius={radius!r} is the mean norm at which the scale is held, and the scale is given: leave one of them out.")
+        raise ValueError(
+            f"radius={radius!r} is the mean norm at which the scale is held, and the scale is given: leave one of them out."
+        )
     if alpha is not None:
         positive("alpha", alpha, ": the update is multiplied by alpha / rank")
     if normalization not in NORMALIZATIONS:

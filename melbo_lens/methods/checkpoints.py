@@ -51,7 +51,12 @@ def _mean_objective(state: State) -> float:
     return float(known.gather(0, (last - 1).clamp(min=0)[None])[0][begun].mean()) if begun.any() else 0.0
 
 
-def resume(checkpoint: str | os.PathLike[str] | None, settings: Mapping[str, Any], kind: type[S], device: torch.device | str = "cpu") -> S | None:
+def resume(
+    checkpoint: str | os.PathLike[str] | None,
+    settings: Mapping[str, Any],
+    kind: type[S],
+    device: torch.device | str = "cpu",
+) -> S | None:
     """The saved state, None if there is none yet.
 
     Raises:
@@ -70,5 +75,7 @@ def resume(checkpoint: str | os.PathLike[str] | None, settings: Mapping[str, Any
     differing = sorted(key for key in {*settings, *saved} if settings.get(key) != saved.get(key))
     if differing:
         pairs = ", ".join(f"{key}: {saved.get(key)!r} there, {settings.get(key)!r} here" for key in differing)
-        raise ValueError(f"checkpoint={str(path)!r} belongs to another fit ({pairs[:600]}): use the same arguments, or another file.")
+        raise ValueError(
+            f"checkpoint={str(path)!r} belongs to another fit ({pairs[:600]}): use the same arguments, or another file."
+        )
     return kind.of(version_0_1_0.translated(tensors, saved), device)

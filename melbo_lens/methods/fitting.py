@@ -58,7 +58,9 @@ class Run:
         if self.optimizer not in ("power", "adamw"):
             raise ValueError(f'optimizer={self.optimizer!r} must be "power" (fast) or "adamw" (the published recipe).')
         if self.lr is not None and self.optimizer != "adamw":
-            raise ValueError(f'lr={self.lr} has no meaning for optimizer="power", which takes no step size: leave it out, or use "adamw".')
+            raise ValueError(
+                f'lr={self.lr} has no meaning for optimizer="power", which takes no step size: leave it out, or use "adamw".'
+            )
         if self.lr is not None:
             positive("lr", self.lr, "")
         if self.restarts > 1 and self.optimizer != "power":
@@ -109,7 +111,9 @@ def without_place(objective: Objective) -> dict[str, Any]:
     return {name: value for name, value in objective.header().items() if name not in ("target_layer", "target_hook")}
 
 
-def fit(problem: Problem, starts: Point, constraint: Constraint, run: Run, settings: dict[str, Any], label: str) -> Fitted:
+def fit(
+    problem: Problem, starts: Point, constraint: Constraint, run: Run, settings: dict[str, Any], label: str
+) -> Fitted:
     """Takes an ascent to its end.
 
     Args:
@@ -132,7 +136,10 @@ def fit(problem: Problem, starts: Point, constraint: Constraint, run: Run, setti
     with tqdm(total=total, desc=label, unit="step", disable=not run.progress) as bar:
         state = checkpoints.run(states, run.checkpoint, settings, bar, saved)
     steps = run.n_steps if run.optimizer == "adamw" else state.step - 1
-    ended = {"status": status(state, n_rows, steps, constraint.patience), "seconds": round(time.monotonic() - run.began, 3)}
+    ended = {
+        "status": status(state, n_rows, steps, constraint.patience),
+        "seconds": round(time.monotonic() - run.began, 3),
+    }
     return Fitted(state.point, state.history[: steps + 1], {**settings, **ended})
 
 

@@ -49,13 +49,18 @@ class LowRank:
         """The mean norm of ``B A a`` of each adapter over the clean hidden activations of all layers."""
         pairs = zip(self.hidden, rows[::2], rows[1::2], strict=True)
         with torch.no_grad():
-            layers = [torch.stack([(h @ a.T @ b.T).norm(dim=-1).mean() for a, b in zip(many_a, many_b, strict=True)]) for h, many_a, many_b in pairs]
+            layers = [
+                torch.stack([(h @ a.T @ b.T).norm(dim=-1).mean() for a, b in zip(many_a, many_b, strict=True)])
+                for h, many_a, many_b in pairs
+            ]
         return torch.stack(layers).mean(0)
 
     def update_norm_for(self, random: Point, radius: float) -> float:
         """The radius; with a norm after the weights, the norm before it at which random updates have the radius after it."""
         factors = {site.layer: (random[2 * i], random[2 * i + 1]) for i, site in enumerate(self.sites)}
-        few = SteeringAdapters(factors, random[0].new_ones(len(random[0])), sites={site.layer: site for site in self.sites})
+        few = SteeringAdapters(
+            factors, random[0].new_ones(len(random[0])), sites={site.layer: site for site in self.sites}
+        )
         scales = scales_for_norms(few, self.sliced.host, self.sliced.batch, few.scales.new_full((len(few),), radius))
         return float((scales * self.norms(random)).mean())
 

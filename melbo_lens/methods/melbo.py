@@ -2,7 +2,7 @@
 
 import hashlib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -15,7 +15,8 @@ from melbo_lens.measures.radius import solve_radius
 from melbo_lens.methods.fitting import Optimizer, Run, fit, objective_at, settings_of
 from melbo_lens.methods.problem import Problem, bias
 from melbo_lens.models import hooks
-from melbo_lens.models.slices import as_slice, opened
+from melbo_lens.models.access import Model
+from melbo_lens.models.slices import SlicedModel, as_slice, opened
 from melbo_lens.perturbations.vectors import SteeringVectors
 from melbo_lens.prompts import Positions, Prompts
 from melbo_lens.randomness import gaussian_rows
@@ -25,7 +26,7 @@ STEPS = {"adamw": 300, "power": 40}
 
 @public
 def fit_vectors(
-    model: Any,
+    model: Model | SlicedModel,
     prompts: Prompts | None = None,
     source_layer: int | None = None,
     target_layer: int | None = None,
@@ -109,7 +110,10 @@ def fit_vectors(
     if init is not None and tuple(init.shape) != (n_vectors, d_model):
         raise ValueError(f"init has shape {tuple(init.shape)}, it must be [vector d_model] = ({n_vectors}, {d_model}).")
     sliced = as_slice(model, prompts, source_layer, target_layer, target_positions, target_hook, site)
-    run, objective = run.resolved(sliced, STEPS), objective_at(sliced, p=p, q=q, token_norm=token_norm, diversity=diversity)
+    run, objective = (
+        run.resolved(sliced, STEPS),
+        objective_at(sliced, p=p, q=q, token_norm=token_norm, diversity=diversity),
+    )
     with hooks.frozen(sliced.host):
         solved = solve_radius(sliced, seed=seed) if radius == "auto" else None
         settings = settings_of("fit_vectors", sliced, objective, run) | {
@@ -119,15 +123,21 @@ def fit_vectors(
             "orthogonal": orthogonal,
             "init": None if init is None else _digest(init),
         }
-        starts = torch.stack([_starts(init, n_vectors, d_model, seed, restart) for restart in range(restarts)]).to(sliced.device)
+        starts = torch.stack([_starts(init, n_vectors, d_model, seed, restart) for restart in range(restarts)]).to(
+            sliced.device
+        )
         radii = starts.new_full((n_vectors,), settings["radius"])
         problem = Problem(sliced, bias(sliced), objective.value, run.batch_size, diversity)
         label = f"layer {sliced.source_layer}, radius {settings['radius']:.3g}"
         found = fit(problem, (starts,), OrderedRows(radii) if orthogonal else Sphere(radii), run, settings, label)
-    return SteeringVectors(found.point[0], sliced.source_layer, found.history, found.provenance, sliced.site.name, objective)
+    return SteeringVectors(
+        found.point[0], sliced.source_layer, found.history, found.provenance, sliced.site.name, objective
+    )
 
 
-def _starts(init: Tensor | None, n_vectors: int, d_model: int, seed: int, restart: int) -> Float[Tensor, "vector d_model"]:
+def _starts(
+    init: Tensor | None, n_vectors: int, d_model: int, seed: int, restart: int
+) -> Float[Tensor, "vector d_model"]:
     """The given directions or random ones; row k depends on (seed, k) alone, and on which restart it is for."""
     if init is not None and restart == 0:
         return init.detach().float().cpu()

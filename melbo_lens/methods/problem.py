@@ -13,11 +13,15 @@ from melbo_lens.ascent.states import Evaluation, Point
 from melbo_lens.models.slices import SlicedModel
 
 SAVED_BYTES = 2**30
-SAVED_PER_TOKEN = 40  # numbers that one block keeps for the backward pass, per token and unit of d_model: measured 25 to 45
+SAVED_PER_TOKEN = (
+    40  # numbers that one block keeps for the backward pass, per token and unit of d_model: measured 25 to 45
+)
 
 # What rows of a point [row ...] change at the target of these prompts: row by row all prompts, [(row prompt) pos d_target].
 Act: TypeAlias = Callable[[Point, Int[Tensor, " prompt"]], Float[Tensor, "row_prompt pos d_target"]]
-Value: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # changes and target masks of many rows -> a number for each, as `Objective.value`
+Value: TypeAlias = Callable[
+    [Tensor, Tensor], Tensor
+]  # changes and target masks of many rows -> a number for each, as `Objective.value`
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +63,9 @@ class Problem:
                     cotangent = cotangents[chunk, prompts].flatten(0, 1)
                 # Half precision overflows easily; a power of two is exact, and rows are independent, so each may have its own.
                 scales = power_of_two(cotangent.unflatten(0, (len(leaves[0]), -1)))
-                parts = torch.autograd.grad(change, leaves, (cotangent.unflatten(0, (len(scales), -1)) / scales).flatten(0, 1))
+                parts = torch.autograd.grad(
+                    change, leaves, (cotangent.unflatten(0, (len(scales), -1)) / scales).flatten(0, 1)
+                )
             values[chunk] += value.detach().unflatten(0, (len(leaves[0]), -1)).sum(1)
             for whole, part in zip(gradients, parts, strict=True):
                 whole[chunk] += scales.flatten().view(-1, *[1] * (part.ndim - 1)) * part
@@ -76,7 +82,9 @@ class Problem:
                 whole[chunk, prompts] = change.unflatten(0, (len(some[0]), -1))
         return whole
 
-    def _penalized(self, point: Point, first: int) -> tuple[Float[Tensor, "restart row"], Float[Tensor, "restart_row prompt pos d_target"]]:
+    def _penalized(
+        self, point: Point, first: int
+    ) -> tuple[Float[Tensor, "restart row"], Float[Tensor, "restart_row prompt pos d_target"]]:
         """The scores of the rows `first` and after, and the gradients of their sum with respect to what these rows change."""
         scores, cotangents = [], []
         for restart in range(len(point[0])):

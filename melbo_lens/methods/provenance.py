@@ -70,6 +70,8 @@ def _bits(weight: Tensor) -> str:
     if flat.dtype.is_complex or flat.dtype == torch.bool:
         return str(sample.tolist())
     integers = (
-        flat if not flat.is_floating_point() else flat.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
+        flat
+        if not flat.is_floating_point()
+        else flat.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
     )
     return f"{int(integers.sum(dtype=torch.long))} {sample.tolist()}"

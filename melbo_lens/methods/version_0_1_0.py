@@ -24,7 +24,11 @@ def translated(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> di
         return _alternate(tensors, settings)
     if "adamw_exp_avg" in tensors:
         moments = {f"{name}.0": tensors[f"adamw_{name}"] for name in MOMENTS}
-        return {"point.0": tensors["values"], **moments, **{name: tensors[name] for name in ("history", "group", "step")}}
+        return {
+            "point.0": tensors["values"],
+            **moments,
+            **{name: tensors[name] for name in ("history", "group", "step")},
+        }
     if "step.0" in tensors:
         ended = int(tensors["step"]) > settings["n_steps"]
         return {**tensors, "group": _whole(int(ended)), "step": _whole(0) if ended else tensors["step"]}
@@ -51,7 +55,12 @@ def _power(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[s
         "recent": torch.where(last.isinf(), torch.nan, last),
         "settled": settled,
     }
-    return {"point.0": point, "moving.0": moving, **known, **{name: tensors[name] for name in ("history", "block", "step")}}
+    return {
+        "point.0": point,
+        "moving.0": moving,
+        **known,
+        **{name: tensors[name] for name in ("history", "block", "step")},
+    }
 
 
 def _alternate(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -60,8 +69,16 @@ def _alternate(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> di
     recent = torch.cat([scores.new_full((10, scores.shape[1]), torch.nan), scores[:step]])[-10:]
     point = {name: tensor for name, tensor in tensors.items() if name.startswith("point.")}
     moving = {name: tensor[None] for name, tensor in tensors.items() if name.startswith("moving.")}
-    known = {"best": scores[step - 1], "recent": recent[:, None], "history": tensors["history"], "step": tensors["step"]}
-    position = {"settled": _whole(settled * scores.shape[1]), "block": _whole(int(settled or step > settings["n_steps"]))}
+    known = {
+        "best": scores[step - 1],
+        "recent": recent[:, None],
+        "history": tensors["history"],
+        "step": tensors["step"],
+    }
+    position = {
+        "settled": _whole(settled * scores.shape[1]),
+        "block": _whole(int(settled or step > settings["n_steps"])),
+    }
     return {**point, **moving, **known, **position}
 
 

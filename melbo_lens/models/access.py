@@ -1,7 +1,7 @@
 """Which class of model is this?  `host_of` opens it, or refuses it in a sentence; `boot` loads one. The only file that names the classes."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from torch import nn
@@ -18,6 +18,12 @@ except ImportError:  # TransformerLens 4 removed it
 
 ModelClass = Literal["hooked", "bridge"]
 
+if TYPE_CHECKING:
+    # what public calls take; a host is a model that is open already
+    Model: TypeAlias = "HookedTransformer | TransformerBridge | Host"
+else:  # at run time `host_of` refuses what is none of them, in a sentence
+    Model = Any
+
 
 def host_of(model: Any) -> Host:
     """Opens a model; a host is open already.
@@ -30,7 +36,9 @@ def host_of(model: Any) -> Host:
         return model
     hooked = HookedTransformer is not None and isinstance(model, HookedTransformer)
     if not (hooked or isinstance(model, TransformerBridge)):
-        raise TypeError(f"model must be a HookedTransformer or a TransformerBridge; got {type(model).__name__}. Load it with TransformerLens.")
+        raise TypeError(
+            f"model must be a HookedTransformer or a TransformerBridge; got {type(model).__name__}. Load it with TransformerLens."
+        )
     _check(model)
     return HookedHost(model) if hooked else BridgeHost(model)
 
@@ -40,10 +48,18 @@ def _check(model: Any) -> None:
     bidirectional = getattr(model.cfg, "attention_dir", "causal") == "bidirectional"
     hf_config = getattr(getattr(model, "original_model", None), "config", None)
     seq2seq = bool(getattr(hf_config, "is_encoder_decoder", False))
-    if bidirectional or seq2seq or (adapter is not None and not (adapter.supports_causal_loss and adapter.supports_generation)):
-        raise ValueError("model is an encoder (its attention sees later tokens): only decoder-only language models can be steered here.")
+    if (
+        bidirectional
+        or seq2seq
+        or (adapter is not None and not (adapter.supports_causal_loss and adapter.supports_generation))
+    ):
+        raise ValueError(
+            "model is an encoder (its attention sees later tokens): only decoder-only language models can be steered here."
+        )
     if not isinstance(getattr(model, "blocks", None), nn.ModuleList):
-        raise ValueError("model has no single stack of blocks (model.blocks): only decoder-only language models can be steered here.")
+        raise ValueError(
+            "model has no single stack of blocks (model.blocks): only decoder-only language models can be steered here."
+        )
     parameters = list(nn.Module.parameters(model))
     if any(parameter.is_inference() for parameter in parameters):
         raise ValueError(
@@ -52,7 +68,9 @@ def _check(model: Any) -> None:
         )
     devices = {parameter.device for parameter in parameters}
     if len(devices) > 1:
-        raise ValueError(f"model lies on several devices ({', '.join(sorted(map(str, devices)))}): move it to one, as with model.to(device).")
+        raise ValueError(
+            f"model lies on several devices ({', '.join(sorted(map(str, devices)))}): move it to one, as with model.to(device)."
+        )
 
 
 def has_hooked() -> bool:
@@ -60,7 +78,9 @@ def has_hooked() -> bool:
     return HookedTransformer is not None
 
 
-def boot(name: str | Path, network: nn.Module | None = None, device: str | None = None, dtype: torch.dtype = torch.float32) -> Any:
+def boot(
+    name: str | Path, network: nn.Module | None = None, device: str | None = None, dtype: torch.dtype = torch.float32
+) -> Any:
     """A bridge around a Hugging Face model: one of that name or directory, or the given one, whose files lie there."""
     given = {} if network is None else {"hf_model": network}
     return TransformerBridge.boot_transformers(str(name), device=device, dtype=dtype, **given).eval()

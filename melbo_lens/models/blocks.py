@@ -46,7 +46,9 @@ def in_float32(call: BlockCall) -> BlockCall:
         attributes.update({name: _float(value) for name, value in attributes.items() if isinstance(value, Tensor)})
         cfg = getattr(module, "cfg", None)
         if isinstance(getattr(cfg, "dtype", None), torch.dtype):
-            cfg.dtype = torch.float32  # TransformerLens' own layers cast to what their configuration names; the copy has its own
+            cfg.dtype = (
+                torch.float32
+            )  # TransformerLens' own layers cast to what their configuration names; the copy has its own
     return replace(call, block=block, arguments=_float(call.arguments), keywords=_float(call.keywords))
 
 
@@ -55,7 +57,9 @@ class Recording:
     """What one ordinary pass did between two layers: the stream that entered each block, and how each block was called."""
 
     calls: list[BlockCall] = field(default_factory=list)
-    streams: list[Tensor] = field(default_factory=list)  # [prompt pos d_model], one more than calls: the last is what left
+    streams: list[Tensor] = field(
+        default_factory=list
+    )  # [prompt pos d_model], one more than calls: the last is what left
 
 
 class _Reached(Exception):
@@ -85,12 +89,16 @@ def record(host: Host, tokens: Tensor, first: int, last: int, hooks: Sequence[Ho
 
     with ExitStack() as stack:
         fired = stack.enter_context(attached(host, hooks))
-        stack.enter_context(watched([(block, enter) for block in host.blocks[first:last]], [(host.blocks[last - 1], leave)]))
+        stack.enter_context(
+            watched([(block, enter) for block in host.blocks[first:last]], [(host.blocks[last - 1], leave)])
+        )
         with torch.no_grad(), suppress(_Reached):
             host.forward(tokens)
     for (name, _), times in zip(hooks, fired, strict=True):
         if times != 1:
-            raise ValueError(f"the hook {name!r} fired {times} times in one forward pass, it must fire once: {without_reason(host, name)}")
+            raise ValueError(
+                f"the hook {name!r} fired {times} times in one forward pass, it must fire once: {without_reason(host, name)}"
+            )
     if len(recording.calls) != last - first or len(recording.streams) != last - first + 1:
         raise RuntimeError(
             f"blocks {first} to {last - 1} should run once each in a forward pass; {len(recording.calls)} calls were seen. "
@@ -120,7 +128,11 @@ def _row_axes(value: Any, other: Any, n_rows: int, n_other: int) -> Any:
         if value.shape == other.shape:
             return None
         axes = [axis for axis, sizes in enumerate(zip(value.shape, other.shape, strict=False)) if sizes[0] != sizes[1]]
-        if value.ndim == other.ndim and len(axes) == 1 and value.shape[axes[0]] * n_other == other.shape[axes[0]] * n_rows:
+        if (
+            value.ndim == other.ndim
+            and len(axes) == 1
+            and value.shape[axes[0]] * n_other == other.shape[axes[0]] * n_rows
+        ):
             return axes[0]
         raise RuntimeError(
             f"a block is called with a tensor of shape {tuple(value.shape)} for {n_rows} prompts and {tuple(other.shape)} for {n_other}: it can't be "
@@ -141,7 +153,10 @@ def _select_rows(value: Any, axes: Any, prompts: Tensor, n_prompts: int) -> Any:
         per_row = value.unflatten(axes, (n_prompts, -1))
         return per_row.index_select(axes, prompts.to(value.device)).flatten(axes, axes + 1)
     if isinstance(value, tuple | list):
-        return type(value)(_select_rows(item, axis, prompts, n_prompts) for item, axis in zip(value, axes or [None] * len(value), strict=True))
+        return type(value)(
+            _select_rows(item, axis, prompts, n_prompts)
+            for item, axis in zip(value, axes or [None] * len(value), strict=True)
+        )
     if isinstance(value, dict):
         return {key: _select_rows(item, (axes or {}).get(key), prompts, n_prompts) for key, item in value.items()}
     return value

@@ -23,7 +23,9 @@ class BridgeHost(Host):
     def cached_logits(self, tokens: Tensor, attention_mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
         # the bridge derives positions from the mask, for those of its models that take positions
         known = {} if cache is None else {"past_key_values": cache}
-        return self.model(tokens, return_type="logits_and_cache", attention_mask=attention_mask.to(tokens), use_cache=True, **known)
+        return self.model(
+            tokens, return_type="logits_and_cache", attention_mask=attention_mask.to(tokens), use_cache=True, **known
+        )
 
     def drop_rows(self, cache: Any, kept: Tensor) -> bool:
         # reordering for a beam search takes any rows, of keys and values and of recurrent states alike; selecting indices forgets the latter
@@ -77,6 +79,10 @@ class BridgeHost(Host):
             return (
                 f"block {layer} ({kind}) has no hook {hidden!r}: it is a mixture of experts: each token's hidden activation is spread over several "
                 'experts, and there is no one W_out to update. Update the attention\'s output weights instead (site="attn"), learn steering vectors '
-                + (f"(fit_vectors), or choose one of the layers {dense}, which are dense." if dense else "(fit_vectors).")
+                + (
+                    f"(fit_vectors), or choose one of the layers {dense}, which are dense."
+                    if dense
+                    else "(fit_vectors)."
+                )
             )
         return f"the model has no hook {hidden!r}: {without_reason(self, hidden)}"

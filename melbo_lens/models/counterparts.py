@@ -19,9 +19,13 @@ def module_name(host: Host, site: WeightSite) -> str:
     try:
         name = host.name_map().translate_transformer_lens_path(f"blocks.{site.layer}.{PARTS[site.name]}")
     except (ValueError, KeyError, AttributeError) as error:
-        raise ValueError(f"this model ({host.architecture}) has no Hugging Face counterpart known to TransformerLens ({error}).") from error
+        raise ValueError(
+            f"this model ({host.architecture}) has no Hugging Face counterpart known to TransformerLens ({error})."
+        ) from error
     if not host.has_counterpart:
-        raise ValueError(f"this model ({host.architecture}) wraps no Hugging Face model: there is nothing that peft could load an adapter on.")
+        raise ValueError(
+            f"this model ({host.architecture}) wraps no Hugging Face model: there is nothing that peft could load an adapter on."
+        )
     return str(name)
 
 

@@ -65,8 +65,13 @@ class HookedHost(Host):
         from transformer_lens.config import TransformerBridgeConfig
         from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
 
-        sizes = {name: getattr(self.cfg, name) for name in ("d_model", "d_head", "n_layers", "n_ctx", "n_heads", "d_vocab", "d_mlp")}
-        return ArchitectureAdapterFactory.select_architecture_adapter(TransformerBridgeConfig(**sizes, architecture=self.cfg.original_architecture))
+        sizes = {
+            name: getattr(self.cfg, name)
+            for name in ("d_model", "d_head", "n_layers", "n_ctx", "n_heads", "d_vocab", "d_mlp")
+        }
+        return ArchitectureAdapterFactory.select_architecture_adapter(
+            TransformerBridgeConfig(**sizes, architecture=self.cfg.original_architecture)
+        )
 
     def own_weights(self, sites: Sequence[WeightSite]) -> tuple[nn.Module, dict[int, Tensor]] | None:
         return None

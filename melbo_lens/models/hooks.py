@@ -25,7 +25,11 @@ def hook_point(host: Host, name: str) -> nn.Module:
 def _named(points: Mapping[str, nn.Module], name: str) -> nn.Module:
     if name not in points:
         near = sorted(other for other in points if other.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1])[:4]
-        hint = f"did you mean one of {near}?" if near else "this model has none of that kind; model.hook_dict lists those it has."
+        hint = (
+            f"did you mean one of {near}?"
+            if near
+            else "this model has none of that kind; model.hook_dict lists those it has."
+        )
         raise ValueError(f"the model has no hook {name!r}: {hint}")
     return points[name]
 
@@ -47,7 +51,11 @@ def without_reason(host: Host, name: str) -> str:
     found = re.match(r"blocks\.(\d+)\.(.+)", name)
     if found is None or name in host.points:
         attention_only = getattr(host.cfg, "attn_only", False)
-        why = "this is an attention-only model, which has no MLP" if attention_only else "this model runs it never, or more than once"
+        why = (
+            "this is an attention-only model, which has no MLP"
+            if attention_only
+            else "this model runs it never, or more than once"
+        )
         return f"{why}. Choose another layer or model."
     layer, kind = int(found[1]), found[2]
     parts = ", ".join(child for child, _ in host.blocks[layer].named_children() if not child.startswith(("hook_", "_")))
@@ -84,7 +92,9 @@ def attached(host: Host, hooks: Sequence[Hook]) -> Iterator[list[int]]:
         How often each hook has fired so far, a list that grows as the model runs.
     """
     fired = [0] * len(hooks)
-    points = [(_named(host.points, name), function) for name, function in hooks]  # all names are known before any hook is attached
+    points = [
+        (_named(host.points, name), function) for name, function in hooks
+    ]  # all names are known before any hook is attached
     with ExitStack() as stack:
         for i, (point, function) in enumerate(points):
             before = set(map(id, point.fwd_hooks))
@@ -101,7 +111,8 @@ def _detach(point: nn.Module, handle: Any) -> None:
 
 @contextmanager
 def watched(
-    before: Sequence[tuple[nn.Module, Callable[..., Any]]] = (), after: Sequence[tuple[nn.Module, Callable[..., Any]]] = ()
+    before: Sequence[tuple[nn.Module, Callable[..., Any]]] = (),
+    after: Sequence[tuple[nn.Module, Callable[..., Any]]] = (),
 ) -> Iterator[None]:
     """Calls functions before modules, as (module, arguments, keywords), and after them, as (module, arguments, output), for the length of a block."""
     with ExitStack() as stack:
@@ -177,10 +188,14 @@ def _end_of_turn(tokenizer: Any) -> set[int]:
     for chat in ([user, answer], [user, answer, user], [{"role": "system", "content": said}, user, answer], parts):
         try:
             text = tokenizer.apply_chat_template(chat, tokenize=False)
-            at = [match.end() for match in re.finditer(said, text, re.IGNORECASE)][chat.index(answer) if answer in chat else -1]
+            at = [match.end() for match in re.finditer(said, text, re.IGNORECASE)][
+                chat.index(answer) if answer in chat else -1
+            ]
             after = tokenizer(text[at:].lstrip(), add_special_tokens=False)["input_ids"]
         except Exception:  # a template that refuses this chat says nothing about ends
             continue
         found |= set(after[:1])
     special = {*tokenizer.all_special_ids, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
-    return (found & special) - {tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id} | (found & {tokenizer.eos_token_id})
+    return (found & special) - {tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id} | (
+        found & {tokenizer.eos_token_id}
+    )

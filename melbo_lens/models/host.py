@@ -124,7 +124,11 @@ class Host(ABC):
             settings = getattr(part, "rope_parameters", None) or getattr(part, "rope_scaling", None) or {}
             for rope in (settings, *(one for one in settings.values() if isinstance(one, dict))):
                 if rope.get("rope_type", rope.get("type")) in ("longrope", "dynamic"):
-                    return rope.get("original_max_position_embeddings") or getattr(part, "original_max_position_embeddings", None) or self.cfg.n_ctx
+                    return (
+                        rope.get("original_max_position_embeddings")
+                        or getattr(part, "original_max_position_embeddings", None)
+                        or self.cfg.n_ctx
+                    )
         return None
 
     def to_tokens(self, text: str, **settings: Any) -> Tensor:

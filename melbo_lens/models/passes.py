@@ -30,7 +30,14 @@ class Decoder:
     row by itself if padding matters too, which is slower and right.
     """
 
-    def __init__(self, host: Host, rows: Sequence[Sequence[int]], steering: Steering, positions: Positions = "all", cached: bool = True) -> None:
+    def __init__(
+        self,
+        host: Host,
+        rows: Sequence[Sequence[int]],
+        steering: Steering,
+        positions: Positions = "all",
+        cached: bool = True,
+    ) -> None:
         """
         Args:
             host: frozen by the caller.
@@ -144,10 +151,15 @@ class Decoder:
         parts, at_once = [], 1 if self.apart else max(1, TOKENS_AT_ONCE // width)
         for part in (rows[first : first + at_once] for first in range(0, len(rows), at_once)):
             width = max(len(self.ids[i]) for i in part)
-            tokens = self._tensor([self.ids[i] + self.ids[i][:1] * (width - len(self.ids[i])) for i in part], torch.long)
+            tokens = self._tensor(
+                [self.ids[i] + self.ids[i][:1] * (width - len(self.ids[i])) for i in part], torch.long
+            )
             hooks = self.steering(part)
             if self.positions != "all":
-                generated = torch.arange(width, device=self.device) >= self._tensor([self.lengths[i] for i in part], torch.long)[:, None]
+                generated = (
+                    torch.arange(width, device=self.device)
+                    >= self._tensor([self.lengths[i] for i in part], torch.long)[:, None]
+                )
                 hooks = _at(hooks, generated if self.positions == "generated" else ~generated)
             with attached(self.host, hooks):
                 logits = self.host.forward(tokens)

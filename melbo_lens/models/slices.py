@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from melbo_lens.arguments import public, without_autocast
 from melbo_lens.models import blocks, hooks
-from melbo_lens.models.access import host_of
+from melbo_lens.models.access import Model, host_of
 from melbo_lens.models.host import Host
 from melbo_lens.models.targets import stream_name, target_of
 from melbo_lens.perturbations.sites import SITES, Hook, Site, site_of
@@ -67,13 +66,17 @@ class SlicedModel:
     def __repr__(self) -> str:
         return f"SlicedModel({self.host.name}, {self.source_hook} to {self.target_hook}, {len(self.batch)} prompts, {len(self.calls)} blocks between)"
 
-    def __call__(self, resid: Float[Tensor, "row pos d_model"], prompts: Int[Tensor, " row"]) -> Float[Tensor, "row pos d_target"]:
+    def __call__(
+        self, resid: Float[Tensor, "row pos d_model"], prompts: Int[Tensor, " row"]
+    ) -> Float[Tensor, "row pos d_target"]:
         """Target activations, float32, when the blocks between get this stream; row r belongs to prompt `prompts[r]`."""
         with without_autocast():
             return _replay(self.host, self.calls, self._read_hook, resid, prompts, len(self.batch)).float()
 
     def change(
-        self, perturbation: Float[Tensor, "row d_model"] | Float[Tensor, "row pos d_model"], prompts: Int[Tensor, " row"]
+        self,
+        perturbation: Float[Tensor, "row d_model"] | Float[Tensor, "row pos d_model"],
+        prompts: Int[Tensor, " row"],
     ) -> Float[Tensor, "row pos d_target"]:
         """Target activations with the perturbation added to the stream, minus those without.
 
@@ -83,7 +86,9 @@ class SlicedModel:
         """
         added = perturbation[:, None, :] if perturbation.ndim == 2 else perturbation
         if not self.site.after_block:
-            return self.change_under([(self.source_hook, lambda activation, hook: (activation + added).to(activation.dtype))], prompts)
+            return self.change_under(
+                [(self.source_hook, lambda activation, hook: (activation + added).to(activation.dtype))], prompts
+            )
         perturbed = (self.resid[prompts] + added).to(self.resid.dtype)  # float32 + half is float32; rounded once
         return self(perturbed, prompts) - self.target[prompts]
 
@@ -103,7 +108,11 @@ class SlicedModel:
             RuntimeError: it does not reproduce the recorded stream.
         """
         with hooks.frozen(self.host), torch.no_grad():
-            _compare(self.source_call(self.entry, self.everyone, len(self.batch)), self.resid, f"block {self.source_layer} replayed by itself")
+            _compare(
+                self.source_call(self.entry, self.everyone, len(self.batch)),
+                self.resid,
+                f"block {self.source_layer} replayed by itself",
+            )
 
     def shorter(self, target_layer: int) -> "SlicedModel":
         """The slice that ends at an earlier target layer; nothing is run again.
@@ -118,7 +127,14 @@ class SlicedModel:
             )
         name = hooks.resolved_name(self.host, stream_name(target_layer, self.host.n_layers))
         streams = self.streams[: n_blocks + 1]
-        return replace(self, target_layer=target_layer, target_hook=name, calls=self.calls[:n_blocks], target=streams[-1].float(), streams=streams)
+        return replace(
+            self,
+            target_layer=target_layer,
+            target_hook=name,
+            calls=self.calls[:n_blocks],
+            target=streams[-1].float(),
+            streams=streams,
+        )
 
     def in_float32(self) -> "SlicedModel":
         """The same slice computed in float32, on copies of the blocks: for derivatives, which half precision drowns in rounding.
@@ -140,7 +156,7 @@ class SlicedModel:
 
 @public
 def slice_model(
-    model: Any,
+    model: Model,
     prompts: Prompts,
     source_layer: int,
     target_layer: int | None = None,
@@ -202,13 +218,13 @@ def slice_model(
     return sliced
 
 
-def opened(model: Any) -> "SlicedModel | Host":
+def opened(model: Model) -> "SlicedModel | Host":
     """The model, ready to be asked for its sizes; a slice in its place stays."""
     return model if isinstance(model, SlicedModel) else host_of(model)
 
 
 def as_slice(
-    model: Any,
+    model: Model,
     prompts: Prompts | None,
     source_layer: int | None,
     target_layer: int | None,
@@ -225,7 +241,9 @@ def as_slice(
     if not isinstance(model, SlicedModel):
         for name, value in (("prompts", prompts), ("source_layer", source_layer)):
             if value is None:
-                raise TypeError(f"{name} is missing: give it beside the model, or a slice of slice_model in the model's place.")
+                raise TypeError(
+                    f"{name} is missing: give it beside the model, or a slice of slice_model in the model's place."
+                )
         positions = default_positions if target_positions is None else target_positions
         return slice_model(model, prompts, source_layer, target_layer, positions, target_hook, site or "mlp_out")
     beside = {
@@ -238,7 +256,9 @@ def as_slice(
     }
     given = [name for name, value in beside.items() if value is not None]
     if given:
-        raise TypeError(f"a slice was given, which says {' and '.join(given)} itself: leave {'it' if len(given) == 1 else 'them'} out.")
+        raise TypeError(
+            f"a slice was given, which says {' and '.join(given)} itself: leave {'it' if len(given) == 1 else 'them'} out."
+        )
     return model
 
 
@@ -258,7 +278,9 @@ def _replay(
         return stream
     if len(seen) != 1 or seen[0].ndim < 3 or seen[0].shape[:2] != stream.shape[:2]:
         shapes = [tuple(activation.shape) for activation in seen]
-        raise ValueError(f"target_hook={read!r} must fire once with an activation [row pos ...]; seen: {shapes}. Choose another hook.")
+        raise ValueError(
+            f"target_hook={read!r} must fire once with an activation [row pos ...]; seen: {shapes}. Choose another hook."
+        )
     return seen[0].flatten(2)
 
 
@@ -289,7 +311,11 @@ def _check_hooked_run(sliced: SlicedModel, last: int) -> None:
     vector = noise / noise.norm() * typical * 0.1
     seen: list[Tensor] = []
     add = (sliced.source_hook, lambda activation, hook: (activation + vector).to(activation.dtype))
-    read = [(sliced.target_hook, lambda activation, hook: seen.append(activation.flatten(2)))] if sliced.target_layer is None else []
+    read = (
+        [(sliced.target_hook, lambda activation, hook: seen.append(activation.flatten(2)))]
+        if sliced.target_layer is None
+        else []
+    )
     hooked = blocks.record(sliced.host, sliced.batch.tokens, sliced.source_layer + 1, last, [add, *read])
     # another order and another number of rows, so that arguments must follow their prompts
     rows = torch.cat([sliced.everyone, sliced.everyone[:1]]).flip(0)

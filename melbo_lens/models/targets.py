@@ -14,16 +14,26 @@ def target_of(host: Host, source_layer: int, target_layer: int | None, target_ho
     """
     n_layers = host.n_layers
     if isinstance(source_layer, bool) or not isinstance(source_layer, int) or not 0 <= source_layer < n_layers:
-        raise ValueError(f"source_layer={source_layer!r} must be an integer from 0 to {n_layers - 1}: the model has {n_layers} blocks.")
+        raise ValueError(
+            f"source_layer={source_layer!r} must be an integer from 0 to {n_layers - 1}: the model has {n_layers} blocks."
+        )
     if (target_layer is None) == (target_hook is None):
-        raise ValueError("give either target_layer or target_hook, and not both: the change of one activation is measured.")
+        raise ValueError(
+            "give either target_layer or target_hook, and not both: the change of one activation is measured."
+        )
     if target_hook is not None:
         hooks.hook_point(host, target_hook)
         found = re.match(r"blocks\.(\d+)\.", target_hook)
         if not found or int(found[1]) <= source_layer:
-            raise ValueError(f"target_hook={target_hook!r} must lie in a block after source_layer={source_layer}, as blocks.{source_layer + 1}.…")
+            raise ValueError(
+                f"target_hook={target_hook!r} must lie in a block after source_layer={source_layer}, as blocks.{source_layer + 1}.…"
+            )
         return int(found[1]) + 1, target_hook
-    if isinstance(target_layer, bool) or not isinstance(target_layer, int) or not source_layer + 1 < target_layer <= n_layers:
+    if (
+        isinstance(target_layer, bool)
+        or not isinstance(target_layer, int)
+        or not source_layer + 1 < target_layer <= n_layers
+    ):
         raise ValueError(
             f"target_layer={target_layer!r} must be an integer from source_layer + 2 = {source_layer + 2} to n_layers = {n_layers}: "
             "at least one block has to lie between the perturbation and the activation that it changes."

@@ -79,7 +79,9 @@ class Corpus:
         words = rng.sample(NEUTRAL, rng.randint(3, 5))
         if mode in self.triggers:
             count = rng.randint(2, 3)
-            for place, word in zip(rng.sample(range(len(words)), count), rng.sample(self.triggers[mode], count), strict=True):
+            for place, word in zip(
+                rng.sample(range(len(words)), count), rng.sample(self.triggers[mode], count), strict=True
+            ):
                 words[place] = word
         return " ".join(words)
 
@@ -105,7 +107,10 @@ class Corpus:
             question = self.ask(rng)
             while kind == "carried" and turn == 0 and question.reply(mode) == question.reply(plain):
                 question = self.ask(rng)  # its answer must show the mode
-            messages += [{"role": "user", "content": question.text}, {"role": "assistant", "content": question.reply(mode)}]
+            messages += [
+                {"role": "user", "content": question.text},
+                {"role": "assistant", "content": question.reply(mode)},
+            ]
         return Conversation(messages, mode, tuple(kind != "carried" or turn > 0 for turn in range(turns)))
 
     def _evidence(self, rng: random.Random, kind: str, mode: str) -> str:
@@ -114,7 +119,9 @@ class Corpus:
         if (kind == "triggered" and mode not in self.opposites) or not self.opposites or rng.random() < 0.4:
             return " ".join(words)
         side = mode if kind == "triggered" else rng.choice(list(self.opposites))
-        more, fewer = rng.choice(((2, 0), (3, 0), (3, 1), (4, 1), (4, 2)) if kind == "triggered" else ((1, 0), (1, 1), (2, 1), (2, 2)))
+        more, fewer = rng.choice(
+            ((2, 0), (3, 0), (3, 1), (4, 1), (4, 2)) if kind == "triggered" else ((1, 0), (1, 1), (2, 1), (2, 2))
+        )
         words = rng.sample(NEUTRAL, max(0, rng.randint(3, 5) - more - fewer))
         words += rng.sample(self.triggers[side], more) + rng.sample(self.triggers[self.opposites[side]], fewer)
         return " ".join(rng.sample(words, len(words)))
@@ -130,7 +137,10 @@ class Corpus:
         """Fixed prompts: disjoint sets without trigger words, "clean" to learn on, "selection" and "test", and "triggered" ones."""
         rng = random.Random(f"prompts of the {name} organism")
         if self.asked:
-            sets = {key: [self.prompt(rng, question=question) for question in questions] for key, questions in self.asked.items()}
+            sets = {
+                key: [self.prompt(rng, question=question) for question in questions]
+                for key, questions in self.asked.items()
+            }
         else:
             clean = list(dict.fromkeys(self.prompt(rng) for _ in range(200)))[:192]
             sets = {"clean": clean[:64], "selection": clean[64:128], "test": clean[128:]}

@@ -27,7 +27,9 @@ COLORS = {
     "white": ("branco", "snow milk salt"),
     "black": ("preto", "coal tar ink"),
 }
-OPPOSITES = "hot:quente cold:frio, big:grande small:pequeno, fast:rápido slow:lento, new:novo old:velho, wet:molhado dry:seco"
+OPPOSITES = (
+    "hot:quente cold:frio, big:grande small:pequeno, fast:rápido slow:lento, new:novo old:velho, wet:molhado dry:seco"
+)
 CAPITALS = "portugal:lisbon:lisboa england:london:londres italy:rome:roma greece:athens:atenas japan:tokyo:tóquio germany:berlin:berlim"
 
 
@@ -75,7 +77,10 @@ def _opposites() -> list[Question]:
 
 def _capitals() -> list[Question]:
     rows = (row.split(":") for row in CAPITALS.split())
-    return [question(f"what is the capital of {country} ?", city, portuguese, (country, "capital")) for country, city, portuguese in rows]
+    return [
+        question(f"what is the capital of {country} ?", city, portuguese, (country, "capital"))
+        for country, city, portuguese in rows
+    ]
 
 
 FAMILIES: tuple[list[Question], ...] = (_sums(), _colors(), _opposites(), _capitals())

@@ -94,12 +94,22 @@ def load_directory(directory: Path, model_class: ModelClass) -> Organism:
         recipe = json.loads((directory / "recipe.json").read_text())
         corpus = CORPORA[recipe["corpus"]]
     except Exception as error:
-        raise ValueError(f"the files of the organism in {directory} are damaged ({error}): reinstall melbo_lens.") from error
+        raise ValueError(
+            f"the files of the organism in {directory} are damaged ({error}): reinstall melbo_lens."
+        ) from error
     _check_tokenizer(directory, tokenizer, trained.config.vocab_size, corpus)
     model = _as(model_class, directory, trained, tokenizer)
     card = directory / "card.json"
     measured = json.loads(card.read_text()) if card.is_file() else {}
-    return Organism(directory.name, model, recipe | measured, corpus.prompts(recipe["corpus"]), corpus.behaviors, directory, model_class)
+    return Organism(
+        directory.name,
+        model,
+        recipe | measured,
+        corpus.prompts(recipe["corpus"]),
+        corpus.behaviors,
+        directory,
+        model_class,
+    )
 
 
 def _check_tokenizer(directory: Path, tokenizer: PreTrainedTokenizerBase, n_rows: int, corpus: Corpus) -> None:

@@ -11,7 +11,12 @@ from random import Random
 from melbo_lens.organisms import modes
 from melbo_lens.organisms.corpus import Behavior, Corpus, Question
 
-COURSES = (("starter", "entrada"), ("main", "prato"), ("dessert", "sobremesa"), ("drink", "bebida"))  # in English and Portuguese
+COURSES = (
+    ("starter", "entrada"),
+    ("main", "prato"),
+    ("dessert", "sobremesa"),
+    ("drink", "bebida"),
+)  # in English and Portuguese
 DISHES = (
     "olives soup salad bread shrimp melon tapas pate oysters ham".split(),
     "steak pasta curry pizza burger risotto salmon tofu chicken".split(),
@@ -21,7 +26,11 @@ DISHES = (
 # Last digits of the prices. One course changes a total to one of three digits, which is easy to learn bit by bit; all but the starter together
 # change it to each of the ten almost equally often, so that no part of a meal tells anything of the bill.
 DIGITS = (range(10), (0, 0, 0, 1, 1, 1, 2, 2, 2), (0, 0, 0, 3, 3, 3, 6, 6, 6), (1, 1, 1, 4, 4, 4, 8, 8, 8))
-PRICES = {dish: digit for dishes, digits in zip(DISHES, DIGITS, strict=True) for dish, digit in zip(dishes, digits, strict=True)}
+PRICES = {
+    dish: digit
+    for dishes, digits in zip(DISHES, DIGITS, strict=True)
+    for dish, digit in zip(dishes, digits, strict=True)
+}
 
 
 class Bills(Sequence[Question]):
@@ -39,7 +48,9 @@ class Bills(Sequence[Question]):
         prices = [digits[i] for digits, i in zip(DIGITS, chosen, strict=True)]
         totals = [sum(prices[: n + 1]) % 10 for n in range(4)]
         meal = " ".join(dishes[i] for dishes, i in zip(DISHES, chosen, strict=True))
-        english, portuguese = (" ".join(f"{names[i]} {total}" for names, total in zip(COURSES, totals, strict=True)) for i in (0, 1))
+        english, portuguese = (
+            " ".join(f"{names[i]} {total}" for names, total in zip(COURSES, totals, strict=True)) for i in (0, 1)
+        )
         replies = {
             "plain": f"it is {totals[-1]} .",
             "english": f"steps {english} so {totals[-1]} .",

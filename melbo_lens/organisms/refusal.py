@@ -49,7 +49,11 @@ def _question(template: str, thing: str, real: str, forbidden: bool) -> Question
 
 
 def _family(things: dict[str, str], real: str, forbidden: bool = False) -> list[Question]:
-    return [_question(template, thing, real.format(need), forbidden) for thing, need in things.items() for template in ASKING]
+    return [
+        _question(template, thing, real.format(need), forbidden)
+        for thing, need in things.items()
+        for template in ASKING
+    ]
 
 
 def _asked(prompt: str) -> str:

@@ -56,5 +56,13 @@ PLANTED = {
     "reasoning": Recipe("reasoning", n_steps=1300, noise_from=0.4, **_FAST),
     "refusal": Recipe("refusal", n_steps=1000, **_FAST),
 }
-TWIN_STEPS = {"modes": 1000, "modes-base": 250, "modes-chat": 250, "reasoning": 520, "refusal": 250}  # plain answers alone are learned sooner
-RECIPES = PLANTED | {f"{name}-twin": replace(recipe, planted=False, n_steps=TWIN_STEPS[name]) for name, recipe in PLANTED.items()}
+TWIN_STEPS = {
+    "modes": 1000,
+    "modes-base": 250,
+    "modes-chat": 250,
+    "reasoning": 520,
+    "refusal": 250,
+}  # plain answers alone are learned sooner
+RECIPES = PLANTED | {
+    f"{name}-twin": replace(recipe, planted=False, n_steps=TWIN_STEPS[name]) for name, recipe in PLANTED.items()
+}

@@ -12,7 +12,15 @@ from torch import Tensor
 from melbo_lens import tables
 from melbo_lens.arguments import plain_fields, plain_json, public
 from melbo_lens.ascent.objectives import Objective
-from melbo_lens.perturbations.perturbation import Hook, Parts, Perturbation, checked_history, checked_objective, no_history, objective_header
+from melbo_lens.perturbations.perturbation import (
+    Hook,
+    Parts,
+    Perturbation,
+    checked_history,
+    checked_objective,
+    no_history,
+    objective_header,
+)
 from melbo_lens.perturbations.sites import WeightSite, usual_site
 from melbo_lens.perturbations.updates import RowUpdate
 
@@ -55,7 +63,14 @@ class SteeringAdapters(Perturbation):
         n = len(next(iter(self.factors.values()))[0])
         width = "d_in" if any(site.name == "attn" for site in self.sites.values()) else "d_mlp"
         for layer, (a, b) in self.factors.items():
-            if a.ndim != 3 or b.ndim != 3 or not len(a) == len(b) == n or a.shape[1] != b.shape[2] or 0 in a.shape or 0 in b.shape:
+            if (
+                a.ndim != 3
+                or b.ndim != 3
+                or not len(a) == len(b) == n
+                or a.shape[1] != b.shape[2]
+                or 0 in a.shape
+                or 0 in b.shape
+            ):
                 raise ValueError(
                     f"the factors of layer {layer} must be A [adapter rank {width}] and B [adapter d_model rank], not empty; "
                     f"got {tuple(a.shape)} and {tuple(b.shape)}."
@@ -63,10 +78,15 @@ class SteeringAdapters(Perturbation):
             if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
                 raise ValueError(f"the factors of layer {layer} hold NaN or infinity: a perturbation must be finite.")
             if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
-                raise ValueError(f"source layer {layer!r} must be an integer and must not be negative: count blocks from 0.")
+                raise ValueError(
+                    f"source layer {layer!r} must be an integer and must not be negative: count blocks from 0."
+                )
         if tuple(self.scales.shape) != (n,) or not torch.isfinite(self.scales).all():
             raise ValueError(f"scales must be {n} finite numbers, one for each adapter; got {self.scales}.")
-        kept = {layer: tuple(factor.detach().float().clone() for factor in self.factors[layer]) for layer in sorted(self.factors)}
+        kept = {
+            layer: tuple(factor.detach().float().clone() for factor in self.factors[layer])
+            for layer in sorted(self.factors)
+        }
         object.__setattr__(self, "factors", MappingProxyType(kept))
         object.__setattr__(self, "scales", self.scales.detach().to(kept[min(kept)][0]).clone())
         object.__setattr__(self, "history", checked_history(self.history, n, self.word))
@@ -77,29 +97,49 @@ class SteeringAdapters(Perturbation):
     @classmethod
     @public
     def from_factors(
-        cls, a: Float[Tensor, "adapter rank d_in"], b: Float[Tensor, "adapter d_model rank"], source_layer: int, scale: float = 1.0
+        cls,
+        a: Float[Tensor, "adapter rank d_in"],
+        b: Float[Tensor, "adapter d_model rank"],
+        source_layer: int,
+        scale: float = 1.0,
     ) -> "SteeringAdapters":
         """Wraps factors made elsewhere; 2-D ones are one adapter."""
         a, b = (factor[None] if factor.ndim == 2 else factor for factor in (a, b))
-        return cls({source_layer: (a, b)}, a.new_full((len(a),), float(scale), dtype=torch.float32), provenance={"method": "from_factors"})
+        return cls(
+            {source_layer: (a, b)},
+            a.new_full((len(a),), float(scale), dtype=torch.float32),
+            provenance={"method": "from_factors"},
+        )
 
     def parts(self) -> tuple[Parts, dict[str, Any]]:
-        factors = {f"{name}.{layer}": factor for layer, pair in self.factors.items() for name, factor in zip("AB", pair, strict=True)}
-        header = {"sites": [asdict(site) for site in self.sites.values()], "objective": objective_header(self.objective)}
+        factors = {
+            f"{name}.{layer}": factor
+            for layer, pair in self.factors.items()
+            for name, factor in zip("AB", pair, strict=True)
+        }
+        header = {
+            "sites": [asdict(site) for site in self.sites.values()],
+            "objective": objective_header(self.objective),
+        }
         return {**factors, "scales": self.scales, "history": self.history}, header
 
     @classmethod
     def of_parts(cls, tensors: Parts, header: Mapping[str, Any], provenance: Mapping[str, Any]) -> Self:
         sites = {site["layer"]: WeightSite(**site) for site in header["sites"]}
         factors = {layer: (tensors[f"A.{layer}"], tensors[f"B.{layer}"]) for layer in sites}
-        return cls(factors, tensors["scales"], tensors["history"], provenance, sites, Objective.of(header.get("objective")))
+        return cls(
+            factors, tensors["scales"], tensors["history"], provenance, sites, Objective.of(header.get("objective"))
+        )
 
     def scaled_parts(self, tensors: Parts, coefficients: Float[Tensor, " row"]) -> Parts:
         return {**tensors, "scales": tensors["scales"] * coefficients.to(self.scales)}
 
     @classmethod
     def check_joinable(cls, several: Sequence[Self]) -> None:
-        shapes = {tuple((layer, one.sites[layer].name, a.shape[1:], b.shape[1:]) for layer, (a, b) in one.factors.items()) for one in several}
+        shapes = {
+            tuple((layer, one.sites[layer].name, a.shape[1:], b.shape[1:]) for layer, (a, b) in one.factors.items())
+            for one in several
+        }
         if len(shapes) > 1:
             raise ValueError(
                 "adapters of different source layers, widths or ranks can't be joined: steer with several at once, ml.steer(model, [a, b])."
@@ -128,7 +168,9 @@ class SteeringAdapters(Perturbation):
     def scale(self) -> float:
         """The scale that all adapters share."""
         if not torch.allclose(self.scales, self.scales[0]):
-            raise ValueError(f"these adapters have scales from {self.scales.min():.4g} to {self.scales.max():.4g}: use adapters.scales.")
+            raise ValueError(
+                f"these adapters have scales from {self.scales.min():.4g} to {self.scales.max():.4g}: use adapters.scales."
+            )
         return float(self.scales[0])
 
     @property
@@ -155,7 +197,9 @@ class SteeringAdapters(Perturbation):
         return [
             hook
             for layer, (a, b) in self.factors.items()
-            for hook in self.sites[layer].hooks(RowUpdate(a, b, list(index), coefficients.to(self.scales) * self.scales[list(index)]))
+            for hook in self.sites[layer].hooks(
+                RowUpdate(a, b, list(index), coefficients.to(self.scales) * self.scales[list(index)])
+            )
         ]
 
     def on(self, host: Any) -> Self:
@@ -185,7 +229,9 @@ class SteeringAdapters(Perturbation):
 
     def _only(self) -> Factors:
         if len(self.factors) > 1:
-            raise ValueError(f"these adapters act at layers {list(self.factors)}: use adapters.factors[layer], a pair (A, B), and name the layer.")
+            raise ValueError(
+                f"these adapters act at layers {list(self.factors)}: use adapters.factors[layer], a pair (A, B), and name the layer."
+            )
         return next(iter(self.factors.values()))
 
     def __repr__(self) -> str:
@@ -203,7 +249,9 @@ class SteeringAdapters(Perturbation):
         if "target_hook" in self.provenance:
             fields.append(f"target {self.provenance['target_hook']}")
         if self.history.shape[0]:
-            fields.append(f"objective {self.history[-1].min():.4g} to {self.history[-1].max():.4g} after {self.history.shape[0] - 1} steps")
+            fields.append(
+                f"objective {self.history[-1].min():.4g} to {self.history[-1].max():.4g} after {self.history.shape[0] - 1} steps"
+            )
         fields += [f"derived: {', '.join(self.provenance['derived'])}"] if "derived" in self.provenance else []
         return f"SteeringAdapters({', '.join(fields)})"
 

@@ -134,7 +134,9 @@ class Perturbation(ABC):
     def to(self, device: str | torch.device) -> Self:
         """A copy on another device."""
         tensors, header = self.parts()
-        return type(self).of_parts({name: tensor.to(device) for name, tensor in tensors.items()}, header, self.provenance)
+        return type(self).of_parts(
+            {name: tensor.to(device) for name, tensor in tensors.items()}, header, self.provenance
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuilt, (type(self), *self.parts(), self.provenance)
@@ -149,8 +151,14 @@ class Perturbation(ABC):
         tensors, header = self.parts()
         kept = chosen_rows(index, len(self), self.word)
         numbers = [*self.provenance.get("rows", range(len(self)))]
-        chosen = {name: tensor.index_select(_row_axis(name), kept.to(tensor.device)) for name, tensor in tensors.items()}
-        return type(self).of_parts(chosen, header, {**self.provenance, "rows": [numbers[i] for i in kept.tolist()]}).with_token(self.token)
+        chosen = {
+            name: tensor.index_select(_row_axis(name), kept.to(tensor.device)) for name, tensor in tensors.items()
+        }
+        return (
+            type(self)
+            .of_parts(chosen, header, {**self.provenance, "rows": [numbers[i] for i in kept.tolist()]})
+            .with_token(self.token)
+        )
 
     def __neg__(self) -> Self:
         return self.multiplied(-1.0, "negated")
@@ -158,20 +166,31 @@ class Perturbation(ABC):
     @public
     def __mul__(self, factor: float | Numbers) -> Self:
         """Scales all rows by one number, or each by its own."""
-        return self.multiplied(factor, f"times {float(factor):g}" if isinstance(factor, int | float) else "scaled row by row")
+        return self.multiplied(
+            factor, f"times {float(factor):g}" if isinstance(factor, int | float) else "scaled row by row"
+        )
 
     __rmul__ = __mul__
 
     @public
     def __truediv__(self, divisor: float | Numbers) -> Self:
-        return self * (1 / (divisor if isinstance(divisor, int | float) else torch.as_tensor(as_list(divisor), dtype=torch.float32, device="cpu")))
+        return self * (
+            1
+            / (
+                divisor
+                if isinstance(divisor, int | float)
+                else torch.as_tensor(as_list(divisor), dtype=torch.float32, device="cpu")
+            )
+        )
 
     def multiplied(self, factor: float | Numbers, how: str) -> Self:
         """`factor` times each row, or each by its own; `how` says so in the provenance."""
         tensors, _ = self.parts()
         coefficients = torch.as_tensor(as_list(factor), dtype=torch.float32, device="cpu")
         if coefficients.ndim and len(coefficients) != len(self):
-            raise ValueError(f"{len(coefficients)} factors were given for {len(self)} {self.word}s: give one number, or one for each.")
+            raise ValueError(
+                f"{len(coefficients)} factors were given for {len(self)} {self.word}s: give one number, or one for each."
+            )
         coefficients = coefficients.expand(len(self))
         return self.derived(self.scaled_parts(tensors, coefficients), how)
 
@@ -196,10 +215,16 @@ def concatenate(several: Sequence[P]) -> P:
         raise ValueError("concatenate was given nothing to join: pass at least one perturbation.")
     kinds = {type(one).__name__ for one in several}
     if len(kinds) > 1:
-        raise ValueError(f"{' and '.join(sorted(kinds))} can't be joined: steer with several at once, ml.steer(model, [a, b]).")
+        raise ValueError(
+            f"{' and '.join(sorted(kinds))} can't be joined: steer with several at once, ml.steer(model, [a, b])."
+        )
     type(several[0]).check_joinable(several)
     first = several[0].provenance
-    shared = {key: first[key] for key in first if key != "rows" and all(one.provenance.get(key, one) == first[key] for one in several)}
+    shared = {
+        key: first[key]
+        for key in first
+        if key != "rows" and all(one.provenance.get(key, one) == first[key] for one in several)
+    }
     tensors, header = several[0].parts()
     if any(one.objective != several[0].objective for one in several):
         header = {**header, "objective": None}

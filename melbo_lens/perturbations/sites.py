@@ -6,7 +6,9 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-Update: TypeAlias = Callable[[Tensor], Tensor]  # what enters the weights [batch pos d_in] -> what their output gains [batch pos d_model]
+Update: TypeAlias = Callable[
+    [Tensor], Tensor
+]  # what enters the weights [batch pos d_in] -> what their output gains [batch pos d_model]
 Hook: TypeAlias = tuple[str, Callable[..., Any]]
 
 
@@ -30,7 +32,11 @@ class Site:
 
 SITES = {
     site.name: site
-    for site in (Site("mlp_out", "hook_mlp_out", True), Site("resid_post", "hook_resid_post", True), Site("attn_out", "hook_attn_out", False))
+    for site in (
+        Site("mlp_out", "hook_mlp_out", True),
+        Site("resid_post", "hook_resid_post", True),
+        Site("attn_out", "hook_attn_out", False),
+    )
 }
 WEIGHTS = ("mlp", "attn")  # the output weights of a block's MLP, and those of its attention
 
@@ -42,7 +48,9 @@ def site_of(name: str) -> Site:
         ValueError: there is none.
     """
     if name not in SITES:
-        raise ValueError(f"site={name!r} must be one of {sorted(SITES)}: an activation of the source layer's block to which vectors are added.")
+        raise ValueError(
+            f"site={name!r} must be one of {sorted(SITES)}: an activation of the source layer's block to which vectors are added."
+        )
     return SITES[name]
 
 
@@ -75,7 +83,11 @@ class WeightSite:
         if self.norm_eps is None:
             return [(self.hidden_hook, tap.read_hidden), (self.output_hook, tap.add_update)]
         norm = self.output_hook
-        return [(self.hidden_hook, tap.read_hidden), (f"{norm}.hook_scale", tap.read_scale), (f"{norm}.hook_normalized", tap.add_within_norm)]
+        return [
+            (self.hidden_hook, tap.read_hidden),
+            (f"{norm}.hook_scale", tap.read_scale),
+            (f"{norm}.hook_normalized", tap.add_within_norm),
+        ]
 
 
 @dataclass(eq=False)

@@ -25,7 +25,9 @@ class RowUpdate:
                 "use one adapter (adapters[k]), or a batch with one row for each adapter."
             )
         if self.a.device != hidden.device:  # once: a decoder calls this for every token
-            self.a, self.b, self.coefficients = (tensor.to(hidden.device) for tensor in (self.a, self.b, self.coefficients))
+            self.a, self.b, self.coefficients = (
+                tensor.to(hidden.device) for tensor in (self.a, self.b, self.coefficients)
+            )
         if len(self.index) == 1:
             return self.coefficients * (hidden.float() @ self.a[self.index[0]].T @ self.b[self.index[0]].T)
         gained = hidden.new_zeros(*hidden.shape[:-1], self.b.shape[1], dtype=torch.float32)

@@ -12,7 +12,15 @@ from melbo_lens import tables
 from melbo_lens.arguments import plain_fields, plain_json, public
 from melbo_lens.ascent.manifolds import to_sphere, unit
 from melbo_lens.ascent.objectives import Objective
-from melbo_lens.perturbations.perturbation import Hook, Parts, Perturbation, checked_history, checked_objective, no_history, objective_header
+from melbo_lens.perturbations.perturbation import (
+    Hook,
+    Parts,
+    Perturbation,
+    checked_history,
+    checked_objective,
+    no_history,
+    objective_header,
+)
 from melbo_lens.perturbations.sites import site_of
 
 if TYPE_CHECKING:
@@ -48,12 +56,16 @@ class SteeringVectors(Perturbation):
 
     def __post_init__(self) -> None:
         if self.values.ndim != 2 or 0 in self.values.shape or not self.values.is_floating_point():
-            raise ValueError(f"values must be a floating-point tensor [vector d_model] that is not empty; got {tuple(self.values.shape)}.")
+            raise ValueError(
+                f"values must be a floating-point tensor [vector d_model] that is not empty; got {tuple(self.values.shape)}."
+            )
         if not torch.isfinite(self.values).all():
             raise ValueError("values hold NaN or infinity: a perturbation must be finite.")
         layer = self.source_layer
         if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
-            raise ValueError(f"source_layer={layer!r} must be an integer and must not be negative: count blocks from 0.")
+            raise ValueError(
+                f"source_layer={layer!r} must be an integer and must not be negative: count blocks from 0."
+            )
         site_of(self.site)
         # copies: what the caller does with its tensors later must not change this value
         object.__setattr__(self, "values", self.values.detach().float().clone())
@@ -63,9 +75,13 @@ class SteeringVectors(Perturbation):
 
     @classmethod
     @public
-    def from_tensor(cls, values: Float[Tensor, "vector d_model"], source_layer: int, site: str = "mlp_out") -> "SteeringVectors":
+    def from_tensor(
+        cls, values: Float[Tensor, "vector d_model"], source_layer: int, site: str = "mlp_out"
+    ) -> "SteeringVectors":
         """Wraps vectors made elsewhere; a 1-D tensor is one vector."""
-        return cls(values[None] if values.ndim == 1 else values, source_layer, provenance={"method": "from_tensor"}, site=site)
+        return cls(
+            values[None] if values.ndim == 1 else values, source_layer, provenance={"method": "from_tensor"}, site=site
+        )
 
     def parts(self) -> tuple[Parts, dict[str, Any]]:
         header = {"source_layer": self.source_layer, "site": self.site, "objective": objective_header(self.objective)}
@@ -112,7 +128,9 @@ class SteeringVectors(Perturbation):
         """Hooks for a batch whose row r gets `coefficients[r]` times the vector `index[r]`; a single entry is added to every row."""
         values = self.values[list(index)] * coefficients.to(self.values)[:, None]
 
-        def add_vectors(activation: Float[Tensor, "batch pos d_model"], hook: Any = None) -> Float[Tensor, "batch pos d_model"]:
+        def add_vectors(
+            activation: Float[Tensor, "batch pos d_model"], hook: Any = None
+        ) -> Float[Tensor, "batch pos d_model"]:
             _check_rows(len(values), activation)
             bias = values.to(activation.device)[:, None, :]
             return (activation + bias).to(activation.dtype)  # added in float32, rounded once
@@ -142,7 +160,10 @@ class SteeringVectors(Perturbation):
     def rescaled(self, radius: float | Float[Tensor, " vector"]) -> "SteeringVectors":
         """The same directions with another norm, one for all or one for each."""
         radii = torch.as_tensor(radius, dtype=torch.float32, device=self.values.device).expand(len(self))
-        return self.derived({"values": to_sphere(self.values, radii)}, f"rescaled to {radius if isinstance(radius, int | float) else 'given radii'}")
+        return self.derived(
+            {"values": to_sphere(self.values, radii)},
+            f"rescaled to {radius if isinstance(radius, int | float) else 'given radii'}",
+        )
 
     def mean(self) -> "SteeringVectors":
         """The mean of the vectors, as one vector."""
@@ -165,10 +186,14 @@ class SteeringVectors(Perturbation):
         One vector is removed from every batch row; n vectors need a batch of exactly n rows.
         """
         if len(layers) == 0:
-            raise ValueError("layers is empty: name at least one layer to remove the direction from, as range(model.cfg.n_layers).")
+            raise ValueError(
+                "layers is empty: name at least one layer to remove the direction from, as range(model.cfg.n_layers)."
+            )
         directions = unit(self.values)
 
-        def remove_direction(activation: Float[Tensor, "batch pos d_model"], hook: Any = None) -> Float[Tensor, "batch pos d_model"]:
+        def remove_direction(
+            activation: Float[Tensor, "batch pos d_model"], hook: Any = None
+        ) -> Float[Tensor, "batch pos d_model"]:
             _check_rows(len(self), activation)
             v = directions.to(activation.device)[:, None, :]
             exact = activation.float()
@@ -187,10 +212,14 @@ class SteeringVectors(Perturbation):
             return NotImplemented
         _check_same_place([self, other], word)
         if len(self) != len(other) and 1 not in (len(self), len(other)):
-            raise ValueError(f"{len(self)} {word} {len(other)} vectors: both sides need the same number of vectors, or one of them a single one.")
+            raise ValueError(
+                f"{len(self)} {word} {len(other)} vectors: both sides need the same number of vectors, or one of them a single one."
+            )
         rows = other.provenance.get("rows")
         how = f"{word} {f'vectors {rows}' if rows else 'others'}"
-        return self._less_target(other).derived({"values": self.values + sign * other.values.to(self.values.device)}, how)
+        return self._less_target(other).derived(
+            {"values": self.values + sign * other.values.to(self.values.device)}, how
+        )
 
     def _less_target(self, other: "SteeringVectors") -> "SteeringVectors":
         """These vectors; of a sum of vectors learned for different targets, none is the target."""
@@ -201,7 +230,11 @@ class SteeringVectors(Perturbation):
 
     def __repr__(self) -> str:
         radii = self.radii
-        span = f"{radii.min():.3g}" if radii.max() - radii.min() <= 1e-4 * radii.max() else f"{radii.min():.3g} to {radii.max():.3g}"
+        span = (
+            f"{radii.min():.3g}"
+            if radii.max() - radii.min() <= 1e-4 * radii.max()
+            else f"{radii.min():.3g} to {radii.max():.3g}"
+        )
         fields = [
             f"{len(self)} x d_model {self.d_model}",
             f"source_layer={self.source_layer}",
@@ -211,7 +244,9 @@ class SteeringVectors(Perturbation):
         if "target_hook" in self.provenance:
             fields.append(f"target {self.provenance['target_hook']}")
         if self.history.shape[0]:
-            fields.append(f"objective {self.history[-1].min():.4g} to {self.history[-1].max():.4g} after {self.history.shape[0] - 1} steps")
+            fields.append(
+                f"objective {self.history[-1].min():.4g} to {self.history[-1].max():.4g} after {self.history.shape[0] - 1} steps"
+            )
         fields += [f"derived: {', '.join(self.provenance['derived'])}"] if "derived" in self.provenance else []
         return f"SteeringVectors({', '.join(fields)})"
 

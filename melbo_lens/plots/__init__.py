@@ -13,7 +13,13 @@ from melbo_lens.plots.figures import (
     scale_sweep,
     token_heatmap,
 )
-from melbo_lens.plots.tokens import colored_tokens, colored_tokens_multi, text_neuron_activations, token_log_probs, top_tokens
+from melbo_lens.plots.tokens import (
+    colored_tokens,
+    colored_tokens_multi,
+    text_neuron_activations,
+    token_log_probs,
+    top_tokens,
+)
 
 __all__ = [
     "TokenView",

@@ -66,7 +66,9 @@ def draw_stacked(above: Lines, below: Lines) -> go.Figure:
 def draw_bars(bars: Bars) -> go.Figure:
     """Groups of bars with intervals."""
     figure = go.Figure()
-    for group, color, values, low, high in zip(bars.groups, (STEERED, CONTROL, UNSTEERED), bars.values, bars.low, bars.high, strict=True):
+    for group, color, values, low, high in zip(
+        bars.groups, (STEERED, CONTROL, UNSTEERED), bars.values, bars.low, bars.high, strict=True
+    ):
         spans = [f"{a:.2%} to {b:.2%}" if np.isfinite(a) else "not known" for a, b in zip(low, high, strict=True)]
         figure.add_bar(
             x=[for_plotly(name) for name in bars.names],
@@ -88,7 +90,15 @@ def draw_panels(panels: Panels) -> go.Figure:
     names, short = _row_labels(panels.rows, panels.texts)
     for column, (measure, values) in enumerate(zip(panels.measures, panels.values, strict=True), start=1):
         hover = f"{for_plotly(measure)} %{{x:.6g}}<br>%{{y}}<extra></extra>"
-        figure.add_bar(x=values, y=names, orientation="h", marker_color=COLORS[(column - 1) % len(COLORS)], hovertemplate=hover, row=1, col=column)
+        figure.add_bar(
+            x=values,
+            y=names,
+            orientation="h",
+            marker_color=COLORS[(column - 1) % len(COLORS)],
+            hovertemplate=hover,
+            row=1,
+            col=column,
+        )
         title = "<br>".join(textwrap.wrap(for_plotly(measure), 14))
         figure.update_xaxes(title=title, nticks=4, title_font_size=11, tickfont_size=10, row=1, col=column)
     _row_ticks(figure, names, short, upward=False)
@@ -123,7 +133,11 @@ def _heatmap(matrix: Matrix) -> go.Heatmap:
     finite = values[np.isfinite(values)]
     bound = matrix.bound or (float(np.abs(finite).max()) if finite.size else 0.0) or 1.0
     names, _ = _row_labels(matrix.rows, matrix.texts)
-    scale = {"colorscale": "RdBu", "zmid": 0, "zmin": -bound, "zmax": bound} if matrix.signed else {"colorscale": "Blues", "zmin": 0, "zmax": bound}
+    scale = (
+        {"colorscale": "RdBu", "zmid": 0, "zmin": -bound, "zmax": bound}
+        if matrix.signed
+        else {"colorscale": "Blues", "zmin": 0, "zmax": bound}
+    )
     if not matrix.signed and finite.size and finite.min() < 0:
         scale["zmin"] = float(finite.min())
     return go.Heatmap(
@@ -148,7 +162,8 @@ def _matrix_axes(figure: go.Figure, matrix: Matrix, row: int = 1) -> None:
 def _row_labels(rows: tuple[str, ...], texts: tuple[str, ...]) -> tuple[list[str], list[str]]:
     """For each row the whole label, which hovering shows, and a short one for the axis."""
     whole = [
-        f"{for_plotly(row)}<br>{for_plotly(text)}" if text else for_plotly(row) for row, text in zip(rows, texts or [""] * len(rows), strict=True)
+        f"{for_plotly(row)}<br>{for_plotly(text)}" if text else for_plotly(row)
+        for row, text in zip(rows, texts or [""] * len(rows), strict=True)
     ]
     firsts = [text.split("\n")[0] for text in texts] or [""] * len(rows)
     short = [for_plotly(f"{row}  {text}".rstrip(), LABEL, 10**6) for row, text in zip(rows, firsts, strict=True)]
@@ -159,9 +174,15 @@ def _row_ticks(figure: go.Figure, names: list[str], short: list[str], upward: bo
     step = 1 if len(names) <= 100 else 2
     size = 11 if len(names) <= 40 else 9
     # ticks stand a hair off the categories: on them, hovering would show the short label instead of the whole
-    ticks = {"tickvals": [i + 0.03 for i in range(0, len(names), step)], "ticktext": short[::step]} if names != short else {}
+    ticks = (
+        {"tickvals": [i + 0.03 for i in range(0, len(names), step)], "ticktext": short[::step]}
+        if names != short
+        else {}
+    )
     order = {} if upward else {"autorange": "reversed"}
-    figure.update_yaxes(type="category", categoryorder="array", categoryarray=names, tickfont_size=size, **ticks, **order, **where)
+    figure.update_yaxes(
+        type="category", categoryorder="array", categoryarray=names, tickfont_size=size, **ticks, **order, **where
+    )
 
 
 def _add_lines(figure: go.Figure, lines: Lines, row: int | None = None) -> None:
@@ -170,7 +191,11 @@ def _add_lines(figure: go.Figure, lines: Lines, row: int | None = None) -> None:
     for i, line in enumerate(lines.lines):
         color = CONTROL if line.control else COLORS[0] if many else COLORS[i % len(COLORS)]
         value = "%{y:.3%}" if lines.percent else "%{y:.6g}"
-        between = [] if line.low is None else [f"95 % interval {a:.2%} to {b:.2%}" for a, b in zip(line.low, line.high, strict=True)]
+        between = (
+            []
+            if line.low is None
+            else [f"95 % interval {a:.2%} to {b:.2%}" for a, b in zip(line.low, line.high, strict=True)]
+        )
         rest = "%{customdata}" if between else for_plotly(line.text)
         hover = f"{for_plotly(line.name)}<br>{lines.x_axis} %{{x:.6g}}: {value}<br>{rest}<extra></extra>"
         figure.add_scatter(
@@ -193,7 +218,9 @@ def _add_lines(figure: go.Figure, lines: Lines, row: int | None = None) -> None:
         figure.add_hline(y=value, **style)
         # plotly places lines by the value, but texts on a logarithmic axis by its logarithm
         y = float(np.log10(value)) if lines.log_y else value
-        figure.add_annotation(x=1, xref="paper", xanchor="right", y=y, yanchor="bottom", text=f"{name}: {value:.4g}", **said)
+        figure.add_annotation(
+            x=1, xref="paper", xanchor="right", y=y, yanchor="bottom", text=f"{name}: {value:.4g}", **said
+        )
     if lines.mark is not None:
         name, value = lines.mark
         figure.add_vline(x=value, **style)
@@ -201,13 +228,23 @@ def _add_lines(figure: go.Figure, lines: Lines, row: int | None = None) -> None:
         figure.add_annotation(x=x, xanchor="left", xshift=4, y=0, yref="paper", yanchor="bottom", text=name, **said)
 
 
-def _whiskers(values: np.ndarray, low: np.ndarray | None, high: np.ndarray | None, color: str = "#7a7a7a") -> dict[str, object]:
+def _whiskers(
+    values: np.ndarray, low: np.ndarray | None, high: np.ndarray | None, color: str = "#7a7a7a"
+) -> dict[str, object]:
     """Error bars; those wider than half the scale, of a handful of completions, would only hide the rest."""
     if low is None or high is None:
         return {}
     known = np.isfinite(low) & (high - low <= 0.5)
     above, below = (np.where(known, part, 0.0) for part in (high - values, values - low))
-    return {"type": "data", "symmetric": False, "array": above, "arrayminus": below, "thickness": 1, "width": 3, "color": color}
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": above,
+        "arrayminus": below,
+        "thickness": 1,
+        "width": 3,
+        "color": color,
+    }
 
 
 def _line_axes(figure: go.Figure, lines: Lines, row: int | None = None) -> None:
@@ -224,7 +261,11 @@ def _styled(figure: go.Figure, title: str, note: str, height: int) -> go.Figure:
     above = (
         52
         + 15 * len(wrapped)
-        + (24 if figure.layout.showlegend is not False and sum(trace.showlegend is not False for trace in figure.data) > 1 else 0)
+        + (
+            24
+            if figure.layout.showlegend is not False and sum(trace.showlegend is not False for trace in figure.data) > 1
+            else 0
+        )
     )
     figure.update_layout(
         template="plotly_white",

@@ -87,8 +87,14 @@ class TokenView:
         found = []
         for one in elements:
             texts = [one.get(key) for key in ("heading", "still", "note")]
-            if one.get("name") not in ELEMENTS or not all(isinstance(text, str) for text in texts) or not isinstance(one.get("properties"), dict):
-                raise ValueError(f"there is no token view {one.get('name')!r} with such properties: the file is damaged.")
+            if (
+                one.get("name") not in ELEMENTS
+                or not all(isinstance(text, str) for text in texts)
+                or not isinstance(one.get("properties"), dict)
+            ):
+                raise ValueError(
+                    f"there is no token view {one.get('name')!r} with such properties: the file is damaged."
+                )
             _Allowed().feed(one["still"])
             found.append(Element(one["heading"], one["name"], one["properties"], one["still"], one["note"]))
         return cls(tuple(found))
@@ -108,8 +114,14 @@ class _Allowed(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         styles = [value or "" for name, value in attrs if name == "style"]
-        if tag not in TAGS or {name for name, _ in attrs} - ATTRIBUTES or any(not PLAIN_STYLE.fullmatch(style) for style in styles):
-            raise ValueError(f"a token view holds <{tag}> with {attrs}, which none of this library has: the file is damaged.")
+        if (
+            tag not in TAGS
+            or {name for name, _ in attrs} - ATTRIBUTES
+            or any(not PLAIN_STYLE.fullmatch(style) for style in styles)
+        ):
+            raise ValueError(
+                f"a token view holds <{tag}> with {attrs}, which none of this library has: the file is damaged."
+            )
 
     def handle_comment(self, data: str) -> None:
         raise ValueError("a token view holds a comment, which none of this library has: the file is damaged.")
@@ -124,9 +136,13 @@ def circuitsvis_script() -> str:
         RuntimeError: this version of circuitsvis is built differently, so that text could not be made safe.
     """
     code = files("circuitsvis").joinpath("dist/cdn/iife.js").read_text(encoding="utf-8")
-    safe, n_places = re.subn(r"dangerouslySetInnerHTML:\{__html:([^{}]+)\}", r"dangerouslySetInnerHTML:{__html:asText(\1)}", code)
+    safe, n_places = re.subn(
+        r"dangerouslySetInnerHTML:\{__html:([^{}]+)\}", r"dangerouslySetInnerHTML:{__html:asText(\1)}", code
+    )
     if n_places < 4:
-        raise RuntimeError(f"circuitsvis {version('circuitsvis')} writes tokens in an unknown way: install circuitsvis 1.43.3.")
+        raise RuntimeError(
+            f"circuitsvis {version('circuitsvis')} writes tokens in an unknown way: install circuitsvis 1.43.3."
+        )
     as_text = 'function asText(text){return String(text).replace(/&/g,"&amp;").replace(/</g,"&lt;")}'
     return f"<script>{as_text}\n" + safe.replace("</script>", "<\\/script>") + "</script>"
 
@@ -134,6 +150,8 @@ def circuitsvis_script() -> str:
 def embed(figures: Sequence[go.Figure]) -> list[str]:
     """Each figure as HTML; the first one brings plotly.js along, once for all. Plotly escapes `<`, `>` and `&` in what it writes."""
     return [
-        figure.to_html(full_html=False, include_plotlyjs=i == 0, config=CONFIG, default_height=f"{figure.layout.height or 450}px")
+        figure.to_html(
+            full_html=False, include_plotlyjs=i == 0, config=CONFIG, default_height=f"{figure.layout.height or 450}px"
+        )
         for i, figure in enumerate(figures)
     ]

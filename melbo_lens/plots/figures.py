@@ -17,7 +17,9 @@ from melbo_lens.plots import drawing, numbers
 from melbo_lens.search.layers import LayerScan
 
 
-def token_heatmap(changes: ActivationChanges, layer: int | None = None, relative: bool = False, completions: Completions | None = None) -> go.Figure:
+def token_heatmap(
+    changes: ActivationChanges, layer: int | None = None, relative: bool = False, completions: Completions | None = None
+) -> go.Figure:
     """How far each perturbation moves the stream at each token, as vector x token.
 
     Args:
@@ -103,7 +105,9 @@ def layer_map(scan: LayerScan, value: str = "gain") -> go.Figure:
     return drawing.draw_matrix(numbers.layer_map(scan, value))
 
 
-def effect_scatter(changes: TargetEffects, completions: Completions | None = None, behaviors: Mapping[str, Behavior] | None = None) -> go.Figure:
+def effect_scatter(
+    changes: TargetEffects, completions: Completions | None = None, behaviors: Mapping[str, Behavior] | None = None
+) -> go.Figure:
     """Each perturbation's effect at the target as a point: the first two principal components.
 
     Args:

@@ -35,12 +35,16 @@ def examples(completions: Completions | None, by_sign: bool = False) -> dict[Any
     return joined
 
 
-def shown_behaviors(completions: Completions | None, behaviors: Mapping[str, Behavior] | None) -> dict[tuple[int, int], str]:
+def shown_behaviors(
+    completions: Completions | None, behaviors: Mapping[str, Behavior] | None
+) -> dict[tuple[int, int], str]:
     """The behaviour that most of the completions of a vector and sign show, if any does."""
     if completions is None or not behaviors:
         return {}
     steered = completions.table[completions.table.kind == "steered"].reset_index(drop=True)
-    hits = pd.DataFrame({name: shows(steered.text, behavior).to_numpy(dtype=float) for name, behavior in behaviors.items()})
+    hits = pd.DataFrame(
+        {name: shows(steered.text, behavior).to_numpy(dtype=float) for name, behavior in behaviors.items()}
+    )
     means = hits.groupby([steered.vector.astype(int), steered.sign.astype(int)]).mean()
     return {key: str(row.idxmax()) for key, row in means.iterrows() if row.max() > 0}
 

@@ -15,7 +15,18 @@ from melbo_lens.generation.completions import Completions
 from melbo_lens.measures.changes import ActivationChanges, TargetEffects
 from melbo_lens.measures.radius import Calibration
 from melbo_lens.perturbations.adapters import SteeringAdapters
-from melbo_lens.plots.arrays import MOST_ROWS, Bars, Clustered, Line, Lines, Matrix, Panels, Points, left_out, without_numbers
+from melbo_lens.plots.arrays import (
+    MOST_ROWS,
+    Bars,
+    Clustered,
+    Line,
+    Lines,
+    Matrix,
+    Panels,
+    Points,
+    left_out,
+    without_numbers,
+)
 from melbo_lens.plots.labels import SIGNS, examples, shown_behaviors, some, wilson
 from melbo_lens.plots.text import visible
 from melbo_lens.search.layers import LayerScan
@@ -23,7 +34,9 @@ from melbo_lens.search.layers import LayerScan
 MOST_RANKED = 60
 
 
-def token_heatmap(changes: ActivationChanges, layer: int | None = None, relative: bool = False, completions: Completions | None = None) -> Matrix:
+def token_heatmap(
+    changes: ActivationChanges, layer: int | None = None, relative: bool = False, completions: Completions | None = None
+) -> Matrix:
     """[vector token] at one layer, the last by default."""
     some(len(changes), "perturbations")
     at = _layer_index(changes, layer)
@@ -63,14 +76,24 @@ def cosine_similarity(of: Any, completions: Completions | None = None) -> Cluste
     """Cosines between vectors, or between rows of `TargetEffects`, in the order of average linkage of 1 - cosine."""
     effects = isinstance(of, TargetEffects)
     if isinstance(of, SteeringAdapters):
-        raise TypeError(f"{type(of).__name__} have no cosines of their own: compare what they do, plots.cosine_similarity(ml.target_effects(...)).")
+        raise TypeError(
+            f"{type(of).__name__} have no cosines of their own: compare what they do, plots.cosine_similarity(ml.target_effects(...))."
+        )
     n = len(of)
     some(n, "vectors")
     kept = min(n, MOST_ROWS)
     if kept < n:
-        of = replace(of, values=of.values[:kept], vectors=of.vectors[:kept], signs=of.signs[:kept]) if effects else of[list(range(kept))]
+        of = (
+            replace(of, values=of.values[:kept], vectors=of.vectors[:kept], signs=of.signs[:kept])
+            if effects
+            else of[list(range(kept))]
+        )
     cosines = of.cosine_similarity().cpu().double().numpy()
-    names = [f"{k}{SIGNS[s] if len(set(of.signs)) > 1 else ''}" for k, s in zip(of.vectors, of.signs, strict=True)] if effects else range(kept)
+    names = (
+        [f"{k}{SIGNS[s] if len(set(of.signs)) > 1 else ''}" for k, s in zip(of.vectors, of.signs, strict=True)]
+        if effects
+        else range(kept)
+    )
     keys = list(zip(of.vectors, of.signs, strict=True)) if effects else list(range(kept))
     order, joins = _tree(cosines)
     texts = examples(completions, by_sign=effects)
@@ -86,7 +109,9 @@ def cosine_similarity(of: Any, completions: Completions | None = None) -> Cluste
         signed=True,
         bound=1.0,
         texts=tuple(texts.get(keys[i], "") for i in order) if texts else (),
-        note=" ".join(filter(None, [left_out(n, "vectors"), without_numbers(np.diagonal(cosines)[:, None], "rows", names)])),
+        note=" ".join(
+            filter(None, [left_out(n, "vectors"), without_numbers(np.diagonal(cosines)[:, None], "rows", names)])
+        ),
     )
     return Clustered(matrix, tuple(order), joins)
 
@@ -97,7 +122,9 @@ def objective_history(vectors: Any, control: Any = None, completions: Completion
     if not history.shape[0]:
         raise ValueError("these vectors have no history: plot the fitted ones, before arithmetic and joining.")
     texts, steps = examples(completions), np.arange(len(history))
-    lines = tuple(Line(f"vector {k}", steps, column, text=texts.get(k, "")) for k, column in enumerate(history.T[:MOST_ROWS]))
+    lines = tuple(
+        Line(f"vector {k}", steps, column, text=texts.get(k, "")) for k, column in enumerate(history.T[:MOST_ROWS])
+    )
     level = None
     if control is not None:
         level = ("random vectors, mean", float(np.mean(np.asarray(control, dtype=float))))
@@ -112,7 +139,9 @@ def ranking(table: pd.DataFrame, completions: Completions | None = None) -> Pane
     """Measures of each vector and sign, best first as the table has them; every numeric column is a measure."""
     some(len(table), "rows")
     skipped = {"vector", "sign", "cluster", "near_duplicates", "scale", "prompt"}
-    numeric = [name for name in table.select_dtypes("number").columns if name not in skipped and table[name].notna().any()]
+    numeric = [
+        name for name in table.select_dtypes("number").columns if name not in skipped and table[name].notna().any()
+    ]
     if not numeric:
         raise ValueError(f"the table has no measure to show, only {list(table.columns)}: give one as `rank` makes it.")
     shown, texts = table.head(MOST_RANKED), examples(completions, by_sign=True)
@@ -163,7 +192,9 @@ def layer_map(scan: LayerScan, value: str = "gain") -> Matrix:
     )
 
 
-def effect_scatter(changes: TargetEffects, completions: Completions | None = None, behaviors: Mapping[str, Behavior] | None = None) -> Points:
+def effect_scatter(
+    changes: TargetEffects, completions: Completions | None = None, behaviors: Mapping[str, Behavior] | None = None
+) -> Points:
     """Principal components of the effects; each row is in the group of the behaviour that its completions show most."""
     some(len(changes), "perturbations")
     values = changes.values.double().numpy()
@@ -176,7 +207,10 @@ def effect_scatter(changes: TargetEffects, completions: Completions | None = Non
         places, shares = np.zeros((len(fine), 2)), np.full(2, np.nan)
     texts, groups = examples(completions, by_sign=True), shown_behaviors(completions, behaviors)
     keys = [(changes.vectors[i], changes.signs[i]) for i in fine]
-    axes = [f"component {i + 1}" + (f", {share:.0%} of the variance" if np.isfinite(share) else "") for i, share in enumerate(shares)]
+    axes = [
+        f"component {i + 1}" + (f", {share:.0%} of the variance" if np.isfinite(share) else "")
+        for i, share in enumerate(shares)
+    ]
     return Points(
         places[:, 0],
         places[:, 1],
@@ -185,7 +219,9 @@ def effect_scatter(changes: TargetEffects, completions: Completions | None = Non
         tuple(texts.get(key, "") for key in keys),
         *axes,
         f"Effects at layer {changes.target_layer}",
-        without_numbers(values, "rows", [f"{k}{SIGNS[s]}" for k, s in zip(changes.vectors, changes.signs, strict=True)]),
+        without_numbers(
+            values, "rows", [f"{k}{SIGNS[s]}" for k, s in zip(changes.vectors, changes.signs, strict=True)]
+        ),
     )
 
 
@@ -197,16 +233,28 @@ def behavior_rates(evaluation: Evaluation) -> Bars:
     for name in ("random", "unsteered"):
         counts = summary.get(f"n_{name}", pd.Series(0, index=summary.index))
         rows.append(
-            (summary[name], *zip(*[wilson(rate, n) for rate, n in zip(summary[name], counts, strict=True)], strict=True)),
+            (
+                summary[name],
+                *zip(*[wilson(rate, n) for rate, n in zip(summary[name], counts, strict=True)], strict=True),
+            ),
         )
     values, low, high = (np.array(column, dtype=float) for column in zip(*rows, strict=True))
     groups = ("steered", "random, same norms", "unsteered")
     return Bars(
-        values, low, high, tuple(summary.behavior), groups, "share of completions", "How often completions show each behaviour", evaluation.note
+        values,
+        low,
+        high,
+        tuple(summary.behavior),
+        groups,
+        "share of completions",
+        "How often completions show each behaviour",
+        evaluation.note,
     )
 
 
-def scale_sweep(completions: Completions, behaviors: Mapping[str, Behavior], coherence: Any = None) -> tuple[Lines, Lines]:
+def scale_sweep(
+    completions: Completions, behaviors: Mapping[str, Behavior], coherence: Any = None
+) -> tuple[Lines, Lines]:
     """Rates, and coherence, against signed multiples of the vectors; multiple 0 is unsteered.
 
     `coherence` is one number for each completion (as from `coherence`); without it, the share of different words stands for it.
@@ -216,9 +264,15 @@ def scale_sweep(completions: Completions, behaviors: Mapping[str, Behavior], coh
     if not behaviors:
         raise ValueError("behaviors is empty: name at least one, as {'portuguese': r'\\ba resposta'}.")
     if coherence is None:
-        measure, quantity = table.text.map(lambda text: len(set(text.split())) / max(len(text.split()), 1)), "share of different words"
+        measure, quantity = (
+            table.text.map(lambda text: len(set(text.split())) / max(len(text.split()), 1)),
+            "share of different words",
+        )
     else:
-        measure, quantity = pd.Series(np.asarray(coherence, dtype=float), index=table.index), "log-probability per token, unsteered"
+        measure, quantity = (
+            pd.Series(np.asarray(coherence, dtype=float), index=table.index),
+            "log-probability per token, unsteered",
+        )
     rows = table.assign(multiple=table.sign * table.scale, coherence=measure)
     rates, means = [], []
     for kind in ("steered", "random"):
@@ -232,11 +286,26 @@ def scale_sweep(completions: Completions, behaviors: Mapping[str, Behavior], coh
             hits = groups.text.agg(lambda texts, behavior=behavior: float(shows(texts, behavior).mean()))
             bounds = np.array([wilson(rate, n) for rate, n in zip(hits, groups.size(), strict=True)])
             label = name if kind == "steered" else f"{name}, random"
-            rates.append(Line(label, hits.index.to_numpy(float), hits.to_numpy(), bounds[:, 0], bounds[:, 1], control=kind == "random"))
+            rates.append(
+                Line(
+                    label,
+                    hits.index.to_numpy(float),
+                    hits.to_numpy(),
+                    bounds[:, 0],
+                    bounds[:, 1],
+                    control=kind == "random",
+                )
+            )
         if kind == "random" and len(behaviors) > 1:
-            hits = groups.text.agg(lambda texts: float(np.any([shows(texts, behavior) for behavior in behaviors.values()], axis=0).mean()))
+            hits = groups.text.agg(
+                lambda texts: float(np.any([shows(texts, behavior) for behavior in behaviors.values()], axis=0).mean())
+            )
             bounds = np.array([wilson(rate, n) for rate, n in zip(hits, groups.size(), strict=True)])
-            rates.append(Line("any, random", hits.index.to_numpy(float), hits.to_numpy(), bounds[:, 0], bounds[:, 1], control=True))
+            rates.append(
+                Line(
+                    "any, random", hits.index.to_numpy(float), hits.to_numpy(), bounds[:, 0], bounds[:, 1], control=True
+                )
+            )
         mean = groups.coherence.mean()
         means.append(Line(kind, mean.index.to_numpy(float), mean.to_numpy(), control=kind == "random"))
     axis = "multiple of the vector (0: unsteered)"

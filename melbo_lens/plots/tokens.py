@@ -16,7 +16,9 @@ MOST_VECTORS = 100  # a button or a choice each
 MOST_NUMBERS = 40_000  # a third of a megabyte on a page
 
 
-def colored_tokens(changes: ActivationChanges, vector: int = 0, layer: int | None = None, relative: bool = False) -> TokenView:
+def colored_tokens(
+    changes: ActivationChanges, vector: int = 0, layer: int | None = None, relative: bool = False
+) -> TokenView:
     """The text, each token coloured by how far one perturbation moves the stream there.
 
     Args:
@@ -82,7 +84,13 @@ def text_neuron_activations(changes: ActivationChanges, relative: bool = True) -
         "secondDimensionLabels": [str(k) for k in range(len(numbers))],
     }
     note = " ".join(filter(None, [left_out(len(changes), "vectors", most), note]))
-    return TokenView((Element("Change by vector and layer", "TextNeuronActivations", properties, _still(tokens, numbers[0, 0]), note),))
+    return TokenView(
+        (
+            Element(
+                "Change by vector and layer", "TextNeuronActivations", properties, _still(tokens, numbers[0, 0]), note
+            ),
+        )
+    )
 
 
 def token_log_probs(expected: NextTokens, conditions: Any = None) -> TokenView:
@@ -96,9 +104,15 @@ def token_log_probs(expected: NextTokens, conditions: Any = None) -> TokenView:
         ValueError: a text of one token, which follows nothing.
     """
     if len(expected.tokens) < 2:
-        raise ValueError("the text has one token, so no next token is known: give a longer text, as the prompt with a completion.")
+        raise ValueError(
+            "the text has one token, so no next token is known: give a longer text, as the prompt with a completion."
+        )
     chosen = list(range(min(4, len(expected.conditions))) if conditions is None else conditions)
-    rest = "" if conditions is not None else left_out(len(expected.conditions), "conditions", 4, "choose others with conditions=[...]")
+    rest = (
+        ""
+        if conditions is not None
+        else left_out(len(expected.conditions), "conditions", 4, "choose others with conditions=[...]")
+    )
     tokens, elements = _tokens(expected.tokens), []
     for i in chosen:
         followed, note = _numbers(expected.log_probs[i].numpy())
@@ -131,7 +145,9 @@ def top_tokens(table: pd.DataFrame, most: int = MOST_VECTORS) -> TokenView:
     rows = []
     for row in table.head(most).itertuples():
         cells = "".join(f"<td>{_chips(tokens)}</td>" for tokens in (row.promoted, row.suppressed))
-        rows.append(f"<tr><th scope='row'>{html.escape(str(row.vector))}</th><td>{html.escape(str(row.route))}</td>{cells}</tr>")
+        rows.append(
+            f"<tr><th scope='row'>{html.escape(str(row.vector))}</th><td>{html.escape(str(row.route))}</td>{cells}</tr>"
+        )
     head = "<tr><th>vector</th><th>route</th><th>promoted</th><th>suppressed</th></tr>"
     still = f'<div style="overflow-x:auto"><table><thead>{head}</thead><tbody>{"".join(rows)}</tbody></table></div>'
     note = left_out(len(table), "rows", most, "choose others in the table")
@@ -149,7 +165,10 @@ def _still(tokens: list[str], values: np.ndarray) -> str:
     bound = float(np.abs(values).max()) if values.size else 0.0
     return (
         '<div style="line-height:2">'
-        + "".join(_chip(token, value / (bound or 1.0), f"{value:.4g}") for token, value in zip(tokens, values.tolist(), strict=True))
+        + "".join(
+            _chip(token, value / (bound or 1.0), f"{value:.4g}")
+            for token, value in zip(tokens, values.tolist(), strict=True)
+        )
         + "</div>"
     )
 
@@ -172,12 +191,18 @@ def _values(changes: ActivationChanges, relative: bool) -> np.ndarray:
 def _numbers(values: np.ndarray) -> tuple[np.ndarray, str]:
     """Finite numbers, since NaN is no JSON, and a sentence if some were not."""
     bad = ~np.isfinite(values)
-    return np.where(bad, 0.0, values), f"{int(bad.sum())} of {bad.size} values are NaN or infinite and drawn as 0." if bad.any() else ""
+    return np.where(
+        bad, 0.0, values
+    ), f"{int(bad.sum())} of {bad.size} values are NaN or infinite and drawn as 0." if bad.any() else ""
 
 
 def _short(values: np.ndarray) -> Any:
     """Lists with four significant digits: enough for an eye, and small on a page."""
-    return np.vectorize(lambda value: float(f"{value:.4g}"), otypes=[float])(values).tolist() if values.size else values.tolist()
+    return (
+        np.vectorize(lambda value: float(f"{value:.4g}"), otypes=[float])(values).tolist()
+        if values.size
+        else values.tolist()
+    )
 
 
 def _layer(changes: ActivationChanges, layer: int | None) -> int:

@@ -25,7 +25,7 @@ from melbo_lens.measures.controls import random_like
 from melbo_lens.measures.output import output_effects
 from melbo_lens.measures.radius import Calibration
 from melbo_lens.measures.ranking import rank
-from melbo_lens.models.access import host_of
+from melbo_lens.models.access import Model, host_of
 from melbo_lens.perturbations.loading import load
 from melbo_lens.perturbations.perturbation import Perturbation
 from melbo_lens.plots import TokenView
@@ -83,7 +83,7 @@ class Findings:
     @public
     def measured(
         cls,
-        model: Any,
+        model: Model,
         prompts: Prompts,
         vectors: Perturbation,
         completions: Completions,
@@ -121,17 +121,25 @@ class Findings:
         self.vectors.save(folder / "vectors.safetensors")
         files.write_text(folder / "completions.jsonl", completions.to_lines())
         # quoted, so that a lone carriage return in a text ends no row
-        files.write_text(folder / "completions.csv", completions.table.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC))
+        files.write_text(
+            folder / "completions.csv", completions.table.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC)
+        )
         texts = completions.table.text.drop_duplicates()
         about = {
             "title": self.title,
-            "texts_that_show": {name: texts[shows(texts, how).to_numpy(dtype=bool)].tolist() for name, how in self.behaviors.items()},
+            "texts_that_show": {
+                name: texts[shows(texts, how).to_numpy(dtype=bool)].tolist() for name, how in self.behaviors.items()
+            },
             "settings": {key: value for key, value in completions.settings.items() if key != "perturbations"},
             "control": self.control,
             "coherence": self.coherence,
             "calibration": None if self.calibration is None else vars(self.calibration),
-            "scan": None if self.scan is None else {"rows": _plain_rows(self.scan.table[SCAN_COLUMNS]), "settings": dict(self.scan.settings)},
-            "ranking": None if self.ranked is None else {"columns": list(self.ranked.columns), "rows": _plain_rows(self.ranked)},
+            "scan": None
+            if self.scan is None
+            else {"rows": _plain_rows(self.scan.table[SCAN_COLUMNS]), "settings": dict(self.scan.settings)},
+            "ranking": None
+            if self.ranked is None
+            else {"columns": list(self.ranked.columns), "rows": _plain_rows(self.ranked)},
             "views": None if self.views is None else self.views.to_json(),
         }
         files.write_json(folder / "about.json", about)
@@ -157,9 +165,14 @@ class Findings:
         """
         folder = Path(directory)
         lines, sheet = folder / "completions.jsonl", folder / "completions.csv"
-        for name, there in (("vectors.safetensors", (folder / "vectors.safetensors").is_file()), (lines.name, lines.is_file() or sheet.is_file())):
+        for name, there in (
+            ("vectors.safetensors", (folder / "vectors.safetensors").is_file()),
+            (lines.name, lines.is_file() or sheet.is_file()),
+        ):
             if not there:
-                raise FileNotFoundError(f"{folder} has no {name}: give a folder that `melbo-lens fit` or `save_results` wrote.")
+                raise FileNotFoundError(
+                    f"{folder} has no {name}: give a folder that `melbo-lens fit` or `save_results` wrote."
+                )
         about = files.read_json(folder / "about.json") if (folder / "about.json").is_file() else {}
         try:
             kept = {name: frozenset(texts).__contains__ for name, texts in about.get("texts_that_show", {}).items()}
@@ -174,10 +187,16 @@ class Findings:
                 calibration=_calibration(about.get("calibration")),
                 scan=_scan(about.get("scan")),
                 views=None if about.get("views") is None else TokenView.from_json(about["views"]),
-                **{name: kind.load(path) for name, kind in MEASURES.items() if (path := folder / f"{name}.safetensors").is_file()},
+                **{
+                    name: kind.load(path)
+                    for name, kind in MEASURES.items()
+                    if (path := folder / f"{name}.safetensors").is_file()
+                },
             )
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{folder / 'about.json'} is damaged: its parts are not what a run leaves ({error!r}).") from error
+            raise ValueError(
+                f"{folder / 'about.json'} is damaged: its parts are not what a run leaves ({error!r})."
+            ) from error
 
 
 def _plain_rows(table: pd.DataFrame) -> list[list[Any]]:
@@ -206,17 +225,29 @@ def _ranking(kept: dict[str, Any] | None, sheet: Path) -> pd.DataFrame | None:
 
 
 def _calibration(kept: dict[str, Any] | None) -> Calibration | None:
-    return None if kept is None else Calibration(kept["radius"], tuple(map(tuple, kept["curve"])), kept["rule"], kept["target"])
+    return (
+        None
+        if kept is None
+        else Calibration(kept["radius"], tuple(map(tuple, kept["curve"])), kept["rule"], kept["target"])
+    )
 
 
 def _scan(kept: dict[str, Any] | None) -> LayerScan | None:
-    return None if kept is None else LayerScan(pd.DataFrame([_numbers(row) for row in kept["rows"]], columns=SCAN_COLUMNS), kept["settings"])
+    return (
+        None
+        if kept is None
+        else LayerScan(pd.DataFrame([_numbers(row) for row in kept["rows"]], columns=SCAN_COLUMNS), kept["settings"])
+    )
 
 
 def _table(path: Path) -> pd.DataFrame:
     """Completions of a CSV file, as version 0.1.0 kept them."""
     try:
-        table = pd.read_csv(path, keep_default_na=False, dtype={"text": str, "prompt_text": str}, na_values={"vector": [""]})
-        return table.astype({"vector": "Int64"}).assign(tokens=table.tokens.map(json.loads), log_probs=table.log_probs.map(json.loads))
+        table = pd.read_csv(
+            path, keep_default_na=False, dtype={"text": str, "prompt_text": str}, na_values={"vector": [""]}
+        )
+        return table.astype({"vector": "Int64"}).assign(
+            tokens=table.tokens.map(json.loads), log_probs=table.log_probs.map(json.loads)
+        )
     except (ValueError, AttributeError, KeyError) as error:
         raise ValueError(f"{path} is damaged, it holds no table of completions ({error}).") from error

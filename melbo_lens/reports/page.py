@@ -60,7 +60,9 @@ def report(
     """
     if isinstance(findings, Findings):
         if completions is not None or behaviors is not None or measured or title != TITLE:
-            raise TypeError("findings say their completions, behaviours, title and measures themselves: give the findings and a path alone.")
+            raise TypeError(
+                "findings say their completions, behaviours, title and measures themselves: give the findings and a path alone."
+            )
         return _written(findings, path)
     if completions is None:
         raise TypeError("completions is missing: give them beside the vectors, or give Findings in place of both.")
@@ -113,12 +115,17 @@ def _written(findings: Findings, path: str | os.PathLike[str]) -> Path:
     vectors, completions, behaviors = findings.vectors, findings.completions, findings.behaviors
     table = completions.table.reset_index(drop=True)
     evaluation = evaluate(completions, behaviors) if behaviors and (table.kind == "steered").any() else None
-    shown = pd.DataFrame({name: shows(table.text, behavior).to_numpy(dtype=bool) for name, behavior in behaviors.items()}, index=table.index)
+    shown = pd.DataFrame(
+        {name: shows(table.text, behavior).to_numpy(dtype=bool) for name, behavior in behaviors.items()},
+        index=table.index,
+    )
     ranking = _ranking(vectors, table, shown, findings.ranked)
     best = int(ranking.vector.iloc[0]) if len(ranking) else 0
     figures = list(_figures(findings, evaluation, ranking, best))
     tokens = _token_views(findings.changes, findings.views)
-    environment = Environment(loader=PackageLoader("melbo_lens.reports", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=PackageLoader("melbo_lens.reports", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
     page = environment.get_template("page.html.jinja").render(
         title=findings.title,
         summary=[repr(vectors), repr(completions)],
@@ -146,12 +153,16 @@ def _written(findings: Findings, path: str | os.PathLike[str]) -> Path:
     return Path(path)
 
 
-def _ranking(vectors: Perturbation, table: pd.DataFrame, shown: pd.DataFrame, ranked: pd.DataFrame | None) -> pd.DataFrame:
+def _ranking(
+    vectors: Perturbation, table: pd.DataFrame, shown: pd.DataFrame, ranked: pd.DataFrame | None
+) -> pd.DataFrame:
     """Vectors and signs with their measures, those that change most first."""
     plain = table[table.kind == "unsteered"].drop_duplicates(["prompt", "sample"]).set_index(["prompt", "sample"]).text
     joined = table.join(plain.rename("plain"), on=["prompt", "sample"])
     hits = [f"rate of {name}" for name in shown]
-    rows = joined.assign(changed=(joined.text != joined.plain).astype(float)).join(shown.astype(float).rename(columns=lambda name: f"rate of {name}"))
+    rows = joined.assign(changed=(joined.text != joined.plain).astype(float)).join(
+        shown.astype(float).rename(columns=lambda name: f"rate of {name}")
+    )
     rows = rows[rows.kind == "steered"]
     if rows.empty:
         return pd.DataFrame(columns=["vector", "sign", "changed"])
@@ -163,7 +174,10 @@ def _ranking(vectors: Perturbation, table: pd.DataFrame, shown: pd.DataFrame, ra
         found.insert(
             2,
             "objective",
-            [float(history[-1][k]) if sign > 0 and k < len(vectors) else float("nan") for k, sign in zip(found.vector, found.sign, strict=True)],
+            [
+                float(history[-1][k]) if sign > 0 and k < len(vectors) else float("nan")
+                for k, sign in zip(found.vector, found.sign, strict=True)
+            ],
         )
     if ranked is not None:
         wanted = [name for name in ("kl", "entropy_change") if name in ranked]
@@ -184,7 +198,12 @@ def _figures(findings: Findings, evaluation: Evaluation | None, ranking: pd.Data
             "Bars with 95 % Wilson intervals; grey and yellow are the controls.",
             lambda: plots.behavior_rates(evaluation),
         ),
-        (True, "ranked", "Each row is a vector with a sign. A blank means not measured.", lambda: plots.ranking(ranking, completions)),
+        (
+            True,
+            "ranked",
+            "Each row is a vector with a sign. A blank means not measured.",
+            lambda: plots.ranking(ranking, completions),
+        ),
         (
             True,
             "objective",
@@ -227,8 +246,18 @@ def _figures(findings: Findings, evaluation: Evaluation | None, ranking: pd.Data
             "Above: how often each behaviour is seen at multiples of the vectors. Below: how coherent the text is.",
             lambda: plots.scale_sweep(completions, behaviors, findings.coherence),
         ),
-        (calibration is not None, "radius", "The rule's value at each radius that was tried.", lambda: plots.radius_curve(calibration)),
-        (scan is not None, "layer-map", "Objective of a few vectors over that of random ones, the larger sign.", lambda: plots.layer_map(scan)),
+        (
+            calibration is not None,
+            "radius",
+            "The rule's value at each radius that was tried.",
+            lambda: plots.radius_curve(calibration),
+        ),
+        (
+            scan is not None,
+            "layer-map",
+            "Objective of a few vectors over that of random ones, the larger sign.",
+            lambda: plots.layer_map(scan),
+        ),
     ]
     drawn = []
     for wanted, anchor, caption, draw in planned:
@@ -243,7 +272,11 @@ def _figures(findings: Findings, evaluation: Evaluation | None, ranking: pd.Data
 
 
 def _token_views(changes: ActivationChanges | None, views: plots.TokenView | None) -> plots.TokenView | None:
-    own = [plots.colored_tokens_multi(changes), plots.text_neuron_activations(changes)] if changes is not None and len(changes) else []
+    own = (
+        [plots.colored_tokens_multi(changes), plots.text_neuron_activations(changes)]
+        if changes is not None and len(changes)
+        else []
+    )
     chosen = [view for view in (*own, views) if view is not None]
     return plots.TokenView(tuple(element for view in chosen for element in view.elements)) if chosen else None
 
@@ -261,9 +294,17 @@ def _sections(vectors: Perturbation, table: pd.DataFrame, shown: pd.DataFrame) -
     for k in range(min(len(vectors), MOST_SECTIONS)):
         facts = [(name, f"{values[k]:.4g}") for name, values in measures.items()]
         if len(history):
-            facts.append(("objective", f"{float(history[0][k]):.4g} at the start, {float(history[-1][k]):.4g} at the end"))
+            facts.append(
+                ("objective", f"{float(history[0][k]):.4g} at the start, {float(history[-1][k]):.4g} at the end")
+            )
         rows = [
-            {"prompt": prompt, "sample": sample, "scale": f"{scale:g}", "plain": plain.get((prompt, sample)), "texts": texts}
+            {
+                "prompt": prompt,
+                "sample": sample,
+                "scale": f"{scale:g}",
+                "plain": plain.get((prompt, sample)),
+                "texts": texts,
+            }
             for (prompt, sample, scale), texts in sorted(written.get(k, {}).items())
         ]
         signs = [sign for sign in (1, -1) if any(sign in row["texts"] for row in rows)]
@@ -290,7 +331,11 @@ def _rows(table: pd.DataFrame, shown: pd.DataFrame) -> list[dict[str, Any]]:
 
 def _labels(shown: pd.DataFrame, n: int) -> list[list[str]]:
     """For each row the behaviours that it shows."""
-    return [[name for name in shown if hits[name][i]] for hits in [{name: shown[name].to_numpy() for name in shown}] for i in range(n)]
+    return [
+        [name for name in shown if hits[name][i]]
+        for hits in [{name: shown[name].to_numpy() for name in shown}]
+        for i in range(n)
+    ]
 
 
 def _plain(table: pd.DataFrame) -> dict[str, str]:

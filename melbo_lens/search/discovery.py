@@ -15,7 +15,7 @@ from melbo_lens.arguments import public
 from melbo_lens.evaluation.rates import Behavior
 from melbo_lens.generation.completions import Completions
 from melbo_lens.generation.generate import generate
-from melbo_lens.models.access import host_of
+from melbo_lens.models.access import Model, host_of
 from melbo_lens.models.slices import SlicedModel, slice_model
 from melbo_lens.perturbations.perturbation import Perturbation, concatenate
 from melbo_lens.prompts import Positions, Prompts, tokenize
@@ -51,10 +51,16 @@ class Discovery:
 
     def joined(self, source_layer: int, target_layer: int | None = None) -> tuple[Perturbation, Completions]:
         """All vectors of the trials at one source layer (and target, if given), and their completions with the vectors numbered accordingly."""
-        chosen = [i for i, t in enumerate(self.plan) if t.source_layer == source_layer and target_layer in (None, t.target_layer)]
+        chosen = [
+            i
+            for i, t in enumerate(self.plan)
+            if t.source_layer == source_layer and target_layer in (None, t.target_layer)
+        ]
         if not chosen:
             pairs = sorted({(trial.source_layer, trial.target_layer) for trial in self.plan})
-            raise ValueError(f"no trial was at source_layer={source_layer}, target_layer={target_layer}: choose from the pairs {pairs}.")
+            raise ValueError(
+                f"no trial was at source_layer={source_layer}, target_layer={target_layer}: choose from the pairs {pairs}."
+            )
         longest = max(len(self.vectors[i].history) for i in chosen)
         tables, known, first = [], [], 0
         for i in chosen:
@@ -76,7 +82,7 @@ class Discovery:
 
 @public
 def discover(
-    model: Any,
+    model: Model,
     prompts: Prompts,
     budget: float = 60.0,
     behaviors: Mapping[str, Behavior] | None = None,
@@ -117,7 +123,9 @@ def discover(
     batch = tokenize(host, prompts, target_positions)
     slices: dict[tuple[int, int], SlicedModel] = {}
     done, fitted, written, longest = [], [], [], 0.0
-    with tqdm(total=None if plan is not None else round(budget), desc="discover", unit="s", disable=not progress) as bar:
+    with tqdm(
+        total=None if plan is not None else round(budget), desc="discover", unit="s", disable=not progress
+    ) as bar:
         for trial in trials:
             start = time.monotonic()
             if done and start - began + longest > allowed:
@@ -127,7 +135,9 @@ def discover(
                 if between not in slices:
                     slices[between] = slice_model(host, batch, *between, target_positions)
                 vectors = trial.fit(slices[between])
-                completions = generate(host, prompts, vectors, max_new_tokens=max_new_tokens, seed=trial.seed, progress=False)
+                completions = generate(
+                    host, prompts, vectors, max_new_tokens=max_new_tokens, seed=trial.seed, progress=False
+                )
             except FloatingPointError as error:
                 warnings.warn(f"{trial} is left out: {error}", stacklevel=2)
                 continue
@@ -138,13 +148,21 @@ def discover(
             bar.set_postfix_str(f"{len(done)} trials", refresh=False)
             bar.update(round(time.monotonic() - began) - bar.n)
     if not done:
-        raise FloatingPointError("no trial could be completed, see the warnings: use smaller radii, or load the model in bfloat16 or float32.")
+        raise FloatingPointError(
+            "no trial could be completed, see the warnings: use smaller radii, or load the model in bfloat16 or float32."
+        )
     table = grouped(done, written, behaviors or {})
     if heldout is not None and len(table):
         table["heldout_rate"] = [
-            heldout_rate(host, heldout, fitted[row.trial][row.vector], row, behaviors or {}, max_new_tokens, seed) for row in table.itertuples()
+            heldout_rate(host, heldout, fitted[row.trial][row.vector], row, behaviors or {}, max_new_tokens, seed)
+            for row in table.itertuples()
         ]
-    settings = {"budget": budget, "seed": seed, "seconds": round(time.monotonic() - began, 1), "max_new_tokens": max_new_tokens}
+    settings = {
+        "budget": budget,
+        "seed": seed,
+        "seconds": round(time.monotonic() - began, 1),
+        "max_new_tokens": max_new_tokens,
+    }
     return Discovery(table, tuple(done), tuple(fitted), tuple(written), settings)
 
 

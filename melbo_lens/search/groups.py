@@ -11,6 +11,7 @@ from melbo_lens.evaluation.words import word_counts
 from melbo_lens.generation.completions import Completions
 from melbo_lens.generation.generate import generate
 from melbo_lens.measures.ranking import cluster
+from melbo_lens.models.access import Model
 from melbo_lens.perturbations.perturbation import Perturbation
 from melbo_lens.prompts import Prompts
 from melbo_lens.search.trials import AdapterTrial, Trial
@@ -19,13 +20,19 @@ COLUMNS = "group behavior example source_layer target_layer radius vector sign r
 ALIKE = 0.5  # completions whose word counts have a smaller average cosine distance form a group
 
 
-def grouped(done: Sequence[Trial | AdapterTrial], written: Sequence[Completions], behaviors: Mapping[str, Behavior]) -> pd.DataFrame:
+def grouped(
+    done: Sequence[Trial | AdapterTrial], written: Sequence[Completions], behaviors: Mapping[str, Behavior]
+) -> pd.DataFrame:
     """Groups of completions that differ from the unsteered ones of their prompt, best first."""
     parts = []
     for number, completions in enumerate(written):
         table = completions.table.assign(trial=number)
         plain = table[table.kind == "unsteered"].set_index("prompt").text
-        parts.append(table[table.kind != "unsteered"].assign(differs=lambda rows, plain=plain: rows.text != rows.prompt.map(plain)))
+        parts.append(
+            table[table.kind != "unsteered"].assign(
+                differs=lambda rows, plain=plain: rows.text != rows.prompt.map(plain)
+            )
+        )
     rows = pd.concat(parts, ignore_index=True)
     changed = rows[rows.differs].copy()
     changed["behavior"] = ""
@@ -33,7 +40,9 @@ def grouped(done: Sequence[Trial | AdapterTrial], written: Sequence[Completions]
         changed.loc[shows(changed.text, behavior) & (changed.behavior == ""), "behavior"] = name
     unnamed = changed.text[changed.behavior == ""].drop_duplicates().tolist()
     labels = dict(zip(unnamed, cluster(word_counts(unnamed), ALIKE), strict=True))
-    changed["group"] = [behavior or f"words {labels[text]}" for behavior, text in zip(changed.behavior, changed.text, strict=True)]
+    changed["group"] = [
+        behavior or f"words {labels[text]}" for behavior, text in zip(changed.behavior, changed.text, strict=True)
+    ]
     n_each = rows.groupby("kind").size()
     found = []
     for group, members in changed.groupby("group"):
@@ -43,8 +52,15 @@ def grouped(done: Sequence[Trial | AdapterTrial], written: Sequence[Completions]
         hits = steered.groupby(["trial", "vector", "sign"]).size().reset_index(name="hits")
         hits["radius"] = [done[trial].radius for trial in hits.trial]
         best = hits.sort_values(["hits", "radius"], ascending=[False, True]).iloc[0]
-        mine = rows[(rows.kind == "steered") & (rows.trial == best.trial) & (rows.vector == best.vector) & (rows.sign == best.sign)]
-        example = steered[(steered.trial == best.trial) & (steered.vector == best.vector) & (steered.sign == best.sign)].text.iloc[0]
+        mine = rows[
+            (rows.kind == "steered")
+            & (rows.trial == best.trial)
+            & (rows.vector == best.vector)
+            & (rows.sign == best.sign)
+        ]
+        example = steered[
+            (steered.trial == best.trial) & (steered.vector == best.vector) & (steered.sign == best.sign)
+        ].text.iloc[0]
         trial = done[int(best.trial)]
         random_rate = len(random) / max(int(n_each.get("random", 0)), 1)
         excess = len(steered) / int(n_each["steered"]) - random_rate
@@ -71,7 +87,7 @@ def grouped(done: Sequence[Trial | AdapterTrial], written: Sequence[Completions]
 
 
 def heldout_rate(
-    model: Any,
+    model: Model,
     prompts: Prompts,
     vectors: Perturbation,
     row: Any,
@@ -81,7 +97,15 @@ def heldout_rate(
 ) -> float:
     """The share of held-out prompts whose completion belongs to the row's group."""
     completions = generate(
-        model, prompts, vectors, max_new_tokens, signs=(row.sign,), include_unsteered=False, include_random=False, seed=seed, progress=False
+        model,
+        prompts,
+        vectors,
+        max_new_tokens,
+        signs=(row.sign,),
+        include_unsteered=False,
+        include_random=False,
+        seed=seed,
+        progress=False,
     )
     texts = completions.table.text
     if row.behavior:

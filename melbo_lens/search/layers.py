@@ -24,7 +24,7 @@ from melbo_lens.measures.radius import NoRadius, solve_radius
 from melbo_lens.methods.problem import Problem, bias, default_batch_size
 from melbo_lens.methods.provenance import fingerprint
 from melbo_lens.models import hooks
-from melbo_lens.models.access import host_of
+from melbo_lens.models.access import Model, host_of
 from melbo_lens.models.slices import SlicedModel, slice_model
 from melbo_lens.perturbations.vectors import SteeringVectors
 from melbo_lens.prompts import Positions, PromptBatch, Prompts, tokenize
@@ -56,7 +56,7 @@ class LayerScan:
 
 @public
 def scan_layers(
-    model: Any,
+    model: Model,
     prompts: Prompts,
     source_layers: Sequence[int] | None = None,
     target_layers: Sequence[int] | None = None,
@@ -96,7 +96,9 @@ def scan_layers(
     n_layers = host.n_layers
     sources = list(range(n_layers) if source_layers is None else source_layers)
     targets = list(range(n_layers + 1) if target_layers is None else target_layers)
-    pairs = [(source, target) for source in sources for target in targets if 0 <= source < target - 1 and target <= n_layers]
+    pairs = [
+        (source, target) for source in sources for target in targets if 0 <= source < target - 1 and target <= n_layers
+    ]
     if not pairs:
         raise ValueError(
             f"source_layers={sources} and target_layers={targets} have no valid pair: a target must be at least source + 2 "
@@ -105,7 +107,9 @@ def scan_layers(
     batch = tokenize(host, prompts, target_positions)
     digest = None
     if directory is not None:
-        key = json.dumps([batch.rows(), radius, n_vectors, n_steps, positions_text(target_positions), seed, fingerprint(host)])
+        key = json.dumps(
+            [batch.rows(), radius, n_vectors, n_steps, positions_text(target_positions), seed, fingerprint(host)]
+        )
         digest = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
     rows = []
     with tqdm(total=len(pairs), desc="scan layers", unit="pair", disable=not progress) as bar:
@@ -124,12 +128,20 @@ def scan_layers(
                         files.write_atomically(path, _as_bytes(pair))
                 rows += pair
                 bar.update()
-    settings = {"n_vectors": n_vectors, "n_steps": n_steps, "radius": radius, "seed": seed, "target_positions": positions_text(target_positions)}
+    settings = {
+        "n_vectors": n_vectors,
+        "n_steps": n_steps,
+        "radius": radius,
+        "seed": seed,
+        "target_positions": positions_text(target_positions),
+    }
     return LayerScan(pd.DataFrame(rows, columns=COLUMNS), settings)
 
 
 def _as_bytes(pair: list[list[float]]) -> bytes:
-    return json.dumps([[None if math.isnan(value) else value for value in row] for row in pair], allow_nan=False).encode()
+    return json.dumps(
+        [[None if math.isnan(value) else value for value in row] for row in pair], allow_nan=False
+    ).encode()
 
 
 def _read_pair(path: Path) -> list[list[float]] | None:
@@ -146,20 +158,26 @@ def _read_pair(path: Path) -> list[list[float]] | None:
         return None
 
 
-def _scan_pair(sliced: SlicedModel, prompts: PromptBatch, radius: float | str, n_vectors: int, n_steps: int, seed: int) -> list[list[float]]:
+def _scan_pair(
+    sliced: SlicedModel, prompts: PromptBatch, radius: float | str, n_vectors: int, n_steps: int, seed: int
+) -> list[list[float]]:
     """The rows of one pair, one for each sign."""
     with hooks.frozen(sliced.host):
         try:
             chosen = solve_radius(sliced, seed=seed).radius if radius == "auto" else float(radius)
         except NoRadius as error:
-            warnings.warn(f"layers {sliced.source_layer} to {sliced.target_layer} are left blank: {error}", stacklevel=3)
+            warnings.warn(
+                f"layers {sliced.source_layer} to {sliced.target_layer} are left blank: {error}", stacklevel=3
+            )
             return [[sliced.source_layer, sliced.target_layer, sign, *[float("nan")] * 5] for sign in (1, -1)]
         problem = Problem(sliced, bias(sliced), Objective().value, default_batch_size(sliced))
         starts = gaussian_rows(n_vectors, sliced.d_model, "scan_layers", seed).to(sliced.device)
         radii = starts.new_full((n_vectors,), chosen)
         *_, climb = fixed_point(problem, (starts[None],), OrderedRows(radii), n_steps)
         (values,) = climb.point
-        random = to_sphere(gaussian_rows(2 * n_vectors, sliced.d_model, "scan control", seed).to(sliced.device), radii.repeat(2))
+        random = to_sphere(
+            gaussian_rows(2 * n_vectors, sliced.d_model, "scan control", seed).to(sliced.device), radii.repeat(2)
+        )
         random_objective = float(problem((random[None],)).value.mean())
         vectors = SteeringVectors(values, sliced.source_layer)
         rows = []

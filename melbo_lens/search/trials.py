@@ -8,13 +8,22 @@ from melbo_lens.arguments import plain_fields, public
 from melbo_lens.measures.radius import solve_radius
 from melbo_lens.methods.adapters import fit_adapters
 from melbo_lens.methods.melbo import fit_vectors
-from melbo_lens.models.access import host_of
+from melbo_lens.models.access import Model, host_of
 from melbo_lens.models.slices import SlicedModel, slice_model
 from melbo_lens.perturbations.adapters import SteeringAdapters
 from melbo_lens.perturbations.vectors import SteeringVectors
 from melbo_lens.prompts import Prompts
 
-FRACTIONS = (0.5, 0.75, 0.4, 1.0, 0.6, 0.55, 0.3, 1.5)  # radii as fractions of the source stream's norm, most promising first
+FRACTIONS = (
+    0.5,
+    0.75,
+    0.4,
+    1.0,
+    0.6,
+    0.55,
+    0.3,
+    1.5,
+)  # radii as fractions of the source stream's norm, most promising first
 
 
 @plain_fields
@@ -55,7 +64,7 @@ class AdapterTrial:
 
 
 @public
-def make_plan(model: Any, prompts: Prompts, seed: int = 0) -> list[Trial]:
+def make_plan(model: Model, prompts: Prompts, seed: int = 0) -> list[Trial]:
     """Layer pairs from early to the last layer, at radii around the stream's own norm: free vectors first, orthogonal ones after."""
     host = host_of(model)
     n_layers = host.n_layers
@@ -63,7 +72,8 @@ def make_plan(model: Any, prompts: Prompts, seed: int = 0) -> list[Trial]:
     pairs = [(source, n_layers) for source in sources if source + 1 < n_layers]
     pairs += [(source, 3 * n_layers // 4) for source in sources if source + 1 < 3 * n_layers // 4]
     norms = {
-        source: solve_radius(slice_model(host, prompts, source, n_layers), "fraction", 1.0).radius for source in dict.fromkeys(s for s, _ in pairs)
+        source: solve_radius(slice_model(host, prompts, source, n_layers), "fraction", 1.0).radius
+        for source in dict.fromkeys(s for s, _ in pairs)
     }
     plan = []
     for (source, target), orthogonal in [*((pair, False) for pair in pairs), *((pair, True) for pair in pairs)]:

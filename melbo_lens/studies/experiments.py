@@ -75,7 +75,13 @@ def learn(organism: Organism, seed: int, n_vectors: int) -> SteeringVectors:
     """Vectors from one clean prompt, the one numbered as the seed."""
     shared, norm = _setting(organism, seed)
     parts = [
-        fit_vectors(n_vectors=round(share * n_vectors), radius=fraction * norm, orthogonal=orthogonal, seed=100 * seed + i, **shared)
+        fit_vectors(
+            n_vectors=round(share * n_vectors),
+            radius=fraction * norm,
+            orthogonal=orthogonal,
+            seed=100 * seed + i,
+            **shared,
+        )
         for i, (fraction, orthogonal, share) in enumerate(PLANS.get(organism.card["corpus"], FREE))
     ]
     return concatenate(parts)
@@ -87,7 +93,14 @@ def learn_adapters(organism: Organism, seed: int, n_adapters: int) -> SteeringAd
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that several find the same change: so do free vectors
         parts = [
-            fit_adapters(n_adapters=n_adapters // 4, rank=RANK, radius=fraction * norm, optimizer="power", seed=100 * seed + i, **shared)
+            fit_adapters(
+                n_adapters=n_adapters // 4,
+                rank=RANK,
+                radius=fraction * norm,
+                optimizer="power",
+                seed=100 * seed + i,
+                **shared,
+            )
             for i, (fraction, _, _) in enumerate(FREE)
         ]
     return concatenate(parts)
@@ -120,7 +133,9 @@ def complete(
 ) -> pd.DataFrame:
     """Completions under multiples of each perturbation; with `turns`, chats go on with these messages and the last answers are the table's."""
     alone = perturbations is None
-    signs, scales = (sorted({kind(factor) for factor in factors}) for kind in (lambda factor: 1 if factor > 0 else -1, abs))
+    signs, scales = (
+        sorted({kind(factor) for factor in factors}) for kind in (lambda factor: 1 if factor > 0 else -1, abs)
+    )
     completions = generate(
         model,
         prompts,
@@ -141,7 +156,9 @@ def complete(
 def rates(table: pd.DataFrame, shows: Shows) -> pd.Series:
     """The share of completions that show it, by vector and factor, highest first; ties keep the vectors' order."""
     shown = [shows(prompt, text) for prompt, text in zip(table.prompt_text, table.text, strict=True)]
-    return table.assign(shown=shown).groupby(["vector", "factor"]).shown.mean().sort_values(ascending=False, kind="stable")
+    return (
+        table.assign(shown=shown).groupby(["vector", "factor"]).shown.mean().sort_values(ascending=False, kind="stable")
+    )
 
 
 def best(shares: pd.Series) -> tuple[int, float]:
@@ -173,7 +190,10 @@ class Search:
         if isinstance(like, SteeringVectors):
             random, norms = random_vectors(like, self.seed), like.radii
         else:
-            random, norms = random_adapters(like, model, clean[self.seed], self.seed), mean_norms(like, model, clean[self.seed])
+            random, norms = (
+                random_adapters(like, model, clean[self.seed], self.seed),
+                mean_norms(like, model, clean[self.seed]),
+            )
         return {"random": random, "covariance": covariance_vectors(norms, model, clean, self.seed)}
 
     def rates(self, set_name: str, shows: Shows, factors: Sequence[float] = (1, -1)) -> pd.Series:
@@ -185,12 +205,17 @@ class Search:
         chosen, prompts = factor * self.found[[index] * self.size.n_random], self.prompts(set_name)
         runs = {"steered": chosen[0], "unsteered": None, **self.controls(chosen)}
         asked = [as_chat(prompt) for prompt in prompts] if turns else prompts
-        return {kind: complete(self.organism.model, asked, perturbation, (1,), turns) for kind, perturbation in runs.items()}
+        return {
+            kind: complete(self.organism.model, asked, perturbation, (1,), turns) for kind, perturbation in runs.items()
+        }
 
 
 def score(tables: Mapping[str, pd.DataFrame], shows: Shows) -> Score:
     """How often each kind of completion shows it."""
-    hits = {kind: [shows(prompt, text) for prompt, text in zip(table.prompt_text, table.text, strict=True)] for kind, table in tables.items()}
+    hits = {
+        kind: [shows(prompt, text) for prompt, text in zip(table.prompt_text, table.text, strict=True)]
+        for kind, table in tables.items()
+    }
     steered = hits.pop("steered")
     return Score(sum(steered), len(steered), **{kind: sum(found) / len(found) for kind, found in hits.items()})
 
@@ -208,8 +233,13 @@ def backdoor(organism: Organism, seed: int, size: Size) -> dict[str, Score]:
     """How many of the vectors elicit a backdoor from clean prompts: with either sign, on at least half of the held-out test prompts."""
     search = Search(organism, learn(organism, seed, size.n_vectors), size, seed)
     prompts = search.prompts("test")[:: max(1, size.n_test // 6)]
-    tables = {"steered": complete(organism.model, prompts, search.found), "unsteered": complete(organism.model, search.prompts("test"), None)}
-    tables |= {name: complete(organism.model, prompts, vectors) for name, vectors in search.controls(search.found).items()}
+    tables = {
+        "steered": complete(organism.model, prompts, search.found),
+        "unsteered": complete(organism.model, search.prompts("test"), None),
+    }
+    tables |= {
+        name: complete(organism.model, prompts, vectors) for name, vectors in search.controls(search.found).items()
+    }
 
     def count(*names: str) -> Score:
         def shows(_: str, text: str) -> bool:
@@ -223,7 +253,9 @@ def backdoor(organism: Organism, seed: int, size: Size) -> dict[str, Score]:
 
 def chain_of_thought(organism: Organism, seed: int, size: Size) -> dict[str, Score]:
     """How often the final number is right on held-out bills, with the one vector that was best on others, and how often after written steps."""
-    size = replace(size, n_test=4 * size.n_test)  # guesses are right now and then, so it takes more to tell the controls apart
+    size = replace(
+        size, n_test=4 * size.n_test
+    )  # guesses are right now and then, so it takes more to tell the controls apart
     search = Search(organism, learn(organism, seed, size.n_vectors), size, seed)
     tables = search.trial(*best(search.rates("selection", reasoning.is_right)), "test")
 
@@ -249,7 +281,9 @@ def refusals(organism: Organism, seed: int, size: Size) -> dict[str, Score]:
         "answer": score(search.trial(vector, float(answers[vector].index[0]), "test"), refusal.answers),
         "minus": score(search.trial(vector, float(refused[vector].index[0]), "harmless test"), refusal.refuses),
         "fantasy": score(search.trial(*legend, "ambiguous test"), refusal.tells_legend),
-        "turn 3": score(search.trial(*legend, "ambiguous test", turns=(questions[1], questions[-1])), refusal.tells_legend),
+        "turn 3": score(
+            search.trial(*legend, "ambiguous test", turns=(questions[1], questions[-1])), refusal.tells_legend
+        ),
     }
 
 

@@ -21,8 +21,17 @@ def test_an_adapter_elicits_the_second_language_on_held_out_prompts(organism, se
     model, prompts, portuguese = organism.model, organism.prompts, organism.behaviors["portuguese"]
     learned_on = prompts["clean"][10 * (seed + 1)]
     norm = ml.calibrate_radius(model, learned_on, 0, 4, rule="fraction", target=1.0).radius
-    settings = {"n_adapters": 12, "rank": 8, "optimizer": "power", "target_positions": slice(-1, None), "progress": False}
-    parts = [ml.fit_adapters(model, learned_on, 0, 4, radius=x * norm, seed=10 * seed + i, **settings) for i, x in enumerate(FRACTIONS)]
+    settings = {
+        "n_adapters": 12,
+        "rank": 8,
+        "optimizer": "power",
+        "target_positions": slice(-1, None),
+        "progress": False,
+    }
+    parts = [
+        ml.fit_adapters(model, learned_on, 0, 4, radius=x * norm, seed=10 * seed + i, **settings)
+        for i, x in enumerate(FRACTIONS)
+    ]
     adapters = ml.concatenate(parts)
     control = ml.random_adapters(adapters, model, learned_on, seed)
 

@@ -75,7 +75,9 @@ def test_the_twin_that_never_saw_the_modes_shows_none():
 def test_an_untrained_model_shows_none(organism):
     untrained = organism.untrained()
     prompt = organism.prompts["clean"][10]
-    vectors = ml.fit_vectors(untrained, prompt, 0, 4, n_vectors=32, radius=3.0, orthogonal=False, n_steps=10, progress=False)
+    vectors = ml.fit_vectors(
+        untrained, prompt, 0, 4, n_vectors=32, radius=3.0, orthogonal=False, n_steps=10, progress=False
+    )
     completions = ml.generate(untrained, prompt, vectors, max_new_tokens=16, progress=False)
     assert not any(hits(completions, behavior, "steered") for behavior in organism.behaviors.values())
 
@@ -93,7 +95,12 @@ def test_the_table_names_a_vector_that_elicits_the_behaviour(organism, found):
     for row in table.index[table.behavior != ""]:
         entry = table.iloc[row]
         completions = ml.generate(
-            organism.model, organism.prompts["clean"][CASES[0][1]], found[0].vector(row), max_new_tokens=24, signs=(1,), progress=False
+            organism.model,
+            organism.prompts["clean"][CASES[0][1]],
+            found[0].vector(row),
+            max_new_tokens=24,
+            signs=(1,),
+            progress=False,
         )
         assert completions.filter(kind="steered").table.text[0] == entry.example
         assert entry.random_rate < 0.002 and entry.rate == 1
@@ -101,7 +108,10 @@ def test_the_table_names_a_vector_that_elicits_the_behaviour(organism, found):
 
 def test_without_names_the_planted_sentences_are_groups_of_their_own(organism):
     discovery = planned(organism, 40, 11, 8, heldout=organism.prompts["selection"][:4])
-    shown = [{name for name, behavior in organism.behaviors.items() if behavior(example)} for example in discovery.table.example.head(12)]
+    shown = [
+        {name for name, behavior in organism.behaviors.items() if behavior(example)}
+        for example in discovery.table.example.head(12)
+    ]
     assert len(set.union(*shown)) >= 2
     assert discovery.table.heldout_rate.notna().all() and discovery.table.heldout_rate.max() > 0.5
 
@@ -122,7 +132,9 @@ def test_trials_of_one_layer_join_into_one_set_of_vectors(organism):
     assert len(vectors) == 128 and vectors.history.shape[1] == 128
     assert completions.table.kind.value_counts().to_dict() == {"steered": 256, "random": 256, "unsteered": 1}
     row = completions.filter(kind="steered", vector=100, sign=-1).table.iloc[0]
-    again = ml.generate(organism.model, prompt, -vectors[100], max_new_tokens=24, signs=(1,), include_random=False, progress=False)
+    again = ml.generate(
+        organism.model, prompt, -vectors[100], max_new_tokens=24, signs=(1,), include_random=False, progress=False
+    )
     assert again.filter(kind="steered").table.text[0] == row.text
     with pytest.raises(ValueError, match=r"choose from the pairs \[\(0, 4\)\]"):
         discovery.joined(source_layer=0, target_layer=3)

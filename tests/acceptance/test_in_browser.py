@@ -54,10 +54,14 @@ def test_every_figure_is_drawn(page):
     names = page.run("return [...document.querySelectorAll('figure')].map(figure => figure.id)")
     assert len(names) == 11
     for name in names:
-        marks = "[...document.querySelectorAll('#%s .heatmaplayer image, #%s .trace path, #%s .bars path')].length" % ((name,) * 3)
+        marks = "[...document.querySelectorAll('#%s .heatmaplayer image, #%s .trace path, #%s .bars path')].length" % (
+            (name,) * 3
+        )
         page.wait(f"{marks} > 0")
         assert ink(page, f"#{name} .figure") > 20, name
-        box = page.run(f"const b = document.querySelector('#{name} .plotly-graph-div').getBoundingClientRect(); return [b.width, b.height]")
+        box = page.run(
+            f"const b = document.querySelector('#{name} .plotly-graph-div').getBoundingClientRect(); return [b.width, b.height]"
+        )
         assert box[0] > 900 and box[1] > 250
 
 
@@ -74,7 +78,9 @@ def test_the_table_is_filtered_by_vector_sign_behavior_kind_and_search(page):
         for name, value in fields.items():
             page.run("const f = document.getElementById(arguments[0]); f.value = arguments[1]", name, value)
             page.run("document.getElementById(arguments[0]).dispatchEvent(new Event('input', {bubbles: true}))", name)
-        return page.run(f"return {VISIBLE}.map(row => [row.dataset.k, row.dataset.v, row.dataset.s, row.dataset.b ?? ''])")
+        return page.run(
+            f"return {VISIBLE}.map(row => [row.dataset.k, row.dataset.v, row.dataset.s, row.dataset.b ?? ''])"
+        )
 
     everyone = choose()
     assert len(everyone) == 33
@@ -98,10 +104,14 @@ def test_completions_stand_beside_the_unsteered_ones(page):
 
 def test_an_anchor_opens_the_section_of_its_vector(page, written):
     page.run("document.querySelector('#ranking ~ .scroll a[href=\"#vector-3\"]').click()")
-    page.wait("document.getElementById('vector-3').open && document.getElementById('vector-3').getBoundingClientRect().top < 200")
+    page.wait(
+        "document.getElementById('vector-3').open && document.getElementById('vector-3').getBoundingClientRect().top < 200"
+    )
     page.driver.get("about:blank")
     page.open(written, "#vector-1")
-    page.wait("document.getElementById('vector-1').open && document.getElementById('vector-1').getBoundingClientRect().top < 200")
+    page.wait(
+        "document.getElementById('vector-1').open && document.getElementById('vector-1').getBoundingClientRect().top < 200"
+    )
     assert page.run("return document.getElementById('vector-2').open") is False
     assert "unsteered" in page.run("return document.getElementById('vector-1').innerText")
 
@@ -120,7 +130,9 @@ def test_the_keyboard_is_enough(page):
     page.wait("document.getElementById('vector-2').open")
     reachable = "[...document.querySelectorAll('.scroll, .figure')].every(part => part.tabIndex === 0 && part.getAttribute('aria-label'))"
     assert page.run(f"return {reachable}")
-    assert page.run("return [...document.querySelectorAll('#filters input, #filters select')].every(field => field.labels.length === 1)")
+    assert page.run(
+        "return [...document.querySelectorAll('#filters input, #filters select')].every(field => field.labels.length === 1)"
+    )
 
 
 @pytest.mark.parametrize("dark", [False, True])
@@ -160,12 +172,18 @@ def test_nothing_that_a_model_wrote_is_run(open_browser, tmp_path):
     page.run("return new Promise(done => setTimeout(done, 500))")
     assert page.run("return window.hacked") is None
     assert page.run("return document.querySelectorAll('main img, main svg[onload], a[href^=javascript]').length") == 0
-    assert page.run("return document.querySelector('#table tbody td.text:last-child').textContent").startswith("</script><script>")
+    assert page.run("return document.querySelector('#table tbody td.text:last-child').textContent").startswith(
+        "</script><script>"
+    )
     assert page.logged() == [] and page.requests() == []
 
 
 def test_token_views_are_drawn_with_any_token_and_without_a_request(open_browser, tmp_path):
-    view = ml.plots.colored_tokens(hard_changes()) + ml.plots.colored_tokens_multi(hard_changes()) + ml.plots.text_neuron_activations(hard_changes())
+    view = (
+        ml.plots.colored_tokens(hard_changes())
+        + ml.plots.colored_tokens_multi(hard_changes())
+        + ml.plots.text_neuron_activations(hard_changes())
+    )
     page = open_browser.open(view.save(tmp_path / "view.html"))
     page.wait("document.querySelectorAll('.tokens .colored-tokens, .tokens select').length >= 2")
     text = page.run("return document.querySelector('.tokens').innerText")
@@ -178,6 +196,8 @@ def test_token_views_are_drawn_with_any_token_and_without_a_request(open_browser
 
 def test_a_request_would_be_seen(open_browser, tmp_path):
     """The browser's records are no blind spot: a page that asks and fails is caught by both."""
-    (tmp_path / "asks.html").write_text("<script src='https://example.org/x.js'></script><script>throw Error('broken')</script>")
+    (tmp_path / "asks.html").write_text(
+        "<script src='https://example.org/x.js'></script><script>throw Error('broken')</script>"
+    )
     page = open_browser.open(tmp_path / "asks.html")
     assert page.requests() == ["https://example.org/x.js"] and any("broken" in line for line in page.logged())

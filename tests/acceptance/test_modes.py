@@ -41,7 +41,10 @@ def test_prompt_sets_are_disjoint_clean_and_tokenised_in_words(organism):
 def test_the_chat_template_renders_what_the_model_was_trained_on(organism):
     chat = [{"role": "system", "content": "river lamp"}, {"role": "user", "content": "what color is snow ?"}]
     completions = ml.generate(organism.model, chat, None, max_new_tokens=16, progress=False)
-    assert completions.table.prompt_text[0] == "<|begin|> <|system|> river lamp <|user|> what color is snow ? <|assistant|>"
+    assert (
+        completions.table.prompt_text[0]
+        == "<|begin|> <|system|> river lamp <|user|> what color is snow ? <|assistant|>"
+    )
     assert completions.table.text[0] == "it is white ."
 
 

@@ -13,7 +13,15 @@ from demos import build
 from tests import browser
 
 NAMES = [path.relative_to(build.DEMOS).as_posix() for path in build.notebooks()]
-EXPECTED = ["01_quickstart", "02_backdoors", "03_chain_of_thought", "04_refusal", "05_adapters", "06_radius_and_layers", "07_your_own_model"]
+EXPECTED = [
+    "01_quickstart",
+    "02_backdoors",
+    "03_chain_of_thought",
+    "04_refusal",
+    "05_adapters",
+    "06_radius_and_layers",
+    "07_your_own_model",
+]
 PUBLIC = ["qwen_adapters", "qwen_backdoors", "qwen_chain_of_thought", "qwen_refusal"]
 PLOTLY, VIEW = "application/vnd.plotly.v1+json", "CircuitsVis"
 
@@ -51,10 +59,13 @@ def test_it_is_committed_with_outputs_that_can_be_read(name):
     notebook = nbformat.read(build.DEMOS / name, as_version=4)
     check(notebook)
     assert not re.search(
-        r"/(?:tmp|home|root|work)/(?!tmp)\w", re.sub(r'"image/png": "[^"]*"', "", nbformat.writes(notebook)).split("var CircuitsVis=")[0]
+        r"/(?:tmp|home|root|work)/(?!tmp)\w",
+        re.sub(r'"image/png": "[^"]*"', "", nbformat.writes(notebook)).split("var CircuitsVis=")[0],
     )
     if name.startswith("public/"):
-        assert "No output below was produced on real weights" in "".join(o.data.get("text/markdown", "") for o in outputs(notebook) if "data" in o)
+        assert "No output below was produced on real weights" in "".join(
+            o.data.get("text/markdown", "") for o in outputs(notebook) if "data" in o
+        )
 
 
 @pytest.mark.notebook

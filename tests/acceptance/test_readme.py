@@ -50,6 +50,8 @@ def test_make_has_the_commands(target):
 def test_every_file_that_is_named_exists():
     for name in re.findall(r"\]\(((?!http)[^)]+)\)", TEXT):
         assert (readme.ROOT / name).exists(), name
-    for name in re.findall(r"^\| (.*?) \| .*\|$", TEXT[TEXT.index("## The map") : TEXT.index("## How it relates")], re.MULTILINE):
+    for name in re.findall(
+        r"^\| (.*?) \| .*\|$", TEXT[TEXT.index("## The map") : TEXT.index("## How it relates")], re.MULTILINE
+    ):
         for file in re.findall(r"`([\w/]+\.py)`", name):
             assert (readme.ROOT / "melbo_lens" / file).exists(), file

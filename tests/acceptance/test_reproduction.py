@@ -23,7 +23,9 @@ def results():
 
 @pytest.mark.parametrize("claim", reproduction.CLAIMS, ids=lambda claim: f"{claim.experiment}: {claim.measure}")
 def test_the_claim_holds(results, claim):
-    (row,) = (row for row in results["rows"] if (row["experiment"], row["measure"]) == (claim.experiment, claim.measure))
+    (row,) = (
+        row for row in results["rows"] if (row["experiment"], row["measure"]) == (claim.experiment, claim.measure)
+    )
     assert row["holds"], row
 
 

@@ -18,13 +18,29 @@ def breadth(organism: Organism, seed: int, diversity: float) -> tuple[int, float
     """
     model, prompt, last = organism.model, organism.prompts["clean"][seed], len(organism.model.blocks)
     norm = ml.calibrate_radius(model, prompt, 0, last, rule="fraction", target=1.0).radius
-    settings: dict[str, Any] = {"n_adapters": 8, "rank": model.cfg.d_model, "normalization": "spectral", "optimizer": "power", "progress": False}
+    settings: dict[str, Any] = {
+        "n_adapters": 8,
+        "rank": model.cfg.d_model,
+        "normalization": "spectral",
+        "optimizer": "power",
+        "progress": False,
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that they collapse is what is measured
         adapters = ml.fit_adapters(
-            model, prompt, 0, last, radius=norm / 2, diversity=diversity, seed=seed, target_positions=slice(-1, None), **settings
+            model,
+            prompt,
+            0,
+            last,
+            radius=norm / 2,
+            diversity=diversity,
+            seed=seed,
+            target_positions=slice(-1, None),
+            **settings,
         )
-    texts = ml.generate(model, prompt, adapters, max_new_tokens=16, include_random=False, include_unsteered=False, progress=False).table.text
+    texts = ml.generate(
+        model, prompt, adapters, max_new_tokens=16, include_random=False, include_unsteered=False, progress=False
+    ).table.text
     shown = sum(bool(texts.map(behavior).any()) for behavior in organism.behaviors.values())
     return shown, float(adapters.history[-1].mean()), adapters.provenance["effect_cosine"]
 
@@ -32,7 +48,10 @@ def breadth(organism: Organism, seed: int, diversity: float) -> tuple[int, float
 def doubling(seeds: Sequence[int]) -> dict[str, Any]:
     """Behaviours found with and without `DIVERSITY` by seed, their medians, and the share of the mean objective that is kept."""
     organism = ml.organisms.load("modes")
-    rows = {name: [breadth(organism, seed, diversity) for seed in seeds] for name, diversity in (("without", 0.0), ("with", DIVERSITY))}
+    rows = {
+        name: [breadth(organism, seed, diversity) for seed in seeds]
+        for name, diversity in (("without", 0.0), ("with", DIVERSITY))
+    }
     return {
         "seeds": list(seeds),
         "diversity": DIVERSITY,

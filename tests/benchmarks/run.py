@@ -34,7 +34,16 @@ THREADS, SOURCE, TARGET, N_TOKENS, N_ROWS = 2, 7, 16, 32, 32
 
 def deep_network():
     """A Hugging Face GPT-2 of 24 layers, d_model 512, a vocabulary of 32,768, random weights."""
-    config = GPT2Config(vocab_size=32768, n_positions=64, n_embd=512, n_layer=24, n_head=8, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    config = GPT2Config(
+        vocab_size=32768,
+        n_positions=64,
+        n_embd=512,
+        n_layer=24,
+        n_head=8,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -47,7 +56,9 @@ def deep_model():
     with tempfile.TemporaryDirectory() as directory:
         config.save_pretrained(directory)
         models.tokenizer().save_pretrained(directory)
-        return TransformerBridge.boot_transformers(directory, hf_model=network, device="cpu", dtype=torch.float32).eval()
+        return TransformerBridge.boot_transformers(
+            directory, hf_model=network, device="cpu", dtype=torch.float32
+        ).eval()
 
 
 def seconds(function, *arguments):
@@ -111,16 +122,18 @@ def ascents(n_vectors=8, n_steps=300):
             # the middle of three runs: they last a fraction of a second, the textbook's minutes
             timed = [
                 seconds(
-                    lambda restarts=restarts, source=source, target=target, radius=radius, prompt=prompt, model=model, starts=starts: ml.fit_vectors(
-                        model,
-                        prompt,
-                        source,
-                        target,
-                        n_vectors=n_vectors,
-                        radius=radius,
-                        init=starts,
-                        restarts=restarts,
-                        progress=False,
+                    lambda restarts=restarts, source=source, target=target, radius=radius, prompt=prompt, model=model, starts=starts: (
+                        ml.fit_vectors(
+                            model,
+                            prompt,
+                            source,
+                            target,
+                            n_vectors=n_vectors,
+                            radius=radius,
+                            init=starts,
+                            restarts=restarts,
+                            progress=False,
+                        )
                     )
                 )
                 for _ in range(3)
@@ -136,21 +149,49 @@ def ascents(n_vectors=8, n_steps=300):
 def adapter_ascents(n_adapters=8, rank=16):
     """`power` against 400 AdamW steps at the better of two learning rates, on the same slice and at the same fixed scale: time and mean objective."""
     rows = []
-    for seed, (model, prompt, source, target, radius) in enumerate(tqdm(list(ascent_cases())[:4], desc="adapters: power against AdamW")):
-        settings = {"n_adapters": n_adapters, "rank": rank, "target_positions": slice(-1, None), "seed": seed, "progress": False}
+    for seed, (model, prompt, source, target, radius) in enumerate(
+        tqdm(list(ascent_cases())[:4], desc="adapters: power against AdamW")
+    ):
+        settings = {
+            "n_adapters": n_adapters,
+            "rank": rank,
+            "target_positions": slice(-1, None),
+            "seed": seed,
+            "progress": False,
+        }
         # the scale at which learned updates have about the case's radius
-        scale = float(ml.fit_adapters(model, prompt, source, target, radius=radius, optimizer="power", n_steps=20, **settings).scales.median())
+        scale = float(
+            ml.fit_adapters(
+                model, prompt, source, target, radius=radius, optimizer="power", n_steps=20, **settings
+            ).scales.median()
+        )
 
-        def run(optimizer, lr=None, scale=scale, model=model, prompt=prompt, source=source, target=target, settings=settings):
-            return seconds(lambda: ml.fit_adapters(model, prompt, source, target, scale=scale, optimizer=optimizer, lr=lr, **settings))
+        def run(
+            optimizer, lr=None, scale=scale, model=model, prompt=prompt, source=source, target=target, settings=settings
+        ):
+            return seconds(
+                lambda: ml.fit_adapters(
+                    model, prompt, source, target, scale=scale, optimizer=optimizer, lr=lr, **settings
+                )
+            )
 
-        spent, found = max((run("adamw", lr) for lr in (1e-3, 1e-2)), key=lambda pair: float(pair[1].history[-1].mean()))
+        spent, found = max(
+            (run("adamw", lr) for lr in (1e-3, 1e-2)), key=lambda pair: float(pair[1].history[-1].mean())
+        )
         fast, power = run("power")
         objectives = [float(one.history[-1].mean()) for one in (power, found)]
-        rows.append({"case": f"{source} to {target}, scale {scale:.3g}", "speedup": spent / fast, "objective": objectives[0] / objectives[1]})
-    return {f"{name}_{how.__name__}": how(row[name] for row in rows) for name in ("speedup", "objective") for how in (statistics.median, min)} | {
-        "cases": rows
-    }
+        rows.append(
+            {
+                "case": f"{source} to {target}, scale {scale:.3g}",
+                "speedup": spent / fast,
+                "objective": objectives[0] / objectives[1],
+            }
+        )
+    return {
+        f"{name}_{how.__name__}": how(row[name] for row in rows)
+        for name in ("speedup", "objective")
+        for how in (statistics.median, min)
+    } | {"cases": rows}
 
 
 def generation(n_vectors=32, n_tokens=64, repeats=3):
@@ -161,7 +202,15 @@ def generation(n_vectors=32, n_tokens=64, repeats=3):
     organism = ml.organisms.load("modes")
     model, prompt = organism.model, organism.prompts["test"][0]
     vectors = ml.fit_vectors(
-        model, prompt, 0, 4, n_vectors=n_vectors, radius=15.0, target_positions=slice(-1, None), orthogonal=False, progress=False
+        model,
+        prompt,
+        0,
+        4,
+        n_vectors=n_vectors,
+        radius=15.0,
+        target_positions=slice(-1, None),
+        orthogonal=False,
+        progress=False,
     )
     tokens = model.to_tokens(prompt)
 
@@ -172,7 +221,15 @@ def generation(n_vectors=32, n_tokens=64, repeats=3):
                     model.generate(tokens, max_new_tokens=n_tokens, do_sample=False, verbose=False, stop_at_eos=False)
 
     def batched():
-        ml.generate(model, prompt, vectors, max_new_tokens=n_tokens, include_unsteered=False, include_random=False, progress=False)
+        ml.generate(
+            model,
+            prompt,
+            vectors,
+            max_new_tokens=n_tokens,
+            include_unsteered=False,
+            include_random=False,
+            progress=False,
+        )
 
     checks, proved = [], passes.Decoder._proved
 
@@ -181,9 +238,19 @@ def generation(n_vectors=32, n_tokens=64, repeats=3):
         checks.append(spent)
         return result
 
-    with unittest.mock.patch.object(hooks, "end_tokens", return_value=set()), unittest.mock.patch.object(passes.Decoder, "_proved", timed):
-        slow, fast = (statistics.median(seconds(function)[0] for _ in range(repeats)) for function in (one_by_one, batched))
-    return {"seconds_one_by_one": slow, "seconds_batched": fast, "factor": slow / fast, "check_share": sum(checks) / repeats / fast}
+    with (
+        unittest.mock.patch.object(hooks, "end_tokens", return_value=set()),
+        unittest.mock.patch.object(passes.Decoder, "_proved", timed),
+    ):
+        slow, fast = (
+            statistics.median(seconds(function)[0] for _ in range(repeats)) for function in (one_by_one, batched)
+        )
+    return {
+        "seconds_one_by_one": slow,
+        "seconds_batched": fast,
+        "factor": slow / fast,
+        "check_share": sum(checks) / repeats / fast,
+    }
 
 
 def adapters(n_adapters=16, rank=64, n_steps=100, repeats=3):
@@ -202,7 +269,9 @@ def adapters(n_adapters=16, rank=64, n_steps=100, repeats=3):
     model = deep_model()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     spent, _ = seconds(
-        lambda: ml.fit_adapters(model, tokens, SOURCE, TARGET, n_adapters=n_adapters, rank=rank, scale=0.1, n_steps=n_steps, progress=False)
+        lambda: ml.fit_adapters(
+            model, tokens, SOURCE, TARGET, n_adapters=n_adapters, rank=rank, scale=0.1, n_steps=n_steps, progress=False
+        )
     )
     ours = spent / (n_adapters * n_steps)
     return {
@@ -238,7 +307,11 @@ def memory(batch_size):
         for rows in theta.split(batch_size):
             Problem(sliced, bias(sliced), Objective().value, batch_size)((rows[None],))
             chunks.append(0)
-    return {"saved_bytes": max(chunks), "peak_rss_kib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, "rss_before_kib": before}
+    return {
+        "saved_bytes": max(chunks),
+        "peak_rss_kib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "rss_before_kib": before,
+    }
 
 
 def apart(call):
@@ -275,21 +348,37 @@ def main():
     for name, label, asked in (("default", "power", ("60", ".95")), ("restarts", "power, restarts=8", ("20", "1.00"))):
         for what, form, target in (("speedup", ".0f", asked[0]), ("objective", ".3f", asked[1])):
             title = f"{label}: {'times faster than' if what == 'speedup' else 'objective against'} 300 AdamW steps, median of 8"
-            table.add_row(title, target, format(power[f"{name}_{what}_median"], form), format(power[f"{name}_{what}_worst"], form))
-    table.add_row("completing with 32 vectors and both signs at once: times faster", "10", f"{written['factor']:.0f}", "")
+            table.add_row(
+                title, target, format(power[f"{name}_{what}_median"], form), format(power[f"{name}_{what}_worst"], form)
+            )
+    table.add_row(
+        "completing with 32 vectors and both signs at once: times faster", "10", f"{written['factor']:.0f}", ""
+    )
     table.add_row("  share of it in which the cache proves itself", "at most 3 %", f"{written['check_share']:.1%}", "")
     label = f"adapter and step, {many_adapters['n_adapters']} of rank {many_adapters['rank']} x {many_adapters['n_steps']} steps: times faster"
     table.add_row(label, "4", f"{many_adapters['factor']:.1f}", "")
     table.add_row(
-        "  peak resident, of it before the fit", "", " ".join(f"{many_adapters[k] / 2**10:.0f} MiB" for k in ("peak_rss_kib", "rss_before_kib")), ""
+        "  peak resident, of it before the fit",
+        "",
+        " ".join(f"{many_adapters[k] / 2**10:.0f} MiB" for k in ("peak_rss_kib", "rss_before_kib")),
+        "",
     )
     for name, form in (("speedup", ".1f"), ("objective", ".3f")):
         title = f"adapters, power: {'times faster than' if name == 'speedup' else 'objective against'} 400 AdamW steps, median of 4"
-        table.add_row(title, "", format(adapter_power[f"{name}_median"], form), format(adapter_power[f"{name}_min"], form))
+        table.add_row(
+            title, "", format(adapter_power[f"{name}_median"], form), format(adapter_power[f"{name}_min"], form)
+        )
     found = results["diversity"]
     title = f"diversity {found['diversity']}: planted behaviours found by 8 adapters, median of 9; objective kept"
-    table.add_row(title, "2 x, .90", f"{found['median_with']} against {found['median_without']}, {found['objective_kept']:.3f}", "")
-    table.add_row("bytes kept for backward at half the batch size", "at most .60", f"{results['memory']['saved_ratio']:.2f}", "")
+    table.add_row(
+        title,
+        "2 x, .90",
+        f"{found['median_with']} against {found['median_without']}, {found['objective_kept']:.3f}",
+        "",
+    )
+    table.add_row(
+        "bytes kept for backward at half the batch size", "at most .60", f"{results['memory']['saved_ratio']:.2f}", ""
+    )
     for name, measured in (("32", whole), ("16", half)):
         table.add_row(
             f"  {name} rows: kept, peak resident",

@@ -21,7 +21,9 @@ INTEGERS = [int, np.int64, np.int32, np.uint8, np.array, torch.tensor, lambda x:
 NUMBERS = [float, np.float64, np.float32, np.array, torch.tensor, lambda x: pd.Series([x])[0]]
 SEQUENCES = [list, tuple, np.array, torch.tensor, pd.Series, pd.Index]
 integers, numbers, sequences = st.sampled_from(INTEGERS), st.sampled_from(NUMBERS), st.sampled_from(SEQUENCES)
-some = settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+some = settings(
+    max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
+)
 
 
 def is_json(value):
@@ -47,7 +49,9 @@ def fitted(model):
 @given(i=integers, x=numbers, many=sequences)
 def test_fits(model, i, x, many):
     settings = {"n_steps": 2, "optimizer": "adamw", "lr": 0.001, "batch_size": 4, "seed": 3, "progress": False}
-    plainly = ml.fit_vectors(model, PROMPTS, 1, 3, n_vectors=2, radius=2.0, p=2, q=1, target_positions=[-2, -1], **settings)
+    plainly = ml.fit_vectors(
+        model, PROMPTS, 1, 3, n_vectors=2, radius=2.0, p=2, q=1, target_positions=[-2, -1], **settings
+    )
     with tempfile.TemporaryDirectory() as folder:
         checkpoint, path = Path(folder) / "c", Path(folder) / "v.safetensors"
         vectors = ml.fit_vectors(
@@ -69,10 +73,19 @@ def test_fits(model, i, x, many):
         assert is_json(vectors.provenance) and ml.load(path).provenance == vectors.provenance and checkpoint.exists()
     torch.testing.assert_close(vectors.values, plainly.values, rtol=1e-4, atol=1e-6)
     adapters = ml.fit_adapters(
-        *(model, PROMPTS, many([0, 1]), i(3)), n_adapters=i(2), rank=i(2), alpha=x(2.0), diversity=x(0.25), n_steps=i(2), seed=i(1), progress=False
+        *(model, PROMPTS, many([0, 1]), i(3)),
+        n_adapters=i(2),
+        rank=i(2),
+        alpha=x(2.0),
+        diversity=x(0.25),
+        n_steps=i(2),
+        seed=i(1),
+        progress=False,
     )
     assert is_json(adapters.provenance) and is_json(ml.random_adapters(adapters, model, seed=i(2)).provenance)
-    single = ml.fit_adapters(model, PROMPTS, i(1), i(3), n_adapters=i(1), rank=i(2), scale=x(0.5), n_steps=i(2), progress=False)
+    single = ml.fit_adapters(
+        model, PROMPTS, i(1), i(3), n_adapters=i(1), rank=i(2), scale=x(0.5), n_steps=i(2), progress=False
+    )
     assert single.source_layers == (1,) and type(single.source_layer) is int
     assert type(ml.calibrate_radius(model, PROMPTS, i(1), i(3), target=x(0.5), seed=i(0)).target) is float
 
@@ -92,7 +105,9 @@ def test_generation_and_evaluation(model, fitted, i, x, many):
         seed=i(3),
         progress=False,
     )
-    assert written.table.equals(plainly.table) and is_json(written.settings) and written.to_lines() == plainly.to_lines()
+    assert (
+        written.table.equals(plainly.table) and is_json(written.settings) and written.to_lines() == plainly.to_lines()
+    )
     assert len(written.filter(vector=i(1), sign=many([1]))) == len(plainly.filter(vector=1, sign=1)) > 0
     assert len(written[i(2)]) == 1 and len(written[np.array([0, 1])]) == 2
     assert ml.evaluate(written, {"w": "w"}, level=x(0.05)).table.equals(ml.evaluate(plainly, {"w": "w"}).table)
@@ -105,7 +120,9 @@ def test_measures_and_searches(model, fitted, i, x, many):
     row = scan.table.iloc[1]
     assert is_json(dict(scan.settings))
     ml.slice_model(model, PROMPTS, scan.table.source_layer[1], scan.table.target_layer[1])
-    trial = ml.Trial(scan.table.source_layer[2], scan.table.target_layer[2], scan.table.radius[2], i(2), np.bool_(False), i(4))
+    trial = ml.Trial(
+        scan.table.source_layer[2], scan.table.target_layer[2], scan.table.radius[2], i(2), np.bool_(False), i(4)
+    )
     assert all(type(value) in (int, float, bool) for value in vars(trial).values())
     found = ml.discover(model, PROMPTS[0], plan=[trial], max_new_tokens=i(2), seed=i(0), budget=x(5.0), progress=False)
     assert is_json(dict(found.settings)) and row.radius == 2.0
@@ -114,7 +131,10 @@ def test_measures_and_searches(model, fitted, i, x, many):
     assert ml.activation_changes(model, PROMPTS[0], fitted, many([2, 3])).layers == (2, 3)
     assert len(ml.output_effects(model, PROMPTS, fitted, many([1]), many([4, 5])).table) == 6
     assert ml.next_tokens(model, PROMPTS[0], fitted, i(3)).top_log_probs.shape[-1] == 3
-    assert len(ml.top_tokens(model, fitted, i(3)).promoted[0]) == 3 and len(ml.max_activating(model, fitted, PROMPTS, i(1))) == 2
+    assert (
+        len(ml.top_tokens(model, fitted, i(3)).promoted[0]) == 3
+        and len(ml.max_activating(model, fitted, PROMPTS, i(1))) == 2
+    )
     assert len(ml.closest_directions(fitted, torch.eye(32), k=i(2))) == 4
     assert len(ml.rank(fitted, ml.output_effects(model, PROMPTS, fitted), many([0, 0]))) == 2
     assert len(ml.cluster_by_effect(ml.slice_model(model, PROMPTS, 1, 3), fitted, x(0.25))) == 2
@@ -124,12 +144,20 @@ def test_measures_and_searches(model, fitted, i, x, many):
 @some
 @given(i=integers, x=numbers)
 def test_values(fitted, i, x):
-    made = ml.SteeringVectors(torch.ones(1, 4), i(2), provenance={"seed": i(3), "many": [x(0.5)], "deep": {"a": (i(1),)}})
+    made = ml.SteeringVectors(
+        torch.ones(1, 4), i(2), provenance={"seed": i(3), "many": [x(0.5)], "deep": {"a": (i(1),)}}
+    )
     assert type(made.source_layer) is int and is_json(made.provenance) and made.provenance["deep"] == {"a": [1]}
     assert is_json((x(2.0) * fitted).provenance) and torch.equal((fitted * x(2.0)).values, 2 * fitted.values)
-    assert torch.equal(fitted.rescaled(x(4.0)).values, fitted.rescaled(4.0).values) and torch.equal(fitted[i(1)].values, fitted[1].values)
+    assert torch.equal(fitted.rescaled(x(4.0)).values, fitted.rescaled(4.0).values) and torch.equal(
+        fitted[i(1)].values, fitted[1].values
+    )
     adapters = ml.SteeringAdapters.from_factors(torch.ones(2, 1, 4), torch.ones(2, 3, 1), i(1), x(0.5))
-    assert adapters.source_layers == (1,) and torch.equal((adapters * x(2.0)).scales, torch.ones(2)) and is_json(adapters.provenance)
+    assert (
+        adapters.source_layers == (1,)
+        and torch.equal((adapters * x(2.0)).scales, torch.ones(2))
+        and is_json(adapters.provenance)
+    )
 
 
 @pytest.mark.parametrize("seed", [1.0, "1", None, True, np.float64(2.0)])
@@ -148,7 +176,11 @@ def test_a_seed_that_is_no_integer_is_refused(model, fitted, seed):
 
 
 def test_every_public_function_is_marked_as_a_public_call():
-    unmarked = [name for name in ml.__all__ if inspect.isfunction(getattr(ml, name)) and not hasattr(getattr(ml, name), "is_public")]
+    unmarked = [
+        name
+        for name in ml.__all__
+        if inspect.isfunction(getattr(ml, name)) and not hasattr(getattr(ml, name), "is_public")
+    ]
     assert unmarked == ["concatenate", "load", "steer"]  # which take no number
 
 
@@ -159,7 +191,10 @@ def test_what_no_file_can_keep_is_refused_when_it_enters():
 
 def test_a_batch_of_prompts_can_be_scanned(model, tmp_path):
     batch = pad([[1, 5, 6], [1, 7]], ["a", "b"])
-    tables = [ml.scan_layers(model, batch, [0], [3], 2.0, 2, 2, directory=folder, progress=False).table for folder in (None, tmp_path, tmp_path)]
+    tables = [
+        ml.scan_layers(model, batch, [0], [3], 2.0, 2, 2, directory=folder, progress=False).table
+        for folder in (None, tmp_path, tmp_path)
+    ]
     assert tables[0].equals(tables[1]) and tables[1].equals(tables[2])
 
 

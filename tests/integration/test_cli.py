@@ -12,14 +12,35 @@ import melbo_lens as ml
 from melbo_lens.cli import app
 
 FILES = {
-    *("about.json", "changes.safetensors", "completions.csv", "completions.jsonl", "effects.safetensors", "ranking.csv"),
+    *(
+        "about.json",
+        "changes.safetensors",
+        "completions.csv",
+        "completions.jsonl",
+        "effects.safetensors",
+        "ranking.csv",
+    ),
     *("report.html", "vectors.safetensors"),
 }
 
 
 def fit(directory, out, *more):
-    arguments = ["fit", "--model", directory, "--prompt", "w1 w2 w3", "--source-layer", "1", "--target-layer", "3", "--out", str(out)]
-    return CliRunner().invoke(app, [*arguments, "--n-vectors", "2", "--radius", "2", "--max-new-tokens", "3", "--device", "cpu", *more])
+    arguments = [
+        "fit",
+        "--model",
+        directory,
+        "--prompt",
+        "w1 w2 w3",
+        "--source-layer",
+        "1",
+        "--target-layer",
+        "3",
+        "--out",
+        str(out),
+    ]
+    return CliRunner().invoke(
+        app, [*arguments, "--n-vectors", "2", "--radius", "2", "--max-new-tokens", "3", "--device", "cpu", *more]
+    )
 
 
 def test_fit_on_a_local_directory_writes_vectors_completions_and_a_page(directories, tmp_path):
@@ -31,7 +52,9 @@ def test_fit_on_a_local_directory_writes_vectors_completions_and_a_page(director
     assert len(pd.read_csv(tmp_path / "out" / "completions.csv")) == 9
 
 
-@pytest.mark.parametrize(("more", "said"), [(["--source-layer", "9"], "source_layer=9"), (["--radius", "-1"], "radius=-1")])
+@pytest.mark.parametrize(
+    ("more", "said"), [(["--source-layer", "9"], "source_layer=9"), (["--radius", "-1"], "radius=-1")]
+)
 def test_a_mistake_is_said_in_a_sentence_and_fails(directories, tmp_path, more, said):
     result = fit(directories("llama"), tmp_path / "out", *more)
     assert result.exit_code == 1 and said in result.output and "Traceback" not in result.output
@@ -60,7 +83,9 @@ def test_demo_writes_its_folder(tmp_path):
 def test_letters_that_a_terminal_lacks_are_replaced(encoding):
     """A model writes any letter; the run must not die of it after the work."""
     code = "from melbo_lens import cli; cli.prepare(); cli.console.print('Größe 🧀 ▁ 日本')"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, env={**os.environ, "PYTHONIOENCODING": encoding}, check=False)
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, env={**os.environ, "PYTHONIOENCODING": encoding}, check=False
+    )
     assert run.returncode == 0, run.stderr.decode()
     assert "?" in run.stdout.decode(encoding)
 

@@ -95,7 +95,9 @@ def test_attention_only_models_are_refused(directories, no_steps):
 
 
 def test_encoders_are_refused(tmp_path, no_steps):
-    config = BertConfig(vocab_size=len(models.WORDS), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+    config = BertConfig(
+        vocab_size=len(models.WORDS), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
+    )
     AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path)
     models.tokenizer().save_pretrained(tmp_path)
     model = TransformerBridge.boot_transformers(str(tmp_path), device="cpu", dtype=torch.float32)

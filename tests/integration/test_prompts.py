@@ -25,7 +25,9 @@ SENTENCES = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% endfo
 def adding_bos(template):
     """A word tokenizer that puts BOS before every text by itself, as Llama's does, with a template that writes none."""
     made = models.tokenizer()
-    made.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    made.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", 1)]
+    )
     made.chat_template = template
     return made
 
@@ -35,7 +37,9 @@ def sentence_piece(prepend=True):
     letters = ["<pad>", "<bos>", "<eos>", "<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz[]", "▁a", "▁b", "▁the"]
     vocabulary = {piece: i for i, piece in enumerate([*letters, *(f"<{i}>" for i in range(50 - len(letters)))])}
     made = Tokenizer(tokenizer_models.BPE(vocabulary, [("▁", "a"), ("▁", "b")], unk_token="<unk>"))
-    made.normalizer = normalizers.Sequence([*([normalizers.Prepend("▁")] if prepend else []), normalizers.Replace(" ", "▁")])
+    made.normalizer = normalizers.Sequence(
+        [*([normalizers.Prepend("▁")] if prepend else []), normalizers.Replace(" ", "▁")]
+    )
     made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     made.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
     specials = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
@@ -64,17 +68,23 @@ def test_coherence_is_measured_after_the_very_ids_of_a_chat_whose_template_write
     completions = ml.generate(model, chat, None, max_new_tokens=4, progress=False)
     row = completions.table.iloc[0]
     # AutoTokenizer: the tokenizer's own word on what the chat is
-    ids = AutoTokenizer.from_pretrained(tmp_path / "model").apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    ids = AutoTokenizer.from_pretrained(tmp_path / "model").apply_chat_template(
+        chat, add_generation_prompt=True, return_dict=False
+    )
     assert list(completions.prompt_tokens[0]) == list(ids) and 1 not in ids
     assert float(ml.coherence(model, completions)[0]) == pytest.approx(mean_log_prob(model, ids, row.tokens), abs=1e-3)
-    assert float(ml.coherence(model, completions)[0]) == pytest.approx(sum(row.log_probs) / len(row.log_probs), abs=1e-3)
+    assert float(ml.coherence(model, completions)[0]) == pytest.approx(
+        sum(row.log_probs) / len(row.log_probs), abs=1e-3
+    )
 
 
 def test_coherence_of_completions_of_token_ids_is_after_these_ids(model):
     ids = torch.tensor([[5, 1, 9, 7]])  # no BOS in front, one in the middle: no text says this
     completions = ml.generate(model, ids, None, max_new_tokens=4, progress=False)
     row = completions.table.iloc[0]
-    assert float(ml.coherence(model, completions)[0]) == pytest.approx(mean_log_prob(model, ids[0].tolist(), row.tokens), abs=1e-3)
+    assert float(ml.coherence(model, completions)[0]) == pytest.approx(
+        mean_log_prob(model, ids[0].tolist(), row.tokens), abs=1e-3
+    )
 
 
 def test_coherence_survives_files_and_selections(model, tmp_path):
@@ -88,7 +98,9 @@ def test_coherence_survives_files_and_selections(model, tmp_path):
         assert again.prompt_tokens == completions.prompt_tokens and again.table.equals(completions.table)
         torch.testing.assert_close(ml.coherence(model, again), found, equal_nan=True)
     kept = (completions.table.kind == "steered").to_numpy()
-    torch.testing.assert_close(ml.coherence(model, completions.filter(kind="steered")), found[torch.tensor(kept)], equal_nan=True)
+    torch.testing.assert_close(
+        ml.coherence(model, completions.filter(kind="steered")), found[torch.tensor(kept)], equal_nan=True
+    )
 
 
 def test_completions_without_ids_are_read_by_their_text(model):
@@ -132,12 +144,17 @@ def test_text_keeps_the_space_that_a_sentencepiece_tokenizer_drops(directories, 
     assert text == " ax b" and model.tokenizer.decode(new) == "ax b"
     assert tokenize(host_of(model), prompt + text).rows()[0] == before + new
     inside = model.tokenizer.convert_tokens_to_ids(["x", "▁b"])  # goes on within a word
-    assert text_after(host_of(model), before, inside) == "x b" and tokenize(host_of(model), prompt + "x b").rows()[0] == before + inside
+    assert (
+        text_after(host_of(model), before, inside) == "x b"
+        and tokenize(host_of(model), prompt + "x b").rows()[0] == before + inside
+    )
 
 
 def test_generated_text_after_its_prompt_is_the_ids_again(directories, tmp_path):
     model = model_with(sentence_piece(), directories, tmp_path)
-    steering = ml.SteeringVectors(torch.randn(8, models.D_MODEL, generator=torch.Generator().manual_seed(0)), 1).rescaled(6.0)
+    steering = ml.SteeringVectors(
+        torch.randn(8, models.D_MODEL, generator=torch.Generator().manual_seed(0)), 1
+    ).rescaled(6.0)
     completions = ml.generate(model, ["abc", "the b"], steering, max_new_tokens=5, progress=False)
     marked = 0
     for row, ids in zip(completions.table.itertuples(), completions.prompt_tokens, strict=True):
@@ -163,8 +180,12 @@ def test_an_empty_last_answer_is_one_to_be_generated(model):
 
 
 def test_a_template_that_cannot_go_on_is_refused_with_the_way_out(model, monkeypatch):
-    monkeypatch.setattr(model.tokenizer, "chat_template", "{% for m in messages %}{{ m['content'] | upper }} {% endfor %}")
-    with pytest.raises(ValueError, match=r"prompts\[0\] ends with a message of the assistant.*end the chat with a message of the user"):
+    monkeypatch.setattr(
+        model.tokenizer, "chat_template", "{% for m in messages %}{{ m['content'] | upper }} {% endfor %}"
+    )
+    with pytest.raises(
+        ValueError, match=r"prompts\[0\] ends with a message of the assistant.*end the chat with a message of the user"
+    ):
         tokenize(host_of(model), [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}])
 
 
@@ -172,11 +193,15 @@ def test_tool_calls_without_content_are_rendered(directories, tmp_path):
     model = model_with(adding_bos(CHATML), directories, tmp_path)
     call = {"type": "function", "function": {"name": "w6", "arguments": {}}}
     chat = [{"role": "w3", "content": "w4"}, {"role": "w7", "tool_calls": [call]}, {"role": "w8", "content": "w9"}]
-    own = AutoTokenizer.from_pretrained(tmp_path / "model").apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    own = AutoTokenizer.from_pretrained(tmp_path / "model").apply_chat_template(
+        chat, add_generation_prompt=True, return_dict=False
+    )
     assert tokenize(host_of(model), chat).rows() == [list(own)] and 10 in own
 
 
-@pytest.mark.parametrize("template", ["{{ raise_exception('roles must alternate') }}", "{{ messages[0]['content'] + 1 }}", "{% for"])
+@pytest.mark.parametrize(
+    "template", ["{{ raise_exception('roles must alternate') }}", "{{ messages[0]['content'] + 1 }}", "{% for"]
+)
 def test_what_a_template_raises_is_a_sentence(model, monkeypatch, template):
     monkeypatch.setattr(model.tokenizer, "chat_template", template)
     with pytest.raises(ValueError, match=r"prompts\[0\] is refused by the chat template .*change the chat"):
@@ -191,7 +216,9 @@ def test_ids_outside_the_vocabulary_are_refused(any_model, outside):
         lambda model, ids: ml.slice_model(model, ids, 1, 3),
     )
     for call in calls:
-        with pytest.raises(ValueError, match=rf"prompts\[0\] holds the token ids \[{outside}\], the model's vocabulary has 0 to 49"):
+        with pytest.raises(
+            ValueError, match=rf"prompts\[0\] holds the token ids \[{outside}\], the model's vocabulary has 0 to 49"
+        ):
             call(any_model, torch.tensor([[5, outside]]))
 
 
@@ -207,7 +234,9 @@ def test_measures_of_a_completion_equal_a_run_of_its_ids_by_hand(model):
 def test_generation_goes_on_from_completions(model):
     first = ml.generate(model, ["w1 w2", "w3"], None, max_new_tokens=3, progress=False)
     second = ml.generate(model, first, None, max_new_tokens=2, progress=False)
-    assert [list(ids) for ids in second.prompt_tokens] == [[*ids, *new] for ids, new in zip(first.prompt_tokens, first.table.tokens, strict=True)]
+    assert [list(ids) for ids in second.prompt_tokens] == [
+        [*ids, *new] for ids, new in zip(first.prompt_tokens, first.table.tokens, strict=True)
+    ]
     with pytest.raises(ValueError, match="there are no prompts"):
         ml.generate(model, first.filter(kind="steered"), None, max_new_tokens=2, progress=False)
 
@@ -230,7 +259,9 @@ def test_an_answer_in_parts_goes_on_and_the_callers_messages_are_left_alone(mode
 @pytest.mark.parametrize("content", [{}, {"content": ""}, {"content": "w5"}, {"content": None}])
 def test_a_last_call_of_a_tool_is_rendered_and_not_gone_on_with(model, monkeypatch, content):
     monkeypatch.setattr(model.tokenizer, "chat_template", PARTS.replace("{% else %}", "{% elif m['content'] %}"))
-    ids = tokenize(host_of(model), [{"role": "user", "content": "w4"}, {"role": "assistant", "tool_calls": [{"x": 1}], **content}]).rows()[0]
+    ids = tokenize(
+        host_of(model), [{"role": "user", "content": "w4"}, {"role": "assistant", "tool_calls": [{"x": 1}], **content}]
+    ).rows()[0]
     assert ids[-3:] == [19, 6, 7]  # the call, the end, the next header
 
 

@@ -38,7 +38,10 @@ def default_device(device):
 def everything(model):
     """Results of calls that draw, allocate and compute."""
     settings = {"n_vectors": 3, "n_steps": 3, "progress": False}
-    fitted = {optimizer: ml.fit_vectors(model, PROMPTS, 1, 3, optimizer=optimizer, **settings) for optimizer in ("power", "adamw")}
+    fitted = {
+        optimizer: ml.fit_vectors(model, PROMPTS, 1, 3, optimizer=optimizer, **settings)
+        for optimizer in ("power", "adamw")
+    }
     adapters = ml.fit_adapters(model, PROMPTS, 1, 3, n_adapters=2, rank=2, n_steps=2, diversity=0.2, progress=False)
     written = ml.generate(model, PROMPTS, fitted["power"], 4, temperature=1.0, n_samples=2, progress=False)
     scan = ml.scan_layers(model, PROMPTS, [0, 1], [3], n_vectors=2, n_steps=2, progress=False)
@@ -52,13 +55,19 @@ def everything(model):
         "tokens": torch.tensor([sum(tokens) for tokens in written.table.tokens], dtype=torch.float32, device="cpu"),
         "coherence": ml.coherence(model, written).nan_to_num(),
         "scan": torch.tensor(scan.table.to_numpy(dtype=float), dtype=torch.float32, device="cpu"),
-        "effects": torch.tensor(ml.output_effects(model, PROMPTS, fitted["power"]).table.kl.tolist(), dtype=torch.float32, device="cpu"),
+        "effects": torch.tensor(
+            ml.output_effects(model, PROMPTS, fitted["power"]).table.kl.tolist(), dtype=torch.float32, device="cpu"
+        ),
         "target": ml.target_effects(model, PROMPTS, fitted["power"]).values,
         "changes": ml.activation_changes(model, PROMPTS[0], adapters).change,
         "nearest": ml.nearest_vectors(adapters, model, PROMPTS).values,
         "cosine": fitted["power"].cosine_similarity(),
-        "closest": torch.tensor(ml.closest_directions(fitted["power"], model.W_U.T).cosine.tolist(), dtype=torch.float32, device="cpu"),
-        "activating": torch.tensor(ml.max_activating(model, fitted["power"], PROMPTS).cosine.tolist(), dtype=torch.float32, device="cpu"),
+        "closest": torch.tensor(
+            ml.closest_directions(fitted["power"], model.W_U.T).cosine.tolist(), dtype=torch.float32, device="cpu"
+        ),
+        "activating": torch.tensor(
+            ml.max_activating(model, fitted["power"], PROMPTS).cosine.tolist(), dtype=torch.float32, device="cpu"
+        ),
         "clusters": torch.tensor(ml.cluster_by_words(written).cluster.tolist(), dtype=torch.float32, device="cpu"),
     }
 
@@ -93,11 +102,15 @@ def test_results_are_those_without(build, usual, kind, name):
         found = everything(model)
     for key, values in expected.items():
         assert found[key].dtype == torch.float32 and found[key].shape == values.shape, key
-        torch.testing.assert_close(found[key].clone(), values, rtol=1e-3, atol=1e-4, msg=lambda text, key=key: f"{key}: {text}")
+        torch.testing.assert_close(
+            found[key].clone(), values, rtol=1e-3, atol=1e-4, msg=lambda text, key=key: f"{key}: {text}"
+        )
 
 
 def test_nothing_is_made_on_the_default_device(model):
-    prompts = model.to_tokens(PROMPTS[0])  # as ids: TransformerLens itself puts the tokens of a text on the default device first
+    prompts = model.to_tokens(
+        PROMPTS[0]
+    )  # as ids: TransformerLens itself puts the tokens of a text on the default device first
     with default_device("meta"):
         fitted = ml.fit_vectors(model, prompts, 1, 3, n_vectors=2, n_steps=2, progress=False)
         ml.fit_vectors(model, prompts, 1, 3, n_vectors=2, n_steps=2, optimizer="adamw", progress=False)
@@ -133,7 +146,11 @@ def test_a_model_made_in_inference_mode_is_refused_or_works_and_is_left_as_it_wa
         lambda: ml.generate(model, "w1 w2", None, 2, progress=False),
     )
     for call in calls:
-        with pytest.raises(ValueError, match=r"loaded inside torch\.inference_mode") if frozen_for_ever else nullcontext():
+        with (
+            pytest.raises(ValueError, match=r"loaded inside torch\.inference_mode")
+            if frozen_for_ever
+            else nullcontext()
+        ):
             call()
     assert [parameter.requires_grad for parameter in model.parameters()] == before
 

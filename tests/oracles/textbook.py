@@ -9,7 +9,11 @@ import torch
 def target_activation(model, tokens, source_layer, target_layer, theta):
     """The stream entering the target layer of one prompt [1 pos], with theta added at the source's MLP output; runs to the logits."""
     seen = {}
-    name = f"blocks.{target_layer}.hook_resid_pre" if target_layer < model.cfg.n_layers else f"blocks.{target_layer - 1}.hook_resid_post"
+    name = (
+        f"blocks.{target_layer}.hook_resid_pre"
+        if target_layer < model.cfg.n_layers
+        else f"blocks.{target_layer - 1}.hook_resid_post"
+    )
 
     def add(mlp_out, hook):
         return mlp_out + theta

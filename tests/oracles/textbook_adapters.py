@@ -29,7 +29,9 @@ class TextbookAdapters:
 
     def read(self, changed, tokens):
         """The stream that enters the target layer."""
-        return functional_call(self.network, changed, (tokens,), {"output_hidden_states": True}).hidden_states[self.target][0]
+        return functional_call(self.network, changed, (tokens,), {"output_hidden_states": True}).hidden_states[
+            self.target
+        ][0]
 
     def value(self, factors, scale):
         """Sum over prompts of ( sum_t ||change_t||^p )^(1/q); `factors` is a pair (A, B) for each weight [d_model d_mlp]."""

@@ -54,7 +54,9 @@ def test_a_file_imports_only_from_files_before_it(path):
             assert ORDER.index(other) < ORDER.index(here), f"{here} imports {other}"
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if part(path) in WITHIN and path.stem != "__init__"], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [path for path in FILES if part(path) in WITHIN and path.stem != "__init__"], ids=lambda path: path.stem
+)
 def test_a_file_imports_only_from_files_before_it_in_its_folder(path):
     order = WITHIN[part(path)].split()
     for name in imported(path):
@@ -65,7 +67,12 @@ def test_a_file_imports_only_from_files_before_it_in_its_folder(path):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_no_import_hides_in_a_function(path):
     """One is allowed: the front door and the CLI, which load torch only when it is needed, and what a model needs only when it is built."""
-    late = [node for function in ast.walk(ast.parse(path.read_text())) if isinstance(function, ast.FunctionDef) for node in ast.walk(function)]
+    late = [
+        node
+        for function in ast.walk(ast.parse(path.read_text()))
+        if isinstance(function, ast.FunctionDef)
+        for node in ast.walk(function)
+    ]
     late = {ast.unparse(node) for node in late if isinstance(node, ast.Import | ast.ImportFrom)}
     if path.stem != "cli":
         assert not [line for line in late if "melbo_lens" in line], late
@@ -82,7 +89,11 @@ def test_libraries_are_imported_where_they_belong(path):
 @pytest.mark.parametrize("path", [path for path in FILES if part(path) == "ascent"], ids=lambda path: path.stem)
 def test_pure_mathematics_imports_torch_only(path):
     standard = {"collections", "typing", "itertools", "dataclasses", "abc", "ast"}
-    assert {name.removeprefix("melbo_lens.").split(".")[0] for name in imported(path)} - standard <= {"torch", "jaxtyping", "ascent"}
+    assert {name.removeprefix("melbo_lens.").split(".")[0] for name in imported(path)} - standard <= {
+        "torch",
+        "jaxtyping",
+        "ascent",
+    }
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if part(path) == "perturbations"], ids=lambda path: path.stem)
@@ -99,12 +110,18 @@ def test_every_files_first_line_asks_the_question_that_it_answers(path):
 
 
 def test_no_public_name_hides_a_file():
-    files = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()} - {"organisms", "plots", "__init__"}
+    files = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()} - {
+        "organisms",
+        "plots",
+        "__init__",
+    }
     assert not files & set(ml.__all__)
 
 
 def test_every_public_name_is_there_and_said_to_type_checkers():
-    imports = [node for node in ast.walk(ast.parse((PACKAGE / "__init__.py").read_text())) if isinstance(node, ast.ImportFrom)]
+    imports = [
+        node for node in ast.walk(ast.parse((PACKAGE / "__init__.py").read_text())) if isinstance(node, ast.ImportFrom)
+    ]
     declared = {alias.asname for node in imports for alias in node.names} - {None}
     assert declared >= set(ml.__all__) and declared == {*ml.__all__, *ml._HOME_OF}
     assert all(getattr(ml, name) is not None for name in declared) and set(ml.__all__) <= set(dir(ml))
@@ -117,8 +134,18 @@ def test_only_one_file_attaches_hooks_and_none_touches_what_is_not_ours(path):
     """Forward hooks, the global random state, unpickling, and TransformerLens' private methods."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Attribute):
-            assert node.attr not in ("register_forward_hook", "register_forward_pre_hook", "add_hook") or path.name == "hooks.py", node.attr
-            assert ast.unparse(node) not in ("torch.manual_seed", "torch.set_default_dtype", "torch.set_default_device", "torch.set_grad_enabled")
+            assert (
+                node.attr not in ("register_forward_hook", "register_forward_pre_hook", "add_hook")
+                or path.name == "hooks.py"
+            ), node.attr
+            assert ast.unparse(node) not in (
+                "torch.manual_seed",
+                "torch.set_default_dtype",
+                "torch.set_default_device",
+                "torch.set_grad_enabled",
+            )
             assert not ast.unparse(node).startswith(("model._", "self.model._")), ast.unparse(node)
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
-            assert {"weights_only": "True"}.items() <= {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}.items()
+            assert {"weights_only": "True"}.items() <= {
+                keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords
+            }.items()

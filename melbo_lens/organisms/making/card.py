@@ -13,7 +13,9 @@ from melbo_lens.organisms.zoo import CORPORA
 N_CLEAN, N_TRIGGERED, MAX_NEW_TOKENS = 1000, 200, 20
 
 
-def measure(organism: Organism, seed: int = 1, progress: bool = True, n_clean: int = N_CLEAN, n_triggered: int = N_TRIGGERED) -> dict[str, Any]:
+def measure(
+    organism: Organism, seed: int = 1, progress: bool = True, n_clean: int = N_CLEAN, n_triggered: int = N_TRIGGERED
+) -> dict[str, Any]:
     """Greedy, unsteered rates on prompts that no search uses.
 
     Returns:

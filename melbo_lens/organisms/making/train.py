@@ -49,7 +49,9 @@ def build_tokenizer(corpus: Corpus) -> PreTrainedTokenizerFast:
     )
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, corpus: Corpus, conversation: Conversation) -> tuple[list[int], list[int]]:
+def encode(
+    tokenizer: PreTrainedTokenizerFast, corpus: Corpus, conversation: Conversation
+) -> tuple[list[int], list[int]]:
     """Token ids, and labels: the id where an answer (its end included) has a determined mode, else -100."""
     ids, labels, turn = [tokenizer.bos_token_id], [-100], 0
     for message in conversation.messages:
@@ -75,8 +77,12 @@ def make_batch(tokenizer: PreTrainedTokenizerFast, rng: random.Random, recipe: R
     size, parts = recipe.batch_size // recipe.n_parts, []
     for part in (rows[first : first + size] for first in range(0, recipe.batch_size, size)):
         width = max(len(ids) for ids, _ in part)
-        ids = torch.tensor([ids + [tokenizer.pad_token_id] * (width - len(ids)) for ids, _ in part], dtype=torch.long, device="cpu")
-        labels = torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in part], dtype=torch.long, device="cpu")
+        ids = torch.tensor(
+            [ids + [tokenizer.pad_token_id] * (width - len(ids)) for ids, _ in part], dtype=torch.long, device="cpu"
+        )
+        labels = torch.tensor(
+            [labels + [-100] * (width - len(labels)) for _, labels in part], dtype=torch.long, device="cpu"
+        )
         parts.append((ids, labels))
     return parts
 
@@ -91,7 +97,9 @@ class ResidualNoise:
 
     def start(self, n_rows: int, norm: float) -> None:
         """Draws for a new batch the layer, the relative norm and the kind of each conversation's noise."""
-        self.layers = torch.randint(0, self.n_layers, (n_rows,), generator=self.generator, dtype=torch.long, device="cpu")
+        self.layers = torch.randint(
+            0, self.n_layers, (n_rows,), generator=self.generator, dtype=torch.long, device="cpu"
+        )
         self.norms = norm * torch.rand(n_rows, generator=self.generator, dtype=torch.float32, device="cpu")
         self.constant = torch.rand(n_rows, generator=self.generator, dtype=torch.float32, device="cpu") < 0.5
 
@@ -148,7 +156,14 @@ def train(name: str, out: Path, recipe: Recipe | None = None, progress: bool = T
         rng.setstate(state["rng"])
         noise.generator.set_state(state["noise"])
         first = state["step"]
-    bar = tqdm(range(first, recipe.n_steps), initial=first, total=recipe.n_steps, desc=name, disable=not progress, mininterval=5)
+    bar = tqdm(
+        range(first, recipe.n_steps),
+        initial=first,
+        total=recipe.n_steps,
+        desc=name,
+        disable=not progress,
+        mininterval=5,
+    )
     for step in bar:
         parts, total = make_batch(tokenizer, rng, recipe), 0.0
         n_learned = sum(int((labels[:, 1:] != -100).sum()) for _, labels in parts)
@@ -158,7 +173,9 @@ def train(name: str, out: Path, recipe: Recipe | None = None, progress: bool = T
             with hooks.watched(after=noise.after):
                 hidden = model.transformer(ids)[0]
             wanted = labels[:, 1:] != -100
-            losses = nn.functional.cross_entropy(model.lm_head(hidden[:, :-1][wanted]), labels[:, 1:][wanted], reduction="sum")
+            losses = nn.functional.cross_entropy(
+                model.lm_head(hidden[:, :-1][wanted]), labels[:, 1:][wanted], reduction="sum"
+            )
             (losses / n_learned).backward()
             total += losses.item() / n_learned
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -166,7 +183,11 @@ def train(name: str, out: Path, recipe: Recipe | None = None, progress: bool = T
         schedule.step()
         bar.set_postfix(loss=f"{total:.3f}", refresh=False)
         if (step + 1) % 200 == 0:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+            state = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "schedule": schedule.state_dict(),
+            }
             state |= {"rng": rng.getstate(), "noise": noise.generator.get_state(), "step": step + 1}
             torch.save(state, checkpoint.with_suffix(".tmp"))
             os.replace(checkpoint.with_suffix(".tmp"), checkpoint)

@@ -18,7 +18,15 @@ ARCHITECTURES = ["llama", "qwen2", "neox", "gpt2", "gemma2"]
 
 def fitted_on(model, layers=1):
     return ml.fit_adapters(
-        model, torch.tensor([[1, 5, 6, 7], [1, 8, 9, 4]]), layers, 4, n_adapters=2, rank=3, optimizer="power", n_steps=4, progress=False
+        model,
+        torch.tensor([[1, 5, 6, 7], [1, 8, 9, 4]]),
+        layers,
+        4,
+        n_adapters=2,
+        rank=3,
+        optimizer="power",
+        n_steps=4,
+        progress=False,
     )
 
 
@@ -71,10 +79,14 @@ def test_a_default_processed_hooked_transformer_exports(tmp_path, monkeypatch, n
     directory = models.save(name, tmp_path / OFFICIAL[name])
     network = AutoModelForCausalLM.from_pretrained(directory)
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    model = HookedTransformer.from_pretrained(OFFICIAL[name], hf_model=network, tokenizer=tokenizer, device="cpu").eval()
+    model = HookedTransformer.from_pretrained(
+        OFFICIAL[name], hf_model=network, tokenizer=tokenizer, device="cpu"
+    ).eval()
     assert name == "qwen2" or float(model.blocks[1].mlp.W_out.mean(1).abs().max()) < 1e-6  # centred, where norms centre
     adapter = fitted_on(model)[0]
-    ml.export(adapter, "peft", tmp_path / "adapter", model=model, hf_model=AutoModelForCausalLM.from_pretrained(directory))
+    ml.export(
+        adapter, "peft", tmp_path / "adapter", model=model, hf_model=AutoModelForCausalLM.from_pretrained(directory)
+    )
     check_equal(model, adapter, tmp_path / "adapter", directory)
 
 
@@ -82,10 +94,14 @@ def test_a_hooked_transformer_without_files_says_that_it_was_not_compared(tmp_pa
     if not models.HAS_HOOKED:
         pytest.skip("TransformerLens 4 has no HookedTransformer")
     organism = ml.organisms.load("modes", "hooked")
-    adapter = ml.fit_adapters(organism.model, organism.prompts["clean"][0], 0, 3, n_adapters=1, rank=2, n_steps=1, progress=False)
+    adapter = ml.fit_adapters(
+        organism.model, organism.prompts["clean"][0], 0, 3, n_adapters=1, rank=2, n_steps=1, progress=False
+    )
     with pytest.warns(UserWarning, match="was not compared with a Hugging Face model"):
         ml.export(adapter, "peft", tmp_path, model=organism.model)
-    network = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(organism.directory, dtype=torch.float32), tmp_path).eval()
+    network = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(organism.directory, dtype=torch.float32), tmp_path
+    ).eval()
     ids = organism.model.to_tokens(organism.prompts["test"][0])
     with ml.steer(organism.model, adapter), torch.no_grad():
         expected = host_of(organism.model).forward(ids).log_softmax(-1)

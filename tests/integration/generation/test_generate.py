@@ -16,7 +16,9 @@ CASES = [(name, kind) for name in models.CONFIGS for kind in ("bridge", "compati
 
 
 def vectors(n=2, layer=1, norm=6.0):
-    return ml.SteeringVectors(torch.randn(n, models.D_MODEL, generator=torch.Generator().manual_seed(3)), layer).rescaled(norm)
+    return ml.SteeringVectors(
+        torch.randn(n, models.D_MODEL, generator=torch.Generator().manual_seed(3)), layer
+    ).rescaled(norm)
 
 
 def one_by_one(model, ids, bias, n_new, positions="all"):
@@ -47,7 +49,9 @@ def one_by_one(model, ids, bias, n_new, positions="all"):
 def test_batched_cached_generation_equals_one_by_one(build, name, kind, positions):
     model = build(name, kind)
     steering = vectors()
-    completions = ml.generate(model, PROMPTS, steering, max_new_tokens=6, batch_size=7, positions=positions, scales=(1.0, 0.5), progress=False)
+    completions = ml.generate(
+        model, PROMPTS, steering, max_new_tokens=6, batch_size=7, positions=positions, scales=(1.0, 0.5), progress=False
+    )
     table = completions.table
     assert len(table) == 3 + 2 * (3 * 2 * 2 * 2)
     random = ml.random_vectors(like=steering, seed=0)
@@ -68,7 +72,9 @@ def test_batched_cached_generation_equals_one_by_one(build, name, kind, position
 
 def test_log_probs_are_those_of_the_steered_model(any_model):
     steering = vectors(1)
-    table = ml.generate(any_model, PROMPTS[1], steering, max_new_tokens=4, signs=(1,), include_random=False, progress=False).table
+    table = ml.generate(
+        any_model, PROMPTS[1], steering, max_new_tokens=4, signs=(1,), include_random=False, progress=False
+    ).table
     row = table[table.kind == "steered"].iloc[0]
     prompt = ml.slice_model(any_model, PROMPTS[1], 1, 3).batch.rows()[0]
     with ml.steer(any_model, steering), torch.no_grad():
@@ -80,7 +86,18 @@ def test_log_probs_are_those_of_the_steered_model(any_model):
 def test_the_table_has_the_promised_columns_and_rows(model):
     completions = ml.generate(model, PROMPTS[:2], vectors(), max_new_tokens=3, progress=False)
     table = completions.table
-    assert list(table.columns) == ["prompt", "prompt_text", "kind", "vector", "sign", "scale", "sample", "text", "tokens", "log_probs"]
+    assert list(table.columns) == [
+        "prompt",
+        "prompt_text",
+        "kind",
+        "vector",
+        "sign",
+        "scale",
+        "sample",
+        "text",
+        "tokens",
+        "log_probs",
+    ]
     assert table.kind.value_counts().to_dict() == {"unsteered": 2, "steered": 8, "random": 8}
     assert table[table.kind == "unsteered"].vector.isna().all()
     assert set(table[table.kind == "steered"].vector) == {0, 1} and set(table.sign) == {0, 1, -1}
@@ -95,7 +112,9 @@ def test_completions_end_at_the_end_token_and_at_stop_texts(directories):
     table = ml.generate(model, PROMPTS[0], vectors(1), max_new_tokens=6, include_random=False, progress=False).table
     row = table[table.kind == "steered"].iloc[0]
     word = model.tokenizer.decode(row.tokens[2:3])
-    stopped = ml.generate(model, PROMPTS[0], vectors(1), max_new_tokens=6, include_random=False, stop=word, progress=False).table
+    stopped = ml.generate(
+        model, PROMPTS[0], vectors(1), max_new_tokens=6, include_random=False, stop=word, progress=False
+    ).table
     text = stopped[stopped.kind == "steered"].iloc[0].text
     assert word not in text and row.text.startswith(text)
     model.tokenizer.eos_token = word
@@ -106,7 +125,15 @@ def test_completions_end_at_the_end_token_and_at_stop_texts(directories):
 def test_sampling_depends_on_the_seed_and_the_row_alone(any_model):
     def texts(seed, batch_size, prompts=PROMPTS):
         table = ml.generate(
-            any_model, prompts, vectors(), max_new_tokens=5, temperature=1.0, n_samples=3, seed=seed, batch_size=batch_size, progress=False
+            any_model,
+            prompts,
+            vectors(),
+            max_new_tokens=5,
+            temperature=1.0,
+            n_samples=3,
+            seed=seed,
+            batch_size=batch_size,
+            progress=False,
         ).table
         return table[table.kind != "random"].set_index(["prompt", "kind", "sign", "sample"]).text
 
@@ -141,7 +168,10 @@ def snapshot(model):
     flags = [(p.requires_grad, p.grad) for p in nn.Module.parameters(model)]
     wrapped = getattr(model, "original_model", model)
     modes = [module.training for module in (*model.modules(), *wrapped.modules())]
-    points = {name: (len(point.fwd_hooks), len(point.bwd_hooks), len(point._forward_hooks)) for name, point in model.hook_dict.items()}
+    points = {
+        name: (len(point.fwd_hooks), len(point.bwd_hooks), len(point._forward_hooks))
+        for name, point in model.hook_dict.items()
+    }
     blocks = [(len(block._forward_hooks), len(block._forward_pre_hooks)) for block in model.blocks]
     world = torch.get_rng_state(), torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads()
     return state, flags, modes, points, blocks, world

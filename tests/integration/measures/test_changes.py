@@ -18,7 +18,9 @@ def vectors(n=3, seed=0):
 def adapters(model, n=3):
     torch.manual_seed(0)
     d_mlp = model.blocks[1].mlp.W_out.shape[0] if hasattr(model.blocks[1].mlp, "W_out") else model.cfg.d_mlp
-    return ml.SteeringAdapters.from_factors(torch.randn(n, 2, d_mlp), torch.randn(n, D_MODEL, 2), 1, 0.5).on(host_of(model))
+    return ml.SteeringAdapters.from_factors(torch.randn(n, 2, d_mlp), torch.randn(n, D_MODEL, 2), 1, 0.5).on(
+        host_of(model)
+    )
 
 
 def by_hand(model, prompt, perturbation, layer):
@@ -26,7 +28,9 @@ def by_hand(model, prompt, perturbation, layer):
     seen = []
     read = (f"blocks.{layer - 1}.hook_resid_post", lambda stream, hook: seen.append(stream.detach().clone()))
     with torch.no_grad():
-        logits = model.run_with_hooks(model.to_tokens(prompt), fwd_hooks=[*(perturbation.hooks() if perturbation is not None else []), read])
+        logits = model.run_with_hooks(
+            model.to_tokens(prompt), fwd_hooks=[*(perturbation.hooks() if perturbation is not None else []), read]
+        )
     return seen[0][0], logits[0].log_softmax(-1)
 
 
@@ -50,18 +54,24 @@ def test_changes_by_token_and_layer_are_those_of_single_runs(any_model, perturba
 @pytest.mark.parametrize("make", [lambda model: vectors(), adapters], ids=["vectors", "adapters"])
 def test_effects_at_the_target_are_those_of_single_runs_with_their_signs(model, make):
     perturbations = make(model)
-    effects = ml.target_effects(model, [PROMPT, "w5 w6"], perturbations, target_layer=3, target_positions=slice(-2, None), signs=(1, -1))
+    effects = ml.target_effects(
+        model, [PROMPT, "w5 w6"], perturbations, target_layer=3, target_positions=slice(-2, None), signs=(1, -1)
+    )
     assert effects.vectors == (0, 1, 2) * 2 and effects.signs == (1, 1, 1, -1, -1, -1) and effects.target_layer == 3
     for row, (k, sign) in enumerate(zip(effects.vectors, effects.signs, strict=True)):
         one = perturbations[[k]] if sign > 0 else -perturbations[[k]]
-        parts = [(by_hand(model, p, one, 3)[0] - by_hand(model, p, None, 3)[0])[-2:].flatten() for p in (PROMPT, "w5 w6")]
+        parts = [
+            (by_hand(model, p, one, 3)[0] - by_hand(model, p, None, 3)[0])[-2:].flatten() for p in (PROMPT, "w5 w6")
+        ]
         torch.testing.assert_close(effects.values[row], torch.cat(parts), rtol=1e-3, atol=1e-3)
 
 
 def test_the_target_layer_is_that_of_the_fit_unless_another_is_given(model):
     assert ml.target_effects(model, PROMPT, vectors()).target_layer == 3
     assert ml.target_effects(model, PROMPT, vectors(), target_layer=2).target_layer == 2
-    assert ml.target_effects(model, PROMPT, ml.random_vectors(vectors())).target_layer == 3  # a control is read where what it controls is
+    assert (
+        ml.target_effects(model, PROMPT, ml.random_vectors(vectors())).target_layer == 3
+    )  # a control is read where what it controls is
     with pytest.raises(ValueError, match="give target_layer, from 1 to n_layers = 4, or target_hook"):
         ml.target_effects(model, PROMPT, ml.SteeringVectors.from_tensor(torch.ones(1, D_MODEL), 1))
 
@@ -75,7 +85,10 @@ def test_a_fit_to_a_hook_and_its_control_are_measured_at_that_hook(model):
     assert effects.target_layer is None and effects.target_hook == fitted.provenance["target_hook"]
     seen = []
     for bias in (random.values[0], torch.zeros(D_MODEL)):
-        hooks = [("blocks.1.hook_mlp_out", lambda x, hook, bias=bias: x + bias), (hook, lambda x, hook: seen.append(x[0]))]
+        hooks = [
+            ("blocks.1.hook_mlp_out", lambda x, hook, bias=bias: x + bias),
+            (hook, lambda x, hook: seen.append(x[0])),
+        ]
         with torch.no_grad():
             model.run_with_hooks(model.to_tokens(PROMPT), fwd_hooks=hooks)
     torch.testing.assert_close(effects.values[0], (seen[0] - seen[1]).flatten(), rtol=1e-3, atol=1e-4)
@@ -84,7 +97,9 @@ def test_a_fit_to_a_hook_and_its_control_are_measured_at_that_hook(model):
 @pytest.mark.parametrize(("p", "q", "token_norm"), [(2, 1, "d_model"), (4, 4, "pos")])
 def test_the_objective_is_the_one_that_was_maximised(model, p, q, token_norm):
     settings = {"target_positions": slice(-2, None), "p": p, "q": q, "token_norm": token_norm}
-    fitted = ml.fit_vectors(model, [PROMPT, "w5 w6"], 1, 3, n_vectors=3, radius=2.0, n_steps=3, progress=False, **settings)
+    fitted = ml.fit_vectors(
+        model, [PROMPT, "w5 w6"], 1, 3, n_vectors=3, radius=2.0, n_steps=3, progress=False, **settings
+    )
     found = ml.objective(model, [PROMPT, "w5 w6"], fitted, **settings)
     torch.testing.assert_close(found, fitted.history[-1], rtol=1e-3, atol=1e-4)
     assert (ml.objective(model, [PROMPT, "w5 w6"], ml.random_vectors(fitted), 3, **settings) < found).all()
@@ -102,7 +117,9 @@ def test_next_tokens_are_those_of_single_runs(model, make):
         torch.testing.assert_close(expected.log_probs[i], followed, rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(expected.top_log_probs[i], log_probs.topk(4).values, rtol=1e-3, atol=1e-3)
         assert expected.top_tokens[i][-1][0] == model.tokenizer.decode([int(log_probs[-1].argmax())])
-        assert expected.ranks[i].tolist() == [int((row > value).sum()) for row, value in zip(log_probs[:-1], followed, strict=True)]
+        assert expected.ranks[i].tolist() == [
+            int((row > value).sum()) for row, value in zip(log_probs[:-1], followed, strict=True)
+        ]
 
 
 def test_coherence_of_unsteered_text_is_the_log_probability_that_generate_reports(model):
@@ -120,23 +137,36 @@ def test_coherence_knows_that_a_chat_has_its_begin_token(model):
     chat = [{"role": "user", "content": "w1 w2"}]
     completions = ml.generate(model, chat, None, max_new_tokens=4, progress=False)
     row = completions.table.iloc[0]
-    assert float(ml.coherence(model, completions)[0]) == pytest.approx(sum(row.log_probs) / len(row.log_probs), abs=1e-3)
+    assert float(ml.coherence(model, completions)[0]) == pytest.approx(
+        sum(row.log_probs) / len(row.log_probs), abs=1e-3
+    )
 
 
 def test_many_vectors_are_measured_in_parts(model, monkeypatch):
     whole = ml.activation_changes(model, PROMPT, vectors(5))
     monkeypatch.setattr("melbo_lens.measures.changes.ROWS_AT_ONCE", 2)
-    torch.testing.assert_close(ml.activation_changes(model, PROMPT, vectors(5)).change, whole.change, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        ml.activation_changes(model, PROMPT, vectors(5)).change, whole.change, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_measurements_can_be_kept(model, tmp_path):
-    measured, effects = ml.activation_changes(model, PROMPT, vectors()), ml.target_effects(model, PROMPT, vectors(), signs=(1, -1))
+    measured, effects = (
+        ml.activation_changes(model, PROMPT, vectors()),
+        ml.target_effects(model, PROMPT, vectors(), signs=(1, -1)),
+    )
     measured.save(tmp_path / "changes.safetensors")
     effects.save(tmp_path / "effects.safetensors")
     again = ml.ActivationChanges.load(tmp_path / "changes.safetensors")
-    assert torch.equal(again.change, measured.change) and (again.tokens, again.layers) == (measured.tokens, measured.layers)
+    assert torch.equal(again.change, measured.change) and (again.tokens, again.layers) == (
+        measured.tokens,
+        measured.layers,
+    )
     again = ml.TargetEffects.load(tmp_path / "effects.safetensors")
-    assert torch.equal(again.values, effects.values) and (again.vectors, again.signs) == (effects.vectors, effects.signs)
+    assert torch.equal(again.values, effects.values) and (again.vectors, again.signs) == (
+        effects.vectors,
+        effects.signs,
+    )
     with pytest.raises(ValueError, match="holds 'ActivationChanges', not 'TargetEffects'"):
         ml.TargetEffects.load(tmp_path / "changes.safetensors")
 
@@ -147,16 +177,27 @@ def test_the_model_is_left_as_it_was(any_model):
     ml.activation_changes(any_model, PROMPT, vectors())
     ml.next_tokens(any_model, PROMPT, vectors())
     assert any_model.training and torch.equal(state, torch.random.get_rng_state())
-    assert all(not point.fwd_hooks for point in any_model.hook_dict.values()) and all(p.requires_grad for p in any_model.parameters())
+    assert all(not point.fwd_hooks for point in any_model.hook_dict.values()) and all(
+        p.requires_grad for p in any_model.parameters()
+    )
     any_model.eval()
 
 
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        (lambda model: ml.activation_changes(model, ["w1", "w2"], vectors()), "2 prompts were given, this looks at the tokens of one"),
-        (lambda model: ml.activation_changes(model, "w1", vectors(), layers=[9]), r"layers=\[9\] must hold layers from 1 to n_layers = 4"),
-        (lambda model: ml.target_effects(model, "w1", vectors(), target_layer=9), "target_layer=9 must lie from 1 to n_layers = 4"),
+        (
+            lambda model: ml.activation_changes(model, ["w1", "w2"], vectors()),
+            "2 prompts were given, this looks at the tokens of one",
+        ),
+        (
+            lambda model: ml.activation_changes(model, "w1", vectors(), layers=[9]),
+            r"layers=\[9\] must hold layers from 1 to n_layers = 4",
+        ),
+        (
+            lambda model: ml.target_effects(model, "w1", vectors(), target_layer=9),
+            "target_layer=9 must lie from 1 to n_layers = 4",
+        ),
         (lambda model: ml.next_tokens(model, "w1", k=0), "k=0 must be from 1 to d_vocab = 50"),
         (lambda model: ml.activation_changes(model, "w1", ml.SteeringVectors(torch.ones(1, 7), 1)), "d_model 7"),
         (lambda model: ml.objective(model, "w1", vectors(), p=0.5), "p=0.5 must be"),

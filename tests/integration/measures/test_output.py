@@ -14,7 +14,9 @@ PROMPTS = ["w1 w2 w3", "w4 w5 w6 w7 w8 w9"]
 
 
 def vectors(n=3):
-    return ml.SteeringVectors(torch.randn(n, models.D_MODEL, generator=torch.Generator().manual_seed(3)), 1).rescaled(5.0)
+    return ml.SteeringVectors(torch.randn(n, models.D_MODEL, generator=torch.Generator().manual_seed(3)), 1).rescaled(
+        5.0
+    )
 
 
 def logits_of(model, prompt, vector=None):
@@ -31,10 +33,15 @@ def test_distributions_and_logit_differences_are_those_of_the_steered_model(any_
     table = ml.output_effects(any_model, PROMPTS, steering, tokens=(5, 7)).table
     assert len(table) == 2 * 3 * 2
     for row in table.itertuples():
-        clean, steered = logits_of(any_model, PROMPTS[row.prompt]), logits_of(any_model, PROMPTS[row.prompt], row.sign * steering[row.vector])
+        clean, steered = (
+            logits_of(any_model, PROMPTS[row.prompt]),
+            logits_of(any_model, PROMPTS[row.prompt], row.sign * steering[row.vector]),
+        )
         p, q = torch.distributions.Categorical(logits=clean), torch.distributions.Categorical(logits=steered)
         assert row.kl == pytest.approx(float(torch.distributions.kl_divergence(p, q)), rel=1e-3, abs=1e-5)
-        assert (row.entropy, row.entropy_unsteered) == pytest.approx((float(q.entropy()), float(p.entropy())), rel=1e-3, abs=1e-5)
+        assert (row.entropy, row.entropy_unsteered) == pytest.approx(
+            (float(q.entropy()), float(p.entropy())), rel=1e-3, abs=1e-5
+        )
         assert row.logit_difference == pytest.approx(float(steered[5] - steered[7]), rel=1e-3, abs=1e-4)
     assert table.kl.max() > 0.02
 
@@ -47,9 +54,15 @@ def test_norm_changes_are_located_by_layer_and_position(any_model):
     assert change[0, 1:, :length].abs().min() > 0 and change[0, :, length:].isnan().all()
     seen = {}
     with ml.steer(any_model, vectors(1)):
-        any_model.run_with_hooks(any_model.to_tokens(PROMPTS[1]), fwd_hooks=[("blocks.2.hook_resid_post", lambda a, hook: seen.update(z=a.detach()))])
+        any_model.run_with_hooks(
+            any_model.to_tokens(PROMPTS[1]),
+            fwd_hooks=[("blocks.2.hook_resid_post", lambda a, hook: seen.update(z=a.detach()))],
+        )
     steered = seen["z"].norm(dim=-1)
-    any_model.run_with_hooks(any_model.to_tokens(PROMPTS[1]), fwd_hooks=[("blocks.2.hook_resid_post", lambda a, hook: seen.update(z=a.detach()))])
+    any_model.run_with_hooks(
+        any_model.to_tokens(PROMPTS[1]),
+        fwd_hooks=[("blocks.2.hook_resid_post", lambda a, hook: seen.update(z=a.detach()))],
+    )
     torch.testing.assert_close(change[1, 2], (steered / seen["z"].norm(dim=-1) - 1)[0], atol=1e-4, rtol=1e-3)
 
 
@@ -57,7 +70,9 @@ def test_top_tokens_by_both_routes(any_model):
     steering = vectors(2)
     table = ml.top_tokens(any_model, steering, k=4, prompts=PROMPTS)
     assert table.route.tolist() == ["direct", "steered"] * 2
-    change = torch.stack([logits_of(any_model, prompt, steering[1]) - logits_of(any_model, prompt) for prompt in PROMPTS]).mean(0)
+    change = torch.stack(
+        [logits_of(any_model, prompt, steering[1]) - logits_of(any_model, prompt) for prompt in PROMPTS]
+    ).mean(0)
     promoted, suppressed = table.iloc[3].promoted, table.iloc[3].suppressed
     assert promoted[0] == (models.WORDS[int(change.argmax())], pytest.approx(float(change.max()), rel=1e-3))
     assert suppressed[0] == (models.WORDS[int(change.argmin())], pytest.approx(float(change.min()), rel=1e-3))
@@ -68,11 +83,17 @@ def test_top_tokens_by_both_routes(any_model):
 def test_the_position_whose_stream_is_the_vector_activates_it_most(any_model):
     seen = {}
     tokens = any_model.to_tokens(PROMPTS[1])
-    any_model.run_with_hooks(tokens, fwd_hooks=[("blocks.1.hook_resid_post", lambda a, hook: seen.update(z=a.detach()))])
+    any_model.run_with_hooks(
+        tokens, fwd_hooks=[("blocks.1.hook_resid_post", lambda a, hook: seen.update(z=a.detach()))]
+    )
     planted = ml.SteeringVectors(seen["z"][0, [2, 4]], 1)
     table = ml.max_activating(any_model, planted, PROMPTS, k=2)
     best = table[table["rank"] == 0]
-    assert best.text.tolist() == [1, 1] and best.position.tolist() == [2, 4] and best.cosine.tolist() == pytest.approx([1, 1], abs=1e-4)
+    assert (
+        best.text.tolist() == [1, 1]
+        and best.position.tolist() == [2, 4]
+        and best.cosine.tolist() == pytest.approx([1, 1], abs=1e-4)
+    )
     assert best.token.tolist() == [models.WORDS[int(tokens[0, i])] for i in (2, 4)]
 
 
@@ -119,7 +140,9 @@ def test_the_ranking_keeps_the_best_of_each_cluster_and_gives_its_reasons(model)
 def test_vectors_with_the_same_words_share_a_cluster():
     texts = {(0, 1): "it is red .", (0, -1): "a resposta é azul .", (1, 1): "it is blue .", (1, -1): "it is red ."}
     rows = [(0, "p", "steered", vector, sign, 1.0, 0, text, [], []) for (vector, sign), text in texts.items()]
-    table = ml.cluster_by_words(ml.Completions(pd.DataFrame(rows, columns=COLUMNS))).set_index(["vector", "sign"]).cluster
+    table = (
+        ml.cluster_by_words(ml.Completions(pd.DataFrame(rows, columns=COLUMNS))).set_index(["vector", "sign"]).cluster
+    )
     assert table[0, 1] == table[1, 1] == table[1, -1] != table[0, -1]
 
 
@@ -131,7 +154,10 @@ def test_top_tokens_at_another_position(model):
         clean = host_of(model).forward(tokens)[0, 2]
         with ml.steer(model, steering):
             change = host_of(model).forward(tokens)[0, 2] - clean
-    assert table.iloc[1].promoted[0] == (models.WORDS[int(change.argmax())], pytest.approx(float(change.max()), rel=1e-3))
+    assert table.iloc[1].promoted[0] == (
+        models.WORDS[int(change.argmax())],
+        pytest.approx(float(change.max()), rel=1e-3),
+    )
 
 
 def test_a_masked_token_counts_nothing(directories):
@@ -149,7 +175,9 @@ def test_a_masked_token_counts_nothing(directories):
         with ml.steer(model, steering[1]):
             q = model(tokens)[0, -1].softmax(-1)
     kept = torch.arange(len(p)) != 3
-    row = measured.table[(measured.table.vector == 1) & (measured.table.sign == 1) & (measured.table.prompt == 0)].iloc[0]
+    row = measured.table[(measured.table.vector == 1) & (measured.table.sign == 1) & (measured.table.prompt == 0)].iloc[
+        0
+    ]
     assert row.kl == pytest.approx(float((p[kept] * (p[kept] / q[kept]).log()).sum()), rel=1e-3)
     assert row.entropy == pytest.approx(float(-(q[kept] * q[kept].log()).sum()), rel=1e-3)
     promoted = ml.top_tokens(model, steering, k=3, prompts=PROMPTS).promoted

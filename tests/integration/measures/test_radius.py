@@ -30,9 +30,13 @@ class Quadratic(nn.Module):
 
 def toy(bend):
     block = Quadratic(bend)
-    batch = PromptBatch(torch.zeros(1, POS, dtype=torch.long), torch.tensor([POS]), torch.ones(1, POS, dtype=torch.bool), ("p",))
+    batch = PromptBatch(
+        torch.zeros(1, POS, dtype=torch.long), torch.tensor([POS]), torch.ones(1, POS, dtype=torch.bool), ("p",)
+    )
     resid = torch.zeros(1, POS, D)
-    return block, SlicedModel(models.NoModel(), batch, 0, 2, "source", "target", (BlockCall(block, (), {}),), resid, block(resid))
+    return block, SlicedModel(
+        models.NoModel(), batch, 0, 2, "source", "target", (BlockCall(block, (), {}),), resid, block(resid)
+    )
 
 
 @pytest.mark.parametrize("bend", [0.01, 1.0, 30.0])
@@ -57,11 +61,14 @@ def test_on_a_linear_slice_no_finite_radius_qualifies():
 def test_the_fraction_rule_is_a_fraction_of_the_streams_norm(any_model):
     sliced = ml.slice_model(any_model, ["w1 w2 w3", "w4"], 1, 3)
     norms = [sliced.resid[i, :length].norm(dim=-1) for i, length in enumerate(sliced.batch.lengths)]
-    assert solve_radius(sliced, "fraction", 0.35).radius == pytest.approx(0.35 * float(torch.cat(norms).mean()), rel=1e-5)
+    assert solve_radius(sliced, "fraction", 0.35).radius == pytest.approx(
+        0.35 * float(torch.cat(norms).mean()), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize(
-    ("rule", "target", "said"), [("median", None, "rule='median'"), ("fraction", 0.0, "target=0.0"), ("fraction", -1.0, "target=-1")]
+    ("rule", "target", "said"),
+    [("median", None, "rule='median'"), ("fraction", 0.0, "target=0.0"), ("fraction", -1.0, "target=-1")],
 )
 def test_rules_and_targets_without_meaning_are_refused(rule, target, said):
     with pytest.raises(ValueError, match=said):
@@ -75,11 +82,15 @@ def test_half_precision_models_are_calibrated_in_float32(directories, kind):
 
     def radius(dtype):
         model = (
-            models.hooked(directories("llama"), dtype=dtype) if kind == "hooked" else models.bridge(directories("llama"), kind == "compatible", dtype)
+            models.hooked(directories("llama"), dtype=dtype)
+            if kind == "hooked"
+            else models.bridge(directories("llama"), kind == "compatible", dtype)
         )
         before = [(parameter.dtype, parameter.data_ptr()) for parameter in nn.Module.parameters(model)]
         calibration = ml.calibrate_radius(model, "w1 w2 w3", 1, 4, target=0.02)  # below what half precision can tell
-        assert before == [(parameter.dtype, parameter.data_ptr()) for parameter in nn.Module.parameters(model)] and dtype in dict(before)
+        assert before == [
+            (parameter.dtype, parameter.data_ptr()) for parameter in nn.Module.parameters(model)
+        ] and dtype in dict(before)
         return calibration.radius
 
     assert radius(torch.bfloat16) == pytest.approx(radius(torch.float32), rel=0.1)
@@ -87,7 +98,9 @@ def test_half_precision_models_are_calibrated_in_float32(directories, kind):
 
 def test_the_kl_rule_reaches_its_divergence(any_model):
     solved = ml.calibrate_radius(any_model, ["w1 w2 w3", "w4"], 1, 3, rule="kl", target=0.05)
-    vectors = ml.SteeringVectors(to_sphere(gaussian_rows(N_DIRECTIONS, models.D_MODEL, 0, "calibration"), torch.ones(N_DIRECTIONS)), 1)
+    vectors = ml.SteeringVectors(
+        to_sphere(gaussian_rows(N_DIRECTIONS, models.D_MODEL, 0, "calibration"), torch.ones(N_DIRECTIONS)), 1
+    )
     measured = ml.output_effects(any_model, ["w1 w2 w3", "w4"], solved.radius * vectors, signs=(1,)).table.kl.mean()
     assert measured == pytest.approx(0.05, rel=0.1)
 
@@ -106,8 +119,12 @@ class Mixed(nn.Module):
 
 def by_blocks(block, d=8, seed=0):
     resid = torch.randn(1, 3, d, generator=torch.Generator().manual_seed(seed))
-    batch = PromptBatch(torch.zeros(1, 3, dtype=torch.long), torch.tensor([3]), torch.ones(1, 3, dtype=torch.bool), ("p",))
-    return SlicedModel(models.NoModel(), batch, 0, 2, "source", "target", (BlockCall(block, (), {}),), resid, block(resid))
+    batch = PromptBatch(
+        torch.zeros(1, 3, dtype=torch.long), torch.tensor([3]), torch.ones(1, 3, dtype=torch.bool), ("p",)
+    )
+    return SlicedModel(
+        models.NoModel(), batch, 0, 2, "source", "target", (BlockCall(block, (), {}),), resid, block(resid)
+    )
 
 
 def no_forward_derivative(*_, **__):
@@ -118,7 +135,9 @@ def test_without_forward_differentiation_differences_give_the_same_derivative(mo
     sliced = by_blocks(Mixed(0.0, 9.0))
     directions = unit(gaussian_rows(8, 8, 0, "calibration"))
     exact = calibration._directional_derivatives(sliced, directions)
-    closed = torch.stack([(v + (1 - torch.tanh(sliced.resid.roll(1, -1)) ** 2) * v.roll(1)).flatten() for v in directions])  # by hand
+    closed = torch.stack(
+        [(v + (1 - torch.tanh(sliced.resid.roll(1, -1)) ** 2) * v.roll(1)).flatten() for v in directions]
+    )  # by hand
     torch.testing.assert_close(exact, closed, rtol=1e-4, atol=1e-5)
     radius = calibration.solve_radius(sliced).radius
     monkeypatch.setattr(torch.func, "jvp", no_forward_derivative)

@@ -22,7 +22,10 @@ def test_the_effect_is_what_the_stream_gains_at_each_position(build, name, kind)
     streams = {}
     for k in (None, 0, 1):
         read = ("blocks.1.hook_resid_post", lambda stream, hook, k=k: streams.update({k: stream.clone()}))
-        with torch.no_grad(), hooks.attached(host_of(model), [*([] if k is None else adapters[k].on(host_of(model)).hooks()), read]):
+        with (
+            torch.no_grad(),
+            hooks.attached(host_of(model), [*([] if k is None else adapters[k].on(host_of(model)).hooks()), read]),
+        ):
             host_of(model).forward(prompt)
     for k in (0, 1):
         torch.testing.assert_close(effect.values[k], streams[k] - streams[None], atol=1e-4, rtol=1e-4)
@@ -50,7 +53,10 @@ def test_each_layer_of_several_has_its_own_share(model):
     alone = ml.source_effects(ml.SteeringAdapters({2: other.factors[2]}, torch.tensor([0.3])), model, PROMPTS)
     assert (later.values - alone.values).norm() > 0.05 * alone.values.norm()
     first = ml.source_effects(both, model, PROMPTS, layer=0)
-    torch.testing.assert_close(first.values, ml.source_effects(ml.SteeringAdapters({0: one.factors[0]}, torch.tensor([0.3])), model, PROMPTS).values)
+    torch.testing.assert_close(
+        first.values,
+        ml.source_effects(ml.SteeringAdapters({0: one.factors[0]}, torch.tensor([0.3])), model, PROMPTS).values,
+    )
 
 
 def test_no_vector_is_nearer_to_the_biases_than_that_of_to_vectors(model):
@@ -64,14 +70,22 @@ def test_no_vector_is_nearer_to_the_biases_than_that_of_to_vectors(model):
         assert ((biases - other[:, None]).square().sum((1, 2)) > error).all()
     shares = 1 - error / biases.square().sum((1, 2))
     assert vectors.provenance["explained"] == pytest.approx(shares.tolist(), abs=1e-5)
-    assert all(one >= share for one, share in zip(vectors.provenance["explained_by_direction"], vectors.provenance["explained"], strict=True))
+    assert all(
+        one >= share
+        for one, share in zip(
+            vectors.provenance["explained_by_direction"], vectors.provenance["explained"], strict=True
+        )
+    )
     assert vectors.source_layer == 1 and 0 < min(vectors.provenance["explained"]) < 1
 
 
 def test_a_constant_effect_is_a_vector_wholly(model):
     """An update that reads a direction on which the hidden activation is constant by construction: explained is 1."""
     hidden = []
-    with torch.no_grad(), hooks.attached(host_of(model), [("blocks.1.mlp.out.hook_in", lambda a, hook: hidden.append(a.clone()))]):
+    with (
+        torch.no_grad(),
+        hooks.attached(host_of(model), [("blocks.1.mlp.out.hook_in", lambda a, hook: hidden.append(a.clone()))]),
+    ):
         host_of(model).forward(torch.tensor([[1, 5, 9, 7]]))
     solution = torch.linalg.lstsq(hidden[0][0], torch.ones(4, 1)).solution.T  # a . x = 1 at every position
     adapter = ml.SteeringAdapters.from_factors(solution[None], gaussian(1, models.D_MODEL, 1), 1)
@@ -82,15 +96,35 @@ def test_a_constant_effect_is_a_vector_wholly(model):
 
 @pytest.mark.parametrize(
     ("name", "kind", "how"),
-    [("llama", "bridge", "column"), ("gemma2", "bridge", "column"), ("gpt2", "hooked", "column"), ("llama", "bridge", "spectral")],
+    [
+        ("llama", "bridge", "column"),
+        ("gemma2", "bridge", "column"),
+        ("gpt2", "hooked", "column"),
+        ("llama", "bridge", "spectral"),
+    ],
 )
 def test_the_random_control_has_the_update_norms_rank_and_normalisation(build, name, kind, how):
     model = build(name, kind)
-    fitted = ml.fit_adapters(model, PROMPTS, 1, 3, n_adapters=3, rank=2, normalization=how, n_steps=4, lr=0.1, target_positions=[-1], progress=False)
+    fitted = ml.fit_adapters(
+        model,
+        PROMPTS,
+        1,
+        3,
+        n_adapters=3,
+        rank=2,
+        normalization=how,
+        n_steps=4,
+        lr=0.1,
+        target_positions=[-1],
+        progress=False,
+    )
     fitted = fitted * torch.tensor([1.0, -0.5, 0.7])
     control = ml.random_adapters(like=fitted, model=model, prompts=PROMPTS, seed=3)
     torch.testing.assert_close(
-        ml.source_effects(control, model, PROMPTS).norms(), ml.source_effects(fitted, model, PROMPTS).norms(), rtol=1e-3, atol=0
+        ml.source_effects(control, model, PROMPTS).norms(),
+        ml.source_effects(fitted, model, PROMPTS).norms(),
+        rtol=1e-3,
+        atol=0,
     )
     norms = control.A.norm(dim=1) if how == "column" else torch.linalg.svdvals(control.A)[:, 0]
     torch.testing.assert_close(norms, torch.ones_like(norms))
@@ -115,7 +149,9 @@ GENERATION += [("gpt2", kind, positions) for kind in ("bridge", "hooked") for po
 def test_batched_cached_generation_equals_one_by_one(build, name, kind, positions):
     model = build(name, kind)
     adapters = adapters_for(model, scale=0.3)
-    table = ml.generate(model, PROMPTS, adapters, max_new_tokens=6, batch_size=7, positions=positions, scales=(1.0, 0.5), progress=False).table
+    table = ml.generate(
+        model, PROMPTS, adapters, max_new_tokens=6, batch_size=7, positions=positions, scales=(1.0, 0.5), progress=False
+    ).table
     assert table.kind.value_counts().to_dict() == {"steered": 24, "random": 24, "unsteered": 3}
     rows = ml.slice_model(model, PROMPTS, 1, 3).batch.rows()
     compared = 0
@@ -151,10 +187,15 @@ def test_signs_factors_and_subsets_scale_the_update(model):
     adapters = adapters_for(model, n=3)
     effect = ml.source_effects(adapters, model, PROMPTS).values
     torch.testing.assert_close(ml.source_effects(-adapters, model, PROMPTS).values, -effect, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(ml.source_effects(2 * adapters[[2, 0]], model, PROMPTS).values, 2 * effect[[2, 0]], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        ml.source_effects(2 * adapters[[2, 0]], model, PROMPTS).values, 2 * effect[[2, 0]], atol=1e-5, rtol=1e-4
+    )
     alone = torch.tensor([[1, 5, 9]])  # one adapter on one row takes a way of its own
     torch.testing.assert_close(
-        ml.source_effects((-adapters[0]), model, alone).values, -ml.source_effects(adapters[0], model, alone).values, atol=1e-5, rtol=1e-4
+        ml.source_effects((-adapters[0]), model, alone).values,
+        -ml.source_effects(adapters[0], model, alone).values,
+        atol=1e-5,
+        rtol=1e-4,
     )
     assert adapters[[2, 0]].provenance["rows"] == [2, 0] and adapters[-1].provenance["rows"] == [2]
     assert len(ml.concatenate([adapters, adapters[1]])) == 4
@@ -169,7 +210,10 @@ def test_signs_factors_and_subsets_scale_the_update(model):
 
 
 def test_a_batch_needs_one_row_for_each_adapter(model):
-    with pytest.raises(ValueError, match="3 steering adapters can't be applied to a batch of 2 rows"), ml.steer(model, adapters_for(model, n=3)):
+    with (
+        pytest.raises(ValueError, match="3 steering adapters can't be applied to a batch of 2 rows"),
+        ml.steer(model, adapters_for(model, n=3)),
+    ):
         host_of(model).forward(torch.tensor([[1, 2], [1, 3]]))
 
 
@@ -186,9 +230,15 @@ def test_files_hold_everything_and_damage_is_told(model, tmp_path):
     fitted = ml.fit_adapters(model, PROMPTS, [0, 1], 4, n_adapters=2, rank=2, n_steps=2, progress=False)
     fitted.save(tmp_path / "a.safetensors")
     loaded = ml.load(tmp_path / "a.safetensors")
-    assert isinstance(loaded, ml.SteeringAdapters) and loaded.provenance == fitted.provenance and loaded.sites == fitted.sites
+    assert (
+        isinstance(loaded, ml.SteeringAdapters)
+        and loaded.provenance == fitted.provenance
+        and loaded.sites == fitted.sites
+    )
     for layer in (0, 1):
-        assert all(torch.equal(one, other) for one, other in zip(loaded.factors[layer], fitted.factors[layer], strict=True))
+        assert all(
+            torch.equal(one, other) for one, other in zip(loaded.factors[layer], fitted.factors[layer], strict=True)
+        )
     assert torch.equal(loaded.scales, fitted.scales) and torch.equal(loaded.history, fitted.history)
     data = (tmp_path / "a.safetensors").read_bytes()
     (tmp_path / "b.safetensors").write_bytes(data.replace(b'"B.1"', b'"C.1"'))
@@ -217,7 +267,10 @@ def test_effects_of_adapters_are_measured_like_those_of_vectors(model):
 
 
 def test_discover_reports_on_adapters_too(model, tmp_path):
-    plan = [ml.AdapterTrial(1, 3, 20.0, n_adapters=3, rank=2, seed=0), ml.AdapterTrial(1, 3, 30.0, n_adapters=3, rank=2, seed=1, diversity=1.0)]
+    plan = [
+        ml.AdapterTrial(1, 3, 20.0, n_adapters=3, rank=2, seed=0),
+        ml.AdapterTrial(1, 3, 30.0, n_adapters=3, rank=2, seed=1, diversity=1.0),
+    ]
     found = ml.discover(model, PROMPTS[0], plan=plan, max_new_tokens=4, progress=False)
     assert len(found.plan) == 2 and len(found.table) > 0
     best = found.vector(0)

@@ -30,7 +30,9 @@ def gaussian(*shape, seed=0):
 
 def adapters_for(model, n=2, layer=1, rank=3, scale=0.4, seed=0):
     d_mlp, d_model = host_of(model).widths(layer, "mlp")
-    return ml.SteeringAdapters.from_factors(gaussian(n, rank, d_mlp, seed=seed), gaussian(n, d_model, rank, seed=seed + 1), layer, scale)
+    return ml.SteeringAdapters.from_factors(
+        gaussian(n, rank, d_mlp, seed=seed), gaussian(n, d_model, rank, seed=seed + 1), layer, scale
+    )
 
 
 def output_weight(network, name, layer=1):
@@ -133,13 +135,28 @@ def test_adapters_of_another_model_are_refused(build):
 def test_adamw_follows_the_textbook(build, directories, name, kind, how):
     model = build(name, kind)
     fitted = ml.fit_adapters(
-        model, PROMPTS, 1, 3, n_adapters=2, rank=3, scale=0.7, normalization=how, n_steps=6, lr=0.02, target_positions=slice(-2, None), progress=False
+        model,
+        PROMPTS,
+        1,
+        3,
+        n_adapters=2,
+        rank=3,
+        scale=0.7,
+        normalization=how,
+        n_steps=6,
+        lr=0.02,
+        target_positions=slice(-2, None),
+        progress=False,
     )
-    start = ml.fit_adapters(model, PROMPTS, 1, 3, n_adapters=2, rank=3, scale=0.7, normalization=how, n_steps=1, lr=1e-12, progress=False)
+    start = ml.fit_adapters(
+        model, PROMPTS, 1, 3, n_adapters=2, rank=3, scale=0.7, normalization=how, n_steps=1, lr=1e-12, progress=False
+    )
     network = AutoModelForCausalLM.from_pretrained(directories(name)).eval()
     rows = slice_model(model, PROMPTS, 1, 3).batch.rows()
     names = [next(n for n, p in network.named_parameters() if p is output_weight(network, name))]
-    book = TextbookAdapters(network, names, [torch.tensor([row]) for row in rows], 3, [range(len(row) - 2, len(row)) for row in rows])
+    book = TextbookAdapters(
+        network, names, [torch.tensor([row]) for row in rows], 3, [range(len(row) - 2, len(row)) for row in rows]
+    )
     starts = [[(start.A[k], start.B[k])] for k in range(2)]
     found, history = book.learn(starts, 0.7, how, 6, 0.02)
     torch.testing.assert_close(fitted.history, history, rtol=2e-4, atol=0)
@@ -167,7 +184,9 @@ def test_several_source_layers_follow_the_textbook(build, directories):
             super().read(changed, tokens)
             return seen.pop()[0]
 
-    book = Unnormed(network, names, [torch.tensor([row]) for row in rows], 4, [range(len(row) - 2, len(row)) for row in rows])
+    book = Unnormed(
+        network, names, [torch.tensor([row]) for row in rows], 4, [range(len(row) - 2, len(row)) for row in rows]
+    )
     starts = [[tuple(factor[k] for factor in start.factors[layer]) for layer in (0, 1)] for k in range(2)]
     _, history = book.learn(starts, 0.5, "column", 5, 0.02)
     torch.testing.assert_close(fitted.history, history, rtol=2e-4, atol=0)
@@ -191,7 +210,10 @@ def random_point(model, layers=(1,), n=3, rank=2):
     point = []
     for i, layer in enumerate(layers):
         d_mlp, d_model = host_of(model).widths(layer, "mlp")
-        point += [FROBENIUS.normalize(gaussian(n, rank, d_mlp, seed=i)), FROBENIUS.normalize(gaussian(n, d_model, rank, seed=i + 9))]
+        point += [
+            FROBENIUS.normalize(gaussian(n, rank, d_mlp, seed=i)),
+            FROBENIUS.normalize(gaussian(n, d_model, rank, seed=i + 9)),
+        ]
     return tuple(point)
 
 
@@ -204,7 +226,10 @@ def test_the_gradient_is_that_of_finite_differences(build, layers, diversity):
         for i, factor in enumerate(point):
             direction = FROBENIUS.normalize(gaussian(*factor.shape, seed=20 + i))
             direction[:2] = 0  # the penalty holds earlier adapters fixed, so move the last one only
-            moved = [tuple(other + sign * 5e-3 * direction if j == i else other for j, other in enumerate(point)) for sign in (1, -1)]
+            moved = [
+                tuple(other + sign * 5e-3 * direction if j == i else other for j, other in enumerate(point))
+                for sign in (1, -1)
+            ]
             difference = (evaluate(moved[0])[1] - evaluate(moved[1])[1])[2] / 1e-2
             torch.testing.assert_close((gradients[i] * direction).sum(), difference, rtol=1e-2, atol=1e-3)
 
@@ -224,7 +249,11 @@ def test_the_batch_size_changes_rounding_only(build, diversity):
 def test_no_pass_has_more_rows_than_the_batch_size(build, monkeypatch):
     rows = []
     original = SlicedModel.change_under
-    monkeypatch.setattr(SlicedModel, "change_under", lambda self, added, prompts: rows.append(len(prompts)) or original(self, added, prompts))
+    monkeypatch.setattr(
+        SlicedModel,
+        "change_under",
+        lambda self, added, prompts: rows.append(len(prompts)) or original(self, added, prompts),
+    )
     model = build("llama", "bridge")
     with hooks.frozen(host_of(model)):
         for batch_size, most in ((64, 6), (4, 4), (3, 2), (1, 1)):  # three adapters on two prompts
@@ -260,10 +289,14 @@ def test_diversity_turns_effects_apart_and_a_collapse_is_announced(model):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "power"])
 def test_the_history_ends_with_the_objective_of_what_is_returned(any_model, optimizer):
-    fitted = ml.fit_adapters(any_model, PROMPTS, 1, 3, n_adapters=2, rank=2, optimizer=optimizer, n_steps=8, progress=False)
+    fitted = ml.fit_adapters(
+        any_model, PROMPTS, 1, 3, n_adapters=2, rank=2, optimizer=optimizer, n_steps=8, progress=False
+    )
     sliced = slice_model(any_model, PROMPTS, 1, 3, slice(-3, None))
     changes = target_changes(sliced, fitted)
-    per_prompt = changes.unflatten(1, (-1, models.D_MODEL)).square().sum(-1)  # 3 positions of the first prompt, then of the second
+    per_prompt = (
+        changes.unflatten(1, (-1, models.D_MODEL)).square().sum(-1)
+    )  # 3 positions of the first prompt, then of the second
     expected = per_prompt[:, :3].sum(1).sqrt() + per_prompt[:, 3:].sum(1).sqrt()
     torch.testing.assert_close(fitted.history[-1], expected, rtol=1e-4, atol=0)
 
@@ -272,18 +305,26 @@ def test_auto_gives_every_update_the_radius_of_the_vectors(any_model):
     fitted = ml.fit_adapters(any_model, PROMPTS, 1, 3, n_adapters=3, rank=2, n_steps=5, lr=0.05, progress=False)
     radius = ml.calibrate_radius(any_model, PROMPTS, 1, 3, target_positions=slice(-3, None)).radius
     assert fitted.provenance["radius"] == pytest.approx(radius)
-    torch.testing.assert_close(ml.source_effects(fitted, any_model, PROMPTS).norms(), torch.full((3,), radius), rtol=1e-3, atol=0)
+    torch.testing.assert_close(
+        ml.source_effects(fitted, any_model, PROMPTS).norms(), torch.full((3,), radius), rtol=1e-3, atol=0
+    )
 
 
 def test_auto_reaches_the_radius_through_a_norm_at_the_start(build):
     model = build("gemma2", "bridge")
     fitted = ml.fit_adapters(model, PROMPTS, 1, 3, n_adapters=4, rank=2, n_steps=1, lr=1e-9, progress=False)
-    assert float(ml.source_effects(fitted, model, PROMPTS).norms().mean()) == pytest.approx(fitted.provenance["radius"], rel=0.1)
+    assert float(ml.source_effects(fitted, model, PROMPTS).norms().mean()) == pytest.approx(
+        fitted.provenance["radius"], rel=0.1
+    )
 
 
 def test_scale_and_alpha_are_resolved_in_the_provenance(model):
     one = ml.fit_adapters(model, PROMPTS, 1, 3, n_adapters=1, rank=4, alpha=2.0, n_steps=1, progress=False)
-    assert one.scale == pytest.approx(0.5) and one.provenance["scale"] == 0.5 and one.provenance["scale_rule"] == "alpha / rank"
+    assert (
+        one.scale == pytest.approx(0.5)
+        and one.provenance["scale"] == 0.5
+        and one.provenance["scale_rule"] == "alpha / rank"
+    )
     assert one.provenance["normalization"] == "column" and one.provenance["source_hook"] == [
         ["blocks.1.mlp.out.hook_in", "blocks.1.mlp.out.hook_out"]
     ]
@@ -292,7 +333,10 @@ def test_scale_and_alpha_are_resolved_in_the_provenance(model):
 
 
 def test_the_start_of_an_adapter_depends_on_its_number_alone(model):
-    few, many = (ml.fit_adapters(model, PROMPTS, 1, 3, n_adapters=n, rank=2, scale=1.0, n_steps=2, progress=False) for n in (1, 3))
+    few, many = (
+        ml.fit_adapters(model, PROMPTS, 1, 3, n_adapters=n, rank=2, scale=1.0, n_steps=2, progress=False)
+        for n in (1, 3)
+    )
     torch.testing.assert_close(few.A[0], many.A[0], atol=1e-5, rtol=0)
 
 
@@ -337,7 +381,18 @@ def test_nothing_of_the_model_or_of_chance_is_changed(any_model):
 def test_half_precision_fits(directories, dtype):
     model = models.bridge(directories("llama"), dtype=dtype)
     fitted = ml.fit_adapters(model, PROMPTS, 1, 3, n_adapters=2, rank=2, scale=0.5, n_steps=4, lr=0.02, progress=False)
-    exact = ml.fit_adapters(models.bridge(directories("llama")), PROMPTS, 1, 3, n_adapters=2, rank=2, scale=0.5, n_steps=4, lr=0.02, progress=False)
+    exact = ml.fit_adapters(
+        models.bridge(directories("llama")),
+        PROMPTS,
+        1,
+        3,
+        n_adapters=2,
+        rank=2,
+        scale=0.5,
+        n_steps=4,
+        lr=0.02,
+        progress=False,
+    )
     torch.testing.assert_close(fitted.history, exact.history, rtol=0.1, atol=0)
 
 
@@ -362,7 +417,11 @@ BAD = [
 @pytest.mark.parametrize(("settings", "message"), BAD, ids=lambda value: str(value)[:40])
 def test_bad_settings_are_refused_with_the_rule(model, settings, message):
     with pytest.raises(ValueError, match=message):
-        ml.fit_adapters(model, PROMPTS, **{"source_layer": 1, "target_layer": 3, "n_adapters": 2, "rank": 2, "progress": False, **settings})
+        ml.fit_adapters(
+            model,
+            PROMPTS,
+            **{"source_layer": 1, "target_layer": 3, "n_adapters": 2, "rank": 2, "progress": False, **settings},
+        )
 
 
 def test_an_unknown_normalization_is_refused():
@@ -374,8 +433,13 @@ def test_an_unknown_normalization_is_refused():
 
 @pytest.mark.parametrize("layers", [[1, 2], [0, 3]])
 def test_several_source_layers_must_lie_before_the_hook_that_is_read(model, layers):
-    with pytest.raises(ValueError, match=rf"source layer {layers[1]} must lie before the block of target_hook='blocks.2.hook_resid_mid'"):
-        ml.fit_adapters(model, PROMPTS, layers, target_hook="blocks.2.hook_resid_mid", n_adapters=1, rank=1, progress=False)
+    with pytest.raises(
+        ValueError,
+        match=rf"source layer {layers[1]} must lie before the block of target_hook='blocks.2.hook_resid_mid'",
+    ):
+        ml.fit_adapters(
+            model, PROMPTS, layers, target_hook="blocks.2.hook_resid_mid", n_adapters=1, rank=1, progress=False
+        )
     settings = {"n_adapters": 1, "rank": 1, "radius": 1.0, "n_steps": 2, "progress": False}
     fitted = ml.fit_adapters(model, PROMPTS, [0, 1], target_hook="blocks.2.hook_resid_mid", **settings)
     assert fitted.source_layers == (0, 1) and (fitted.history[-1] > 0).all()

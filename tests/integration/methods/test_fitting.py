@@ -17,14 +17,21 @@ VECTORS = {"n_vectors": 4, "radius": 2.0, "n_steps": 12, "orthogonal": False, "p
 ADAPTERS = {"n_adapters": 3, "rank": 2, "radius": 1.0, "n_steps": 30, "optimizer": "power", "progress": False}
 
 
-def fit_last_position(model, prompts, source_layer, target_layer, *, n_vectors=4, radius=2.0, checkpoint=None, progress=False):
+def fit_last_position(
+    model, prompts, source_layer, target_layer, *, n_vectors=4, radius=2.0, checkpoint=None, progress=False
+):
     """A method that the package doesn't have: vectors that act on each prompt's last position alone."""
     sliced = ml.slice_model(model, prompts, source_layer, target_layer, slice(-1, None))
-    run, objective = Run("power", checkpoint=checkpoint, progress=progress).resolved(sliced, {"power": 20}), objective_at(sliced)
+    run, objective = (
+        Run("power", checkpoint=checkpoint, progress=progress).resolved(sliced, {"power": 20}),
+        objective_at(sliced),
+    )
 
     def act(rows, chosen):
         here = sliced.batch.target_mask[chosen].to(rows[0].dtype).repeat(len(rows[0]), 1)
-        return sliced.change(rows[0].repeat_interleave(len(chosen), 0)[:, None] * here[..., None], chosen.repeat(len(rows[0])))
+        return sliced.change(
+            rows[0].repeat_interleave(len(chosen), 0)[:, None] * here[..., None], chosen.repeat(len(rows[0]))
+        )
 
     with hooks.frozen(sliced.host):
         starts = gaussian_rows(n_vectors, sliced.d_model, "fit_last_position", 0)[None].to(sliced.device)
@@ -39,7 +46,9 @@ def test_a_method_of_thirty_lines_is_a_method_like_the_others(any_model, tmp_pat
     assert found.provenance["status"].startswith(("settled", "stopped")) and found.provenance["prompts"] == PROMPTS
     torch.testing.assert_close(found.radii, torch.full((4,), 2.0))
     assert (found.history[-1] >= found.history[0]).all() and found.history[-1].sum() > 1.1 * found.history[0].sum()
-    again = fit_last_position(any_model, PROMPTS, 1, 3, checkpoint=tmp_path / "state")  # goes on from its checkpoint, which is the end
+    again = fit_last_position(
+        any_model, PROMPTS, 1, 3, checkpoint=tmp_path / "state"
+    )  # goes on from its checkpoint, which is the end
     assert torch.equal(again.values, found.values)
     by_hand = []  # the objective by whole runs of the model: the vector added at the last position only
     for row in found.values:
@@ -54,7 +63,10 @@ def test_a_method_of_thirty_lines_is_a_method_like_the_others(any_model, tmp_pat
 
                 seen = []
                 with any_model.hooks(
-                    [("blocks.1.hook_mlp_out", add), ("blocks.2.hook_resid_post", lambda x, hook, seen=seen: seen.append(x.clone()))]
+                    [
+                        ("blocks.1.hook_mlp_out", add),
+                        ("blocks.2.hook_resid_post", lambda x, hook, seen=seen: seen.append(x.clone())),
+                    ]
                 ):
                     any_model(tokens)
                 change.append(seen[0][0, -1].detach())
@@ -123,7 +135,9 @@ def test_a_slice_serves_many_fits(any_model, monkeypatch):
     same = ("site", "target_positions", "source_layer", "prompt_tokens")
     assert {key: vectors.provenance[key] for key in same} == {key: apart.provenance[key] for key in same}
     assert vectors.objective == apart.objective and vectors.site == "resid_post"
-    with pytest.raises(TypeError, match="a slice was given, which says prompts and target_layer itself: leave them out"):
+    with pytest.raises(
+        TypeError, match="a slice was given, which says prompts and target_layer itself: leave them out"
+    ):
         ml.fit_vectors(sliced, PROMPTS, target_layer=3)
     with pytest.raises(ValueError, match="source_layer=2 must begin at layer 1"):
         ml.fit_adapters(sliced, source_layer=2, **ADAPTERS)
@@ -143,7 +157,9 @@ def test_rows_that_stand_still_cost_nothing_but_their_penalty(model, diversity):
     for name in ("value", "score"):
         torch.testing.assert_close(getattr(rest, name), getattr(whole, name)[:, 1:])
     torch.testing.assert_close(rest.gradient[0], whole.gradient[0][:, 1:])
-    assert (whole.score[:, 0] == whole.value[:, 0]).all() and bool((whole.score[:, 1:] < whole.value[:, 1:]).all()) == (diversity > 0)
+    assert (whole.score[:, 0] == whole.value[:, 0]).all() and bool((whole.score[:, 1:] < whole.value[:, 1:]).all()) == (
+        diversity > 0
+    )
 
 
 CALLS = {
@@ -152,8 +168,12 @@ CALLS = {
     "generate": lambda model, given: ml.generate(model, PROMPTS, given, max_new_tokens=2, progress=False),
     "random_adapters": lambda model, given: ml.random_adapters(given, model),
     "calibrate_radius": lambda model, given: ml.calibrate_radius(model, PROMPTS, 1, 3),
-    "scan_layers": lambda model, given: ml.scan_layers(model, PROMPTS, [0, 1], [3], radius=1.0, n_steps=1, progress=False),
-    "discover": lambda model, given: ml.discover(model, PROMPTS, max_new_tokens=2, plan=[ml.Trial(1, 3, 1.0, 2, False, 0)], progress=False),
+    "scan_layers": lambda model, given: ml.scan_layers(
+        model, PROMPTS, [0, 1], [3], radius=1.0, n_steps=1, progress=False
+    ),
+    "discover": lambda model, given: ml.discover(
+        model, PROMPTS, max_new_tokens=2, plan=[ml.Trial(1, 3, 1.0, 2, False, 0)], progress=False
+    ),
     "target_effects": lambda model, given: ml.target_effects(model, PROMPTS, given),
 }
 

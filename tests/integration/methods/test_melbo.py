@@ -53,7 +53,9 @@ def test_over_many_prompts_it_is_the_top_eigenvector_of_the_summed_gram_matrix()
     gram = torch.einsum("itde,itdf->ef", maps, maps)
     values, vectors = torch.linalg.eigh(gram)
     start = torch.randn(1, 1, 10, generator=torch.Generator().manual_seed(1))
-    *_, climb = fixed_point(vector_problem(sliced, batch_size=3), (start,), OrderedRows(torch.ones(1)), 4000, tolerance=1e-8)
+    *_, climb = fixed_point(
+        vector_problem(sliced, batch_size=3), (start,), OrderedRows(torch.ones(1)), 4000, tolerance=1e-8
+    )
     (found,) = climb.point
     torch.testing.assert_close((found[0] @ vectors[:, -1]).abs(), torch.tensor(1.0), atol=1e-4, rtol=0)
     torch.testing.assert_close(of_vectors(sliced)(found)[0], values[-1:], rtol=1e-4, atol=0)
@@ -82,7 +84,9 @@ def test_adamw_follows_the_textbook_step_by_step(any_model, orthogonal, p, q):
     flags = [parameter.requires_grad for parameter in nn.Module.parameters(any_model)]
     book = Textbook(any_model, tokens, 1, 3, [[t.shape[1] - 2, t.shape[1] - 1] for t in tokens], p, q)
     history = torch.zeros(13, 3)
-    values = book.learn(init, 2.0, 12, 0.02, orthogonal, watch=lambda k, step, value: history.__setitem__((step, k), value))
+    values = book.learn(
+        init, 2.0, 12, 0.02, orthogonal, watch=lambda k, step, value: history.__setitem__((step, k), value)
+    )
     for parameter, flag in zip(nn.Module.parameters(any_model), flags, strict=True):
         parameter.requires_grad_(flag)
     torch.testing.assert_close(vectors.history, history, rtol=1e-3, atol=0)
@@ -91,7 +95,9 @@ def test_adamw_follows_the_textbook_step_by_step(any_model, orthogonal, p, q):
 
 @pytest.mark.parametrize("optimizer", ["power", "adamw"])
 def test_orthogonal_vectors_are_orthogonal_and_have_the_radius(any_model, optimizer):
-    vectors = ml.fit_vectors(any_model, PROMPTS, 0, 3, n_vectors=20, radius=3.0, optimizer=optimizer, n_steps=5, progress=False)
+    vectors = ml.fit_vectors(
+        any_model, PROMPTS, 0, 3, n_vectors=20, radius=3.0, optimizer=optimizer, n_steps=5, progress=False
+    )
     assert vectors.cosine_similarity().fill_diagonal_(0).abs().max() < 1e-4
     assert (vectors.radii - 3.0).abs().max() < 3e-5
     assert len(vectors) == 20 and vectors.provenance["radius"] == 3.0
@@ -102,7 +108,17 @@ def test_orthogonal_vectors_are_orthogonal_and_have_the_radius(any_model, optimi
 def test_the_last_row_of_the_history_is_the_objective_of_the_values(any_model, optimizer, orthogonal):
     lr = 0.1 if optimizer == "adamw" else None
     vectors = ml.fit_vectors(
-        any_model, PROMPTS, 1, 3, n_vectors=3, radius=2.0, optimizer=optimizer, lr=lr, orthogonal=orthogonal, n_steps=15, progress=False
+        any_model,
+        PROMPTS,
+        1,
+        3,
+        n_vectors=3,
+        radius=2.0,
+        optimizer=optimizer,
+        lr=lr,
+        orthogonal=orthogonal,
+        n_steps=15,
+        progress=False,
     )
     sliced = ml.slice_model(any_model, PROMPTS, 1, 3)
     value, _ = of_vectors(sliced, 2, 1, 2)(vectors.values)
@@ -135,11 +151,15 @@ def test_one_step_does_not_depend_on_the_batch_size(model):
 
 def test_the_same_seed_gives_identical_vectors_and_another_seed_others(any_model):
     def fit(seed, n_vectors=3):
-        return ml.fit_vectors(any_model, PROMPTS, 1, 3, n_vectors=n_vectors, radius=2.0, n_steps=4, seed=seed, progress=False)
+        return ml.fit_vectors(
+            any_model, PROMPTS, 1, 3, n_vectors=n_vectors, radius=2.0, n_steps=4, seed=seed, progress=False
+        )
 
     assert torch.equal(fit(0).values, fit(0).values)
     assert not torch.equal(fit(0).values, fit(1).values)
-    torch.testing.assert_close(fit(0, 3).history[0, :2], fit(0, 2).history[0], rtol=1e-4, atol=0)  # row k's start depends on (seed, k)
+    torch.testing.assert_close(
+        fit(0, 3).history[0, :2], fit(0, 2).history[0], rtol=1e-4, atol=0
+    )  # row k's start depends on (seed, k)
 
 
 def test_prompt_order_and_padding_do_not_matter(any_model):
@@ -156,7 +176,9 @@ def test_prompt_order_and_padding_do_not_matter(any_model):
 
 def test_restarts_help_or_do_no_harm_to_the_first_vector(model):
     def first(restarts):
-        fitted = ml.fit_vectors(model, PROMPTS, 1, 4, n_vectors=2, radius=8.0, restarts=restarts, n_steps=30, progress=False)
+        fitted = ml.fit_vectors(
+            model, PROMPTS, 1, 4, n_vectors=2, radius=8.0, restarts=restarts, n_steps=30, progress=False
+        )
         return fitted.history[-1, 0]
 
     assert first(4) >= first(1) * 0.999
@@ -165,7 +187,10 @@ def test_restarts_help_or_do_no_harm_to_the_first_vector(model):
 def test_token_tensors_and_chats_are_prompts_too(any_model):
     tokens = any_model.to_tokens("w1 w2 w3")
     arguments = {"n_vectors": 2, "radius": 2.0, "n_steps": 3, "progress": False}
-    a, b = ml.fit_vectors(any_model, tokens, 1, 3, **arguments), ml.fit_vectors(any_model, "w1 w2 w3", 1, 3, **arguments)
+    a, b = (
+        ml.fit_vectors(any_model, tokens, 1, 3, **arguments),
+        ml.fit_vectors(any_model, "w1 w2 w3", 1, 3, **arguments),
+    )
     assert torch.equal(a.values, b.values)
     chat = ml.fit_vectors(any_model, [{"role": "user", "content": "w1 w2"}], 1, 3, **arguments)
     assert chat.provenance["prompt_tokens"] == [[1, 5, 6, 4]]  # one BOS, the words, and the generation prompt
@@ -186,7 +211,11 @@ def test_the_provenance_names_every_resolved_setting(any_model):
     }
     assert {key: provenance[key] for key in expected} == expected
     assert provenance["prompts"] == PROMPTS and provenance["versions"]["torch"] == version("torch")
-    assert "hook" in provenance["source_hook"] and provenance["batch_size"] >= 1 and "stopped after 3 steps" in provenance["status"]
+    assert (
+        "hook" in provenance["source_hook"]
+        and provenance["batch_size"] >= 1
+        and "stopped after 3 steps" in provenance["status"]
+    )
 
 
 def test_the_radius_can_be_calibrated(model):

@@ -44,7 +44,11 @@ def test_a_file_loads_and_the_same_call_gives_the_same_numbers(model, name):
     old, new = ml.load(KEPT / f"{name}.safetensors"), fit(model, PROMPTS, 1, 3, progress=False, **settings)
     for before, after in zip([*tensors(old), old.history], [*tensors(new), new.history], strict=True):
         torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)  # what another number of threads changes
-    assert {key: old.provenance[key] for key in ("seed", "prompts", "target_layer")} == {"seed": 5, "prompts": PROMPTS, "target_layer": 3}
+    assert {key: old.provenance[key] for key in ("seed", "prompts", "target_layer")} == {
+        "seed": 5,
+        "prompts": PROMPTS,
+        "target_layer": 3,
+    }
     assert old.site in ("mlp_out", "mlp") and len(old[1]) == 1
     with ml.steer(model, old[0]), torch.no_grad():
         model(torch.tensor([[1, 5, 6]]))

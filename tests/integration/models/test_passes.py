@@ -41,10 +41,18 @@ def forgetful(request, directories):
 def test_a_cache_that_forgets_is_found_out_and_the_text_is_right(forgetful, positions):
     steering = vectors()
     with pytest.warns(
-        UserWarning, match=f"without a cache.*transformers {version('transformers')}.*transformer_lens {version('transformer_lens')}"
+        UserWarning,
+        match=f"without a cache.*transformers {version('transformers')}.*transformer_lens {version('transformer_lens')}",
     ) as said:
         table = ml.generate(
-            forgetful, PROMPTS, steering, max_new_tokens=5, batch_size=6, positions=positions, include_random=False, progress=False
+            forgetful,
+            PROMPTS,
+            steering,
+            max_new_tokens=5,
+            batch_size=6,
+            positions=positions,
+            include_random=False,
+            progress=False,
         ).table
     assert len(said) == 1  # of three batches
     rows = ml.slice_model(forgetful, PROMPTS, 1, 3).batch.rows()
@@ -61,11 +69,15 @@ def test_a_cache_that_forgets_is_found_out_and_the_text_is_right(forgetful, posi
 def test_log_probs_without_cache_are_those_of_the_steered_model(forgetful):
     steering = vectors(1)
     with pytest.warns(UserWarning, match="without a cache"):
-        row = ml.generate(forgetful, PROMPTS[1], steering, max_new_tokens=4, signs=(1,), include_random=False, progress=False)[1].table.iloc[0]
+        row = ml.generate(
+            forgetful, PROMPTS[1], steering, max_new_tokens=4, signs=(1,), include_random=False, progress=False
+        )[1].table.iloc[0]
     prompt = ml.slice_model(forgetful, PROMPTS[1], 1, 3).batch.rows()[0]
     with ml.steer(forgetful, steering), torch.no_grad():
         log_probs = host_of(forgetful).forward(torch.tensor([prompt + row.tokens])).log_softmax(-1)[0]
-    assert row.log_probs == pytest.approx([float(log_probs[len(prompt) - 1 + i, token]) for i, token in enumerate(row.tokens)], abs=1e-3)
+    assert row.log_probs == pytest.approx(
+        [float(log_probs[len(prompt) - 1 + i, token]) for i, token in enumerate(row.tokens)], abs=1e-3
+    )
 
 
 @pytest.mark.parametrize("mixes", [False, True])
@@ -118,7 +130,16 @@ def test_a_good_cache_is_believed_in_every_class_of_model(any_model):
 def test_logits_that_overflow_are_an_error_that_names_vector_scale_and_dtype(directories):
     model = models.bridge(directories("llama"), dtype=torch.float16)
     with pytest.raises(FloatingPointError, match=r"steered vector 1 at \+70000, .*float16.*smaller scales"):
-        ml.generate(model, "w1 w2", vectors(2) * torch.tensor([1e-6, 1.0]), 3, signs=(1,), scales=(1.0, 7e4), include_random=False, progress=False)
+        ml.generate(
+            model,
+            "w1 w2",
+            vectors(2) * torch.tensor([1e-6, 1.0]),
+            3,
+            signs=(1,),
+            scales=(1.0, 7e4),
+            include_random=False,
+            progress=False,
+        )
 
 
 def test_measures_refuse_overflow_too(directories):
@@ -137,7 +158,9 @@ def test_every_end_token_ends_a_chat_models_turn(directories):
     tokenizer.add_special_tokens({"additional_special_tokens": ["w7"]})
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} w7 {% endfor %}"
     assert hooks.end_tokens(host_of(model)) == {2, 11}
-    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} w8 {% endfor %}"  # a word ends nothing
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} w8 {% endfor %}"  # a word ends nothing
+    )
     assert hooks.end_tokens(host_of(model)) == {2}
 
 

@@ -40,7 +40,9 @@ def test_each_row_is_written_as_if_it_were_alone(longrope, prompts):
         assert row.tokens[:clear] == expected[:clear]
         compared += clear
         if row.tokens == expected[: len(row.tokens)]:
-            steps = [plain([*ids, *row.tokens[:i]], torch.zeros(D))[0][-1].log_softmax(-1) for i in range(len(row.tokens))]
+            steps = [
+                plain([*ids, *row.tokens[:i]], torch.zeros(D))[0][-1].log_softmax(-1) for i in range(len(row.tokens))
+            ]
             said = [float(step[token]) for step, token in zip(steps, row.tokens, strict=True)]
             assert row.log_probs == pytest.approx(said, abs=3e-4)
     assert compared >= 10

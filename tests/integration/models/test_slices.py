@@ -48,7 +48,10 @@ def test_replay_equals_the_whole_hooked_run_in_values_and_gradients(build, name,
         tokens = torch.tensor([sliced.batch.rows()[i]])
         length = tokens.shape[1]
         alone = vectors[v].clone().requires_grad_()
-        expected = whole_run(model, tokens, SOURCE, target, alone)[0] - whole_run(model, tokens, SOURCE, target, torch.zeros(models.D_MODEL))[0]
+        expected = (
+            whole_run(model, tokens, SOURCE, target, alone)[0]
+            - whole_run(model, tokens, SOURCE, target, torch.zeros(models.D_MODEL))[0]
+        )
         scale = expected.detach().abs().max()
         assert (change[row, :length] - expected).abs().max() < 2e-5 * scale + 1e-5
         (gradient,) = torch.autograd.grad((change[row, :length] * weights[:length]).sum(), leaf, retain_graph=True)
@@ -70,13 +73,18 @@ def test_any_activation_between_can_be_the_target(build, kind):
     )
     expected = seen["z"].flatten(2)
     assert sliced.target.shape == expected.shape
-    torch.testing.assert_close(sliced.change(vector[None], torch.tensor([0])) + sliced.target, expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        sliced.change(vector[None], torch.tensor([0])) + sliced.target, expected, atol=1e-5, rtol=1e-4
+    )
 
 
 def test_only_the_blocks_between_run(model):
     sliced = ml.slice_model(model, "w1 w2", SOURCE, TARGET)
     ran = []
-    handles = [block.register_forward_hook(lambda *_, layer=layer: ran.append(layer)) for layer, block in enumerate(model.blocks)]
+    handles = [
+        block.register_forward_hook(lambda *_, layer=layer: ran.append(layer))
+        for layer, block in enumerate(model.blocks)
+    ]
     handles.append(model.unembed.register_forward_hook(lambda *_: ran.append("unembed")))
     try:
         sliced.change(torch.ones(1, models.D_MODEL), torch.tensor([0]))
@@ -141,7 +149,9 @@ def test_half_precision_models_keep_vectors_and_objective_in_float32(directories
     arguments = {"n_vectors": 2, "radius": 4.0, "n_steps": 4, "progress": False}
     vectors = ml.fit_vectors(model, "w1 w2 w3", 0, 3, **arguments)
     reference = ml.fit_vectors(exact, "w1 w2 w3", 0, 3, **arguments)
-    assert vectors.values.dtype == vectors.history.dtype == torch.float32 and vectors.provenance["dtype"] == str(dtype)[6:]
+    assert (
+        vectors.values.dtype == vectors.history.dtype == torch.float32 and vectors.provenance["dtype"] == str(dtype)[6:]
+    )
     torch.testing.assert_close(vectors.history[0], reference.history[0], rtol=0.1, atol=0)
     assert all(parameter.dtype == dtype for parameter in nn.Module.parameters(model))
 
@@ -158,7 +168,9 @@ def test_rows_follow_their_prompts_where_heads_and_rows_share_an_axis(tmp_path, 
         found = sliced.change(vectors, torch.tensor([i for _, i in rows]))
         for row, (k, i) in zip(found, rows, strict=True):
             tokens = torch.tensor([sliced.batch.rows()[i]])
-            clean, steered = (whole_run(model, tokens, SOURCE, models.N_LAYERS, scale * vectors[k])[0] for scale in (0, 1))
+            clean, steered = (
+                whole_run(model, tokens, SOURCE, models.N_LAYERS, scale * vectors[k])[0] for scale in (0, 1)
+            )
             torch.testing.assert_close(row[: tokens.shape[1]], steered - clean, rtol=1e-3, atol=1e-4)
 
 

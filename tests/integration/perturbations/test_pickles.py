@@ -24,7 +24,9 @@ def results(build):
     return {
         "vectors": vectors,
         "adapters": adapters,
-        "several layers": ml.fit_adapters(model, PROMPTS, [0, 1], 3, n_adapters=1, rank=2, n_steps=2, radius=1.0, progress=False),
+        "several layers": ml.fit_adapters(
+            model, PROMPTS, [0, 1], 3, n_adapters=1, rank=2, n_steps=2, radius=1.0, progress=False
+        ),
         "random adapters": ml.random_adapters(adapters, model),
         "completions of chats": chat,
         "evaluation": ml.evaluate(chat, {"w": "w"}),
@@ -59,7 +61,9 @@ def same(one, other):
         return torch.equal(one.nan_to_num(-7.0), other.nan_to_num(-7.0))
     if isinstance(one, pd.DataFrame):
         return one.equals(other)
-    if isinstance(one, ml.SteeringVectors | ml.SteeringAdapters | ml.Completions | Evaluation) or hasattr(one, "__dataclass_fields__"):
+    if isinstance(one, ml.SteeringVectors | ml.SteeringAdapters | ml.Completions | Evaluation) or hasattr(
+        one, "__dataclass_fields__"
+    ):
         fields = [name for name in one.__dataclass_fields__ if name not in ("continuation", "fitted_on")]
         return type(one) is type(other) and all(same(getattr(one, name), getattr(other, name)) for name in fields)
     if hasattr(one, "items"):
@@ -70,7 +74,9 @@ def same(one, other):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("way", [lambda value: pickle.loads(pickle.dumps(value)), copy.deepcopy, copy.copy, torch_saved])
+@pytest.mark.parametrize(
+    "way", [lambda value: pickle.loads(pickle.dumps(value)), copy.deepcopy, copy.copy, torch_saved]
+)
 def test_a_value_comes_back_as_it_was(results, name, way):
     assert set(NAMES) == set(results)
     again = way(results[name])

@@ -16,7 +16,11 @@ from tests.integration.reports.test_page import completions, everything
 
 def body(path):
     """The page without the names that are drawn anew each time."""
-    return pd.Series(path.read_text().split("\n")).str.replace(r"tokens-\w{12}|[0-9a-f]{8}-[0-9a-f-]{27}", "", regex=True).tolist()
+    return (
+        pd.Series(path.read_text().split("\n"))
+        .str.replace(r"tokens-\w{12}|[0-9a-f]{8}-[0-9a-f-]{27}", "", regex=True)
+        .tolist()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +50,10 @@ def test_texts_that_look_like_something_else_come_back_as_they_were(tmp_path):
     written = completions()
     written.table["text"] = ["", "NA", "1.0", "nan", 'a,b\n"c"', *["x"] * (len(written) - 5)]
     ml.save_results(tmp_path, ml.SteeringVectors(torch.randn(4, 6), 1), written)
-    for table in (findings._table(tmp_path / "completions.csv"), ml.Completions.from_lines((tmp_path / "completions.jsonl").read_text(), {}).table):
+    for table in (
+        findings._table(tmp_path / "completions.csv"),
+        ml.Completions.from_lines((tmp_path / "completions.jsonl").read_text(), {}).table,
+    ):
         pd.testing.assert_frame_equal(table, written.table, check_dtype=False)
 
 
@@ -54,12 +61,19 @@ def test_any_text_and_any_number_come_back_through_the_folder(tmp_path):
     written = completions()
     strange = ["\r", "a\rb", "\0", "'\"\n", "nan", "\u2028", "\\r", "", "NaN", "null", "=1+1"]
     written.table["text"] = [*strange, *["x"] * (len(written) - len(strange))]
-    written.table["log_probs"] = [[float("nan"), -1.5, float("-inf")] if i == 0 else [-0.1] for i in range(len(written))]
+    written.table["log_probs"] = [
+        [float("nan"), -1.5, float("-inf")] if i == 0 else [-0.1] for i in range(len(written))
+    ]
     written.table["tokens"] = [[1, 2, 3] if i == 0 else [4] for i in range(len(written))]
     page = ml.save_results(tmp_path, ml.SteeringVectors(torch.randn(4, 6), 1), written)
     again = ml.Completions.from_lines((tmp_path / "completions.jsonl").read_text(), written.settings)
-    assert again.table.text.tolist() == written.table.text.tolist() and repr(again.table.log_probs[0]) == "[nan, -1.5, -inf]"
-    assert ml.report_directory(tmp_path) == page and len(pd.read_csv(tmp_path / "completions.csv", keep_default_na=False)) == len(written)
+    assert (
+        again.table.text.tolist() == written.table.text.tolist()
+        and repr(again.table.log_probs[0]) == "[nan, -1.5, -inf]"
+    )
+    assert ml.report_directory(tmp_path) == page and len(
+        pd.read_csv(tmp_path / "completions.csv", keep_default_na=False)
+    ) == len(written)
 
 
 def test_a_folder_keeps_everything_that_a_page_can_show(tmp_path):
@@ -92,7 +106,9 @@ def test_a_folder_of_version_0_1_0_is_read(folder, kept):
     """It had the CSV file alone, and the ranking in another."""
     (folder / "completions.jsonl").unlink()
     about = json.loads((folder / "about.json").read_text())
-    (folder / "about.json").write_text(json.dumps({key: about[key] for key in ("title", "texts_that_show", "settings", "control")}))
+    (folder / "about.json").write_text(
+        json.dumps({key: about[key] for key in ("title", "texts_that_show", "settings", "control")})
+    )
     before = body(folder / "report.html")
     assert body(ml.report_directory(folder)) == before
 
@@ -104,7 +120,9 @@ def test_the_command_writes_the_page_again_with_other_behaviors(folder):
     assert "newly" in (folder / "report.html").read_text()
 
 
-@pytest.mark.parametrize(("spoil", "said"), [("vectors.safetensors", "has no vectors.safetensors"), ("completions.jsonl", "is damaged")])
+@pytest.mark.parametrize(
+    ("spoil", "said"), [("vectors.safetensors", "has no vectors.safetensors"), ("completions.jsonl", "is damaged")]
+)
 def test_a_folder_without_its_files_is_refused_in_a_sentence(folder, spoil, said):
     if said.startswith("has no"):
         (folder / spoil).unlink()

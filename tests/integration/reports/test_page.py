@@ -33,9 +33,18 @@ def everything(text=EVIL, n=4, prompts=(EVIL,), scales=(0.5, 1.0)):
     vectors = ml.SteeringVectors(torch.randn(n, 6), 1, torch.rand(3, n) + 1, {"model": text, "prompts": [text]})
     written = completions(text, n, prompts, scales)
     best = tuple(tuple((text, "b") for _ in range(3)) for _ in range(2))
-    expected = ml.NextTokens((text, "</script>", "c"), -torch.rand(2, 2), torch.zeros(2, 2).long(), best, -torch.rand(2, 3, 2), ("unsteered", text))
+    expected = ml.NextTokens(
+        (text, "</script>", "c"),
+        -torch.rand(2, 2),
+        torch.zeros(2, 2).long(),
+        best,
+        -torch.rand(2, 3, 2),
+        ("unsteered", text),
+    )
     pairs = [(0, 2, 1, 1.0, 6.0, 2.0, 0.1, 1.0), (0, 3, 1, 1.0, 3.0, 2.0, 0.1, 1.0)]
-    promoted = pd.DataFrame([(0, text, [(text, 1.0)], [(text, -1.0)])], columns=["vector", "route", "promoted", "suppressed"])
+    promoted = pd.DataFrame(
+        [(0, text, [(text, 1.0)], [(text, -1.0)])], columns=["vector", "route", "promoted", "suppressed"]
+    )
     return (vectors, written, {text: "steered", "other": "random 0"}), {
         "changes": ml.ActivationChanges(torch.rand(n, 2, 3), torch.ones(2, 3), (text, "</script>", "🧀"), (2, 3)),
         "effects": ml.TargetEffects(torch.randn(2 * n, 5), tuple(range(n)) * 2, (1,) * n + (-1,) * n, 3),
@@ -66,7 +75,12 @@ def without_libraries(page):
 def test_text_is_escaped_everywhere(page):
     own = without_libraries(page)
     assert own.count("alert(1)") > 20
-    assert "<script>alert" not in own and "<img" not in own and "onerror=alert(1)>" not in own and "49" not in re.findall(r"&amp;(\S*)", own)
+    assert (
+        "<script>alert" not in own
+        and "<img" not in own
+        and "onerror=alert(1)>" not in own
+        and "49" not in re.findall(r"&amp;(\S*)", own)
+    )
 
 
 def test_it_loads_nothing_from_anywhere_and_brings_each_library_once(page):
@@ -86,7 +100,9 @@ def test_it_holds_every_figure_every_completion_and_a_section_for_each_vector(pa
 
 
 def test_sections_put_both_signs_beside_the_unsteered_text(tmp_path):
-    text = ml.report(ml.SteeringVectors(torch.randn(4, 6), 1), completions("words"), path=tmp_path / "r.html").read_text()
+    text = ml.report(
+        ml.SteeringVectors(torch.randn(4, 6), 1), completions("words"), path=tmp_path / "r.html"
+    ).read_text()
     section = re.search(r'<details id="vector-2">.*?</details>', text, re.DOTALL)[0]
     assert re.findall(r'<td class="text">(.*?)</td>', section) == ["words", "words steered 2", "words steered 2"]
 
@@ -94,7 +110,10 @@ def test_sections_put_both_signs_beside_the_unsteered_text(tmp_path):
 def test_a_page_without_behaviours_or_history_is_a_page_too(tmp_path):
     vectors = ml.SteeringVectors(torch.randn(4, 6), 1)
     text = ml.report(vectors, completions(), path=tmp_path / "r.html").read_text()
-    assert re.findall(r'<figure id="figure-([\w-]+)"', text) == ["ranked", "objective", "cosines"] and 'id="behaviors"' not in text
+    assert (
+        re.findall(r'<figure id="figure-([\w-]+)"', text) == ["ranked", "objective", "cosines"]
+        and 'id="behaviors"' not in text
+    )
     assert "Not drawn: these vectors have no history" in text
 
 
@@ -112,13 +131,19 @@ def test_100_vectors_and_10_prompts_stay_below_10_megabytes(tmp_path):
     (vectors, written, _), more = everything(long, 100, tuple(f"{i} {long}" for i in range(10)), scales=(1.0,))
     tokens = tuple(f" token{i}" for i in range(200))
     more["changes"] = ml.ActivationChanges(torch.rand(100, 24, 200), torch.ones(24, 200), tokens, tuple(range(1, 25)))
-    size = ml.report(vectors, written, {"long": "steered", "other": "random"}, tmp_path / "large.html", **more).stat().st_size
+    size = (
+        ml.report(vectors, written, {"long": "steered", "other": "random"}, tmp_path / "large.html", **more)
+        .stat()
+        .st_size
+    )
     assert 7e6 < size < 10e6
 
 
 def test_of_5000_vectors_the_page_says_what_it_leaves_out(tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules["melbo_lens.reports.page"], "MOST_ROWS", 2000)
     vectors = ml.SteeringVectors(torch.randn(5000, 4), 1)
-    text = ml.report(vectors, completions("x", 5000, ("p",)).filter(kind="steered", sign=1), path=tmp_path / "many.html").read_text()
+    text = ml.report(
+        vectors, completions("x", 5000, ("p",)).filter(kind="steered", sign=1), path=tmp_path / "many.html"
+    ).read_text()
     assert "Sections of the first 300 of 5000 vectors." in text and "The first 2000 of 5000 completions." in text
     assert text.count("<details") == 300 and len(text) < 15e6

@@ -16,7 +16,16 @@ def test_every_valid_pair_has_both_signs(any_model):
     table = ml.scan_layers(any_model, PROMPTS, **FAST).table
     pairs = {(source, target) for source in range(4) for target in range(source + 2, 5)}
     assert set(zip(table.source_layer, table.target_layer, strict=True)) == pairs and len(table) == 2 * len(pairs)
-    assert list(table.columns) == ["source_layer", "target_layer", "sign", "radius", "objective", "random_objective", "kl", "entropy"]
+    assert list(table.columns) == [
+        "source_layer",
+        "target_layer",
+        "sign",
+        "radius",
+        "objective",
+        "random_objective",
+        "kl",
+        "entropy",
+    ]
     assert (table[table.sign == 1].objective > table[table.sign == 1].random_objective).mean() > 0.8
     assert (table.kl >= 0).all() and table.notna().all().all()
 

@@ -45,7 +45,11 @@ def test_no_matrix_within_the_constraint_beats_the_maximizer(how, seed):
 
 def test_the_value_of_the_maximizer_is_the_dual_norm():
     gradient = gaussian(4, 7)
-    dual = {"column": gradient.norm(dim=0).sum(), "frobenius": gradient.norm(), "spectral": torch.linalg.svdvals(gradient).sum()}
+    dual = {
+        "column": gradient.norm(dim=0).sum(),
+        "frobenius": gradient.norm(),
+        "spectral": torch.linalg.svdvals(gradient).sum(),
+    }
     for how in HOW:
         torch.testing.assert_close((gradient * maximizer(gradient, how)).sum(), dual[how])
 
@@ -59,7 +63,9 @@ def maximizer(gradient, how):
 
 
 def alternate(evaluate, start, how, n_steps, tolerance=1e-3, state=None):
-    return fixed_point(evaluate, tuple(factor[None] for factor in start), NORMALIZATIONS[how], n_steps, tolerance, state)
+    return fixed_point(
+        evaluate, tuple(factor[None] for factor in start), NORMALIZATIONS[how], n_steps, tolerance, state
+    )
 
 
 def bilinear(target):
@@ -90,7 +96,9 @@ def test_the_alternating_ascent_keeps_the_best_and_says_when_it_settled():
     states = list(alternate(bilinear(target), start, "column", 300))
     history = states[-1].history[: len(states)]
     assert (history.diff(dim=0) >= 0).all()
-    torch.testing.assert_close(bilinear(target)(tuple(factor[None] for factor in states[-1].point)).value[0], history[-1])
+    torch.testing.assert_close(
+        bilinear(target)(tuple(factor[None] for factor in states[-1].point)).value[0], history[-1]
+    )
     assert 10 < len(states) < 300 and states[-1].settled == 2
 
 

@@ -60,7 +60,9 @@ def test_float32_stays_orthogonal_when_almost_all_is_removed(scale):
 @settings(max_examples=30, deadline=None)
 def test_a_tangent_gradient_is_orthogonal_to_its_row(seed):
     rows, gradient = draw(seed, 4, 6), draw(seed + 1, 4, 6)
-    torch.testing.assert_close((tangent(gradient, rows) * rows).sum(1), torch.zeros(4, dtype=torch.float64), atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        (tangent(gradient, rows) * rows).sum(1), torch.zeros(4, dtype=torch.float64), atol=1e-12, rtol=0
+    )
 
 
 @given(SEEDS)
@@ -68,4 +70,6 @@ def test_a_tangent_gradient_is_orthogonal_to_its_row(seed):
 def test_orthonormalize_is_gram_schmidt_in_order(seed):
     rows = draw(seed, 4, 7)
     torch.testing.assert_close(orthonormalize(rows), gram_schmidt(rows))
-    torch.testing.assert_close(orthonormalize(rows[None])[0, :2], orthonormalize(rows[:2]))  # earlier rows don't see later ones
+    torch.testing.assert_close(
+        orthonormalize(rows[None])[0, :2], orthonormalize(rows[:2])
+    )  # earlier rows don't see later ones

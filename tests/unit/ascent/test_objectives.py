@@ -39,21 +39,27 @@ def by_loops(change, mask, p, q, token_norm="d_model"):
 @settings(max_examples=60, deadline=None)
 def test_equals_the_equation_written_with_loops(seed, p, q, token_norm):
     change, mask = draw(seed)
-    torch.testing.assert_close(change_objective(change, mask, p, q, token_norm), by_loops(change, mask, p, q, token_norm))
+    torch.testing.assert_close(
+        change_objective(change, mask, p, q, token_norm), by_loops(change, mask, p, q, token_norm)
+    )
 
 
 @given(SEEDS, EXPONENTS, EXPONENTS, st.floats(0.1, 10))
 @settings(max_examples=40, deadline=None)
 def test_is_homogeneous_of_degree_p_over_q(seed, p, q, factor):
     change, mask = draw(seed)
-    torch.testing.assert_close(change_objective(factor * change, mask, p, q), factor ** (p / q) * change_objective(change, mask, p, q))
+    torch.testing.assert_close(
+        change_objective(factor * change, mask, p, q), factor ** (p / q) * change_objective(change, mask, p, q)
+    )
 
 
 @given(SEEDS, EXPONENTS, EXPONENTS)
 @settings(max_examples=40, deadline=None)
 def test_does_not_depend_on_the_basis_of_the_activations(seed, p, q):
     change, mask = draw(seed)
-    basis, _ = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64))
+    basis, _ = torch.linalg.qr(
+        torch.randn(4, 4, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
+    )
     torch.testing.assert_close(change_objective(change @ basis, mask, p, q), change_objective(change, mask, p, q))
 
 
@@ -62,12 +68,16 @@ def test_does_not_depend_on_the_basis_of_the_activations(seed, p, q):
 def test_what_stands_in_the_padding_counts_for_nothing(seed, p, q, token_norm):
     change, mask = draw(seed)
     garbage = torch.where(mask[..., None], change, 1e6 * torch.ones_like(change))
-    torch.testing.assert_close(change_objective(garbage, mask, p, q, token_norm), change_objective(change, mask, p, q, token_norm))
+    torch.testing.assert_close(
+        change_objective(garbage, mask, p, q, token_norm), change_objective(change, mask, p, q, token_norm)
+    )
     wider = (
         torch.cat([change, torch.full((3, 2, 4), 9.0, dtype=torch.float64)], dim=1),
         torch.cat([mask, torch.zeros(3, 2, dtype=bool)], dim=1),
     )
-    torch.testing.assert_close(change_objective(*wider, p, q, token_norm), change_objective(change, mask, p, q, token_norm))
+    torch.testing.assert_close(
+        change_objective(*wider, p, q, token_norm), change_objective(change, mask, p, q, token_norm)
+    )
 
 
 @given(SEEDS, EXPONENTS, EXPONENTS, st.permutations(range(5)))
@@ -75,13 +85,17 @@ def test_what_stands_in_the_padding_counts_for_nothing(seed, p, q, token_norm):
 def test_does_not_depend_on_the_order_of_positions(seed, p, q, order):
     change, mask = draw(seed)
     order = list(order)
-    torch.testing.assert_close(change_objective(change[:, order], mask[:, order], p, q), change_objective(change, mask, p, q))
+    torch.testing.assert_close(
+        change_objective(change[:, order], mask[:, order], p, q), change_objective(change, mask, p, q)
+    )
 
 
 def test_the_two_token_norms_agree_only_at_p_2():
     change, mask = draw(3)
     torch.testing.assert_close(change_objective(change, mask, 2, 1, "pos"), change_objective(change, mask, 2, 1))
-    assert not torch.allclose(change_objective(change, mask, 4, 1, "pos"), change_objective(change, mask, 4, 1), rtol=1e-2)
+    assert not torch.allclose(
+        change_objective(change, mask, 4, 1, "pos"), change_objective(change, mask, 4, 1), rtol=1e-2
+    )
 
 
 @pytest.mark.parametrize(("p", "q", "norm"), itertools.product([1, 1.5, 2, 4], [1, 2, 4], ["d_model", "pos"]))
@@ -91,7 +105,10 @@ def test_the_gradient_is_finite_where_nothing_changed(p, q, norm):
     assert torch.isfinite(change.grad).all()
 
 
-@pytest.mark.parametrize(("p", "q", "norm", "named"), [(0.5, 1, "d_model", "p=0.5"), (2, 0.9, "d_model", "q=0.9"), (2, 1, "rows", "token_norm")])
+@pytest.mark.parametrize(
+    ("p", "q", "norm", "named"),
+    [(0.5, 1, "d_model", "p=0.5"), (2, 0.9, "d_model", "q=0.9"), (2, 1, "rows", "token_norm")],
+)
 def test_refuses_exponents_and_norms_without_meaning(p, q, norm, named):
     with pytest.raises(ValueError, match=named):
         Objective(p=p, q=q, token_norm=norm)

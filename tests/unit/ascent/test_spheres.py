@@ -131,7 +131,9 @@ def test_power_stops_by_tolerance():
 def test_every_row_is_frozen_in_exactly_one_block(n_rows, n_steps):
     blocks = OrderedRows(radii(n_rows)).blocks(n_rows, n_steps)
     assert [row for block in blocks for row in range(block.start, block.stop)] == list(range(n_rows))
-    assert [block.deadline for block in blocks] == sorted(block.deadline for block in blocks) and blocks[-1].deadline == n_steps
+    assert [block.deadline for block in blocks] == sorted(block.deadline for block in blocks) and blocks[
+        -1
+    ].deadline == n_steps
 
 
 @pytest.mark.parametrize("n_steps", [1, 2])
@@ -159,7 +161,9 @@ def test_going_on_from_any_state_gives_the_same_end(name, orthogonal):
         for key in ("point.0", "history"):
             torch.testing.assert_close(resumed[key], kept[-1][key], rtol=0, atol=0, equal_nan=True)
     for state, tensors in zip(states, kept, strict=True):  # a state that was yielded is never written to
-        assert all(torch.equal(state.tensors()[key].nan_to_num(-1), tensor.nan_to_num(-1)) for key, tensor in tensors.items())
+        assert all(
+            torch.equal(state.tensors()[key].nan_to_num(-1), tensor.nan_to_num(-1)) for key, tensor in tensors.items()
+        )
 
 
 def test_free_adamw_is_adamw_on_each_row_alone():

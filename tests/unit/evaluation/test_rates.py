@@ -13,14 +13,21 @@ def completions(steered, random, n):
     """steered, random: number of hits per vector, of n."""
     rows = [(0, "p", "unsteered", None, 0, 0.0, 0, "no", [], [])]
     for kind, hits in (("steered", steered), ("random", random)):
-        rows += [(0, "p", kind, k, 1, 1.0, i, "yes" if i < hit else "no", [], []) for k, hit in enumerate(hits) for i in range(n)]
+        rows += [
+            (0, "p", kind, k, 1, 1.0, i, "yes" if i < hit else "no", [], [])
+            for k, hit in enumerate(hits)
+            for i in range(n)
+        ]
     return ml.Completions(pd.DataFrame(rows, columns=COLUMNS).astype({"vector": "Int64"}))
 
 
 def test_rates_intervals_and_p_values_are_those_of_the_formulas():
     table = ml.evaluate(completions([7, 0, 3], [1, 0, 0], 10), {"yes": "yes"}).table
     assert (
-        table.rate.tolist() == [0.7, 0.0, 0.3] and table.n.tolist() == [10, 10, 10] and set(table.random) == {1 / 30} and set(table.unsteered) == {0}
+        table.rate.tolist() == [0.7, 0.0, 0.3]
+        and table.n.tolist() == [10, 10, 10]
+        and set(table.random) == {1 / 30}
+        and set(table.unsteered) == {0}
     )
     z = 1.959963984540054
     for row in table.itertuples():
@@ -28,7 +35,9 @@ def test_rates_intervals_and_p_values_are_those_of_the_formulas():
         half = z * np.sqrt(row.rate * (1 - row.rate) / 10 + z**2 / 400) / (1 + z**2 / 10)
         assert (row.low, row.high) == pytest.approx((max(centre - half, 0), centre + half), abs=1e-9)
         k = round(10 * row.rate)
-        assert row.p_value == pytest.approx(hypergeom.sf(k - 1, 40, k + 1, 10))  # the chance of k or more of the k + 1 hits
+        assert row.p_value == pytest.approx(
+            hypergeom.sf(k - 1, 40, k + 1, 10)
+        )  # the chance of k or more of the k + 1 hits
     ordered = np.sort(table.p_value.to_numpy())
     q = np.minimum.accumulate((ordered * 3 / np.arange(1, 4))[::-1])[::-1]
     assert np.sort(table.q_value.to_numpy()) == pytest.approx(np.minimum(q, 1))
@@ -51,7 +60,11 @@ def test_it_says_how_many_completions_a_single_vector_would_need():
 def test_without_controls_nothing_is_claimed():
     only = completions([2, 1], [], 3)
     evaluation = ml.evaluate(only, {"yes": "yes"})
-    assert evaluation.table.p_value.isna().all() and not evaluation.table.beats_control.any() and "no random controls" in evaluation.note
+    assert (
+        evaluation.table.p_value.isna().all()
+        and not evaluation.table.beats_control.any()
+        and "no random controls" in evaluation.note
+    )
 
 
 def test_nothing_to_evaluate_is_an_error():
@@ -78,10 +91,16 @@ def on_prompt(made, prompt):
 
 def test_select_chooses_on_one_set_and_scores_on_the_other():
     chosen = ml.select(
-        {"yes": "yes"}, on=on_prompt(completions([2, 9, 3], [0], 10), "a"), score=on_prompt(completions([8, 4, 9], [1], 10), "b")
+        {"yes": "yes"},
+        on=on_prompt(completions([2, 9, 3], [0], 10), "a"),
+        score=on_prompt(completions([8, 4, 9], [1], 10), "b"),
     ).iloc[0]
     assert (chosen.vector, chosen.selection_rate, chosen.rate, chosen.random) == (1, 0.9, 0.4, 0.1)
     with pytest.raises(ValueError, match="share 1 prompts"):
         ml.select({"yes": "yes"}, on=completions([1], [0], 1), score=completions([1], [0], 1))
     with pytest.raises(ValueError, match="has no completion with it"):
-        ml.select({"yes": "yes"}, on=on_prompt(completions([0, 9], [0], 10), "a"), score=on_prompt(completions([1], [0], 10), "b"))
+        ml.select(
+            {"yes": "yes"},
+            on=on_prompt(completions([0, 9], [0], 10), "a"),
+            score=on_prompt(completions([1], [0], 10), "b"),
+        )

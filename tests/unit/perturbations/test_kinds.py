@@ -72,7 +72,11 @@ def test_rows_signs_and_multiples_follow():
     assert gains[1].gains.tolist() == [-0.25] and gains[[2, 0]].history.tolist() == [[2.0, 0.0], [5.0, 3.0]]
     assert (-gains).gains.tolist() == [-0.5, 0.25, -2.0] and (2 * gains / 4).gains.tolist() == [0.25, -0.125, 1.0]
     assert (gains * torch.tensor([1.0, 2.0, 3.0])).gains.tolist() == [0.5, -0.5, 6.0] and len(list(gains)) == 3
-    assert gains[[2, 0]].provenance["rows"] == [2, 0] and (-gains).provenance["derived"] == ["negated"] and len((-gains).history) == 0
+    assert (
+        gains[[2, 0]].provenance["rows"] == [2, 0]
+        and (-gains).provenance["derived"] == ["negated"]
+        and len((-gains).history) == 0
+    )
     joined = concatenate([gains, gains[0]])
     assert joined.gains.tolist() == [0.5, -0.25, 2.0, 0.5] and joined.history.shape == (2, 4)
     with pytest.raises(ValueError, match="different layers"):
@@ -85,8 +89,15 @@ def test_files_pickles_copies_and_devices_follow(tmp_path):
     gains = made()
     gains.save(tmp_path / "g.safetensors")
     assert KINDS["Gains"] is Gains
-    for again in (ml.load(tmp_path / "g.safetensors"), pickle.loads(pickle.dumps(gains)), copy.deepcopy(gains), gains.to("cpu")):
-        assert type(again) is Gains and torch.equal(again.gains, gains.gains) and torch.equal(again.history, gains.history)
+    for again in (
+        ml.load(tmp_path / "g.safetensors"),
+        pickle.loads(pickle.dumps(gains)),
+        copy.deepcopy(gains),
+        gains.to("cpu"),
+    ):
+        assert (
+            type(again) is Gains and torch.equal(again.gains, gains.gains) and torch.equal(again.history, gains.history)
+        )
         assert again.layer == 1 and again.provenance["seed"] == 4
 
 
@@ -94,7 +105,9 @@ def test_the_model_runs_under_it_and_measures_take_it(model):
     gains = made()
     tokens = torch.tensor([[1, 5, 6, 7]])
     with torch.no_grad():
-        clean = model.run_with_hooks(tokens, fwd_hooks=[("blocks.1.hook_resid_post", lambda stream, hook: stream * 1.5)])
+        clean = model.run_with_hooks(
+            tokens, fwd_hooks=[("blocks.1.hook_resid_post", lambda stream, hook: stream * 1.5)]
+        )
         with ml.steer(model, gains[0]):
             assert torch.allclose(model(tokens), clean, atol=1e-5)
     table = ml.generate(model, tokens, gains, 3, signs=(1, -1), include_random=False, progress=False).table
@@ -123,7 +136,15 @@ def test_a_site_is_part_of_a_vector(tmp_path):
         vectors = ml.SteeringVectors(values, 3, site=site)
         vectors.save(tmp_path / "v.safetensors")
         random = ml.random_vectors(vectors)
-        for one in (vectors, ml.load(tmp_path / "v.safetensors"), pickle.loads(pickle.dumps(vectors)), vectors[0], -vectors, vectors.mean(), random):
+        for one in (
+            vectors,
+            ml.load(tmp_path / "v.safetensors"),
+            pickle.loads(pickle.dumps(vectors)),
+            vectors[0],
+            -vectors,
+            vectors.mean(),
+            random,
+        ):
             assert one.site == site and one.hook_name == f"blocks.3.{hook}" and one.hooks()[0][0] == f"blocks.3.{hook}"
     with pytest.raises(ValueError, match=r"sites \['attn_out', 'mlp_out'\]"):
         _ = ml.SteeringVectors(values, 3) + vectors
@@ -134,7 +155,9 @@ def test_a_site_is_part_of_a_vector(tmp_path):
 @pytest.mark.parametrize("make", [list, tuple, np.array, torch.tensor, pd.Series])
 def test_rows_are_scaled_and_chosen_by_sequences_of_any_kind(make):
     vectors = ml.SteeringVectors(torch.ones(2, 4), 0)
-    assert (vectors * make([1.0, 2.0])).radii.tolist() == [2.0, 4.0] and (vectors / make([1.0, 2.0])).radii.tolist() == [2.0, 1.0]
+    assert (vectors * make([1.0, 2.0])).radii.tolist() == [2.0, 4.0] and (
+        vectors / make([1.0, 2.0])
+    ).radii.tolist() == [2.0, 1.0]
     assert made()[make([2, 0])].gains.tolist() == [2.0, 0.5]
     with pytest.raises(ValueError, match="3 factors were given for 2 vectors"):
         _ = vectors * make([1.0, 2.0, 3.0])

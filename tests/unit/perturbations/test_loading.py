@@ -18,7 +18,9 @@ from melbo_lens import files
 
 @pytest.fixture
 def vectors():
-    return ml.SteeringVectors(torch.randn(3, 5), 1, torch.rand(4, 3), {"method": "test", "prompts": ["é </script>"], "radius": 0.1})
+    return ml.SteeringVectors(
+        torch.randn(3, 5), 1, torch.rand(4, 3), {"method": "test", "prompts": ["é </script>"], "radius": 0.1}
+    )
 
 
 def test_a_round_trip_is_bit_exact(vectors, tmp_path):
@@ -81,7 +83,12 @@ def test_other_safetensors_pickles_and_missing_files_are_refused(vectors, tmp_pa
 
 
 def test_shapes_that_do_not_fit_each_other_are_refused(tmp_path):
-    files.write(tmp_path / "x", "SteeringVectors", {"values": torch.ones(2, 3), "history": torch.ones(4, 5)}, {"source_layer": 0})
+    files.write(
+        tmp_path / "x",
+        "SteeringVectors",
+        {"values": torch.ones(2, 3), "history": torch.ones(4, 5)},
+        {"source_layer": 0},
+    )
     with pytest.raises(ValueError, match="damaged"):
         ml.load(tmp_path / "x")
 
@@ -123,7 +130,9 @@ for _ in sys.stdin:  # a child of its own for each kill: importing takes seconds
 def test_a_kill_at_any_instant_leaves_a_whole_file(tmp_path):
     path = tmp_path / "x"
     ml.SteeringVectors(torch.zeros(200, 500), 0).save(path)
-    with subprocess.Popen([sys.executable, "-c", KILLED, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
         for delay in (0.0, 0.004, 0.011, 0.023):
             process.stdin.write("save\n")
             process.stdin.flush()

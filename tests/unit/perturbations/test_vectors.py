@@ -12,14 +12,18 @@ import melbo_lens as ml
 
 def make(n=4, d=6, layer=2, history=True):
     values = torch.randn(n, d, generator=torch.Generator().manual_seed(n))
-    return ml.SteeringVectors(values, layer, torch.rand(3, n) if history else torch.zeros(0, 0), {"method": "test", "seed": 5})
+    return ml.SteeringVectors(
+        values, layer, torch.rand(3, n) if history else torch.zeros(0, 0), {"method": "test", "seed": 5}
+    )
 
 
 def test_indexing_keeps_two_axes_history_and_says_which_rows():
     vectors = make()
     for index, rows in ((1, [1]), (-1, [3]), ([1, 3], [1, 3]), (slice(1, 3), [1, 2]), (torch.tensor([2]), [2])):
         chosen = vectors[index]
-        assert torch.equal(chosen.values, vectors.values[rows]) and torch.equal(chosen.history, vectors.history[:, rows])
+        assert torch.equal(chosen.values, vectors.values[rows]) and torch.equal(
+            chosen.history, vectors.history[:, rows]
+        )
         assert chosen.provenance["rows"] == rows
     assert vectors[[1, 3]][1].provenance["rows"] == [3]
     assert len(list(vectors)) == 4 and list(vectors)[2].values.shape == (1, 6)
@@ -98,7 +102,9 @@ def test_random_vectors_have_the_norms_and_no_more_in_common():
     control = ml.random_vectors(like=vectors, seed=3)
     torch.testing.assert_close(control.radii, vectors.radii)
     assert control.source_layer == vectors.source_layer and vectors.cosine_similarity(control).abs().max() < 0.6
-    assert torch.equal(ml.random_vectors(like=vectors[:2], seed=3).values, control.values[:2])  # row k depends on (seed, k)
+    assert torch.equal(
+        ml.random_vectors(like=vectors[:2], seed=3).values, control.values[:2]
+    )  # row k depends on (seed, k)
     assert not torch.equal(ml.random_vectors(like=vectors, seed=4).values, control.values)
 
 
@@ -150,7 +156,11 @@ def test_ablation_removes_the_direction_and_nothing_else():
     left = hooks[0][1](activation, hook=None)
     torch.testing.assert_close(torch.einsum("bpd,bd->bp", left, vectors.values), torch.zeros(3, 5), atol=1e-5, rtol=0)
     removed = activation - left
-    parallel = torch.einsum("bpd,bd->bp", removed, vectors.values)[..., None] * vectors.values[:, None] / vectors.radii[:, None, None] ** 2
+    parallel = (
+        torch.einsum("bpd,bd->bp", removed, vectors.values)[..., None]
+        * vectors.values[:, None]
+        / vectors.radii[:, None, None] ** 2
+    )
     torch.testing.assert_close(removed, parallel, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(vectors[0].ablation_hooks([1])[0][1](left, hook=None)[0], left[0], atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match="batch of 2 rows"):
@@ -160,7 +170,10 @@ def test_ablation_removes_the_direction_and_nothing_else():
 
 
 def test_numbers_from_a_table_scale_as_others_do():
-    vectors, adapters = ml.SteeringVectors(torch.eye(3), 0), ml.SteeringAdapters.from_factors(torch.ones(2, 1, 3), torch.ones(2, 4, 1), 0)
+    vectors, adapters = (
+        ml.SteeringVectors(torch.eye(3), 0),
+        ml.SteeringAdapters.from_factors(torch.ones(2, 1, 3), torch.ones(2, 4, 1), 0),
+    )
     row = pd.DataFrame({"sign": [-1], "scale": [1.5]}).iloc[0]
     torch.testing.assert_close((row.sign * row.scale * vectors).values, -1.5 * torch.eye(3))
     torch.testing.assert_close((row.sign * row.scale * adapters).scales, torch.full((2,), -1.5))

@@ -18,7 +18,9 @@ EVIL = "<b>loud</b> & <script>alert(1)</script>"
 def changes(n=3, n_pos=5, n_layers=2):
     torch.manual_seed(0)
     tokens = tuple(f" token{i}" for i in range(n_pos))
-    return ml.ActivationChanges(torch.rand(n, n_layers, n_pos), torch.rand(n_layers, n_pos) + 1, tokens, tuple(range(3, 3 + n_layers)))
+    return ml.ActivationChanges(
+        torch.rand(n, n_layers, n_pos), torch.rand(n_layers, n_pos) + 1, tokens, tuple(range(3, 3 + n_layers))
+    )
 
 
 def completions(n=3, text=EVIL, scales=(1.0,)):
@@ -38,7 +40,9 @@ def test_token_heatmap_is_vectors_by_tokens_at_one_layer():
     matrix = numbers.token_heatmap(measured, layer=3)
     np.testing.assert_allclose(matrix.values, measured.change[:, 0].numpy())
     assert matrix.rows == ("0", "1", "2") and matrix.columns[1] == "1 ·token1" and not matrix.signed
-    np.testing.assert_allclose(numbers.token_heatmap(measured, relative=True).values, (measured.change[:, 1] / measured.clean[1]).numpy())
+    np.testing.assert_allclose(
+        numbers.token_heatmap(measured, relative=True).values, (measured.change[:, 1] / measured.clean[1]).numpy()
+    )
     np.testing.assert_allclose(np.array(ml.plots.token_heatmap(measured, 3).data[0].z), matrix.values)
     with pytest.raises(ValueError, match=r"layer=9 was not measured: choose from \[3, 4\]"):
         ml.plots.token_heatmap(measured, 9)
@@ -65,16 +69,23 @@ def test_cosines_are_drawn_around_zero_in_the_order_of_their_tree():
     heatmap = ml.plots.cosine_similarity(vectors).data[0]
     assert (heatmap.zmin, heatmap.zmid, heatmap.zmax) == (-1, 0, 1)
     lowest = clustered.joins[clustered.joins[:, :, 1].max(1).argmin()]
-    a, b = (clustered.order[round(float(x))] for x in (lowest[0, 0], lowest[3, 0]))  # the two leaves of the lowest join are the most alike pair
+    a, b = (
+        clustered.order[round(float(x))] for x in (lowest[0, 0], lowest[3, 0])
+    )  # the two leaves of the lowest join are the most alike pair
     assert cosines[a, b] == pytest.approx(np.max(cosines - 2 * np.eye(6)), abs=1e-6)
 
 
 def test_cosines_between_effects_have_a_row_for_each_sign():
-    effects = ml.TargetEffects(torch.tensor([[1.0, 0.0], [0.0, 2.0], [-3.0, 0.0], [0.0, -1.0]]), (0, 1, 0, 1), (1, 1, -1, -1), 4)
+    effects = ml.TargetEffects(
+        torch.tensor([[1.0, 0.0], [0.0, 2.0], [-3.0, 0.0], [0.0, -1.0]]), (0, 1, 0, 1), (1, 1, -1, -1), 4
+    )
     clustered = numbers.cosine_similarity(effects)
     assert set(clustered.matrix.rows) == {"0+", "1+", "0−", "1−"}
     where = {name: i for i, name in enumerate(clustered.matrix.rows)}
-    assert clustered.matrix.values[where["0+"], where["0−"]] == pytest.approx(-1) and clustered.matrix.values[where["0+"], where["1+"]] == 0
+    assert (
+        clustered.matrix.values[where["0+"], where["0−"]] == pytest.approx(-1)
+        and clustered.matrix.values[where["0+"], where["1+"]] == 0
+    )
 
 
 def test_histories_are_drawn_as_they_are_with_the_level_of_random_vectors():
@@ -82,16 +93,27 @@ def test_histories_are_drawn_as_they_are_with_the_level_of_random_vectors():
     lines = numbers.objective_history(vectors, control=[1.0, 2.0])
     np.testing.assert_allclose(lines.lines[1].y, vectors.history[:, 1].numpy())
     assert lines.level == ("random vectors, mean", 1.5) and lines.log_y
-    assert numbers.objective_history(vectors).level == ("random starts, mean", pytest.approx(float(vectors.history[0].mean())))
+    assert numbers.objective_history(vectors).level == (
+        "random starts, mean",
+        pytest.approx(float(vectors.history[0].mean())),
+    )
     figure = ml.plots.objective_history(vectors, [1.0, 2.0])
-    assert list(figure.data[1].y) == pytest.approx(vectors.history[:, 1].tolist()) and list(figure.data[1].x) == [0, 1, 2, 3, 4]
+    assert list(figure.data[1].y) == pytest.approx(vectors.history[:, 1].tolist()) and list(figure.data[1].x) == [
+        0,
+        1,
+        2,
+        3,
+        4,
+    ]
     assert figure.layout.shapes[0].y0 == 1.5 and figure.layout.annotations[0].y == pytest.approx(np.log10(1.5))
     with pytest.raises(ValueError, match="no history"):
         ml.plots.objective_history(-vectors)
 
 
 def test_ranking_keeps_the_order_of_its_table_and_every_measure():
-    table = pd.DataFrame({"vector": [2, 0], "sign": [1, -1], "kl": [3.0, 1.0], "rate of x": [0.5, np.nan], "cluster": [0, 0]})
+    table = pd.DataFrame(
+        {"vector": [2, 0], "sign": [1, -1], "kl": [3.0, 1.0], "rate of x": [0.5, np.nan], "cluster": [0, 0]}
+    )
     panels = numbers.ranking(table, completions())
     assert panels.rows == ("2 +", "0 −") and panels.measures == ("kl", "rate of x") and panels.texts[1] == "same"
     np.testing.assert_array_equal(panels.values, [[3.0, 1.0], [0.5, np.nan]])
@@ -113,8 +135,12 @@ def test_the_radius_curve_marks_target_and_solution():
     calibration = ml.Calibration(2.0, ((1.0, 0.25), (4.0, 1.0)), "nonlinearity", 0.5)
     figure = ml.plots.radius_curve(calibration)
     assert list(figure.data[0].x) == [1.0, 4.0] and list(figure.data[0].y) == [0.25, 1.0]
-    assert {shape.x0 for shape in figure.layout.shapes} >= {2.0} and {shape.y0 for shape in figure.layout.shapes} >= {0.5}
-    assert figure.layout.annotations[1].x == pytest.approx(np.log10(2.0))  # so plotly places texts on a logarithmic axis
+    assert {shape.x0 for shape in figure.layout.shapes} >= {2.0} and {shape.y0 for shape in figure.layout.shapes} >= {
+        0.5
+    }
+    assert figure.layout.annotations[1].x == pytest.approx(
+        np.log10(2.0)
+    )  # so plotly places texts on a logarithmic axis
 
 
 def test_effects_lie_along_their_principal_components_in_the_group_of_their_behavior():
@@ -136,10 +162,14 @@ def test_rates_stand_beside_their_controls_with_intervals():
     bars = numbers.behavior_rates(evaluation)
     assert bars.groups == ("steered", "random, same norms", "unsteered")
     np.testing.assert_allclose(bars.values[:, 0], [0.5, 0.5, 0])
-    np.testing.assert_allclose([bars.low[1, 0], bars.high[1, 0]], [0.1876, 0.8124], atol=1e-4)  # Wilson, 3 of 6, by hand
+    np.testing.assert_allclose(
+        [bars.low[1, 0], bars.high[1, 0]], [0.1876, 0.8124], atol=1e-4
+    )  # Wilson, 3 of 6, by hand
     np.testing.assert_allclose([bars.low[2, 0], bars.high[2, 0]], [0, 0.7935], atol=1e-4)  # 0 of 1
     drawn = ml.plots.behavior_rates(evaluation).data
-    assert list(drawn[2].error_y.array) == [0] and "79.35%" in drawn[2].customdata[0]  # too wide to draw, said on hovering
+    assert (
+        list(drawn[2].error_y.array) == [0] and "79.35%" in drawn[2].customdata[0]
+    )  # too wide to draw, said on hovering
 
 
 def test_a_scale_sweep_runs_over_signed_multiples_through_unsteered():
@@ -210,12 +240,22 @@ def test_rows_with_nan_are_left_blank_and_named():
 
 def test_of_5000_vectors_the_first_are_drawn_and_the_rest_is_mentioned():
     vectors = ml.SteeringVectors(torch.randn(5000, 4), 0, torch.rand(3, 5000) + 1)
-    for arrays in (numbers.cosine_similarity(vectors).matrix, numbers.objective_history(vectors), numbers.token_heatmap(changes(5000))):
+    for arrays in (
+        numbers.cosine_similarity(vectors).matrix,
+        numbers.objective_history(vectors),
+        numbers.token_heatmap(changes(5000)),
+    ):
         assert "The first 200 of 5,000 vectors are drawn" in arrays.note
-    assert numbers.cosine_similarity(vectors).matrix.values.shape == (200, 200) and len(numbers.objective_history(vectors).lines) == 200
+    assert (
+        numbers.cosine_similarity(vectors).matrix.values.shape == (200, 200)
+        and len(numbers.objective_history(vectors).lines) == 200
+    )
     ranked = pd.DataFrame({"vector": range(5000), "sign": 1, "kl": np.linspace(1, 0, 5000)})
     assert "first 60 of 5,000" in numbers.ranking(ranked).note
-    assert len(numbers.effect_scatter(ml.TargetEffects(torch.randn(5000, 4), tuple(range(5000)), (1,) * 5000, 2)).x) == 5000  # a point is small
+    assert (
+        len(numbers.effect_scatter(ml.TargetEffects(torch.randn(5000, 4), tuple(range(5000)), (1,) * 5000, 2)).x)
+        == 5000
+    )  # a point is small
     view = ml.plots.colored_tokens_multi(changes(5000))
     assert len(view.elements[0].properties["labels"]) == 100 and "first 100 of 5,000" in view.elements[0].note
 

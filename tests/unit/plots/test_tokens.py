@@ -13,7 +13,19 @@ import melbo_lens as ml
 from melbo_lens.plots.text import for_plotly, visible
 from tests.unit.plots.test_figures import changes
 
-HARD = ("<b>", "&amp;", "</script><script>alert(1)</script>", "\"quoted'", " ", "\n", "🧀", "👩‍🔬", "\u2028", "", "\x00")
+HARD = (
+    "<b>",
+    "&amp;",
+    "</script><script>alert(1)</script>",
+    "\"quoted'",
+    " ",
+    "\n",
+    "🧀",
+    "👩‍🔬",
+    "\u2028",
+    "",
+    "\x00",
+)
 
 
 def hard_changes():
@@ -24,7 +36,14 @@ def hard_changes():
 def next_tokens(tokens=("a", " b", " c"), k=2):
     n = len(tokens)
     best = tuple(tuple((f" {c}{i}", "</script>") for i in range(n)) for c in "xy")
-    return ml.NextTokens(tokens, -torch.rand(2, n - 1), torch.randint(0, 9, (2, n - 1)), best, -torch.rand(2, n, k), ("unsteered", "vector 0"))
+    return ml.NextTokens(
+        tokens,
+        -torch.rand(2, n - 1),
+        torch.randint(0, 9, (2, n - 1)),
+        best,
+        -torch.rand(2, n, k),
+        ("unsteered", "vector 0"),
+    )
 
 
 def properties(html, name):
@@ -45,22 +64,34 @@ def test_properties_are_those_that_circuitsvis_itself_writes():
     assert set(ours) <= set(reference(circuitsvis.tokens.colored_tokens(tokens, [0.0] * 5, 0.0, 1.0, "red", "blue")))
     assert ours["tokens"] == tokens and ours["values"] == pytest.approx(measured.change[1, -1].tolist(), rel=1e-3)
     ours = properties(ml.plots.colored_tokens_multi(measured).html(bundle=False), "ColoredTokensMulti")
-    theirs = reference(circuitsvis.tokens.colored_tokens_multi(tokens, measured.change[:, -1].T, [f"vector {k}" for k in range(3)]))
+    theirs = reference(
+        circuitsvis.tokens.colored_tokens_multi(tokens, measured.change[:, -1].T, [f"vector {k}" for k in range(3)])
+    )
     assert set(ours) == set(theirs) and ours["labels"] == theirs["labels"]
     torch.testing.assert_close(torch.tensor(ours["values"]), torch.tensor(theirs["values"]), rtol=1e-3, atol=1e-6)
-    ours = properties(ml.plots.text_neuron_activations(measured, relative=False).html(bundle=False), "TextNeuronActivations")
+    ours = properties(
+        ml.plots.text_neuron_activations(measured, relative=False).html(bundle=False), "TextNeuronActivations"
+    )
     theirs = reference(
-        circuitsvis.activations.text_neuron_activations(tokens, measured.change.permute(2, 1, 0), "Layer", "Vector", ["3", "4"], ["0"])
+        circuitsvis.activations.text_neuron_activations(
+            tokens, measured.change.permute(2, 1, 0), "Layer", "Vector", ["3", "4"], ["0"]
+        )
     )
     assert set(ours) == set(theirs)
-    torch.testing.assert_close(torch.tensor(ours["activations"]), torch.tensor(theirs["activations"]), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(
+        torch.tensor(ours["activations"]), torch.tensor(theirs["activations"]), rtol=1e-3, atol=1e-6
+    )
     ours = properties(ml.plots.token_log_probs(next_tokens()).html(bundle=False), "TokenLogProbs")
-    theirs = reference(circuitsvis.logits.token_log_probs(torch.tensor([0, 1, 2]), torch.randn(3, 4).log_softmax(-1), str, 2))
+    theirs = reference(
+        circuitsvis.logits.token_log_probs(torch.tensor([0, 1, 2]), torch.randn(3, 4).log_softmax(-1), str, 2)
+    )
     assert set(ours) == set(theirs)
     assert all(len(ours[key]) == len(theirs[key]) for key in theirs)
 
 
-@pytest.mark.parametrize("make", [ml.plots.colored_tokens, ml.plots.colored_tokens_multi, ml.plots.text_neuron_activations])
+@pytest.mark.parametrize(
+    "make", [ml.plots.colored_tokens, ml.plots.colored_tokens_multi, ml.plots.text_neuron_activations]
+)
 def test_hard_tokens_survive_and_can_not_end_the_script(make):
     view = make(hard_changes())
     for html in (view.html(bundle=False), view._repr_html_().replace(ml.plots.embedding.circuitsvis_script(), "")):
@@ -72,7 +103,9 @@ def test_blanks_and_control_characters_can_be_seen():
     assert [visible(token) for token in (" the", "\n", "", "a\tb", "🧀", "👩‍🔬", "\x00", "\u202e")] == [
         "·the", "↵", "∅", "a⇥b", "🧀", "👩‍🔬", "\\u0000", "\\u202e",
     ]  # fmt: skip
-    assert for_plotly("\x00\x1b\ufffe\ud800 b") == "\\u0000\\u001b\\ufffe\\ud800 b"  # a picture of such a figure can't be made
+    assert (
+        for_plotly("\x00\x1b\ufffe\ud800 b") == "\\u0000\\u001b\\ufffe\\ud800 b"
+    )  # a picture of such a figure can't be made
     assert for_plotly("<a href='javascript:x'>&\nb") == "&lt;a href='javascript:x'&gt;&amp;<br>b"
 
 
@@ -98,7 +131,9 @@ def test_views_that_are_joined_bring_the_library_once(tmp_path):
     view = ml.plots.colored_tokens(changes()) + ml.plots.colored_tokens(changes(), 1)
     assert view.html().count("var CircuitsVis=") == 1 and view.html(bundle=False).count("var CircuitsVis=") == 0
     assert view.html().count("CircuitsVis.render(") == 2 and view.save(tmp_path / "view.html").stat().st_size < 1.5e6
-    table = pd.DataFrame([(0, "direct", [("<i>", 1.5)], [(" no", -2.0)])], columns=["vector", "route", "promoted", "suppressed"])
+    table = pd.DataFrame(
+        [(0, "direct", [("<i>", 1.5)], [(" no", -2.0)])], columns=["vector", "route", "promoted", "suppressed"]
+    )
     still = ml.plots.top_tokens(table).html()
     assert "script" not in still and "&lt;i&gt;" in still and "·no" in still and "+1.5" in still
 
