@@ -1,7 +1,8 @@
-"""How do the notebooks get their outputs?  `python -m demos.build [NAME ...]` runs them and writes them back, with a still beside each view.
+"""How do the notebooks get their outputs?  `python -m demos.build [NAME ...]` runs them and writes them back.
 
-Those in demos/ run on the bundled organisms. Those in demos/public/ are for public checkpoints, named by MELBO_MODEL; without one they are run
-on a tiny model of the same architecture with random weights, and say so.
+It adds a still picture beside each view. The notebooks in demos/ run on the bundled organisms. Those in demos/public/
+are for public checkpoints, which MELBO_MODEL names; without one they run on a tiny model of the same architecture with
+random weights, and say so.
 """
 
 import argparse
@@ -116,7 +117,8 @@ def main() -> None:
         text = nbformat.writes(notebook)
         if len(text.encode()) >= MOST_BYTES:
             raise SystemExit(
-                f"{path.name} has {len(text.encode()):,} bytes, at most {MOST_BYTES:,} are allowed: show fewer or smaller figures."
+                f"{path.name} has {len(text.encode()):,} bytes, at most {MOST_BYTES:,} are allowed: "
+                "show fewer or smaller figures."
             )
         path.write_text(text + "\n", encoding="utf-8")
         print(f"{path.relative_to(DEMOS)}: {took:.0f} s, {len(text.encode()) / 1e6:.2f} MB", flush=True)

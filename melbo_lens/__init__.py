@@ -59,7 +59,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Where each public name lives. A module is imported when one of its names is first asked for, so that `import melbo_lens` costs nothing.
+# Where each public name lives. A module is imported when one of its names is first asked for, so
+# `import melbo_lens` costs nothing.
 _HOMES = {
     "evaluation.coherence": "coherence",
     "evaluation.rates": "evaluate select",

@@ -1,4 +1,4 @@
-"""What does `python -m melbo_lens` do?  The same as the `melbo-lens` command."""
+"""What does `python -m melbo_lens` do?  It runs the `melbo-lens` command."""
 
 from melbo_lens.cli import main
 

@@ -1,4 +1,4 @@
-"""What can be done from a shell?  Parse, call public functions, write files."""
+"""What can be done from a shell?  Each command parses its options, calls public functions and writes files."""
 
 import io
 import sys
@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -20,7 +20,7 @@ app = typer.Typer(
 )
 console = Console()
 
-# options that commands share
+# these options are shared by several commands
 Model = Annotated[str, typer.Option(help="name on the Hugging Face hub, or a local directory")]
 Prompt = Annotated[list[str], typer.Option(help="may be given several times")]
 Out = Annotated[Path, typer.Option(help="folder to write to")]
@@ -82,7 +82,7 @@ def demo(
 def reproduce(
     out: Annotated[Path, typer.Option(help="JSON file to write")] = Path("reproduction.json"),
 ) -> None:
-    """Repeat the post's four results on the bundled organisms, with controls, and show which thresholds hold (a few minutes)."""
+    """Repeat the post's four results on the organisms with controls, and show which thresholds hold (a few minutes)."""
     with console.status("loading torch and the organisms"):
         from melbo_lens import files
         from melbo_lens.studies import reproduction
@@ -93,7 +93,7 @@ def reproduce(
         title=f"seeds {', '.join(map(str, results['settings']['seeds']))}; {results['seconds']} seconds",
         show_lines=True,
     )
-    # one column for all controls, one for what is measured: it must fit a terminal of 80 columns
+    # all controls share one column, so that the table fits a terminal of 80 columns
     for heading in ("result", "the post", "here", "95 %", "\n".join(reproduction.CONTROLS), "sec.", "holds"):
         table.add_column(heading)
     for row in rows.to_dict("records"):
@@ -127,6 +127,7 @@ def fit(
     """Learn vectors on a model, generate with them, and write vectors, completions and a page."""
     loaded = _load(model, dtype, device)
     import melbo_lens as ml
+    from melbo_lens.methods.fitting import Optimizer
 
     out.mkdir(parents=True, exist_ok=True)
     prompts = prompt if len(prompt) > 1 else prompt[0]
@@ -141,7 +142,7 @@ def fit(
             radius="auto" if radius == "auto" else float(radius),
             target_positions=positions,
             orthogonal=orthogonal,
-            optimizer=optimizer,
+            optimizer=cast(Optimizer, optimizer),  # `fit_vectors` refuses any other text
             seed=seed,
             checkpoint=out / "fit.checkpoint",
         )
@@ -210,7 +211,7 @@ def report(
     console.print(f"wrote {path}, {path.stat().st_size / 1e6:.1f} MB", soft_wrap=True)
 
 
-def _load(model: str, dtype: str, device: str | None) -> object:
+def _load(model: str, dtype: str, device: str | None) -> Any:
     if dtype not in ("float32", "bfloat16", "float16"):
         raise typer.BadParameter(f"dtype {dtype!r} must be float32, bfloat16 or float16.")
     with _errors_in_a_sentence(), console.status("loading torch and the model"):

@@ -1,4 +1,7 @@
-"""How do tensors get to the disk and back?  As one safetensors file each, written atomically and read without running anything in it."""
+"""How do tensors get to the disk and back?  As safetensors files, written atomically.
+
+Reading such a file never runs anything in it.
+"""
 
 import json
 import math
@@ -25,7 +28,10 @@ def write(path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor]
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
-    """Writes to a temporary sibling, flushes it to the disk and renames it: at any instant there is the old file or the new one."""
+    """Writes to a temporary sibling, flushes it to the disk and renames it.
+
+    At any instant, the path holds either the whole old file or the whole new one.
+    """
     path = Path(path)
     try:
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
@@ -47,20 +53,20 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Writes text as UTF-8, atomically; half of a surrogate pair, which UTF-8 can't say, is written as an escape."""
+    """Writes text as UTF-8, atomically; a lone surrogate, which UTF-8 can't encode, is written as an escape."""
     write_atomically(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Writes JSON in plain ASCII, atomically; NaN, which JSON has not, is null."""
+    """Writes JSON in plain ASCII, atomically; NaN and infinity, which JSON lacks, become null."""
     write_text(path, json.dumps(_without_nan(value), indent=1, allow_nan=False) + "\n")
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """Reads what `write_json` wrote.
+    """Reads a file that `write_json` wrote.
 
     Raises:
-        ValueError: the file is no JSON.
+        ValueError: the file is not JSON.
     """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
@@ -77,17 +83,17 @@ def _without_nan(value: Any) -> Any:
 
 
 def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and header of a file of this kind; see `read_any`."""
+    """Reads the tensors and the header of a file of this kind; see `read_any`."""
     _, tensors, header = read_any(path, [kind])
     return tensors, header
 
 
 def read_any(path: str | os.PathLike[str], kinds: Collection[str]) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
-    """Kind, tensors and header of a file of one of these kinds.
+    """Reads the kind, the tensors and the header of a file of one of these kinds.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is truncated, of another program, of another kind, or of a newer schema.
+        ValueError: the file is truncated, written by another program, of another kind, or of a newer schema.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}: check the path.")
@@ -105,7 +111,7 @@ def read_any(path: str | os.PathLike[str], kinds: Collection[str]) -> tuple[str,
             f"{path} has schema {schema!r}, this melbo_lens reads up to {SCHEMA}: install a newer melbo_lens."
         )
     kind = metadata.get("kind")
-    if kind not in kinds:
+    if kind is None or kind not in kinds:
         raise ValueError(f"{path} holds {kind!r}, not {' or '.join(map(repr, kinds))}.")
     try:
         header = json.loads(metadata["header"])
@@ -117,7 +123,7 @@ def read_any(path: str | os.PathLike[str], kinds: Collection[str]) -> tuple[str,
 
 
 def _umask() -> int:
-    # mkstemp makes private files; the result should have the permissions of any other new file
+    # mkstemp makes private files, and the result should have the permissions of any other new file
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -1,4 +1,4 @@
-"""How does a user's prompt become tokens?  Text, chats or token ids in, one right-padded `PromptBatch` out."""
+"""How does a user's prompt become tokens?  Text, chats or token ids are made into one right-padded `PromptBatch`."""
 
 import copy
 import warnings
@@ -13,7 +13,7 @@ from torch import Tensor
 Chat: TypeAlias = list[dict[str, Any]]
 Positions: TypeAlias = slice | Sequence[int]
 
-SPACE_MARK = "\u2581"  # how SentencePiece writes a space that belongs to a token
+SPACE_MARK = "\u2581"  # SentencePiece writes this for a space that belongs to a token
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,10 @@ class PromptBatch:
     """Prompts of different lengths as one right-padded batch.
 
     Attributes:
-        tokens: ids, padded on the right; what stands in the padding is never read, since attention is causal.
-        lengths: the number of own tokens of each prompt, BOS included.
+        tokens: ids, padded on the right; the padding is never read, since attention is causal.
+        lengths: the number of tokens of each prompt, with BOS and without padding.
         target_mask: True at the positions whose change counts.
-        texts: what each prompt says, for tables and provenance.
+        texts: the text of each prompt, for tables and provenance.
         positions: the target positions as they were asked for.
     """
 
@@ -39,17 +39,17 @@ class PromptBatch:
 
     @property
     def own(self) -> Bool[Tensor, "prompt pos"]:
-        """True at each prompt's own positions, False in the padding."""
+        """A mask that is True at each prompt's own positions and False in the padding."""
         return torch.arange(self.tokens.shape[1], device=self.tokens.device) < self.lengths[:, None]
 
     def rows(self) -> list[list[int]]:
-        """Each prompt's own token ids, without padding."""
+        """Returns each prompt's token ids without padding."""
         return [ids[:n] for ids, n in zip(self.tokens.tolist(), self.lengths.tolist(), strict=True)]
 
 
 @runtime_checkable
 class AsPrompts(Protocol):
-    """Completions: prompts and what was written after them, as the ids that they were."""
+    """Something that can stand for prompts: completions, which keep the token ids of each prompt and its answer."""
 
     def as_prompts(self) -> PromptBatch: ...
 
@@ -66,28 +66,29 @@ def tokenize(
 ) -> PromptBatch:
     """Turns prompts into tokens as the model's own tokenizer does.
 
-    A string gets BOS as `model.cfg.default_prepend_bos` says, and one that begins with it already gets no second. A list of dicts with `role`
-    and `content` is one chat, rendered by the tokenizer's chat template, which alone decides about BOS; a chat that ends with a message of the
-    assistant is left open there, so that the message goes on. A token tensor is taken as it is, every column counts. So are the tokens of a
-    batch made before, and of completions (prompt and what was written).
+    A string gets BOS if `model.cfg.default_prepend_bos` says so; a string that already begins with BOS gets no second
+    one. A list of dicts with `role` and `content` is one chat. It is rendered by the tokenizer's chat template, which
+    alone decides about BOS. A chat that ends with a message of the assistant is left open there, so that the message
+    goes on. A token tensor is taken as it is, and every column of it counts. The tokens of an existing batch, and those
+    of completions (each prompt and its answer), are taken as they are, too.
 
     Args:
-        host: the opened model; its tokenizer, `cfg.n_ctx` and `cfg.d_vocab` are used.
+        host: the opened model, whose tokenizer, `cfg.n_ctx` and `cfg.d_vocab` are used.
         prompts: one prompt or many.
         target_positions: a slice or a list of indices into each prompt's own tokens (BOS included, padding never).
-        n_new_tokens: room that must stay free in the context.
+        n_new_tokens: how many tokens must stay free in the context.
         add_generation_prompt: whether a chat ends with the header of the assistant's answer.
 
     Returns:
         The batch, on the device of the model's embedding.
 
     Raises:
-        TypeError: prompts are none of the forms above.
-        ValueError: no prompt, an empty prompt, one that is too long, ids outside the vocabulary, no tokenizer, a chat that the template refuses,
-            or positions that select nothing.
+        TypeError: the prompts have none of the forms above.
+        ValueError: there is no prompt, a prompt is empty or too long, ids are outside the vocabulary, text was given
+            without a tokenizer, the template refuses a chat, or the positions select nothing.
 
     Warns:
-        UserWarning: a text begins with the begin-of-sequence token.
+        UserWarning: a text already begins with the begin-of-sequence token.
     """
     if isinstance(prompts, AsPrompts):
         prompts = prompts.as_prompts()
@@ -123,12 +124,12 @@ def tokenize(
 def pad(
     rows: list[list[int]], texts: Sequence[str], target_positions: Positions = slice(None), device: Any = None
 ) -> PromptBatch:
-    """Token ids of each prompt as one right-padded batch, on the CPU unless a device is given."""
+    """Makes one right-padded batch of the token ids of each prompt, on the CPU unless a device is given."""
     if not rows:
         raise ValueError("there are no prompts: give at least one (these completions have no row).")
     device = torch.device("cpu") if device is None else device
     width = max(map(len, rows))
-    filler = rows[0][0]  # any id in the vocabulary will do: later positions can't be seen by earlier ones
+    filler = rows[0][0]  # any id of the vocabulary will do, since earlier positions can't see later ones
     chosen = [_select(len(row), target_positions, i) + [False] * (width - len(row)) for i, row in enumerate(rows)]
     tokens = torch.tensor([row + [filler] * (width - len(row)) for row in rows], dtype=torch.long, device=device)
     lengths = torch.tensor([len(row) for row in rows], dtype=torch.long, device=device)
@@ -137,12 +138,13 @@ def pad(
 
 
 def as_list(prompts: Prompts) -> list[Any]:
-    """The prompts one by one: a string or a chat is one prompt, a list of either is many."""
+    """Lists the prompts: a string or a chat is one prompt, and a list of either is many."""
     if isinstance(prompts, str):
         return [prompts]
     if not isinstance(prompts, Sequence):
         raise TypeError(
-            f"prompts must be text, chat messages, a list of either, or a tensor of token ids; got {type(prompts).__name__}."
+            "prompts must be text, chat messages, a list of either, or a tensor of token ids; "
+            f"got {type(prompts).__name__}."
         )
     if not prompts:
         raise ValueError("prompts is an empty list: give at least one prompt.")
@@ -150,25 +152,26 @@ def as_list(prompts: Prompts) -> list[Any]:
 
 
 def one_prompt(batch: PromptBatch) -> None:
-    """Refuses several prompts."""
+    """Refuses more than one prompt."""
     if len(batch) != 1:
         raise ValueError(f"{len(batch)} prompts were given, this looks at the tokens of one: call it for each.")
 
 
 def decoded(host: Any, ids: Sequence[int]) -> str:
-    """The ids as text; as numbers where the model has no tokenizer."""
+    """Decodes the ids to text, or lists them as numbers if the model has no tokenizer."""
     return host.tokenizer.decode(list(ids)) if host.tokenizer is not None else " ".join(map(str, ids))
 
 
 def token_texts(host: Any, ids: Sequence[int]) -> list[str]:
-    """Each token by itself, as text."""
+    """Decodes each token by itself."""
     return [decoded(host, [i]) for i in ids]
 
 
 def text_after(host: Any, before: Sequence[int], new: Sequence[int]) -> str:
-    """The new ids as text that can stand right after the text of the ids before.
+    """Decodes the new ids to a text that can stand right after the text of the earlier ids.
 
-    A SentencePiece tokenizer drops the space of a token that begins a text; here the token begins none, so the space is put back.
+    A SentencePiece tokenizer drops the space of a token that begins a text. Here the token doesn't begin the text, so
+    the space is put back.
     """
     alone = decoded(host, new)
     if (
@@ -182,7 +185,10 @@ def text_after(host: Any, before: Sequence[int], new: Sequence[int]) -> str:
 
 
 def space_between(host: Any, before: Sequence[int], new: Sequence[int]) -> str:
-    """What the tokenizer writes between the text of the ids before and that of the new ones, as `text_after` has it: a word tokenizer, a space."""
+    """Returns what the tokenizer writes between the text of the earlier ids and the `text_after` of the new ones.
+
+    A tokenizer of words writes a space there, for instance.
+    """
     whole, start, text = decoded(host, [*before, *new]), decoded(host, before), text_after(host, before, new)
     return whole[len(start) : len(whole) - len(text)] if whole.startswith(start) and whole.endswith(text) else ""
 
@@ -193,14 +199,16 @@ def _check_ids(host: Any, rows: Sequence[Sequence[int]]) -> None:
         outside = [token for token in row if token < 0 or (0 < d_vocab <= token)]
         if outside:
             raise ValueError(
-                f"prompts[{i}] holds the token ids {outside[:5]}, the model's vocabulary has 0 to {d_vocab - 1}: use ids within it."
+                f"prompts[{i}] holds the token ids {outside[:5]}, the model's vocabulary has 0 to {d_vocab - 1}: "
+                "use ids within it."
             )
 
 
 def _token_rows(host: Any, tokens: Tensor) -> tuple[list[list[int]], tuple[str, ...]]:
     if tokens.ndim not in (1, 2) or tokens.is_floating_point() or tokens.dtype == torch.bool or tokens.numel() == 0:
         raise ValueError(
-            f"a tensor of prompts must hold integer token ids, [prompt pos] or [pos], at least one; got {tuple(tokens.shape)} {tokens.dtype}."
+            "a tensor of prompts must hold integer token ids, [prompt pos] or [pos], at least one; "
+            f"got {tuple(tokens.shape)} {tokens.dtype}."
         )
     rows = (tokens if tokens.ndim == 2 else tokens[None]).tolist()
     _check_ids(host, rows)
@@ -232,22 +240,22 @@ def _is_message(message: Any) -> bool:
 
 
 def is_open(chat: Chat) -> bool:
-    """Whether a chat ends with words of the assistant, which go on; after a call of a tool it is somebody else's turn."""
+    """Whether a chat ends with words of the assistant, which go on; after a tool call, somebody else speaks next."""
     last = chat[-1]
     return last["role"] == "assistant" and isinstance(last.get("content"), str | list) and not last.get("tool_calls")
 
 
 def _said(content: str | list[dict[str, Any]]) -> bool:
-    """Whether there are any words in a message's content, a text or a list of parts."""
+    """Whether a message's content, which is a text or a list of parts, holds any words."""
     return bool(content) and (isinstance(content, str) or any(part.get("text") for part in content))
 
 
 def _render(tokenizer: Any, chat: Chat, i: int, add_generation_prompt: bool) -> str:
-    """The chat as its template writes it; a last message of the assistant is left open."""
+    """Renders the chat by its template, and leaves a final message of the assistant open."""
     keywords = {"add_generation_prompt": add_generation_prompt}
     opened = add_generation_prompt and is_open(chat)
     if opened and len(chat) > 1 and not _said(chat[-1]["content"]):
-        chat = chat[:-1]  # an answer of which nothing is said yet is one that is to be generated
+        chat = chat[:-1]  # an empty answer is one that is still to be generated
     elif opened:
         keywords = {"continue_final_message": True}
     remedy = (
@@ -256,10 +264,9 @@ def _render(tokenizer: Any, chat: Chat, i: int, add_generation_prompt: bool) -> 
         else "change the chat, or pass the text itself"
     )
     try:
-        return tokenizer.apply_chat_template(
-            copy.deepcopy(chat), tokenize=False, **keywords
-        )  # some versions write into the messages
-    except Exception as error:  # whatever a template raises: Jinja's errors, or Python's from within it
+        # the copy protects the messages, into which some versions write
+        return tokenizer.apply_chat_template(copy.deepcopy(chat), tokenize=False, **keywords)
+    except Exception as error:  # a template can raise anything: an error of Jinja, or of Python code within it
         what = (
             "ends with a message of the assistant, with which this chat template can't go on"
             if opened
@@ -271,7 +278,7 @@ def _render(tokenizer: Any, chat: Chat, i: int, add_generation_prompt: bool) -> 
 
 
 def _chat_ids(host: Any, text: str) -> list[int]:
-    # as the tokenizer's own apply_chat_template has it: the template wrote all special tokens that there should be
+    # the tokenizer's own apply_chat_template does the same: the template has written all special tokens already
     return list(host.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
@@ -279,12 +286,12 @@ def _text_ids(host: Any, text: str, i: int) -> list[int]:
     begin, keywords = getattr(host.tokenizer, "bos_token", None), {}
     if begin and text.lstrip().startswith(begin) and host.cfg.default_prepend_bos:
         warnings.warn(
-            f"prompts[{i}] begins with the tokenizer's begin token {begin!r} already, so no second one is put before it. A chat or a completion can "
-            "be given as it is: messages, or rows of Completions.",
+            f"prompts[{i}] begins with the tokenizer's begin token {begin!r} already, so no second one is put before it"
+            ". A chat or a completion can be given as it is: messages, or rows of Completions.",
             stacklevel=2,
         )
         keywords = {"prepend_bos": False}
-    # truncate=False: a prompt that is too long must be refused, not shortened in silence
+    # truncate=False, since a prompt that is too long must be refused, not silently shortened
     return host.to_tokens(text, truncate=False, **keywords)[0].tolist()
 
 
@@ -293,7 +300,8 @@ def _select(length: int, positions: Positions, i: int) -> list[bool]:
         outside = [t for t in positions if not -length <= t < length]
         if outside:
             raise ValueError(
-                f"target_positions {outside} lie outside prompts[{i}], which has {length} tokens. Use positions within it."
+                f"target_positions {outside} lie outside prompts[{i}], which has {length} tokens. "
+                "Use positions within it."
             )
         chosen = {t % length for t in positions}
     else:

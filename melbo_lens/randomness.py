@@ -1,6 +1,7 @@
-"""Where does chance come from?  From generators of our own, each seeded by what it is for; the global one is neither read nor changed.
+"""Where do random numbers come from?  From private generators, each seeded by a key that says what it is for.
 
-Dtype and device are named, so that torch's defaults, which a user may have set, change nothing.
+The global generator is neither read nor changed. Dtype and device are always named, so torch's defaults, which a user
+may have set, change nothing.
 """
 
 import hashlib
@@ -12,21 +13,21 @@ from torch import Tensor
 
 
 def generator(*key: object) -> torch.Generator:
-    """A CPU generator whose stream depends on the key alone."""
+    """Makes a CPU generator whose stream depends only on the key."""
     digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
     return torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
 def gaussian(shape: Sequence[int], *key: object) -> Float[Tensor, "..."]:
-    """Standard Gaussian numbers that depend on the key alone, float32 on the CPU."""
+    """Draws standard Gaussian numbers, float32 on the CPU, that depend only on the key."""
     return torch.randn(*shape, generator=generator(*key), dtype=torch.float32, device="cpu")
 
 
 def uniform(n: int, *key: object) -> Float[Tensor, " draw"]:
-    """Uniform numbers from [0, 1) that depend on the key alone, float32 on the CPU."""
+    """Draws uniform numbers from [0, 1), float32 on the CPU, that depend only on the key."""
     return torch.rand(n, generator=generator(*key), dtype=torch.float32, device="cpu")
 
 
 def gaussian_rows(n_rows: int, d_model: int, *key: object) -> Float[Tensor, "row d_model"]:
-    """Standard Gaussian rows; row k depends on (key, k) alone, not on how many there are."""
+    """Draws standard Gaussian rows; row k depends only on (key, k), not on the number of rows."""
     return torch.stack([gaussian((d_model,), *key, k) for k in range(n_rows)])

@@ -1,18 +1,20 @@
-"""How does a value look in a notebook?  A sentence, and a table whose texts can't be markup."""
+"""How does a value look in a notebook?  It is a sentence above a table, in which every text is HTML-escaped."""
 
+from collections.abc import Mapping, Sequence
 from html import escape
 
 import pandas as pd
+from torch import Tensor
 
 
 def html(sentence: object, table: pd.DataFrame | None = None, most: int = 60, note: str = "") -> str:
-    """The sentence above the first rows of the table, with a word on those left out.
+    """Puts the sentence above the first rows of the table, and says how many rows there are if some are left out.
 
     Args:
-        sentence: its text; escaped, as everything in the table is.
-        table: what to show.
-        most: how many rows.
-        note: said below.
+        sentence: the text above the table; like everything in the table, it is escaped.
+        table: the rows to show, if any.
+        most: how many rows are shown at most.
+        note: a text below the table.
     """
     parts = [f"<p>{escape(str(sentence))}</p>"]
     if table is not None and len(table):
@@ -24,8 +26,15 @@ def html(sentence: object, table: pd.DataFrame | None = None, most: int = 60, no
     return "".join([*parts, f"<p>{escape(note)}</p>" if note else ""])
 
 
-def rows(history: object, measures: dict[str, object], what: str) -> pd.DataFrame:
-    """One row for each perturbation: its number, measures, and the objective before the first step and after the last."""
+def rows_html(sentence: object, history: Tensor, measures: Mapping[str, Sequence[float]], what: str) -> str:
+    """Puts the sentence above a table with one row for each perturbation.
+
+    A row shows the perturbation's number, its measures, and the objective before the first step and after the last.
+    """
+    return html(sentence, _rows(history, measures, what))
+
+
+def _rows(history: Tensor, measures: Mapping[str, Sequence[float]], what: str) -> pd.DataFrame:
     ends = {"objective_at_start": history[0].tolist(), "objective": history[-1].tolist()} if len(history) else {}
-    columns = {**measures, **ends}
+    columns: dict[str, Sequence[float]] = {**measures, **ends}
     return pd.DataFrame({what: range(len(next(iter(columns.values())))), **columns})

@@ -1,4 +1,4 @@
-"""Which architectures are tried, beyond the six that every test knows?  Tiny random models of the decoders that transformers has."""
+"""Which architectures are tried beyond the six of every test?  Tiny random decoders of transformers."""
 
 import json
 import tempfile
@@ -271,7 +271,10 @@ class Plain:
         ]
 
     def __call__(self, ids: list[int], bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits, and the stream that leaves the last layer, of one prompt alone, with a bias added to the stream that leaves the source layer."""
+        """The logits of one prompt alone, and the stream that leaves the last layer.
+
+        A bias is added to the stream that leaves the source layer.
+        """
         seen = []
 
         def add(module: Any, arguments: Any, output: Any) -> Any:
@@ -382,7 +385,7 @@ def _bridge_error(bridge: Any, plain: Plain, ids: list[int]) -> float:
 
 
 def _check_replay(bridge: Any, plain: Plain, vectors: ml.SteeringVectors) -> None:
-    """The slice's target, all prompts under both vectors as rows of one batch, against the stream of each prompt alone."""
+    """The slice's target, with all prompts under both vectors as one batch, against the stream of each prompt alone."""
     sliced = ml.slice_model(bridge, PROMPTS, SOURCE, TARGET)
     rows = [(k, i) for k in range(2) for i in reversed(range(len(PROMPTS)))]
     prompts = torch.tensor([i for _, i in rows])
@@ -422,7 +425,10 @@ def _check_generation(bridge: Any, plain: Plain, vectors: ml.SteeringVectors, ro
 
 
 def _check_site(bridge: Any, site: str, vectors: ml.SteeringVectors) -> None:
-    """A slice at another site, whose prompts run as rows of one batch, against whole runs with TransformerLens' own hooks, one prompt at a time."""
+    """A slice at another site against whole runs with TransformerLens' own hooks, one prompt at a time.
+
+    The prompts of the slice run as rows of one batch.
+    """
     if f"blocks.{SOURCE}.{SITES[site].hook}" not in bridge.hook_dict:
         return
     sliced, moved = (

@@ -1,4 +1,4 @@
-"""How is a page looked at as a person would?  Headless Chromium, without network, that keeps what it logged and asked for."""
+"""How is a page looked at as a person would?  Headless Chromium without network keeps what it logged and asked for."""
 
 import contextlib
 import json
@@ -48,7 +48,8 @@ class Page:
         """Moves the mouse to a place in a thing, given as shares of its width and height."""
         self.run("document.querySelector(arguments[0]).scrollIntoView({block: 'center'})", selector)
         box = self.run(
-            "const b = document.querySelector(arguments[0]).getBoundingClientRect(); return [b.x, b.y, b.width, b.height]",
+            "const b = document.querySelector(arguments[0]).getBoundingClientRect();"
+            " return [b.x, b.y, b.width, b.height]",
             selector,
         )
         for shift in (3, 0):

@@ -1,4 +1,4 @@
-"""Which models do the tests run on?  Randomly initialised ones of real architectures, small enough to build in a moment."""
+"""Which models do the tests run on?  Randomly initialised ones of real architectures that are built in a moment."""
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -54,7 +54,10 @@ HAS_HOOKED = has_hooked()
 def tokenizer() -> PreTrainedTokenizerFast:
     made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    template = "{{ bos_token }}{% for m in messages %} {{ m['content'] }}{% endfor %}{% if add_generation_prompt %} w0{% endif %}"
+    template = (
+        "{{ bos_token }}{% for m in messages %} {{ m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %} w0{% endif %}"
+    )
     specials = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
     return PreTrainedTokenizerFast(tokenizer_object=made, chat_template=template, **specials)
 

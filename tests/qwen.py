@@ -1,4 +1,7 @@
-"""On what do the notebooks for Qwen1.5-1.8B run where it can't be downloaded?  A tiny Qwen2 with as many layers, random weights and a tokenizer."""
+"""On what do the notebooks for Qwen1.5-1.8B run where it can't be downloaded?
+
+They run on a tiny Qwen2 with as many layers, random weights and a tokenizer.
+"""
 
 from pathlib import Path
 

@@ -87,8 +87,10 @@ def benchmark() -> str:
     found = results["diversity"]
     rows.append(
         (
-            f"planted behaviours (of 4) that 8 adapters find with `diversity={found['diversity']}`, median of {len(found['seeds'])} seeds",
-            f"{found['median_with']} against {found['median_without']} without it, at {found['objective_kept']:.3f} of the objective",
+            f"planted behaviours (of 4) that 8 adapters find with `diversity={found['diversity']}`, "
+            f"median of {len(found['seeds'])} seeds",
+            f"{found['median_with']} against {found['median_without']} without it, "
+            f"at {found['objective_kept']:.3f} of the objective",
             f"{min(found['found_with'])} against {min(found['found_without'])}",
         )
     )

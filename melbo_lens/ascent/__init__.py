@@ -1,1 +1,1 @@
-"""How does one climb?  Objectives, the constraints that points obey, and two ascents over any of them.  Torch only."""
+"""How does one climb?  This folder has objectives, the constraints that points obey, and two ascents; torch only."""

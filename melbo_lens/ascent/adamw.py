@@ -1,4 +1,4 @@
-"""How does the published recipe climb?  AdamW, projected back into the constraint after every step."""
+"""How does the published recipe climb?  It uses AdamW, and projects back into the constraint after every step."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,8 +17,9 @@ class Descent(State):
     """The state of `adamw`.
 
     Attributes:
-        group: the number of the rows that climb, all of them at the end; `step` counts the steps of this group.
-        exp_avg, exp_avg_sq, max_exp_avg_sq: the moments of these rows.
+        group: the number of the group of rows that climbs, or the number of groups at the end; `step` counts the steps
+            of this group.
+        exp_avg, exp_avg_sq, max_exp_avg_sq: the optimizer's moments for these rows.
     """
 
     group: int
@@ -30,18 +31,19 @@ class Descent(State):
 def adamw(
     evaluate: Evaluate, start: Point, constraint: Constraint, n_steps: int, lr: float, state: Descent | None = None
 ) -> Iterator[Descent]:
-    """AdamW (betas .9 and .98, no weight decay, amsgrad) within a constraint; the last iterate is kept.
+    """Climbs with AdamW (betas .9 and .98, no weight decay, amsgrad) within a constraint, and keeps the last iterate.
 
-    Orthogonal vectors are learned one after another, each in the complement of those found, with a fresh optimizer. Others are learned all at
-    once, which is the same as one by one since AdamW acts on each coordinate alone.
+    Orthogonal vectors are learned one after another, each in the complement of those already found and with a fresh
+    optimizer. Other rows are learned all at once, which gives the same as one by one, since AdamW acts on each
+    coordinate separately.
 
     Args:
         evaluate: the function to climb.
-        start: starting rows, [row ...] each, moved into the constraint before the first step.
-        constraint: where they stay.
-        n_steps: steps of each group of rows.
-        lr: step size in units of the rows' entries.
-        state: a state yielded before, to go on from it.
+        start: the starting rows, [row ...] each, which are moved into the constraint before the first step.
+        constraint: the set in which the rows stay.
+        n_steps: the number of steps for each group of rows.
+        lr: the step size in units of the rows' entries.
+        state: a state that was yielded earlier, from which the ascent goes on.
 
     Yields:
         The state after each step.
@@ -65,7 +67,7 @@ def adamw(
                 ascents = constraint.tangent(seen.gradient, _many(here), found)
                 for x, ascent in zip(moving, ascents, strict=True):
                     x.grad = -ascent[0]
-                optimizer.step()
+                optimizer.step()  # pyright: ignore[reportUnknownMemberType]  # torch doesn't type its closure
                 for x, projected in zip(
                     moving, constraint.project(_many(tuple(x.detach() for x in moving)), found), strict=True
                 ):
@@ -84,7 +86,10 @@ def adamw(
 
 
 def _optimizer(moving: list[nn.Parameter], lr: float, state: Descent) -> torch.optim.AdamW:
-    """AdamW as it was after so many steps. torch would make the first moments by itself, in the default dtype and on the default device."""
+    """Makes AdamW as it was after the state's steps.
+
+    The first moments are made here, since torch would use the default dtype and the default device for them.
+    """
     optimizer = torch.optim.AdamW(moving, lr=lr, betas=(0.9, 0.98), weight_decay=0.0, amsgrad=True)
     for i, x in enumerate(moving):
         moments = {name: getattr(state, name)[i].clone() if state.step else torch.zeros_like(x) for name in MOMENTS}
@@ -93,7 +98,7 @@ def _optimizer(moving: list[nn.Parameter], lr: float, state: Descent) -> torch.o
 
 
 def _many(rows: Point) -> Point:
-    """The rows of one start, as a constraint takes them: [restart row ...]."""
+    """Adds the axis of restarts that a constraint expects: [restart row ...]."""
     return tuple(x[None] for x in rows)
 
 

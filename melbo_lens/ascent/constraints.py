@@ -1,4 +1,4 @@
-"""Where may a point live?  On spheres, on spheres and orthogonal in order, or among low-rank factors that are normalised."""
+"""Where may a point live?  On spheres, on spheres and orthogonal in order, or among normalised low-rank factors."""
 
 import itertools
 from abc import ABC, abstractmethod
@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from melbo_lens.ascent.manifolds import orthonormalize, project_off, tangent, to_sphere, unit
+from melbo_lens.ascent.manifolds import linalg, norm, orthonormalize, project_off, tangent, to_sphere, unit
 from melbo_lens.ascent.states import Point
 
-INERTIA = 0.4  # the share of the old direction in the new one, which damps oscillation
+INERTIA = 0.4  # the share of the old direction that is added to the new one; it damps oscillation
 Normalization: TypeAlias = Literal["column", "frobenius", "spectral"]
 Matrices: TypeAlias = Float[Tensor, "*batch row column"]
 
@@ -21,9 +21,9 @@ class Block(NamedTuple):
     """Consecutive rows that the fixed-point ascent freezes together.
 
     Attributes:
-        start, stop: the rows.
+        start, stop: the range of rows.
         deadline: the step after which they are frozen at the latest.
-        joint: whether they are kept together, all from one restart at one step, or each row by itself.
+        joint: whether all rows are kept from the same restart and step, or each row is kept by itself.
     """
 
     start: int
@@ -36,40 +36,40 @@ class Block(NamedTuple):
 
 
 class Constraint(ABC):
-    """Where points live, and which point there a gradient asks for.
+    """A set in which points live, and the rule for which of its points a gradient asks for.
 
-    Rows are [restart row ...]; `found` are the rows before them, which stand still.
+    Rows are [restart row ...]; `found` holds the rows before them, which stand still.
 
     Attributes:
-        patience: rows have settled when their scores stand still for so many steps.
+        patience: rows have settled when their scores stand still for this many steps.
     """
 
     patience: int = 1
 
     def groups(self, n_rows: int) -> list[range]:
-        """The rows that AdamW climbs with at once."""
+        """Lists the groups of rows that AdamW moves at once."""
         return [range(n_rows)]
 
     def blocks(self, n_rows: int, n_steps: int) -> list[Block]:
-        """The rows that the fixed-point ascent freezes, in order."""
+        """Lists the blocks of rows that the fixed-point ascent freezes, in order."""
         return [Block(0, n_rows, n_steps, joint=False)]
 
     @abstractmethod
     def project(self, rows: Point, found: Point) -> Point:
-        """The rows, moved into the constraint."""
+        """Moves the rows into the constraint."""
 
     def tangent(self, gradient: Point, rows: Point, found: Point) -> Point:
-        """The part of a gradient along which a row can move."""
+        """Returns the part of a gradient along which a row can move."""
         return gradient
 
     @abstractmethod
     def pulled(self, rows: Point, gradient: Point, found: Point, step: int) -> Point:
-        """The maximiser within the constraint of the objective made linear, with a share of the old rows added."""
+        """Maximises the linearised objective within the constraint, with a share of the old rows added."""
 
 
 @dataclass(frozen=True, eq=False)
 class Sphere(Constraint):
-    """Each row has its radius, and is a problem of its own."""
+    """Each row lies on a sphere of its own radius, and is an independent problem."""
 
     radii: Float[Tensor, " row"]
 
@@ -96,9 +96,9 @@ class OrderedRows(Sphere):
         return [range(k, k + 1) for k in range(n_rows)]
 
     def blocks(self, n_rows: int, n_steps: int) -> list[Block]:
-        """The first half of the steps moves all rows; then they are frozen in order, and the last row takes the last step.
+        """Moves all rows in the first half of the steps, then freezes them in order; the last row takes the last step.
 
-        Rows that share a deadline share a block: there are such rows only if rows outnumber the steps left.
+        Rows that share a deadline share a block. That happens only if there are more rows than steps left.
         """
         deadlines = [n_steps if n_rows == 1 else round(n_steps / 2 * (1 + row / (n_rows - 1))) for row in range(n_rows)]
         edges = [row for row in range(n_rows) if row == 0 or deadlines[row] != deadlines[row - 1]] + [n_rows]
@@ -119,27 +119,27 @@ class OrderedRows(Sphere):
 
 
 class Factors(Constraint):
-    """Every factor is normalised; in the fixed-point ascent the factors of a product take turns.
+    """Every factor is normalised, and in the fixed-point ascent the factors of a product take turns.
 
-    Two factors that move at once each answer to what the other one was, so A and B of every layer alternate. A step in which scores stand
-    still therefore says little, and ten are waited for.
+    If two factors moved at once, each would answer to the old value of the other; so A and B of every layer alternate.
+    A single step in which scores stand still therefore says little, and ten such steps are required.
     """
 
     patience = 10
 
     @abstractmethod
     def normalize(self, matrices: Matrices) -> Matrices:
-        """The matrices scaled into the constraint."""
+        """Scales the matrices into the constraint."""
 
     def maximizer(self, gradients: Matrices) -> Matrices:
-        """The matrix M within the constraint that maximises ``<G, M>``."""
+        """Returns the matrix M within the constraint that maximises ``<G, M>``."""
         return self.normalize(gradients)
 
     def project(self, rows: Point, found: Point) -> Point:
         return tuple(self.normalize(factor) for factor in rows)
 
     def pulled(self, rows: Point, gradient: Point, found: Point, step: int) -> Point:
-        resting = step % 2  # B moves first: a random A passes on all of its input, a random B writes only noise
+        resting = step % 2  # update B first: a random A already passes signal, a random B writes only noise
         return tuple(
             factor if i % 2 == resting else self.normalize(self.maximizer(along) + INERTIA * factor)
             for i, (factor, along) in enumerate(zip(rows, gradient, strict=True))
@@ -147,28 +147,28 @@ class Factors(Constraint):
 
 
 class Columns(Factors):
-    """Every column has unit norm, as published."""
+    """Every column has unit norm, as in the published recipe."""
 
     def normalize(self, matrices: Matrices) -> Matrices:
-        return _divided(matrices, matrices.norm(dim=-2, keepdim=True))
+        return _divided(matrices, norm(matrices, dim=-2))
 
 
 class Frobenius(Factors):
     """Every matrix has unit Frobenius norm."""
 
     def normalize(self, matrices: Matrices) -> Matrices:
-        return _divided(matrices, matrices.norm(dim=(-2, -1), keepdim=True))
+        return _divided(matrices, norm(matrices, dim=(-2, -1)))
 
 
 class Spectral(Factors):
     """Every matrix has a largest singular value of 1."""
 
     def normalize(self, matrices: Matrices) -> Matrices:
-        return _divided(matrices, torch.linalg.matrix_norm(matrices, ord=2, keepdim=True))
+        return _divided(matrices, linalg.matrix_norm(matrices, ord=2, keepdim=True))
 
     def maximizer(self, gradients: Matrices) -> Matrices:
-        """The polar factor ``U V^T`` of ``G = U S V^T``."""
-        left, _, right = torch.linalg.svd(gradients, full_matrices=False)
+        """Returns the polar factor ``U V^T`` of ``G = U S V^T``."""
+        left, _, right = linalg.svd(gradients, full_matrices=False)
         return left @ right
 
 
@@ -182,7 +182,7 @@ def _divided(matrices: Matrices, norms: Tensor) -> Matrices:
 def _in_order(
     rows: Float[Tensor, "restart row d_model"], found: Float[Tensor, "restart found d_model"]
 ) -> Float[Tensor, "restart row d_model"]:
-    """The rows orthonormalised in order, in the complement of the ones found."""
+    """Orthonormalises the rows in order, in the complement of those already found."""
     if rows.shape[-2] == 1:
         return unit(project_off(rows, found))
     return orthonormalize(torch.cat([found, rows], dim=-2))[..., found.shape[-2] :, :]

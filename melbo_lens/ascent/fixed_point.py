@@ -1,7 +1,10 @@
-"""How does one climb fast?  At a maximum a point is the one that its own gradient asks for; the ascent takes that as an iteration."""
+"""How does one climb fast?  By iterating the condition that holds at a maximum.
+
+There, the point is the one that its own gradient asks for.
+"""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -18,9 +21,11 @@ class Climb(State):
     """The state of `fixed_point`.
 
     Attributes:
-        moving: where every restart stands, [restart row ...] each; `point` has the frozen rows and of the others the best seen.
-        best: the best score of each problem of the block that is frozen next: of all its rows, or of each.
-        recent: the scores of the last steps that count towards settling; NaN before the first.
+        moving: where every restart stands, [restart row ...] each; `point` holds the frozen rows, and of each other row
+            the best that was seen.
+        best: the best score of each problem in the block that is frozen next; a joint block is one problem, otherwise
+            each row is one.
+        recent: the scores of the last steps that count towards settling, NaN before the first step.
         block: the number of the block that is frozen next.
         settled: how many rows were frozen before their deadline.
     """
@@ -40,23 +45,25 @@ def fixed_point(
     tolerance: float = TOLERANCE,
     state: Climb | None = None,
 ) -> Iterator[Climb]:
-    """The fast ascent: each step takes the point that maximises the objective made linear, for all rows at once.
+    """The fast ascent: each step moves to the point that maximises the linearised objective, for all rows at once.
 
-    On a sphere that is ``theta <- R grad f / ||grad f||``. Orthogonal rows take their gradients orthonormalised *in order*, so the fixed point is
-    that of learning them one after another. Part of the old point is added each time, which damps oscillation. Rows are frozen block by
-    block, each at the best point that any restart has seen since the block before it was frozen, and the rest goes on in the
-    complement. So a row never falls once the rows before it are frozen. A block that has settled is frozen early.
+    On a sphere that is ``theta <- R grad f / ||grad f||``. Orthogonal rows take their gradients orthonormalised *in
+    order*, so the fixed point is the same as for learning them one after another. A part of the old point is added each
+    time, which damps oscillation. Rows are frozen block by block, each at the best point that any restart has seen
+    since the previous block was frozen, and the other rows go on in the complement. So a row never falls once the rows
+    before it are frozen. A block that has settled is frozen early.
 
     Args:
         evaluate: the function to climb.
-        starts: starting rows, [restart row ...] each.
-        constraint: where they stay.
-        n_steps: at most so many steps.
-        tolerance: a block has settled when its score changes by less than this share within the constraint's patience, in every restart.
-        state: a state yielded before, to go on from it.
+        starts: the starting rows, [restart row ...] each.
+        constraint: the set in which the rows stay.
+        n_steps: the largest number of steps.
+        tolerance: a block has settled when its score changes by less than this share within the constraint's patience,
+            in every restart.
+        state: a state that was yielded earlier, from which the ascent goes on.
 
     Yields:
-        The state after each evaluation. In its history a frozen row keeps its value.
+        The state after each evaluation. In its history, a frozen row keeps its value.
     """
     n_rows = starts[0].shape[1]
     blocks = constraint.blocks(n_rows, n_steps)
@@ -86,7 +93,7 @@ def fixed_point(
             improved, seen.value[winners, rows], before[block.start : block.stop]
         )
 
-        # With patience the best score counts, since scores fall and rise again while factors take turns.
+        # With patience, the best recent score counts, since scores fall and rise again while factors take turns.
         latest = torch.fmax(score, climb.recent[-1]) if constraint.patience > 1 else score
         settled = bool(((latest - climb.recent[0]).abs() <= tolerance * latest.abs()).all())
         late = climb.step >= block.deadline
@@ -104,41 +111,30 @@ def fixed_point(
             torch.cat([old[: block.start], kept, others])
             for old, kept, others in zip(climb.point, best, rest, strict=True)
         )
-        position = {"history": history, "step": climb.step + 1, "moving": moving, "point": point}
+        climb = replace(climb, history=history, step=climb.step + 1, moving=moving, point=point)
         if frozen == block.start:
-            top = torch.where(better, top, climb.best)
-            climb = Climb(
-                **position,
-                best=top,
-                recent=torch.cat([climb.recent[1:], latest[None]]),
-                block=climb.block,
-                settled=climb.settled,
-            )
+            top, recent = torch.where(better, top, climb.best), torch.cat([climb.recent[1:], latest[None]])
+            climb = replace(climb, best=top, recent=recent)
         else:
             following = blocks[climb.block + 1] if climb.block + 1 < len(blocks) else None
-            unseen = _unseen(moving[0], following, constraint.patience)
-            climb = Climb(
-                **position, **unseen, block=climb.block + 1, settled=climb.settled + (0 if late else len(block))
-            )
+            top, recent = _unseen(moving[0], following, constraint.patience)
+            n_settled = climb.settled + (0 if late else len(block))
+            climb = replace(climb, best=top, recent=recent, block=climb.block + 1, settled=n_settled)
         yield climb
 
 
 def _begun(starts: Point, block: Block, patience: int, n_steps: int) -> Climb:
     history = starts[0].new_full((n_steps + 1, starts[0].shape[1]), float("nan"))
-    return Climb(
-        tuple(x[0] for x in starts), history, 0, starts, **_unseen(starts[0], block, patience), block=0, settled=0
-    )
+    best, recent = _unseen(starts[0], block, patience)
+    return Climb(tuple(x[0] for x in starts), history, 0, starts, best, recent, block=0, settled=0)
 
 
-def _unseen(like: Tensor, block: Block | None, patience: int) -> dict[str, Tensor]:
-    """What is known of a block of which nothing was evaluated."""
+def _unseen(like: Tensor, block: Block | None, patience: int) -> tuple[Tensor, Tensor]:
+    """Returns `best` and `recent` of a block of which nothing was evaluated yet."""
     problems = 0 if block is None else 1 if block.joint else len(block)
-    return {
-        "best": like.new_full((problems,), -torch.inf),
-        "recent": like.new_full((patience, len(like), problems), torch.nan),
-    }
+    return like.new_full((problems,), -torch.inf), like.new_full((patience, len(like), problems), torch.nan)
 
 
 def _where(rows: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    """The new rows where a row improved."""
+    """Takes the new rows where a row improved, and the old ones elsewhere."""
     return torch.where(rows.view(-1, *[1] * (new.ndim - 1)), new, old)

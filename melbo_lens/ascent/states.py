@@ -1,25 +1,31 @@
-"""What is between two steps of an ascent?  A point, what was seen so far, and a form of both that a file can hold."""
+"""What exists between two steps of an ascent?  A point, what was seen so far, and a form of both that a file holds."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-# Tensors that together are what is learned, first axes [restart row] in an ascent and [row] in its result: of vectors one [d_model],
-# of adapters A [rank d_in] and B [d_model rank] of each layer in turn.
+if TYPE_CHECKING:
+    from typing import Self
+else:  # the tests' type checker accepts Self only inside a class that it checks as a whole
+    Self = Any
+
+# The tensors that are learned together. Their first axes are [restart row] in an ascent and [row] in its result; the
+# further axes are [d_model] of the one tensor of vectors, or [rank d_in] and [d_model rank] of A and B of each layer in
+# turn.
 Point: TypeAlias = tuple[Tensor, ...]
 
 
 class Evaluation(NamedTuple):
-    """What an ascent is told of a point.
+    """What an ascent learns about a point.
 
     Attributes:
-        value: the objective of each row; it becomes the history.
-        score: what is maximised: the objective, or the objective less a penalty.
-        gradient: of the sum of the scores, one tensor for each of the point's.
+        value: the objective of each row, which becomes the history.
+        score: what is maximised: the objective, or the objective with a penalty.
+        gradient: the gradient of the sum of the scores, one tensor for each tensor of the point.
     """
 
     value: Float[Tensor, "restart row"]
@@ -27,17 +33,21 @@ class Evaluation(NamedTuple):
     gradient: Point
 
 
-# The evaluation of rows `first` and after of a point. The rows before it stand still, and may matter to the score of those after them.
+# Evaluates a point's rows from number `first` on. The rows before it stand still, but may affect the scores of later
+# rows.
 Evaluate: TypeAlias = Callable[[Point, int], Evaluation]
 
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """Everything that an interrupted ascent needs to go on.  Each step makes a new one of new tensors, so an earlier one stays whole.
+    """Everything that an interrupted ascent needs to go on.
+
+    Each step makes a new state of new tensors, so states yielded earlier are never modified.
 
     Attributes:
         point: the result so far, [row ...] each.
-        history: row t is the objective before step t, and the last one that of the result; NaN where nothing was evaluated yet.
+        history: row t is the objective before step t, and the last row is the objective of the result; NaN where
+            nothing was evaluated yet.
         step: how many steps were made.
     """
 
@@ -46,14 +56,14 @@ class State:
     step: int
 
     def tensors(self) -> dict[str, Tensor]:
-        """The same as tensors by name."""
+        """Returns the whole state as tensors by name."""
         return dict(self._named())
 
     def _named(self) -> Iterator[tuple[str, Tensor]]:
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, tuple):
-                yield from ((f"{field.name}.{i}", tensor) for i, tensor in enumerate(value))
+                yield from ((f"{field.name}.{i}", tensor) for i, tensor in enumerate(cast(Point, value)))
             else:
                 yield (
                     field.name,
@@ -61,9 +71,10 @@ class State:
                 )
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor], device: torch.device | str = "cpu") -> Any:
-        """The state of which `tensors` gave these, on a device."""
-        return cls(**{field.name: _value(field.type, field.name, tensors, device) for field in fields(cls)})
+    def of(cls, tensors: Mapping[str, Tensor], device: torch.device | str = "cpu") -> Self:
+        """Makes the state, on a device, from what its `tensors` returned."""
+        values: dict[str, Any] = {f.name: _value(f.type, f.name, tensors, device) for f in fields(cls)}
+        return cls(**values)
 
 
 def _value(kind: Any, name: str, tensors: Mapping[str, Tensor], device: torch.device | str) -> Point | Tensor | int:

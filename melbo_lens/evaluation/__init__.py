@@ -1,1 +1,1 @@
-"""Is it more than chance?"""
+"""Do the completions show more than chance?  This folder counts behaviours and tests the counts."""

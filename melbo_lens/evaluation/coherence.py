@@ -1,4 +1,4 @@
-"""How natural does the unsteered model find a completion?  Its mean log-probability."""
+"""How natural does the unsteered model find a completion?  The mean log-probability of its tokens tells."""
 
 from collections.abc import Sequence
 
@@ -17,11 +17,17 @@ from melbo_lens.prompts import tokenize
 
 @public
 def coherence(model: Model, completions: Completions) -> Float[Tensor, " completion"]:
-    """How natural the unsteered model finds each completion: its mean log-probability per new token, NaN for an empty one.
+    """How natural the unsteered model finds each completion: the mean log-probability of its new tokens.
 
     Args:
-        model: the one that completed; left as it was.
-        completions: from `generate`.
+        model: the model that wrote the completions; it is left as it was.
+        completions: the completions, as `generate` returns them.
+
+    Returns:
+        One number in nats for each completion; NaN for an empty one.
+
+    Raises:
+        FloatingPointError: the logits hold NaN or infinity.
     """
     host = host_of(model)
     found = torch.full((len(completions),), float("nan"), dtype=torch.float32, device="cpu")
@@ -47,7 +53,7 @@ def coherence(model: Model, completions: Completions) -> Float[Tensor, " complet
 
 
 def _prompt_rows(host: Host, completions: Completions) -> Sequence[list[int]]:
-    """The ids of each row's prompt: those that were used, or, of completions that don't know them, those that its text has."""
+    """The ids of each row's prompt; if the completions don't know them, the prompt's text is tokenized again."""
     if completions.prompt_tokens is not None:
         return [list(ids) for ids in completions.prompt_tokens]
     known = {text: tokenize(host, text).rows()[0] for text in completions.table.prompt_text.drop_duplicates()}

@@ -1,4 +1,4 @@
-"""Which perturbations elicit what, and is it more than chance?  Rates beside the unsteered and the norm-matched random ones."""
+"""Which perturbations elicit a behaviour beyond chance?  Those whose rates exceed those of norm-matched random ones."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,15 +17,17 @@ COLUMNS = "vector sign scale behavior n rate low high unsteered random p_value q
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Evaluation:
-    """Rates of behaviours.
+    """The rates of behaviours.
 
     Attributes:
-        table: one row for each vector, sign, scale and behaviour: n completions, rate with a 95 % Wilson interval (low, high), the unsteered and
-            the pooled random rate, p_value of Fisher's exact test (is the rate higher than with random vectors?), q_value after Benjamini
-            and Hochberg over the rows of a behaviour, and beats_control (q_value below .05).
-        summary: one row for each behaviour, over all steered completions: n, rate, low, high, unsteered, random, p_value, how many of the
-            vectors elicited it with either sign at least once, and the numbers of completions n_random and n_unsteered.
-        note: what the tests could not show with so few completions; empty if nothing.
+        table: one row for each vector, sign, scale and behaviour, with n (completions), rate with a 95 % Wilson
+            interval (low, high), the unsteered and the pooled random rate, p_value of Fisher's exact test (is the
+            rate higher than with random vectors?), q_value after Benjamini and Hochberg over the rows of a
+            behaviour, and beats_control (q_value below the level of `evaluate`, .05 by default).
+        summary: one row for each behaviour, over all steered completions, with n, rate, low, high, unsteered, random,
+            p_value, vectors (how many of them elicited it with either sign at least once), and the numbers of
+            completions n_random and n_unsteered.
+        note: says what the tests could not show with so few completions; empty if there is no such limit.
     """
 
     table: pd.DataFrame
@@ -49,12 +51,12 @@ def evaluate(completions: Completions, behaviors: Mapping[str, Behavior], level:
     """Counts behaviours in completions and tests every vector against the pooled random controls.
 
     Args:
-        completions: from `generate`, with random controls if tests are wanted.
-        behaviors: name -> regular expression that is searched for, or a function of the text.
-        level: of the false discovery rate.
+        completions: the completions, as `generate` returns them; tests need random controls among them.
+        behaviors: name -> a regular expression that is searched for, or a function of the text.
+        level: the false discovery rate at which a row counts as beating the control.
 
     Raises:
-        ValueError: no behaviours, or no steered completions.
+        ValueError: there are no behaviours, or no steered completions.
     """
     table = completions.table
     if not behaviors:
@@ -92,7 +94,7 @@ def shows(texts: pd.Series, behavior: Behavior) -> pd.Series:
     """Whether each text shows the behaviour.
 
     Raises:
-        ValueError: the behaviour's function raised; says on which text.
+        ValueError: the behaviour's function raised; the message says on which text.
     """
     if not callable(behavior):
         return texts.str.contains(behavior, regex=True)
@@ -111,16 +113,17 @@ def shows(texts: pd.Series, behavior: Behavior) -> pd.Series:
 def select(behaviors: Mapping[str, Behavior], on: Completions, score: Completions) -> pd.DataFrame:
     """Chooses the vector, sign and scale with the highest rate of each behaviour on one set, and scores it on another.
 
-    Choosing on the prompts that one reports flatters: both rates are given. Ties go to the first vector.
+    A rate on the prompts that were used for the choice is too high, so both rates are given. Ties go to the first
+    vector.
 
     Args:
-        behaviors: name -> regular expression or function of the text.
-        on: completions to choose on.
+        behaviors: name -> a regular expression or a function of the text.
+        on: the completions that are used for the choice.
         score: completions of the same perturbations on other prompts.
 
     Returns:
-        One row for each behaviour: vector, sign, scale, selection_rate, n, rate with its interval (low, high), unsteered, random and p_value on
-        the scoring set.
+        One row for each behaviour: vector, sign, scale, selection_rate, and on the scoring set n, rate with its
+        interval (low, high), unsteered, random and p_value.
 
     Raises:
         ValueError: the sets share a prompt, or the scoring set lacks a chosen vector.
@@ -128,7 +131,8 @@ def select(behaviors: Mapping[str, Behavior], on: Completions, score: Completion
     shared = set(on.table.prompt_text) & set(score.table.prompt_text)
     if shared:
         raise ValueError(
-            f"the selection and the scoring set share {len(shared)} prompts, as {min(shared)!r}: score on prompts that chose nothing."
+            f"the selection and the scoring set share {len(shared)} prompts, as {min(shared)!r}: score on prompts "
+            "that chose nothing."
         )
     chosen, scored, rows = evaluate(on, behaviors).table, evaluate(score, behaviors).table, []
     for name in behaviors:
@@ -141,7 +145,8 @@ def select(behaviors: Mapping[str, Behavior], on: Completions, score: Completion
         )
         if not same.any():
             raise ValueError(
-                f"vector {best.vector} with sign {best.sign:+d} was chosen for {name!r}; the scoring set has no completion with it."
+                f"vector {best.vector} with sign {best.sign:+d} was chosen for {name!r}; the scoring set has no "
+                "completion with it."
             )
         result = scored[same].iloc[0]
         rows.append(
@@ -158,22 +163,25 @@ def select(behaviors: Mapping[str, Behavior], on: Completions, score: Completion
 
 
 def _rate(shown: pd.Series) -> dict[str, Any]:
+    """The rate of a behaviour with its 95 % Wilson interval."""
     interval = binomtest(int(shown.sum()), len(shown)).proportion_ci(method="wilson")
     return {"n": len(shown), "rate": float(shown.mean()), "low": interval.low, "high": interval.high}
 
 
 def _test(steered: pd.Series, random: pd.Series) -> dict[str, float]:
+    """The p-value of the steered rate against the random one; NaN without random completions."""
     if random.empty:
         return {"p_value": float("nan")}
     return {"p_value": _fisher(int(steered.sum()), len(steered), int(random.sum()), len(random))}
 
 
 def _fisher(k: int, n: int, k_control: int, n_control: int) -> float:
+    """The one-sided p-value of Fisher's exact test that k of n exceeds chance, given k_control of n_control."""
     return float(fisher_exact([[k, n - k], [k_control, n_control - k_control]], alternative="greater").pvalue)
 
 
 def _note(table: pd.DataFrame, n_tests: int, level: float) -> str:
-    """Whether one vector that always shows a behaviour, alone, could be told from controls that never do."""
+    """Says whether a single vector that always shows a behaviour could be told from controls that never do."""
     n_random = int((table.kind == "random").sum())
     if n_random == 0:
         return "There are no random controls: generate with include_random=True to test anything."
@@ -183,6 +191,7 @@ def _note(table: pd.DataFrame, n_tests: int, level: float) -> str:
     needed = next((n for n in range(per_row + 1, 10_001) if _fisher(n, n, 0, n * n_tests) * n_tests < level), None)
     each = f"{per_row} completion{'s' if per_row > 1 else ''}"
     return (
-        f"With {each} for each vector and sign, a single vector that always shows a behaviour can't be told from chance "
+        f"With {each} for each vector and sign, a single vector that always shows a behaviour can't be told from "
+        "chance "
         f"among {n_tests} tests (several together can); {needed} completions each would do: add prompts or samples."
     )

@@ -1,4 +1,4 @@
-"""Which texts say the same?  Words and their counts."""
+"""Which texts say the same?  Those with similar counts of words."""
 
 from collections.abc import Sequence
 
@@ -13,9 +13,13 @@ from melbo_lens.measures.ranking import cluster
 
 @public
 def cluster_by_words(completions: Completions, threshold: float = 0.3) -> pd.DataFrame:
-    """Clusters vectors and signs by the words of their steered completions: vector, sign, cluster.
+    """Clusters vectors and signs by the words of their steered completions.
 
-    Those whose word counts, over all their completions, have an average cosine distance below `threshold` share a label.
+    A vector and sign is described by its word counts over all its completions. Clusters are joined as long as the
+    average cosine distance between them is below `threshold`.
+
+    Returns:
+        One row for each vector and sign: vector, sign, cluster (a label).
     """
     steered = completions.table[completions.table.kind == "steered"]
     joined = steered.groupby(["vector", "sign"]).text.agg(" ".join).reset_index()

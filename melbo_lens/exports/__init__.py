@@ -1,4 +1,7 @@
-"""How do perturbations get into other tools?  `export` writes one in another tool's format; each format is a file here, and others can be added."""
+"""How do perturbations get into other tools?  `export` writes one in another tool's format.
+
+Each format is a file of this folder; other packages can add formats with `exporter`.
+"""
 
 import os
 from collections.abc import Callable
@@ -9,14 +12,14 @@ from typing import Any, TypeAlias
 from melbo_lens.arguments import public
 from melbo_lens.perturbations.perturbation import Perturbation
 
-Exporter: TypeAlias = Callable[..., Path]  # of the perturbation, the path, and settings of its own
+Exporter: TypeAlias = Callable[..., Path]  # takes the perturbation, the path and the format's settings
 
 EXPORTERS: dict[str, Exporter] = {}
-OURS = ("peft",)  # formats whose files are imported when they are asked for
+OURS = ("peft",)  # formats of this package; their files are imported on demand
 
 
 def exporter(format: str) -> Callable[[Exporter], Exporter]:
-    """Makes a function known to `export` under the name of its format; a package of one's own may do so too."""
+    """Makes a function known to `export` under the name of its format; other packages may use it too."""
 
     def known(function: Exporter) -> Exporter:
         EXPORTERS[format] = function
@@ -30,21 +33,22 @@ def export(perturbation: Perturbation, format: str, path: str | os.PathLike[str]
     """Writes a perturbation in another tool's format.
 
     Args:
-        perturbation: what the format can hold; for "peft" one adapter, as `adapters[3]`.
-        format: "peft" (a folder that the `peft` library loads), or one that a package has added with `exporter`.
-        path: a file or folder, as the format has it.
-        settings: of the format, as `model=`; see the function of that name.
+        perturbation: a perturbation that the format can hold; "peft" takes one adapter, such as `adapters[3]`.
+        format: "peft" (a folder that the `peft` library loads), or a format that a package has added with `exporter`.
+        path: the file or folder to write; the format says which.
+        settings: settings of the format, such as `model=`; see the format's exporter.
 
     Returns:
-        What was written.
+        The path of what was written.
 
     Raises:
-        ValueError: an unknown format, or one that can't hold this.
+        ValueError: the format is unknown, or can't hold this perturbation.
     """
     if format in OURS:
         import_module(f"melbo_lens.exports.{format}")
     if format not in EXPORTERS:
         raise ValueError(
-            f"format={format!r} must be one of {sorted({*OURS, *EXPORTERS})}: one of ours, or one added with melbo_lens.exports.exporter."
+            f"format={format!r} must be one of {sorted({*OURS, *EXPORTERS})}: one of ours, or one added with "
+            "melbo_lens.exports.exporter."
         )
     return EXPORTERS[format](perturbation, path, **settings)

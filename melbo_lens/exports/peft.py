@@ -1,4 +1,4 @@
-"""What does the `peft` library load?  A LoRA directory, checked against the Hugging Face model before it is written."""
+"""What does the `peft` library load?  A LoRA folder, checked against the Hugging Face model before it is written."""
 
 import json
 import os
@@ -26,61 +26,67 @@ from melbo_lens.perturbations.sites import WeightSite
 from melbo_lens.prompts import Prompts, tokenize
 
 N_PROBES = 4
-CONV1D = ("GPT2LMHeadModel", "OpenAIGPTLMHeadModel")  # keep their weights as [in out], and peft must know
+CONV1D = ("GPT2LMHeadModel", "OpenAIGPTLMHeadModel")  # keep their weights as [in out], which peft must be told
 
 
 @exporter("peft")
 def to_peft(
     adapters: Perturbation,
     path: str | os.PathLike[str],
-    model: Model = None,
+    model: Model | None = None,
     hf_model: nn.Module | None = None,
     prompts: Prompts | None = None,
 ) -> Path:
-    """Writes `adapter_config.json` and `adapter_model.safetensors`, after checking on a probe prompt that they do the same.
+    """Writes `adapter_config.json` and `adapter_model.safetensors`, after checking that they have the same effect.
 
-    The scale is part of lora_B, so lora_alpha equals the rank. Whatever TransformerLens does to the weights on loading, the update of the weights
-    is the same one, unless what is written to the stream was centred and the model does not centre it when reading.
+    The scale is part of lora_B, so lora_alpha equals the rank. However TransformerLens processed the weights on
+    loading, their update is the same. The exception is a model whose writing weights were centred although it does
+    not centre the stream when it reads it; such a model is refused.
 
     Args:
-        adapters: one adapter, as `adapters[3]`.
-        path: a folder; made if it is missing.
-        model: the one that the adapter was learned on; by default it is remembered while it lives.
-        hf_model: the Hugging Face model to check against. By default the one inside a bridge, or, where TransformerLens has processed the weights (a
-            bridge in compatibility mode, a `HookedTransformer`), the model's own files if they are on this machine.
-        prompts: what to check on; those of the fit by default.
+        adapters: one adapter, such as `adapters[3]`.
+        path: a folder, which is made if it is missing.
+        model: the model that the adapter was learned on. By default it is the remembered model, if that still lives.
+        hf_model: the Hugging Face model to check against. By default it is the model inside a bridge. If
+            TransformerLens has processed the weights (in a `HookedTransformer`, or a bridge in compatibility mode),
+            it is loaded from the model's own files, if these are on this machine.
+        prompts: the prompts to check on; by default those of the fit.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: no adapter or several, no model, a model without a Hugging Face counterpart, or log-probabilities that differ by more than 1e-4
-            (half precision: by its rounding); says by which step.
+        ValueError: there isn't exactly one adapter, the model is missing or has no Hugging Face counterpart, or
+            log-probabilities differ by more than 1e-4 (in half precision, by more than its rounding). The message names
+            the step that failed.
 
     Warns:
         UserWarning: there was no Hugging Face model to check against.
     """
     if not isinstance(adapters, SteeringAdapters):
         raise ValueError(
-            f"peft holds updates of weights, and {type(adapters).__name__} were given: export adapters, as fit_adapters learns them."
+            f"peft holds updates of weights, and {type(adapters).__name__} were given: export adapters, as "
+            "fit_adapters learns them."
         )
     if len(adapters) != 1:
         raise ValueError(
-            f'a peft folder holds one adapter, {len(adapters)} were given: choose one, as ml.export(adapters[0], "peft", path, model=model).'
+            f"a peft folder holds one adapter, {len(adapters)} were given: choose one, as ml.export(adapters[0], "
+            '"peft", path, model=model).'
         )
-    model = model if model is not None else model_of(adapters)
-    if model is None:
+    known = model if model is not None else model_of(adapters)
+    if known is None:
         raise ValueError(
             "a peft folder needs the model that the adapter was learned on, which is not remembered here: pass model=."
         )
-    host = host_of(model)
+    host = host_of(known)
     adapters = adapters.on(host)
     sites = list(adapters.sites.values())
     names = {site.layer: module_name(host, site) for site in sites}
     checked = _check(adapters, host, sites, names, hf_model, fitting_prompts(adapters, prompts, host.device))
     if not checked:
         warnings.warn(
-            "the exported adapter was not compared with a Hugging Face model: TransformerLens processed this model's weights, and its files are not "
+            "the exported adapter was not compared with a Hugging Face model: TransformerLens processed this model's "
+            "weights, and its files are not "
             "on this machine. Pass hf_model= to compare.",
             stacklevel=2,
         )
@@ -116,7 +122,7 @@ def _check(
     hf_model: nn.Module | None,
     prompts: Prompts,
 ) -> bool:
-    """Compares the steered model with the Hugging Face one whose weights are updated; False if there is none to compare with."""
+    """Compares the steered model with the updated Hugging Face model; False if there is none to compare with."""
     rows = [
         torch.tensor([row], dtype=torch.long, device=host.device) for row in tokenize(host, prompts).rows()[:N_PROBES]
     ]
@@ -136,16 +142,20 @@ def _check(
             return False  # the files on this machine are not what this model was made from
         if plain > tolerance:
             raise ValueError(
-                f"without any adapter, the log-probabilities of the model and of hf_model differ by {plain:.1e} (allowed: {tolerance:.0e}): its "
-                "weights were edited after loading, or hf_model is another model. Pass the one that this model was made from."
+                f"without any adapter, the log-probabilities of the model and of hf_model differ by {plain:.1e} "
+                f"(allowed: {tolerance:.0e}): its "
+                "weights were edited after loading, or hf_model is another model. Pass the one that this model was "
+                "made from."
             )
         expected = [steered(ids) for ids in rows]  # before the update: a bridge shares its network's weights
         with _updated(adapters, weights, host.architecture in CONV1D):
             difference = max(_distance(network(ids).logits, logits) for ids, logits in zip(rows, expected, strict=True))
     if difference > tolerance:
         raise ValueError(
-            f"the log-probabilities of the steered model and of the Hugging Face model with the exported update differ by {difference:.1e} (allowed: "
-            f"{tolerance:.0e}), without an adapter by {plain:.1e}: the MLP's weights were processed so that its hidden activation is another one "
+            "the log-probabilities of the steered model and of the Hugging Face model with the exported update "
+            f"differ by {difference:.1e} (allowed: "
+            f"{tolerance:.0e}), without an adapter by {plain:.1e}: the MLP's weights were processed so that its "
+            "hidden activation is another one "
             "(folding into W_in or W_out). Load the model without processing, and fit there."
         )
     return True
@@ -154,7 +164,11 @@ def _check(
 def _check_centring(
     adapters: SteeringAdapters, host: Host, steered: Callable[[Tensor], Tensor], rows: list[Tensor], tolerance: float
 ) -> None:
-    """Centred writing weights are harmless only where a constant added to the stream changes nothing."""
+    """Refuses centred writing weights, unless adding a constant to the stream changes nothing.
+
+    Raises:
+        ValueError: the part of the update that centring removes changes the log-probabilities.
+    """
     if not all(map(host.writes_centred, adapters.sites.values())):
         return
     centred = {layer: (a, b - b.mean(1, keepdim=True)) for layer, (a, b) in adapters.factors.items()}
@@ -167,38 +181,40 @@ def _check_centring(
     difference = _difference(steered, without_mean, rows)
     if difference > tolerance:
         raise ValueError(
-            f"center_writing_weights has centred this model's weights, but its norms don't centre the stream ({host.cfg.normalization_type}): the "
-            f"update means something else to the Hugging Face model, log-probabilities differ by {difference:.1e} (allowed: {tolerance:.0e}). Load "
+            "center_writing_weights has centred this model's weights, but its norms don't centre the stream "
+            f"({host.cfg.normalization_type}): the "
+            f"update means something else to the Hugging Face model, log-probabilities differ by {difference:.1e} "
+            f"(allowed: {tolerance:.0e}). Load "
             "the model with center_writing_weights=False, and fit there."
         )
 
 
 def _difference(one: Callable[[Tensor], Tensor], other: Callable[[Tensor], Tensor], rows: list[Tensor]) -> float:
-    """The largest difference between what two models say to any of the rows."""
+    """The largest difference between the log-probabilities of two models on any of the rows."""
     return max(_distance(one(ids), other(ids)) for ids in rows)
 
 
 def _distance(one: Tensor, other: Tensor) -> float:
-    """The largest difference of log-probabilities; logits themselves may be shifted by a constant (center_unembed)."""
+    """The largest difference of log-probabilities; the logits may differ by a constant (center_unembed)."""
     return float((one.float().log_softmax(-1) - other.float().log_softmax(-1)).abs().max())
 
 
 def _network(
     host: Host, sites: Sequence[WeightSite], names: Mapping[int, str], hf_model: nn.Module | None
 ) -> tuple[nn.Module | None, dict[int, Tensor]]:
-    """A Hugging Face model with its own weights, and those of the updated layers."""
+    """The Hugging Face model to compare with, and its weights at the updated layers; None and {} if there is none."""
     own = host.own_weights(sites) if hf_model is None else None
     if own is not None:
         return own
     network = hf_model if hf_model is not None else from_files(host)
     if network is None:
         return None, {}
-    return network, {layer: network.get_submodule(name).weight for layer, name in names.items()}
+    return network, {layer: network.get_parameter(f"{name}.weight") for layer, name in names.items()}
 
 
 @contextmanager
 def _updated(adapters: SteeringAdapters, weights: Mapping[int, Tensor], conv1d: bool) -> Iterator[None]:
-    """The weights [d_model d_in] or, for Conv1D, [d_in d_model] with the update added, and bit by bit as they were afterwards."""
+    """Adds the update to the weights [d_model d_in] (for Conv1D [d_in d_model]), and afterwards restores their bits."""
     saved = {layer: weight.detach().clone() for layer, weight in weights.items()}
     try:
         for layer, weight in weights.items():

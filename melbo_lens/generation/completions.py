@@ -1,4 +1,4 @@
-"""What did the model write?  `Completions`: one table row for each prompt, perturbation, sign, scale and sample."""
+"""What did the model write?  `Completions` has a table row for each prompt, perturbation, sign, scale and sample."""
 
 import io
 import json
@@ -16,7 +16,7 @@ from melbo_lens.perturbations.perturbation import Index, chosen_rows
 from melbo_lens.prompts import PromptBatch, pad
 
 COLUMNS = ["prompt", "prompt_text", "kind", "vector", "sign", "scale", "sample", "text", "tokens", "log_probs"]
-PROMPT_TOKENS = "prompt_tokens"  # the column of a file beside those of the table
+PROMPT_TOKENS = "prompt_tokens"  # a further column, which only files have
 SHOWN = ["prompt", "kind", "vector", "sign", "scale", "text"]
 
 
@@ -24,16 +24,17 @@ SHOWN = ["prompt", "kind", "vector", "sign", "scale", "text"]
 class Completions:
     """Completions of steered, control and unsteered runs.
 
-    `completions[3]`, `completions[2:5]` and `filter` are completions again, and every measure takes them as its prompts: each row is then its prompt
-    and what was written, as the very ids they were.
+    `completions[3]`, `completions[2:5]` and `filter` give completions again. Every measure takes completions as its
+    prompts: each row then stands for the exact ids of its prompt and of what was written.
 
     Attributes:
-        table: prompt (index), prompt_text, kind ("steered", "random" or "unsteered"), vector (index; for a random row that of the vector it is
-            matched to; NA for unsteered), sign, scale, sample, text (new text only), tokens (new ids without the end token), log_probs (of those
-            tokens, under the steered model at temperature 1).
-        settings: how they were generated, with the provenance of the perturbations.
-        prompt_tokens: the ids of each row's prompt; None for completions that an earlier version kept.
-        continuation: how `continue_with` goes on, if the prompts were chats.
+        table: prompt (index), prompt_text, kind ("steered", "random" or "unsteered"), vector (index; a random row has
+            the index of the vector that it is matched to, an unsteered row has NA), sign, scale, sample, text (the new
+            text only), tokens (the new ids without the end token), and log_probs (the log-probabilities of those tokens
+            under the steered model at temperature 1, in nats).
+        settings: the settings of the generation, with the provenance of the perturbations.
+        prompt_tokens: the ids of each row's prompt; None for completions that were saved by an earlier version.
+        continuation: the function behind `continue_with`; None unless the prompts were chats.
     """
 
     table: pd.DataFrame
@@ -61,25 +62,32 @@ class Completions:
         return self._rows(chosen_rows(index, len(self), "completion").tolist())
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a pickle or a copy holds: everything but the way back to the model, as a file does."""
+        """The state of a pickle or a copy, which like a file holds everything except the link to the model."""
         return {**vars(self), "continuation": None}
 
     def as_prompts(self) -> PromptBatch:
-        """Prompt and completion of each row, as the ids that they were.
+        """The ids of each row's prompt and completion.
 
         Raises:
             ValueError: these completions don't know their prompts' ids.
         """
         if self.prompt_tokens is None:
             raise ValueError(
-                "these completions, which an earlier version kept, don't know the ids of their prompts: give the text instead."
+                "these completions, which an earlier version kept, don't know the ids of their prompts: give the "
+                "text instead."
             )
         rows = [[*before, *new] for before, new in zip(self.prompt_tokens, self.table.tokens, strict=True)]
         return pad(rows, [before + new for before, new in zip(self.table.prompt_text, self.table.text, strict=True)])
 
     @public
     def filter(self, **columns: Any) -> "Completions":
-        """The rows whose columns have the given value, or one of the values of a list: `completions.filter(kind="steered", vector=[0, 3])`."""
+        """The rows whose columns have the given value, or one of the values of a list.
+
+        An example is `completions.filter(kind="steered", vector=[0, 3])`.
+
+        Raises:
+            ValueError: the table has no such column.
+        """
         kept = pd.Series(True, index=self.table.index)
         for column, wanted in columns.items():
             if column not in self.table.columns:
@@ -95,14 +103,15 @@ class Completions:
         return Completions(self.table.iloc[list(places)].reset_index(drop=True), self.settings, known)
 
     def continue_with(self, message: str) -> "Completions":
-        """Adds each completion and then this user message to its own chat, and completes again under the same perturbation.
+        """Adds each completion and then this user message to its chat, and completes again under the same perturbation.
 
         Raises:
-            ValueError: the prompts were no chats, or these completions were filtered or loaded and so belong to no model.
+            ValueError: the prompts were not chats, or these completions were filtered or loaded, so they have no model.
         """
         if self.continuation is None:
             raise ValueError(
-                "only completions of chats, as generate returns them, can be continued: give prompts as messages, or chat=True."
+                "only completions of chats, as generate returns them, can be continued: give prompts as messages, or "
+                "chat=True."
             )
         return self.continuation(message)
 
@@ -110,8 +119,8 @@ class Completions:
         """How varied the completions of each kind, vector and sign are.
 
         Returns:
-            kind, vector, sign; n_texts, n_distinct (different texts), and distinct_n (different word n-grams by all of them: near 0 where a
-            text repeats itself).
+            kind, vector, sign, n_texts, n_distinct (different texts), and distinct_n (the number of different word
+            n-grams divided by the number of all n-grams; near 0 for texts that repeat themselves).
         """
         rows = []
         for key, texts in self.table.groupby(["kind", "vector", "sign"], dropna=False).text:
@@ -120,7 +129,10 @@ class Completions:
         return pd.DataFrame(rows, columns=["kind", "vector", "sign", "n_texts", "n_distinct", f"distinct_{n}"])
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes table and settings as one parquet file, atomically. Needs pyarrow: `pip install melbo-lens[parquet]`."""
+        """Writes table and settings as one parquet file, atomically.
+
+        This needs pyarrow: `pip install melbo-lens[parquet]`.
+        """
         import pyarrow as pa
         import pyarrow.parquet
 
@@ -151,7 +163,7 @@ class Completions:
         )
 
     def to_lines(self) -> str:
-        """One JSON object a line, pure ASCII, from which `from_lines` makes the same completions; NaN is null."""
+        """The completions as one JSON object per line, in ASCII, with null for NaN; `from_lines` reads them."""
         known = [
             {} if self.prompt_tokens is None else {PROMPT_TOKENS: list(ids)}
             for ids in self.prompt_tokens or [()] * len(self)
@@ -164,7 +176,7 @@ class Completions:
         """Completions from what `to_lines` wrote.
 
         Raises:
-            ValueError: a line that is no such object; says which.
+            ValueError: a line holds no such object; the message says which line.
         """
         rows, known = [], []
         for number, line in enumerate(lines.split("\n")[:-1], 1):
@@ -172,7 +184,8 @@ class Completions:
                 row = json.loads(line)
                 row["log_probs"] = [math.nan if value is None else float(value) for value in row["log_probs"]]
                 known.append(row.pop(PROMPT_TOKENS, None))
-                rows.append({**{column: row[column] for column in COLUMNS}, **row})  # and columns that a user added
+                # every column must be there, and columns that a user added are kept
+                rows.append({**{column: row[column] for column in COLUMNS}, **row})
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"line {number} holds no completion ({error!r})") from error
         table = pd.DataFrame(rows, columns=list(rows[0]) if rows else COLUMNS).astype({"vector": "Int64"})
@@ -188,7 +201,7 @@ class Completions:
 
 
 def _as_json(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row in JSON's types, with null for NaN and for no vector."""
+    """A row in JSON's types, with null for NaN and for a missing vector."""
     log_probs = [
         None if math.isnan(value) else float(value) if math.isfinite(value) else str(value)
         for value in row["log_probs"]

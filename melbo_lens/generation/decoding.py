@@ -1,4 +1,4 @@
-"""How are many completions written at once?  Runs, each a prompt under one perturbation, as the rows of cached batches."""
+"""How are many completions written at once?  As rows of cached batches, each a prompt under one perturbation."""
 
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -15,7 +15,7 @@ from melbo_lens.perturbations.sites import Hook
 from melbo_lens.prompts import text_after
 from melbo_lens.randomness import uniform
 
-Written: TypeAlias = tuple[list[int], list[float], str]  # new ids, their log-probabilities, their text
+Written: TypeAlias = tuple[list[int], list[float], str]  # new ids, their log-probabilities and their text
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Who is at fault if the logits overflow."""
+        """The name that an error gives to this run if its logits are not finite."""
         who = (
             "the unsteered model"
             if self.vector is None
@@ -42,10 +42,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Decoding:
-    """What all batches of one call share."""
+    """The model, perturbations and settings that all batches of one call share."""
 
     host: Host
-    bank: Perturbation | None  # the perturbations, then their random counterparts
+    bank: Perturbation | None  # the perturbations and then, if asked for, their random counterparts
     n_vectors: int
     max_new_tokens: int
     temperature: float
@@ -55,10 +55,10 @@ class Decoding:
     turn: int = 0
 
     def complete(self, runs: list[Run], rows: list[list[int]], batch_size: int, progress: bool) -> list[Written]:
-        """Completes each run's prompt, `batch_size` at once, those of like length together so that there is little padding."""
-        results: list[Written | None] = [None] * len(runs)
+        """Completes each run's prompt, `batch_size` at once; similar lengths share a batch to save padding."""
+        results: dict[int, Written] = {}
         ordered = sorted(range(len(runs)), key=lambda i: len(rows[i]))
-        cached = True  # until a batch finds that the model's cache can't be believed
+        cached = True  # until a batch finds that the model's cache gives other logits
         with (
             tqdm(total=len(runs), desc="generate", unit="completion", disable=not progress) as bar,
             hooks.frozen(self.host),
@@ -69,19 +69,20 @@ class Decoding:
                 written, cached = self._together([runs[i] for i in chunk], [rows[i] for i in chunk], bar, cached)
                 for i, one in zip(chunk, written, strict=True):
                     results[i] = one
-        return results
+        return [results[i] for i in range(len(runs))]
 
     def _together(self, runs: list[Run], rows: list[list[int]], bar: Any, cached: bool) -> tuple[list[Written], bool]:
+        """The completions of one batch, and whether the model's cache can still be used."""
         draws = self._draws(runs).to(self.host.device)
         decoder = Decoder(self.host, rows, lambda some: self._steering([runs[i] for i in some]), self.positions, cached)
         ends = hooks.end_tokens(self.host)
         new: list[list[int]] = [[] for _ in runs]
         log_probs: list[list[float]] = [[] for _ in runs]
         done: set[int] = set()
-        chosen = draws  # of no meaning before the first step
+        chosen = draws  # a placeholder that the first step does not read
         for step in range(self.max_new_tokens):
             logits = decoder.next(chosen) if step else decoder.first()
-            # NaN would be read as one token again and again
+            # without this check, NaN would silently be decoded as some token again and again
             hooks.check_finite(self.host, logits, [runs[i].name for i in decoder.alive], "the logits")
             chosen = self._choose(logits, draws[decoder.alive, step])
             chosen_log_probs = logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0].tolist()
@@ -104,15 +105,15 @@ class Decoding:
         return written, decoder.cached
 
     def _steering(self, runs: list[Run]) -> list[Hook]:
-        """Hooks for a batch whose rows are these runs."""
+        """The hooks for a batch whose rows are these runs."""
         if self.bank is None:
             return []
         index = [(run.vector or 0) + (self.n_vectors if run.kind == "random" else 0) for run in runs]
-        coefficients = [float(run.sign * run.scale) for run in runs]  # 0 where unsteered
+        coefficients = [float(run.sign * run.scale) for run in runs]  # 0 for unsteered rows
         return self.bank.row_hooks(index, torch.tensor(coefficients, dtype=torch.float32, device="cpu"))
 
     def _draws(self, runs: list[Run]) -> Tensor:
-        """Uniform numbers [run step], each row from its own stream, so that batches don't matter."""
+        """Uniform numbers [run step]; each row has a separate random stream, so the batch size does not matter."""
         if self.temperature == 0:
             return torch.zeros(len(runs), self.max_new_tokens, dtype=torch.float32, device="cpu")
         keys = [
@@ -122,6 +123,7 @@ class Decoding:
         return torch.stack([uniform(self.max_new_tokens, *key) for key in keys])
 
     def _choose(self, logits: Tensor, draws: Tensor) -> Tensor:
+        """The next token of each row: the most likely one, or the one that its uniform number selects."""
         if self.temperature == 0:
             return logits.argmax(-1)
         cumulative = (logits.double() / self.temperature).softmax(-1).cumsum(-1)
@@ -134,5 +136,6 @@ class Decoding:
         return any(stop in text for stop in self.stops)
 
     def _text(self, before: list[int], ids: list[int]) -> str:
+        """The new text, cut off before the first stop."""
         text = text_after(self.host, before, ids)
         return text[: min([text.find(stop) for stop in self.stops if stop in text], default=len(text))]

@@ -1,4 +1,4 @@
-"""What does the model write under a perturbation?  `generate` runs many as the rows of large batches."""
+"""What does the model write under many perturbations?  `generate` runs them as the rows of large batches."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -39,42 +39,48 @@ def generate(
     chat: bool | None = None,
     progress: bool = True,
 ) -> Completions:
-    """Completes every prompt under every perturbation, both signs, with norm-matched random vectors and unsteered beside them.
+    """Completes every prompt under every perturbation with both signs, unsteered, and under random controls.
 
     Args:
-        model: `HookedTransformer` or `TransformerBridge`; it is left as it was.
+        model: a `HookedTransformer` or `TransformerBridge`; it is left as it was.
         prompts: text, chat messages, a list of either, or token ids [prompt pos].
-        perturbations: each of its vectors or adapters is applied by itself, at every position unless `positions` says otherwise; None steers nothing.
-        max_new_tokens: a completion ends here, or at the model's end token.
-        signs: -v is not the mirror image of v, so both are the default.
-        scales: multiples of each vector.
-        temperature: 0 is greedy; else tokens are sampled, each completion from a stream of its own that depends on `seed` and the row alone.
-        n_samples: completions of each row; more than one needs a temperature.
-        positions: "all", only the tokens of the "prompt", or only the "generated" ones.
-        include_unsteered: also complete without perturbation.
-        include_random: also complete with `random_vectors(perturbations, seed)`, or `random_adapters` matched on the prompts of the fit.
-        batch_size: completions that run at once; None chooses 256. Memory for keys and values grows with it.
-        seed: of the sampling and of the random vectors.
-        stop: text that ends a completion; it is cut off the completion's text.
+        perturbations: vectors or adapters. Each is applied by itself, at every position unless `positions` says
+            otherwise. None generates unsteered completions only.
+        max_new_tokens: the length at which a completion ends, unless the model's end token comes first.
+        signs: +1, -1 or both. The effect of -v is not the opposite of the effect of v, so both are the default.
+        scales: multiples at which each perturbation is applied.
+        temperature: 0 decodes greedily. Otherwise tokens are sampled, with a separate random stream for each
+            completion, which depends on `seed` and the row alone.
+        n_samples: the number of completions of each row; more than one needs a temperature.
+        positions: where the perturbation acts: at "all" tokens, only those of the "prompt", or only "generated" ones.
+        include_unsteered: whether to complete the prompts without a perturbation as well.
+        include_random: whether to complete them with norm-matched controls as well: `random_vectors(perturbations,
+            seed)`, or `random_adapters` matched on the prompts of the fit.
+        batch_size: the number of completions that run at once; None means 256. Memory for keys and values grows
+            with it.
+        seed: the seed of the sampling and of the random controls.
+        stop: a text, or several, that ends a completion; it is cut off the completion's text.
         chat: True makes each text prompt one user message of the tokenizer's chat template.
         progress: whether to show a progress bar.
 
     Returns:
-        The completions as a table, unsteered first, then steered, then random.
+        The completions as a table: first unsteered, then steered, then random.
 
     Raises:
-        TypeError, ValueError: bad arguments, said before the model runs.
-        FloatingPointError: a perturbation makes the logits NaN or infinite; names it, its scale and the model's dtype.
+        TypeError, ValueError: arguments break a rule; this is raised before the model runs.
+        FloatingPointError: a perturbation makes the logits NaN or infinite. The message names the perturbation, its
+            scale and the model's dtype.
 
     Warns:
-        UserWarning: the model's cache gives other logits than a pass without it, and generation goes on without.
+        UserWarning: the model's cache gives other logits than a pass without it; generation then goes on without it.
     """
     host = host_of(model)
     if perturbations is not None:
         perturbations = fitting(host, perturbations)
-    signs, scales = ([one] if isinstance(one, int | float) else one for one in (signs, scales))
-    _check_settings(max_new_tokens, signs, scales, temperature, n_samples, positions, batch_size)
-    by_ids = isinstance(prompts, Tensor | PromptBatch | AsPrompts)  # which say nothing of chats
+    all_signs: Sequence[int] = [signs] if isinstance(signs, int | float) else signs
+    all_scales: Sequence[float] = [scales] if isinstance(scales, int | float) else scales
+    _check_settings(max_new_tokens, all_signs, all_scales, temperature, n_samples, positions, batch_size)
+    by_ids = isinstance(prompts, Tensor | PromptBatch | AsPrompts)  # token ids are never chats
     if chat and not by_ids:
         prompts = [
             [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in as_list(prompts)
@@ -91,7 +97,7 @@ def generate(
         if include_random:
             bank = concatenate([perturbations, random_like(perturbations, host, batch, seed)])
         for kind in ("steered", "random") if include_random else ("steered",):
-            grid = product(range(len(batch)), range(len(perturbations)), signs, scales, range(n_samples))
+            grid = product(range(len(batch)), range(len(perturbations)), all_signs, all_scales, range(n_samples))
             runs += [Run(i, kind, k, int(sign), float(scale), sample) for i, k, sign, scale, sample in grid]
     if not runs:
         raise ValueError("nothing to generate: give perturbations, or include_unsteered=True.")
@@ -124,25 +130,29 @@ def _complete(
     """Completes the runs; if they are chats, the result can be continued."""
     written = decoding.complete(runs, rows, batch_size, progress)
     columns = [
-        (run.prompt, text, run.kind, run.vector, run.sign, run.scale, run.sample, new_text, ids, log_probs)
-        for run, text, (ids, log_probs, new_text) in zip(runs, texts, written, strict=True)
+        (run.prompt, text, run.kind, run.vector, run.sign, run.scale, run.sample, new_text, new, log_probs)
+        for run, text, (new, log_probs, new_text) in zip(runs, texts, written, strict=True)
     ]
+
+    table = pd.DataFrame(columns, columns=COLUMNS).astype({"vector": "Int64"})
+    ids = tuple(map(tuple, rows))
+    if chats is None:
+        return Completions(table, settings, ids)
 
     def continue_with(message: str) -> Completions:
         longer = []
-        for chat, row, (ids, _, text) in zip(chats, rows, written, strict=True):
-            answer = answered(chat, space_between(decoding.host, row, ids), text)
+        for chat, row, (new, _, text) in zip(chats, rows, written, strict=True):
+            answer = answered(chat, space_between(decoding.host, row, new), text)
             longer.append([*answer, {"role": "user", "content": message}])
         batch = tokenize(decoding.host, longer, n_new_tokens=decoding.max_new_tokens)
         later = replace(decoding, turn=decoding.turn + 1)
         return _complete(later, runs, list(batch.texts), batch.rows(), longer, settings, batch_size, progress)
 
-    table = pd.DataFrame(columns, columns=COLUMNS).astype({"vector": "Int64"})
-    return Completions(table, settings, tuple(map(tuple, rows)), None if chats is None else continue_with)
+    return Completions(table, settings, ids, continue_with)
 
 
 def answered(chat: Chat, space: str, text: str) -> Chat:
-    """The chat with what the model wrote: a message of its own, or the rest of the message that the chat ends with."""
+    """The chat with what the model wrote, as a new message or as the rest of the open message that ends the chat."""
     if is_open(chat):
         content = chat[-1]["content"]
         whole = (
@@ -153,6 +163,7 @@ def answered(chat: Chat, space: str, text: str) -> Chat:
 
 
 def _stops(stop: str | Sequence[str] | None) -> list[str]:
+    """The texts that end a completion, as a list."""
     stops = [] if stop is None else [stop] if isinstance(stop, str) else list(stop)
     if any(not text for text in stops):
         raise ValueError(f"stop={stop!r} holds an empty string, which every text contains: leave it out.")

@@ -1,8 +1,7 @@
-"""How is a model steered for the length of a block?  `steer` attaches perturbations, and leaves no trace."""
+"""How is a model steered for the length of a block?  `steer` attaches perturbations and removes them afterwards."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from melbo_lens.models import hooks
 from melbo_lens.models.access import Model, host_of
@@ -11,13 +10,18 @@ from melbo_lens.perturbations.perturbation import Perturbation
 
 
 @contextmanager
-def steer(model: Model, perturbation: Perturbation | Sequence[Perturbation]) -> Iterator[Any]:
-    """Steers whatever the model runs inside the block, and leaves no trace after it, also on an exception.
+def steer(model: Model, perturbation: Perturbation | Sequence[Perturbation]) -> Iterator[Model]:
+    """Steers whatever the model runs inside the block; afterwards the model is as before, even after an exception.
 
-    One vector or adapter steers every row of a batch; n of them need batches of exactly n rows. A sequence steers with all its members at once.
+    One vector or adapter steers every row of a batch; n of them need batches of exactly n rows. A sequence of
+    perturbations steers with all its members at once.
+
+    Args:
+        model: the model to steer; the block gets it back as the value of `with`.
+        perturbation: vectors or adapters, or a sequence of such values.
 
     Raises:
-        ValueError: the perturbation doesn't fit the model.
+        ValueError: a perturbation doesn't fit the model.
     """
     several = [perturbation] if isinstance(perturbation, Perturbation) else list(perturbation)
     host = host_of(model)
@@ -27,7 +31,11 @@ def steer(model: Model, perturbation: Perturbation | Sequence[Perturbation]) -> 
 
 
 def fitting(host: Host, perturbation: Perturbation) -> Perturbation:
-    """The perturbation with its hooks where this model has them."""
+    """The perturbation with its hooks where this model has them.
+
+    Raises:
+        ValueError: the perturbation doesn't fit the model.
+    """
     fitting = perturbation.on(host)
     for name, _ in fitting.hooks():
         hooks.hook_point(host, name)

@@ -1,1 +1,1 @@
-"""What does a perturbation change inside?  And with what is that compared."""
+"""What does a perturbation change inside the model?  This folder measures it, and makes random controls."""

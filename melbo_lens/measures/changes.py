@@ -1,14 +1,12 @@
-"""Where, and by how much, does a perturbation change what the model computes?  Changes by token and layer, and at the target.
+"""How much does a perturbation change what the model computes?  Measured by token and layer, and at the target.
 
-Nothing here depends on the kind of perturbation: it needs a length, `perturbations[[...]]`, `.on(model)`, and `.hooks()` for a batch with one row
-for each.
+Nothing here depends on the kind of perturbation.
 """
 
 import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -20,6 +18,7 @@ from melbo_lens.ascent.objectives import Objective, TokenNorm
 from melbo_lens.models import hooks
 from melbo_lens.models.access import Model, host_of
 from melbo_lens.models.host import Host
+from melbo_lens.perturbations.perturbation import Perturbation
 from melbo_lens.prompts import Positions, PromptBatch, Prompts, one_prompt, token_texts, tokenize
 
 ROWS_AT_ONCE = 64
@@ -30,10 +29,10 @@ class ActivationChanges:
     """How far perturbations move the residual stream at each token of one prompt.
 
     Attributes:
-        change: norm of the perturbed stream minus the clean one.
-        clean: norm of the clean stream.
-        tokens: text of each token.
-        layers: layer T stands for the stream that enters block T, as `target_layer` does.
+        change: the norm of the difference between the perturbed stream and the clean one.
+        clean: the norm of the clean stream.
+        tokens: the text of each token.
+        layers: the measured layers; layer T is the stream that enters block T, as in `target_layer`.
     """
 
     change: Float[Tensor, "vector layer pos"]
@@ -61,19 +60,22 @@ class ActivationChanges:
         return cls(tensors["change"], tensors["clean"], tuple(header["tokens"]), tuple(header["layers"]))
 
     def __repr__(self) -> str:
-        return f"ActivationChanges({len(self)} perturbations, layers {self.layers[0]} to {self.layers[-1]}, {len(self.tokens)} tokens)"
+        return (
+            f"ActivationChanges({len(self)} perturbations, layers {self.layers[0]} to {self.layers[-1]}, "
+            f"{len(self.tokens)} tokens)"
+        )
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TargetEffects:
-    """What perturbations change at the target positions, one long row each.
+    """What perturbations change at the target positions; each perturbation and sign has one long row.
 
     Attributes:
         values: the changes at all target positions of all prompts, flattened.
-        vectors: which perturbation each row belongs to.
-        signs: with which sign it was applied.
-        target_layer: where it was read, the stream that enters this block; None for another activation.
-        target_hook: the activation that was read.
+        vectors: the number of the perturbation that each row belongs to.
+        signs: the sign with which each row's perturbation was applied.
+        target_layer: the change was read in the stream that enters this block; None if it was another activation.
+        target_hook: the name of the activation that was read.
     """
 
     values: Float[Tensor, "row feature"]
@@ -86,7 +88,7 @@ class TargetEffects:
         return len(self.values)
 
     def cosine_similarity(self) -> Float[Tensor, "row row"]:
-        """Cosines between the changes; NaN for rows that hold NaN."""
+        """The cosines between the changes; NaN for rows that hold NaN."""
         unit = self.values.double() / self.values.double().norm(dim=-1, keepdim=True).clamp(min=1e-30)
         return (unit @ unit.T).float()
 
@@ -119,19 +121,21 @@ class TargetEffects:
 
 @public
 def activation_changes(
-    model: Model, prompt: Prompts, perturbations: Any, layers: Sequence[int] | None = None
+    model: Model, prompt: Prompts, perturbations: Perturbation, layers: Sequence[int] | None = None
 ) -> ActivationChanges:
     """The change of the residual stream at each token of one prompt and each layer, for each perturbation.
 
     Args:
-        model: left as it was.
-        prompt: one text, chat, or row of token ids; a text that the model wrote under the perturbation shows where it acts.
+        model: the model, which is left as it was.
+        prompt: one text, chat, or row of token ids. A text that the model wrote under the perturbation shows where the
+            perturbation acts.
         perturbations: vectors or adapters; each acts by itself.
-        layers: T for the stream that enters block T (n_layers: that leaves the last); None: all after the perturbation.
+        layers: T means the stream that enters block T, and n_layers the stream that leaves the last block. None means
+            all layers after the perturbation.
 
     Raises:
-        ValueError: several prompts, or a layer that the model does not have.
-        FloatingPointError: NaN or infinity in the stream.
+        ValueError: there are several prompts, or a layer that the model does not have.
+        FloatingPointError: the stream holds NaN or infinity.
     """
     host = host_of(model)
     batch = tokenize(host, prompt)
@@ -141,7 +145,8 @@ def activation_changes(
     chosen = list(range(first + 1, n_layers + 1) if layers is None else layers)
     if not chosen or any(not 1 <= layer <= n_layers for layer in chosen):
         raise ValueError(
-            f"layers={chosen} must hold layers from 1 to n_layers = {n_layers}: layer T is the stream that enters block T."
+            f"layers={chosen} must hold layers from 1 to n_layers = {n_layers}: layer T is the stream that enters "
+            "block T."
         )
     with hooks.frozen(host), torch.no_grad():
         names = [_stream_name(layer) for layer in chosen]
@@ -166,27 +171,27 @@ def activation_changes(
 def target_effects(
     model: Model,
     prompts: Prompts,
-    perturbations: Any,
+    perturbations: Perturbation,
     target_layer: int | None = None,
     target_positions: Positions = slice(-1, None),
     signs: Sequence[int] = (1,),
     target_hook: str | None = None,
 ) -> TargetEffects:
-    """What each perturbation changes at its target, at the target positions of all prompts: its effect.
+    """The effect of each perturbation: what it changes at its target, at the target positions of all prompts.
 
     Args:
-        model: left as it was.
+        model: the model, which is left as it was.
         prompts: text, chats or token ids.
         perturbations: vectors or adapters; each acts by itself.
-        target_layer: the change is read in the stream that enters this layer; None takes the place where the perturbations, or those that they
-            are a control of, were learned to act.
-        target_positions: of each prompt's own tokens.
+        target_layer: the change is read in the stream that enters this layer. None takes the target that the
+            perturbations were learned for; a control takes the target of the perturbations that it is matched to.
+        target_positions: where the change is read, in each prompt's own tokens.
         signs: +1, -1 or both.
-        target_hook: read this activation instead of a layer's stream.
+        target_hook: the change is read in this activation instead of a layer's stream.
 
     Raises:
         ValueError: the perturbations know no target and none is given, or the model has no such layer or hook.
-        FloatingPointError: NaN or infinity at the target.
+        FloatingPointError: the target holds NaN or infinity.
     """
     host = host_of(model)
     batch = tokenize(host, prompts, target_positions)
@@ -209,7 +214,7 @@ def target_effects(
 def objective(
     model: Model,
     prompts: Prompts,
-    perturbations: Any,
+    perturbations: Perturbation,
     target_layer: int | None = None,
     target_positions: Positions | None = None,
     p: float | None = None,
@@ -217,22 +222,27 @@ def objective(
     token_norm: TokenNorm | None = None,
     target_hook: str | None = None,
 ) -> Float[Tensor, " vector"]:
-    """The objective that a fit maximises, without penalty and summed over prompts, of any perturbations: of random ones it is the level to beat.
+    """The objective that a fit maximises, for any perturbations: without its penalty, and summed over the prompts.
+
+    The objective of random perturbations is the level that learned ones must beat.
 
     Args:
-        model, prompts: as in `fit_vectors`; give the same.
+        model, prompts: as in `fit_vectors`; give the same ones to compare with a fit.
         perturbations: vectors or adapters.
-        target_layer, target_positions, p, q, token_norm, target_hook: None takes what the perturbations, or those that they are a control of, were
-            learned for; what they don't know is as `fit_vectors` has it (all positions, p 2, q 1).
+        target_layer, target_positions, p, q, token_norm, target_hook: None takes what the perturbations were learned
+            for; a control takes what the perturbations that it is matched to were learned for. Settings that they don't
+            know are those of `fit_vectors` (all positions, p 2, q 1).
+
+    Returns:
+        One number for each perturbation.
 
     Raises:
         ValueError: the perturbations know no target and none is given, or the model has no such layer or hook.
-        FloatingPointError: NaN or infinity at the target.
+        FloatingPointError: the target holds NaN or infinity.
     """
-    said = {"target_positions": target_positions, "p": p, "q": q, "token_norm": token_norm}
-    wanted = replace(
-        perturbations.objective or Objective(), **{name: value for name, value in said.items() if value is not None}
-    )
+    given = {"target_positions": target_positions, "p": p, "q": q, "token_norm": token_norm}
+    given = {name: value for name, value in given.items() if value is not None}
+    wanted = replace(perturbations.objective or Objective(), **given)
     host = host_of(model)
     batch = tokenize(host, prompts, wanted.target_positions)
     _, name = _target(host, perturbations, target_layer, target_hook)
@@ -245,9 +255,9 @@ def objective(
 
 
 def _changes(
-    host: Host, batch: PromptBatch, perturbations: Any, name: str
+    host: Host, batch: PromptBatch, perturbations: Perturbation, name: str
 ) -> Iterator[Float[Tensor, "vector prompt pos d_target"]]:
-    """Changes of an activation, some perturbations at a time."""
+    """The changes of an activation, `ROWS_AT_ONCE` perturbations at a time."""
     perturbations = perturbations.on(host)
     with hooks.frozen(host), torch.no_grad():
         (clean,) = _read(host, batch.tokens, None, [name])
@@ -263,8 +273,10 @@ def _changes(
             yield stacked
 
 
-def _read(host: Host, tokens: Tensor, perturbations: Any, names: Sequence[str]) -> list[Float[Tensor, "row pos d"]]:
-    """Float32 activations at these hooks, axes after `pos` flattened, from one forward pass."""
+def _read(
+    host: Host, tokens: Tensor, perturbations: Perturbation | None, names: Sequence[str]
+) -> list[Float[Tensor, "row pos d"]]:
+    """The activations at these hooks from one forward pass, in float32; the axes after `pos` are flattened."""
     seen: dict[str, Tensor] = {}
     readers = [
         (name, lambda activation, hook, name=name: seen.update({name: activation.float().flatten(2)}))
@@ -276,18 +288,18 @@ def _read(host: Host, tokens: Tensor, perturbations: Any, names: Sequence[str]) 
 
 
 def _stream_name(layer: int) -> str:
-    """The stream that enters a layer is the one that leaves the block before it."""
+    """The hook of the stream that enters a layer, which is the stream that leaves the block before it."""
     return f"blocks.{layer - 1}.hook_resid_post"
 
 
-def _parts(perturbations: Any) -> Iterator[Any]:
-    """The perturbations, as many at a time as make one batch."""
+def _parts(perturbations: Perturbation) -> Iterator[Perturbation]:
+    """The perturbations in groups of at most `ROWS_AT_ONCE`."""
     for first in range(0, len(perturbations), ROWS_AT_ONCE):
         yield perturbations[list(range(first, min(first + ROWS_AT_ONCE, len(perturbations))))]
 
 
-def _target(host: Host, perturbations: Any, layer: int | None, hook: str | None) -> tuple[int | None, str]:
-    """The target layer, None if it is none, and the name of the activation to read."""
+def _target(host: Host, perturbations: Perturbation, layer: int | None, hook: str | None) -> tuple[int | None, str]:
+    """The target layer (None if the target is no layer's stream) and the name of the activation to read."""
     n_layers = host.n_layers
     if layer is not None and hook is not None:
         raise ValueError(
@@ -297,14 +309,15 @@ def _target(host: Host, perturbations: Any, layer: int | None, hook: str | None)
         learned_for = perturbations.objective or Objective()
         layer = learned_for.target_layer
         hook = learned_for.target_hook if layer is None else None
-    if layer is None and hook is None:
-        raise ValueError(
-            "these perturbations don't know at which layer they are to act (they were not learned, or joined over several targets): give "
-            f"target_layer, from 1 to n_layers = {n_layers}, or target_hook."
-        )
     if hook is not None:
         hooks.hook_point(host, hook)
         return None, hook
+    if layer is None:
+        raise ValueError(
+            "these perturbations don't know at which layer they are to act (they were not learned, or joined over "
+            "several targets): give "
+            f"target_layer, from 1 to n_layers = {n_layers}, or target_hook."
+        )
     if not 1 <= layer <= n_layers:
         raise ValueError(
             f"target_layer={layer} must lie from 1 to n_layers = {n_layers}: it is the stream that enters that block."

@@ -1,7 +1,7 @@
-"""What is a found perturbation compared with?  Random ones of equal norm, of the same kind, measured at the same place."""
+"""What is a found perturbation compared with?  With random ones of its kind and norm, measured at the same place."""
 
 from dataclasses import replace
-from typing import Any
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -25,8 +25,8 @@ def random_vectors(like: SteeringVectors, seed: int = 0) -> SteeringVectors:
     """The norm-matched control: isotropic random directions, vector k with the norm of `like`'s vector k.
 
     Args:
-        like: number, width, layer and norms are taken from it.
-        seed: vector k depends on (seed, k) alone.
+        like: the control takes its number, width, layer and norms from these vectors.
+        seed: random vector k depends on (seed, k) alone.
     """
     values = gaussian_rows(len(like), like.d_model, seed, "random_vectors").to(like.values.device)
     provenance = {"method": "random_vectors", "seed": seed, "matched_to": dict(like.provenance)}
@@ -38,27 +38,29 @@ def random_vectors(like: SteeringVectors, seed: int = 0) -> SteeringVectors:
 def random_adapters(
     like: SteeringAdapters, model: Model, prompts: Prompts | None = None, seed: int = 0
 ) -> SteeringAdapters:
-    """The norm-matched control: Gaussian factors of the same rank and normalisation, scaled so that adapter k's update has, over the prompts, the
-    mean norm at the source of `like`'s adapter k. Equal norms of the factors alone would be no control.
+    """The norm-matched control: Gaussian factors of the same rank and normalisation as those of `like`.
+
+    Random adapter k is scaled so that its update has, over the prompts, the same mean norm at the source as the update
+    of `like`'s adapter k. Factors of equal norm alone would be no control, since their updates may have other norms.
 
     Args:
-        like: number, shapes, normalisation and update norms are taken from it.
-        model: the one that `like` was learned on.
-        prompts: those that `like` was learned on; None takes them from its provenance.
-        seed: adapter k depends on (seed, k) alone.
+        like: the control takes its number, shapes, normalisation and update norms from these adapters.
+        model: the model that `like` was learned on.
+        prompts: the prompts that `like` was learned on; None takes them from its provenance.
+        seed: random adapter k depends on (seed, k) alone.
 
     Raises:
-        ValueError: no prompts known, or no scale gives that norm (a norm after the MLP bounds what an update can do).
+        ValueError: no prompts are known, or no scale gives that norm (a norm after the MLP bounds an update).
     """
     host = host_of(model)
     prompts = fitting_prompts(like, prompts, host.device)
     how = like.provenance.get("normalization", "frobenius")
     factors = {
-        layer: tuple(_random_factor(factor, how, seed, layer, name) for factor, name in zip(pair, "AB", strict=True))
-        for layer, pair in like.factors.items()
+        layer: (_random_factor(a, how, seed, layer, "A"), _random_factor(b, how, seed, layer, "B"))
+        for layer, (a, b) in like.factors.items()
     }
     provenance = {"method": "random_adapters", "seed": seed, "normalization": how, "matched_to": dict(like.provenance)}
-    # a norm after the MLP takes an update and its negative differently, so the control has the sign of what it is matched to
+    # A norm after the MLP treats an update and its negative differently, so the control takes the sign of `like`.
     signs = torch.where(like.scales < 0, -1, 1).to(like.scales)
     control = SteeringAdapters(factors, signs, provenance=provenance, sites=like.sites, objective=like.objective).on(
         host
@@ -67,8 +69,12 @@ def random_adapters(
     return replace(control, scales=scales)
 
 
-def fitting_prompts(adapters: SteeringAdapters, prompts: Prompts | None, device: Any = None) -> Prompts:
-    """These prompts, or the ones that the adapters were learned on."""
+def fitting_prompts(adapters: SteeringAdapters, prompts: Prompts | None, device: torch.device | None = None) -> Prompts:
+    """These prompts or, if none are given, the ones that the adapters were learned on.
+
+    Raises:
+        ValueError: none are given and the adapters know none.
+    """
     if prompts is not None:
         return prompts
     rows = adapters.provenance.get("prompt_tokens")
@@ -82,7 +88,10 @@ def fitting_prompts(adapters: SteeringAdapters, prompts: Prompts | None, device:
 def scales_for_norms(
     adapters: SteeringAdapters, model: Model, prompts: Prompts, norms: Float[Tensor, " adapter"]
 ) -> Float[Tensor, " adapter"]:
-    """The factors by which the adapters' updates have these mean norms: in proportion where nothing bends an update, else bracketed and solved.
+    """The numbers by which the adapters must be multiplied so that their updates have these mean norms.
+
+    They are proportional to the norms, unless a norm after the weights bends an update. Then each is bracketed and
+    solved.
 
     Raises:
         ValueError: no scale gives that norm.
@@ -98,6 +107,8 @@ def scales_for_norms(
 
 
 def _solved(adapter: SteeringAdapters, model: Model, prompts: Prompts, norm: float, guess: float) -> float:
+    """The number at which one adapter's update has this mean norm, found from a first guess."""
+
     def excess(factor: float) -> float:
         return float(mean_norms(adapter * factor, model, prompts)[0]) - norm
 
@@ -108,12 +119,13 @@ def _solved(adapter: SteeringAdapters, model: Model, prompts: Prompts, norm: flo
         high *= 2
         if high > 1e5 * guess:
             raise ValueError(
-                f"no scale gives an update of mean norm {norm:.4g} at the source: the norm after the MLP bounds it. Use a smaller scale."
+                f"no scale gives an update of mean norm {norm:.4g} at the source: the norm after the MLP bounds it. "
+                "Use a smaller scale."
             )
     return float(brentq(excess, low, high, rtol=1e-5))
 
 
-def _random_factor(like: Tensor, how: Any, seed: int, layer: int, name: str) -> Tensor:
+def _random_factor(like: Tensor, how: str, seed: int, layer: int, name: str) -> Tensor:
     rows = gaussian_rows(len(like), like[0].numel(), seed, "random_adapters", layer, name)
     return NORMALIZATIONS[how].normalize(rows.view(like.shape).to(like.device))
 
@@ -126,10 +138,11 @@ def random_like(
 
     Args:
         perturbations: vectors or adapters.
-        model: needed for adapters, whose norms are those of what they write on prompts.
-        prompts: on which adapters that were not fitted are matched; fitted ones know theirs.
+        model: the model, which is needed for adapters, since their update norms are measured on prompts.
+        prompts: adapters that were not fitted are matched on these; fitted adapters know their prompts.
         seed: row k depends on (seed, k) alone.
     """
     if isinstance(perturbations, SteeringVectors):
         return random_vectors(perturbations, seed)
-    return random_adapters(perturbations, model, None if "prompt_tokens" in perturbations.provenance else prompts, seed)
+    adapters = cast(SteeringAdapters, perturbations)
+    return random_adapters(adapters, model, None if "prompt_tokens" in adapters.provenance else prompts, seed)

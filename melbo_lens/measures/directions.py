@@ -1,7 +1,8 @@
-"""What does a direction point at?  The tokens it promotes, the texts it aligns with, the rows of a matrix it is near to."""
+"""What does a direction point at?  At tokens it promotes, texts it aligns with, and nearby rows of a matrix."""
 
 from collections.abc import Sequence
 from itertools import product
+from typing import cast
 
 import pandas as pd
 import torch
@@ -23,14 +24,16 @@ def top_tokens(
 ) -> pd.DataFrame:
     """The tokens that each vector promotes and suppresses most.
 
-    By the direct path, the vector's product with the unembedding, and with `prompts` also by the mean change of the steered logits at a
-    `position` of each prompt's own tokens.
+    They are measured along the direct path (the vector's product with the unembedding) and, if `prompts` are given,
+    also by the mean change of the steered logits at a `position` of each prompt's own tokens.
 
     Returns:
-        One row for each vector and route ("direct" or "steered"): promoted and suppressed, lists of (token, change of the logit).
+        One row for each vector and route ("direct" or "steered"). Its columns promoted and suppressed are lists of
+        (token, change of the logit), the largest change first.
     """
     host = host_of(model)
-    changes = {"direct": vectors.values.to(host.model.W_U.device) @ host.model.W_U.detach().float()}
+    unembedding = cast(Tensor, host.model.W_U).detach().float()  # [d_model d_vocab]
+    changes = {"direct": vectors.values.to(unembedding.device) @ unembedding}
     if prompts is not None:
         batch = tokenize(host, prompts, target_positions=[position])
         ends = (batch.lengths + position if position < 0 else torch.full_like(batch.lengths, position)) + 1
@@ -39,7 +42,7 @@ def top_tokens(
             steered = [run_to_the_end(host, batch.tokens, ends, vector.hooks())[0] for vector in vectors]
         for number, logits in enumerate(steered):
             hooks.check_finite(host, logits, [f"vector {number}"] * len(logits), "the logits")
-        # a token that is masked in both runs, -inf less -inf, has not changed
+        # a token that is masked in both runs (-inf minus -inf is NaN) has not changed
         changes["steered"] = torch.stack([(logits - clean).nan_to_num(nan=0.0).mean(0) for logits in steered])
     rows = []
     for vector, route in product(range(len(vectors)), changes):
@@ -56,7 +59,8 @@ def max_activating(model: Model, vectors: SteeringVectors, texts: Prompts, k: in
     """The positions in texts whose stream after the source layer has the highest cosine with each vector.
 
     Returns:
-        k rows for each vector, best first: vector, rank, text (index), position, token, before (the text up to the token), cosine.
+        k rows for each vector, best first: vector, rank, text (index), position, token, before (the text up to the
+        token) and cosine.
     """
     host = host_of(model)
     batch = tokenize(host, texts)
@@ -87,11 +91,12 @@ def closest_directions(
     """The rows of any matrix (an SAE's decoder, an unembedding's transpose) with the largest |cosine| to each vector.
 
     Raises:
-        ValueError: another width, or not one name for each row.
+        ValueError: the matrix has another width than the vectors, or there isn't one name for each row.
     """
     if matrix.shape[1] != vectors.d_model:
         raise ValueError(
-            f"matrix has rows of width {matrix.shape[1]}, the vectors have d_model {vectors.d_model}: transpose it, or use another."
+            f"matrix has rows of width {matrix.shape[1]}, the vectors have d_model {vectors.d_model}: transpose it, "
+            "or use another."
         )
     if names is not None and len(names) != len(matrix):
         raise ValueError(f"{len(names)} names were given for {len(matrix)} directions: give one for each.")

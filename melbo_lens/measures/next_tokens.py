@@ -1,7 +1,6 @@
 """What does a model expect after each token of a text?  Log-probabilities, steered and unsteered."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -10,6 +9,7 @@ from torch import Tensor
 from melbo_lens.arguments import public
 from melbo_lens.models import hooks
 from melbo_lens.models.access import Model, host_of
+from melbo_lens.perturbations.perturbation import Perturbation
 from melbo_lens.prompts import Prompts, one_prompt, token_texts, tokenize
 
 
@@ -18,12 +18,12 @@ class NextTokens:
     """What a model expects after each token of a text, under several conditions.
 
     Attributes:
-        tokens: text of each token.
-        log_probs: of the token that does follow, the last token has none.
-        ranks: how many tokens are more likely than that one.
-        top_tokens: for each condition and position, the k most likely next tokens.
+        tokens: the text of each token.
+        log_probs: the log-probability (nats) of the token that does follow; the last token has no such token.
+        ranks: how many tokens are more likely than the one that follows.
+        top_tokens: the k most likely next tokens at each condition and position, most likely first.
         top_log_probs: the log-probabilities of `top_tokens`.
-        conditions: "unsteered" and the perturbations.
+        conditions: "unsteered" and the names of the perturbations.
     """
 
     tokens: tuple[str, ...]
@@ -38,14 +38,19 @@ class NextTokens:
 
 
 @public
-def next_tokens(model: Model, prompt: Prompts, perturbations: Any = None, k: int = 10) -> NextTokens:
+def next_tokens(model: Model, prompt: Prompts, perturbations: Perturbation | None = None, k: int = 10) -> NextTokens:
     """The next-token log-probabilities at each position of one text, unsteered and under each perturbation.
 
     Args:
-        model: left as it was.
-        prompt: one text, chat or row of token ids, or one completion (`completions[3]`: its prompt and what was written, as the ids they were).
-        perturbations: None: unsteered only.
+        model: the model, which is left as it was.
+        prompt: one text, chat or row of token ids, or one completion (`completions[3]` stands for the ids of its prompt
+            and of what was written).
+        perturbations: vectors or adapters; each acts by itself. None measures the unsteered model only.
         k: how many of the most likely tokens to keep.
+
+    Raises:
+        ValueError: there are several prompts, or k exceeds the vocabulary.
+        FloatingPointError: the logits hold NaN or infinity.
     """
     host = host_of(model)
     batch = tokenize(host, prompt)

@@ -1,4 +1,4 @@
-"""What do perturbations change at the output?  The next-token distribution, and the norms of the stream on the way."""
+"""What do perturbations change at the output?  The next-token distribution, and the stream's norms on the way there."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,9 +27,11 @@ class Effects:
     """Changes after each prompt.
 
     Attributes:
-        table: vector, sign, prompt, kl (of the steered next-token distribution from the clean one, nats), entropy and entropy_unsteered (nats),
-            logit_difference and logit_difference_unsteered (of the two tokens asked for, else absent).
-        norm_change: relative change of the residual stream's norm leaving each layer, a row for each row of the table; NaN in the padding.
+        table: vector, sign, prompt, kl (``KL(clean || steered)`` of the next-token distributions, nats), entropy and
+            entropy_unsteered (nats), logit_difference and logit_difference_unsteered (between the two tokens asked for;
+            absent if none were).
+        norm_change: the relative change of the norm of the residual stream that leaves each layer, with a row for each
+            row of the table; NaN in the padding.
     """
 
     table: pd.DataFrame
@@ -37,7 +39,10 @@ class Effects:
 
     def __repr__(self) -> str:
         kl = self.table.kl
-        return f"Effects({len(self.table)} rows, KL {kl.min():.3g} to {kl.max():.3g} nats; norm_change {list(self.norm_change.shape)})"
+        return (
+            f"Effects({len(self.table)} rows, KL {kl.min():.3g} to {kl.max():.3g} nats; norm_change "
+            f"{list(self.norm_change.shape)})"
+        )
 
     def _repr_html_(self) -> str:
         return tables.html(repr(self), self.table)
@@ -54,11 +59,14 @@ def output_effects(
     """What each vector or adapter changes in the next-token distribution and in the norms of the stream.
 
     Args:
-        model: left as it was.
+        model: the model, which is left as it was.
         prompts: text, chats or token ids.
-        vectors: vectors or adapters, each by itself.
+        vectors: vectors or adapters; each acts by itself.
         signs: +1, -1 or both.
         tokens: two token ids whose logit difference is wanted.
+
+    Raises:
+        FloatingPointError: the steered logits hold NaN or infinity.
     """
     host = host_of(model)
     vectors = vectors.on(host)
@@ -95,7 +103,10 @@ def output_effects(
 def run_to_the_end(
     host: Host, tokens: Tensor, lengths: Tensor, steering: list[Hook]
 ) -> tuple[Float[Tensor, "row d_vocab"], Tensor]:
-    """Logits after the first `lengths` tokens of each row, and the norms [row layer pos] of the stream, NaN in the padding."""
+    """The logits after the first `lengths` tokens of each row, and the stream's norms [row layer pos].
+
+    The norms are NaN in the padding.
+    """
     norms: list[Tensor] = []
     readers = [
         (f"blocks.{i}.hook_resid_post", lambda stream, hook: norms.append(stream.float().norm(dim=-1)))

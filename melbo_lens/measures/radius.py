@@ -1,4 +1,4 @@
-"""Which radius?  The one at which the blocks between source and target stop being linear, or another stated rule."""
+"""Which radius should vectors have?  The one where the blocks up to the target stop being linear, or another rule's."""
 
 import itertools
 from collections.abc import Callable
@@ -17,6 +17,7 @@ from melbo_lens.ascent.manifolds import unit
 from melbo_lens.models import hooks
 from melbo_lens.models.access import Model
 from melbo_lens.models.slices import SlicedModel, slice_model
+from melbo_lens.perturbations.sites import Hook
 from melbo_lens.prompts import Positions, Prompts
 from melbo_lens.randomness import gaussian_rows
 
@@ -24,20 +25,20 @@ Rule: TypeAlias = Literal["nonlinearity", "fraction", "kl"]
 DEFAULT_TARGETS = {"nonlinearity": 0.5, "fraction": 0.35, "kl": 0.1}
 N_DIRECTIONS = 8
 STEPS = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4)  # of central differences, as shares of the stream's norm
-HALF_STEPS, HALF_AGREEMENT = (0.5, 0.3, 0.15, 0.1), 0.35  # in half precision, whose rounding drowns smaller ones
-AGREEMENT = 0.05  # how far two neighbouring steps may be apart
-NEARLY_LINEAR = 0.1  # blocks whose nonlinearity stays below this at any radius have no radius
+AGREEMENT = 0.05  # the largest relative difference between the estimates of two neighbouring steps
+HALF_STEPS, HALF_AGREEMENT = (0.5, 0.3, 0.15, 0.1), 0.35  # in half precision, where rounding drowns smaller steps
+NEARLY_LINEAR = 0.1  # blocks whose nonlinearity stays below this at every radius have no radius
 
 
 @dataclass(frozen=True, repr=False)
 class Calibration:
-    """A radius with the curve it was solved on.
+    """A radius, with the curve on which it was solved.
 
     Attributes:
         radius: the solution.
-        curve: (radius, value) pairs, by radius.
-        rule: which value the curve shows.
-        target: the value asked for.
+        curve: (radius, value) pairs in the order of the radius.
+        rule: the rule whose value the curve shows.
+        target: the value that was to be reached.
     """
 
     radius: float
@@ -69,16 +70,17 @@ def calibrate_radius(
 
     Args:
         model, prompts, source_layer, target_layer, target_positions, target_hook, site: as in `slice_model`.
-        rule: "nonlinearity" (the blocks between stop being linear), "fraction" (of the source stream's norm) or "kl" (how far random
-            vectors of that norm move the next-token distribution); see `solve_radius`.
-        target: the rule's value to reach; default 0.5, 0.35 of the norm, 0.1 nats.
-        seed: of the random directions.
+        rule: "nonlinearity" (the blocks between source and target stop being linear), "fraction" (a fraction of the
+            source stream's norm) or "kl" (how far random vectors of that norm move the next-token distribution); see
+            `solve_radius`.
+        target: the value that the rule must reach; by default 0.5, 0.35 of the norm, and 0.1 nats.
+        seed: the seed of the random directions.
 
     Returns:
-        The radius and the curve it was solved on.
+        The radius, and the curve on which it was solved.
 
     Raises:
-        ValueError: an unknown rule, a target without meaning, or no finite radius that qualifies.
+        ValueError: the rule is unknown, the target is not a positive, finite number, or no finite radius qualifies.
     """
     check_rule(rule, target)
     return solve_radius(
@@ -91,7 +93,7 @@ class NoRadius(ValueError):
 
 
 def check_rule(rule: str, target: float | None) -> None:
-    """Refuses a rule or target without meaning."""
+    """Refuses an unknown rule, and a target that is not a positive, finite number."""
     if rule not in DEFAULT_TARGETS:
         raise ValueError(f"rule={rule!r} must be one of {sorted(DEFAULT_TARGETS)}.")
     if target is not None and not 0 < target < float("inf"):
@@ -101,23 +103,27 @@ def check_rule(rule: str, target: float | None) -> None:
 def solve_radius(
     sliced: SlicedModel, rule: Rule = "nonlinearity", target: float | None = None, seed: int = 0
 ) -> Calibration:
-    """The radius at which a rule reaches its target; random unit directions v stand for all.
+    """The radius R at which a rule reaches its target, measured along random unit directions v.
 
-    - "nonlinearity": the rms over v of ``||D(R v) - R J v|| / ||R J v||``, D the change of the target activations at the target positions
-      and J v its directional derivative at 0, both in float32. Where the curve levels off below the default target, half of that level is the
-      target. Mixtures of experts jump at tiny radii, where a token changes its expert: there the last rise counts, or the least of the curve.
-    - "fraction": that fraction of the mean norm of the stream that leaves the source block, at the prompts' own positions.
-    - "kl": the mean over v and prompts of ``KL(clean || steered)`` between next-token distributions after each prompt, in nats.
+    - "nonlinearity": the rms over v of ``||D(R v) - R J v|| / ||R J v||``. Here D is the change of the target
+      activations at the target positions and J v its directional derivative at 0, both in float32. Where the curve
+      levels off below the default target, half of that level becomes the target. The curve of a mixture of experts
+      jumps at tiny radii, where a token changes its expert; there the last rise counts, or the lowest point of the
+      curve.
+    - "fraction": R is the target times the mean norm of the stream that leaves the source block, over the prompts' own
+      positions.
+    - "kl": the mean over v and prompts of ``KL(clean || steered)`` between the next-token distributions after each
+      prompt, in nats.
 
     Raises:
-        ValueError: an unknown rule, a target that is not positive, or no finite radius that qualifies (the slice is linear).
+        ValueError: the rule is unknown, or the target is not a positive, finite number.
+        NoRadius: no finite radius qualifies, usually because the slice is nearly linear.
     """
     check_rule(rule, target)
     wanted = DEFAULT_TARGETS[rule] if target is None else target
     batch = sliced.batch
-    typical = (
-        float(sliced.resid.float().norm(dim=-1)[batch.own].mean()) or 1.0
-    )  # only where to begin; a stream of zeros has no scale
+    # the mean norm of the stream, from which the search starts; 1.0 if the stream is all zeros
+    typical = float(sliced.resid.float().norm(dim=-1)[batch.own].mean()) or 1.0
     if rule == "fraction":
         return Calibration(wanted * typical, ((wanted * typical, wanted),), rule, wanted)
     directions = unit(gaussian_rows(N_DIRECTIONS, sliced.d_model, seed, "calibration")).to(sliced.device)
@@ -144,7 +150,7 @@ def _solve(
     def solved() -> float:
         low = high = 0.1 * typical
         while value(low) >= wanted and low > 1e-6 * typical:
-            if value(low / 2) > value(low):  # it jumps at small radii already; what counts is where it rises for good
+            if value(low / 2) > value(low):  # the curve jumps at small radii; what counts is where it rises for good
                 low = high = min(
                     (0.1 * 2**i * typical for i in range(10)),
                     key=lambda radius: (value(radius) >= wanted, value(radius)),
@@ -157,7 +163,8 @@ def _solve(
             low, high = high, 2 * high
             if high > 1e4 * typical:
                 raise NoRadius(
-                    f"no finite radius reaches {rule} {wanted:.3g}: it is {value(low):.2g} at {low:.3g}, so the blocks between source and target "
+                    f"no finite radius reaches {rule} {wanted:.3g}: it is {value(low):.2g} at {low:.3g}, so the "
+                    "blocks between source and target "
                     "are (nearly) linear. Give a radius, or put more blocks between."
                 )
         for _ in range(6):
@@ -179,6 +186,7 @@ def _solve(
 def _nonlinearity(
     sliced: SlicedModel, directions: Tensor, linear: Float[Tensor, "direction change"], radius: float
 ) -> float:
+    """The rms over directions of the relative difference between the changes and their linear approximation."""
     changes = _selected(sliced, radius * directions)
     expected = radius * linear
     ratios = (changes - expected).norm(dim=1) / expected.norm(dim=1).clamp(min=1e-30)
@@ -186,7 +194,7 @@ def _nonlinearity(
 
 
 def _selected(sliced: SlicedModel, vectors: Float[Tensor, "direction d_model"]) -> Float[Tensor, "direction change"]:
-    """The change at all target positions of all prompts, one long row for each direction."""
+    """The changes at all target positions of all prompts; each direction has one long row."""
     everyone = sliced.everyone
     with torch.no_grad():
         return torch.stack(
@@ -197,7 +205,10 @@ def _selected(sliced: SlicedModel, vectors: Float[Tensor, "direction d_model"]) 
 def _directional_derivatives(
     sliced: SlicedModel, directions: Float[Tensor, "direction d_model"]
 ) -> Float[Tensor, "direction change"]:
-    """J v by forward differentiation, or by differences where an operation between has none (mixtures of experts, for one)."""
+    """J v by forward differentiation, or by differences if an operation has no forward derivative.
+
+    Some mixtures of experts have such operations.
+    """
 
     def change(bias: Tensor) -> Tensor:
         everyone = sliced.everyone
@@ -215,16 +226,16 @@ def _directional_derivatives(
 def _central_differences(
     sliced: SlicedModel, directions: Float[Tensor, "direction d_model"], missing: Exception
 ) -> Float[Tensor, "direction change"]:
-    """``(D(h v) - D(-h v)) / 2 h`` at the step h, in shares of the stream's norm, where two neighbouring steps agree best.
+    """The derivative ``(D(h v) - D(-h v)) / 2 h`` at the step h where two neighbouring steps agree best.
+
+    Steps are shares of the median norm of the stream.
 
     Raises:
-        NoRadius: no two steps agree to within a twentieth (half precision: a third).
+        NoRadius: no two neighbouring steps agree to within `AGREEMENT` (in half precision, `HALF_AGREEMENT`).
     """
     typical = float(sliced.resid.float().norm(dim=-1)[sliced.batch.own].median()) or 1.0
-    exact = sliced.resid.dtype in (
-        torch.float32,
-        torch.float64,
-    )  # a slice that needs the model's own hooks has no float32 copy
+    # a slice that needs the model's own hooks has no float32 copy, so it may still be in half precision
+    exact = sliced.resid.dtype in (torch.float32, torch.float64)
     steps, agreement = (STEPS, AGREEMENT) if exact else (HALF_STEPS, HALF_AGREEMENT)
     estimates = []
     for step in (share * typical for share in steps):
@@ -236,7 +247,8 @@ def _central_differences(
     best = min(range(len(apart)), key=apart.__getitem__)
     if not apart[best] <= agreement:
         raise NoRadius(
-            f"the blocks between have no forward derivative ({str(missing).splitlines()[0]}), and differences disagree by {apart[best]:.0%} between "
+            f"the blocks between have no forward derivative ({str(missing).splitlines()[0]}), and differences "
+            f"disagree by {apart[best]:.0%} between "
             'the best two steps: give a radius, or calibrate one with rule="kl".'
         ) from missing
     return estimates[best + 1]
@@ -250,17 +262,21 @@ def _kl(
 
 
 def divergence(clean: Tensor, steered: Tensor) -> Float[Tensor, " prompt"]:
-    """KL in nats; a token that is impossible in the first counts nothing."""
+    """``KL(clean || steered)`` of log-probabilities, in nats; a token that is impossible in `clean` adds nothing."""
     return torch.where(clean > -torch.inf, clean.exp() * (clean - steered), torch.zeros_like(clean)).sum(-1)
 
 
 def _next_token_log_probs(
     sliced: SlicedModel, vector: Float[Tensor, " d_model"] | None
 ) -> Float[Tensor, "prompt d_vocab"]:
-    def add(activation: Tensor, hook: Any) -> Tensor:
-        return (activation + vector).to(activation.dtype)
+    """The next-token log-probabilities after each prompt, with the vector added if there is one."""
+    added: list[Hook] = []
+    if vector is not None:
 
-    added = [] if vector is None else [(sliced.source_hook, add)]
+        def add(activation: Tensor, hook: Any) -> Tensor:
+            return (activation + vector).to(activation.dtype)
+
+        added.append((sliced.source_hook, add))
     with torch.no_grad(), hooks.attached(sliced.host, added):
         logits = sliced.host.forward(sliced.batch.tokens)
     after = logits[sliced.everyone.to(logits.device), sliced.batch.lengths - 1].float()

@@ -1,4 +1,4 @@
-"""Which perturbations are worth a look?  One order with its reasons, and one of each kind."""
+"""Which perturbations are worth a look?  A ranking orders them and gives reasons; clusters leave one of each kind."""
 
 from collections.abc import Sequence
 
@@ -21,13 +21,17 @@ def rank(vectors: Perturbation, measured: Effects, clusters: Sequence[int] | Non
     """One ranking of vectors and signs, with its reasons as columns.
 
     Args:
-        vectors: those that were measured.
-        measured: their `effects`.
-        clusters: labels as from `cluster_by_effect`; only the best of each cluster and sign is kept.
+        vectors: the vectors or adapters that were measured.
+        measured: what `output_effects` measured of them.
+        clusters: a label for each vector, as from `cluster_by_effect`; only the best of each cluster and sign is kept.
 
     Returns:
-        Best first, by kl: vector, sign, kl and entropy_change (means over prompts, nats), objective (NaN without history), cluster, and
-        near_duplicates (how many of its cluster it stands for).
+        One row for each vector and sign that is kept, the highest kl first: vector, sign, kl and entropy_change (means
+        over prompts, nats), objective (NaN without a history), cluster, and near_duplicates (how many others of its
+        cluster and sign the row stands for).
+
+    Raises:
+        ValueError: there isn't one label for each vector.
     """
     table = measured.table.assign(entropy_change=measured.table.entropy - measured.table.entropy_unsteered)
     table = table.groupby(["vector", "sign"])[["kl", "entropy_change"]].mean().reset_index()
@@ -57,12 +61,15 @@ def target_changes(sliced: SlicedModel, perturbations: Perturbation) -> Float[Te
 
 @public
 def cluster_by_effect(sliced: SlicedModel, vectors: Perturbation, threshold: float = 0.3) -> list[int]:
-    """A label for each vector or adapter; those whose target changes have an average cosine distance below `threshold` share one."""
+    """A label for each vector or adapter, by average-linkage clustering of their target changes.
+
+    Clusters are joined as long as the average cosine distance between them is below `threshold`.
+    """
     return cluster(target_changes(sliced, vectors), threshold)
 
 
 def cluster(features: Float[Tensor, "row feature"], threshold: float) -> list[int]:
-    """Labels by average-linkage clustering of cosine distances; the first row has label 0, labels are numbered by first appearance."""
+    """Labels by average-linkage clustering of cosine distances, numbered in the order in which they first appear."""
     if len(features) < 2:
         return [0] * len(features)
     distances = (1 - unit(features.double()) @ unit(features.double()).T).clamp(min=0).cpu().numpy()

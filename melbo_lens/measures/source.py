@@ -1,4 +1,4 @@
-"""What does an adapter do at its source?  The bias that each position receives, and the vector nearest to it."""
+"""What does an adapter do at its source?  It gives each position a bias, to which a steering vector may be near."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +16,8 @@ from melbo_lens.perturbations.vectors import SteeringVectors
 from melbo_lens.prompts import PromptBatch, Prompts, tokenize
 
 ROWS_AT_ONCE = 128
-VECTOR_SITES = {"mlp": "mlp_out", "attn": "attn_out"}  # where a vector acts as an update of these weights does
+# the updated weights -> the site at which a vector acts in the same place
+VECTOR_SITES = {"mlp": "mlp_out", "attn": "attn_out"}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -24,10 +25,11 @@ class AdapterEffect:
     """What the stream gains at one layer, position by position.
 
     Attributes:
-        values: the bias that each adapter gives each position of each prompt, after a norm that follows the MLP; 0 in the padding.
+        values: the bias that each adapter gives each position of each prompt, measured after a norm that follows the
+            weights; 0 in the padding.
         mask: True at the prompts' own positions.
-        layer: the block that gains it.
-        site: where a vector would be added that does the same.
+        layer: the block whose output gains the bias.
+        site: the site at which a steering vector would act in the same place.
     """
 
     values: Float[Tensor, "adapter prompt pos d_model"]
@@ -40,31 +42,38 @@ class AdapterEffect:
         return self.values.norm(dim=-1)[:, self.mask].mean(-1)
 
     def singular(self, adapter: int) -> tuple[Float[Tensor, " k"], Float[Tensor, "k d_model"]]:
-        """Singular values and right singular vectors of one adapter's biases [position d_model], largest first, not centred."""
+        """Singular values and right singular vectors of one adapter's biases [position d_model], largest first.
+
+        The biases are not centred.
+        """
         _, values, vectors = torch.linalg.svd(self.values[adapter][self.mask], full_matrices=False)
         return values, vectors
 
     def __repr__(self) -> str:
         n, prompts = self.values.shape[:2]
-        return f"AdapterEffect({n} adapters on {prompts} prompts at layer {self.layer}, mean norm {self.norms().mean():.3g})"
+        return (
+            f"AdapterEffect({n} adapters on {prompts} prompts at layer {self.layer}, mean norm "
+            f"{self.norms().mean():.3g})"
+        )
 
 
 @public
 def source_effects(
     adapters: SteeringAdapters, model: Model, prompts: Prompts, layer: int | None = None
 ) -> AdapterEffect:
-    """The bias that each position receives at a source layer: the MLP's output with that layer's update minus without.
+    """The bias that each position receives at a source layer: what the weights write with the update minus without it.
 
-    Updates at earlier source layers act in both runs, so that each layer's own share is measured.
+    Updates at earlier source layers act in both runs, so that only this layer's share is measured.
 
     Args:
-        adapters: each acts by itself.
-        model: the one that they were learned on; left as it was.
+        adapters: the adapters, each of which acts by itself.
+        model: the model that they were learned on; it is left as it was.
         prompts: text, chats or token ids.
-        layer: which source layer; needed if there are several.
+        layer: the source layer to measure; it may be None if there is only one.
 
     Raises:
-        ValueError: the adapters don't fit the model, or `layer` is none of theirs.
+        ValueError: the adapters don't fit the model, or have no update at `layer`.
+        FloatingPointError: an update holds NaN or infinity.
     """
     host = host_of(model)
     adapters = adapters.on(host)
@@ -90,15 +99,18 @@ def source_effects(
 
 @public
 def nearest_vectors(adapters: SteeringAdapters, model: Model, prompts: Prompts) -> SteeringVectors:
-    """The steering vector nearest to each adapter: the mean of the biases it gives, which has the least squared distance to them.
+    """The steering vector nearest to each adapter: the mean of the adapter's biases.
+
+    The mean v is the vector with the least squared distance to the biases e_t at the positions t.
 
     Returns:
-        One vector for each adapter. In the provenance, `explained` is the share of the adapter's squared effect that adding the vector at every
-        position reproduces, ``1 - sum_t ||e_t - v||^2 / sum_t ||e_t||^2``, and `explained_by_direction` that of the top singular direction with a
-        coefficient of its own at each position, the most that any single direction can.
+        One vector for each adapter. In the provenance, `explained` is the share of the adapter's squared effect that
+        the vector reproduces when it is added at every position, ``1 - sum_t ||e_t - v||^2 / sum_t ||e_t||^2``.
+        `explained_by_direction` is the share of the top singular direction with a separate coefficient at each
+        position, which is the most that any single direction can explain.
 
     Raises:
-        ValueError: adapters of several source layers, or of another model.
+        ValueError: the adapters have several source layers, or don't fit the model.
     """
     measured = source_effects(adapters, model, prompts)
     biases = measured.values[:, measured.mask]  # [adapter position d_model]
@@ -125,7 +137,7 @@ def mean_norms(adapters: SteeringAdapters, model: Model, prompts: Prompts) -> Fl
 def _written(
     adapters: SteeringAdapters, host: Host, batch: PromptBatch, layer: int, acting: Sequence[int]
 ) -> Float[Tensor, "adapter prompt pos d_model"]:
-    """What one block adds to the stream by its MLP, float32, while the updates at the layers `acting` are on, for every adapter."""
+    """What the updated weights of one block write to the stream, in float32, while the layers `acting` are updated."""
     seen: list[Tensor] = []
     read = (adapters.sites[layer].written, lambda activation, hook: seen.append(activation.float().clone()))
     index = [k for k in range(len(adapters)) for _ in range(len(batch))]

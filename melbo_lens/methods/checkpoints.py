@@ -1,4 +1,4 @@
-"""How does a long fit survive an interrupt?  Its state is saved at intervals, on the way out, and read by the same call later."""
+"""How does a long fit survive an interrupt?  Its state is saved at intervals and on exit, and a later call goes on."""
 
 import os
 import time
@@ -26,8 +26,15 @@ def run(
 ) -> S:
     """Takes an ascent to its end and returns the last state.
 
-    `state` is the one that the ascent goes on from, if any. Every `interval` seconds, at the end, and when interrupted,
-    the last complete state is saved to `checkpoint`.
+    The last complete state is saved to `checkpoint` every `interval` seconds, at the end, and on an interrupt.
+
+    Args:
+        states: the ascent, which yields its state after each step.
+        checkpoint: the file that is written; None saves nothing.
+        settings: the provenance of the fit, saved beside the state.
+        bar: the progress bar.
+        state: the state from which the ascent goes on, if it was resumed.
+        interval: the seconds between two saves.
     """
     saved = time.monotonic()
     try:
@@ -40,11 +47,12 @@ def run(
     finally:
         if checkpoint is not None and state is not None:
             files.write(checkpoint, KIND, state.tensors(), settings)
+    assert state is not None  # an ascent yields a state, or it was resumed from one
     return state
 
 
 def _mean_objective(state: State) -> float:
-    """The mean over the rows of their last known objective; those not begun don't count."""
+    """The mean, over the rows that have begun, of their last known objective."""
     known = state.history.nan_to_num(-1.0)
     last = torch.where(known >= 0, torch.arange(1, len(known) + 1, device=known.device)[:, None], 0).amax(0)
     begun = last > 0
@@ -57,11 +65,11 @@ def resume(
     kind: type[S],
     device: torch.device | str = "cpu",
 ) -> S | None:
-    """The saved state, None if there is none yet.
+    """The saved state; None if there is none yet.
 
     Raises:
         ValueError: the file is damaged, or belongs to a call with other arguments.
-        OSError: its folder can't be written to (said now, not after the work).
+        OSError: the file's folder can't be written to; this is raised now rather than after the work.
     """
     if checkpoint is None:
         return None
@@ -71,7 +79,7 @@ def resume(
             raise OSError(f"checkpoint={str(path)!r} can't be written: its folder does not exist or is not writable.")
         return None
     tensors, saved = files.read(path, KIND)
-    saved = {**version_0_1_0.UNSAID.get(saved.get("method"), {}), **saved}
+    saved = {**version_0_1_0.UNSAID.get(saved.get("method", ""), {}), **saved}
     differing = sorted(key for key in {*settings, *saved} if settings.get(key) != saved.get(key))
     if differing:
         pairs = ", ".join(f"{key}: {saved.get(key)!r} there, {settings.get(key)!r} here" for key in differing)

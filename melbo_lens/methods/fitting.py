@@ -1,8 +1,11 @@
-"""What do all fits share?  Settings that are checked and filled in, an ascent that is shown, saved and resumed, and a sentence of how it ended."""
+"""What do all fits share?  Checked settings, an ascent that is shown, saved and resumed, and a record of how it ended.
+
+A method asks for a `Run`, resolves it for its slice, and hands a `Problem`, starting rows and a constraint to `fit`.
+"""
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -27,17 +30,18 @@ Optimizer: TypeAlias = Literal["power", "adamw"]
 
 @dataclass(frozen=True)
 class Run:
-    """How an ascent is run, checked when made.
+    """How a caller wants an ascent to be run. The settings are checked when the object is made, before any model runs.
 
     Attributes:
         optimizer: "power" (`fixed_point`) or "adamw" (`adamw`).
-        n_steps, batch_size: None: the default of method and slice.
-        lr: of "adamw".
-        restarts: random starts of "power".
-        seed: of the starts.
-        checkpoint: the file for its state.
-        progress: whether a bar is shown.
-        began: when the call began, so that its seconds are all counted.
+        n_steps: the number of steps; None takes the method's default for the optimizer.
+        lr: the step size of "adamw"; None takes `DEFAULT_LR`.
+        restarts: the number of random starts of "power".
+        batch_size: the number of rows in one forward pass; None takes the default of the slice.
+        seed: the seed of the starting rows.
+        checkpoint: the file that holds the ascent's state; None keeps no state.
+        progress: whether a progress bar is shown.
+        began: the time at which the call began, so that all of its seconds are counted.
 
     Raises:
         ValueError: a setting breaks a rule, or doesn't go with the optimizer.
@@ -59,34 +63,60 @@ class Run:
             raise ValueError(f'optimizer={self.optimizer!r} must be "power" (fast) or "adamw" (the published recipe).')
         if self.lr is not None and self.optimizer != "adamw":
             raise ValueError(
-                f'lr={self.lr} has no meaning for optimizer="power", which takes no step size: leave it out, or use "adamw".'
+                f'lr={self.lr} has no meaning for optimizer="power", which takes no step size: leave it out, or use '
+                '"adamw".'
             )
         if self.lr is not None:
             positive("lr", self.lr, "")
         if self.restarts > 1 and self.optimizer != "power":
             raise ValueError(f'restarts={self.restarts} needs optimizer="power": the published recipe has one start.')
 
-    def resolved(self, sliced: SlicedModel, steps: Mapping[str, int]) -> "Run":
-        """With the defaults filled in; `steps` are the method's, by optimizer."""
-        return replace(
-            self,
+    def resolved(self, sliced: SlicedModel, steps: Mapping[str, int]) -> "ResolvedRun":
+        """The same run with every default filled in.
+
+        Args:
+            sliced: the slice on which the ascent will run.
+            steps: optimizer -> the method's default number of steps.
+        """
+        return ResolvedRun(
+            optimizer=self.optimizer,
             n_steps=self.n_steps or steps[self.optimizer],
             lr=(self.lr or DEFAULT_LR) if self.optimizer == "adamw" else None,
+            restarts=self.restarts,
             batch_size=self.batch_size or default_batch_size(sliced),
+            seed=self.seed,
+            checkpoint=self.checkpoint,
+            progress=self.progress,
+            began=self.began,
         )
 
+
+@dataclass(frozen=True)
+class ResolvedRun:
+    """A `Run` with every default filled in, as `Run.resolved` makes it; `lr` is None only for "power"."""
+
+    optimizer: Optimizer
+    n_steps: int
+    lr: float | None
+    restarts: int
+    batch_size: int
+    seed: int
+    checkpoint: str | Path | None
+    progress: bool
+    began: float
+
     def settings(self) -> dict[str, Any]:
-        """What of it changes the result."""
+        """The settings that change the result."""
         return {name: getattr(self, name) for name in ("optimizer", "n_steps", "lr", "restarts", "batch_size", "seed")}
 
 
 @dataclass(frozen=True, eq=False)
 class Fitted:
-    """How an ascent ended.
+    """The result of an ascent.
 
     Attributes:
-        point: what it found, [row ...] each.
-        history: the objective before each step and, last, of the point.
+        point: the rows that were found; each tensor is [row ...].
+        history: the objective before each step and, in the last row, the objective of `point`.
         provenance: every setting, with `status` and `seconds`.
     """
 
@@ -95,8 +125,8 @@ class Fitted:
     provenance: dict[str, Any]
 
 
-def settings_of(method: str, sliced: SlicedModel, objective: Objective, run: Run) -> dict[str, Any]:
-    """The provenance that fits of all methods have."""
+def settings_of(method: str, sliced: SlicedModel, objective: Objective, run: ResolvedRun) -> dict[str, Any]:
+    """The provenance that the fits of all methods have; a method adds its own settings to it."""
     return {"method": method, **describe(sliced), **without_place(objective), **run.settings()}
 
 
@@ -107,25 +137,26 @@ def objective_at(sliced: SlicedModel, **settings: Any) -> Objective:
 
 
 def without_place(objective: Objective) -> dict[str, Any]:
-    """An objective's numbers; where it is read, the slice says by the names that the model has."""
+    """An objective's settings except the place where it is read, which the provenance of the slice names already."""
     return {name: value for name, value in objective.header().items() if name not in ("target_layer", "target_hook")}
 
 
 def fit(
-    problem: Problem, starts: Point, constraint: Constraint, run: Run, settings: dict[str, Any], label: str
+    problem: Problem, starts: Point, constraint: Constraint, run: ResolvedRun, settings: dict[str, Any], label: str
 ) -> Fitted:
     """Takes an ascent to its end.
 
     Args:
-        problem: what is climbed.
-        starts: [restart row ...] each.
-        constraint: where the rows live.
-        run: resolved.
-        settings: the provenance; a checkpoint goes on only for the same.
-        label: what the bar says.
+        problem: the function that is climbed.
+        starts: the starting rows; each tensor is [restart row ...].
+        constraint: the set within which the rows stay.
+        run: how the ascent is run.
+        settings: the provenance. A checkpoint is resumed only if it was written with the same settings.
+        label: the text in front of the progress bar.
     """
     n_rows, device = starts[0].shape[1], starts[0].device
     if run.optimizer == "adamw":
+        assert run.lr is not None  # `Run.resolved` gives "adamw" a step size
         saved = checkpoints.resume(run.checkpoint, settings, Descent, device)
         states = adamw(problem, tuple(x[0] for x in starts), constraint, run.n_steps, run.lr, saved)
         total = (run.n_steps + 1) * len(constraint.groups(n_rows))
@@ -148,5 +179,11 @@ def status(state: Descent | Climb, n_rows: int, steps: int, patience: int) -> st
     if isinstance(state, Descent):
         return f"ran all {steps} steps; the last iterate is kept"
     if state.settled == n_rows:
-        return f"settled after {steps} steps: no objective changed by more than .1 % in {'a step' if patience == 1 else f'{patience} steps'}"
-    return f"stopped after {steps} steps, as n_steps says; {state.settled} of {n_rows} had settled, each is the best point seen"
+        return (
+            f"settled after {steps} steps: no objective changed by more than .1 % in "
+            f"{'a step' if patience == 1 else f'{patience} steps'}"
+        )
+    return (
+        f"stopped after {steps} steps, as n_steps says; {state.settled} of {n_rows} had settled, each is the best "
+        "point seen"
+    )

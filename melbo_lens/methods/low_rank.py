@@ -1,6 +1,11 @@
-"""What do adapters do in a slice, and how much?  Updates of weights run as batch rows, each at the scale that gives it its mean norm."""
+"""What is a low-rank update while it is learned?  The weights it updates, its starting factors, and its act on a slice.
 
-from collections.abc import Sequence
+`LowRank` is the act: it runs adapters as batch rows, each at the scale that gives its update the wanted mean norm.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,22 +14,26 @@ from torch import Tensor
 
 from melbo_lens.ascent.states import Point
 from melbo_lens.measures.controls import scales_for_norms
+from melbo_lens.models.host import Host
 from melbo_lens.models.slices import SlicedModel
 from melbo_lens.perturbations.adapters import SteeringAdapters
 from melbo_lens.perturbations.sites import WeightSite, flat_heads
 from melbo_lens.perturbations.updates import GridUpdate
+from melbo_lens.randomness import gaussian_rows
 
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """Rows that are adapters, A and B of each site in turn, acting on the slice: an `Act`.
+    """Adapters that act on a slice: an `Act` whose points hold A [row rank d_in] and B [row d_model rank] of each site.
 
     Attributes:
-        sliced: begins at the first of the sites.
-        sites: one for each source layer, in order.
-        hidden: the clean hidden activation at each site, at the prompts' own positions [position d_in].
-        scale: of every update; None solves each adapter's so that its update has the mean norm `update_norm`.
-        update_norm: mean over own positions and layers of the update before any norm, on the clean hidden activations.
+        sliced: the slice, which begins at the first of the sites.
+        sites: the weights that are updated, one entry for each source layer, in order.
+        hidden: the clean hidden activation at each site, at the prompts' own positions.
+        scale: the scale of every update. None solves each adapter's scale so that its update has the mean norm
+            `update_norm`.
+        update_norm: the wanted mean of ``||s B A a||`` over own positions and layers, a the clean hidden activation.
+            It is measured before any norm that follows the weights.
     """
 
     sliced: SlicedModel
@@ -40,9 +49,10 @@ class LowRank:
         return self.sliced.change_under(added, prompts.repeat(len(scales)))
 
     def scales(self, rows: Point) -> Float[Tensor, " row"]:
-        """What multiplies each adapter's update; the gradient takes it as fixed."""
+        """The scale s of each adapter's update. The ascent's gradient treats it as a constant."""
         if self.scale is not None:
             return rows[0].new_full((len(rows[0]),), self.scale)
+        assert self.update_norm is not None, "a LowRank without a scale needs an update_norm"
         return self.update_norm / self.norms(rows).clamp(min=torch.finfo(rows[0].dtype).tiny)
 
     def norms(self, rows: Point) -> Float[Tensor, " row"]:
@@ -56,7 +66,11 @@ class LowRank:
         return torch.stack(layers).mean(0)
 
     def update_norm_for(self, random: Point, radius: float) -> float:
-        """The radius; with a norm after the weights, the norm before it at which random updates have the radius after it."""
+        """The `update_norm` that belongs to a radius.
+
+        Without a norm after the weights it is the radius itself. With such a norm it is the mean norm before it at
+        which the updates of these random rows have the radius after it.
+        """
         factors = {site.layer: (random[2 * i], random[2 * i + 1]) for i, site in enumerate(self.sites)}
         few = SteeringAdapters(
             factors, random[0].new_ones(len(random[0])), sites={site.layer: site for site in self.sites}
@@ -69,9 +83,114 @@ def hidden_activations(sliced: SlicedModel, sites: Sequence[WeightSite]) -> list
     """The clean hidden activations at each site, at the prompts' own positions."""
     seen: dict[int, Tensor] = {}
 
-    def read(layer: int):
+    def read(layer: int) -> Callable[..., None]:
         return lambda activation, hook: seen.update({layer: flat_heads(activation).float()[sliced.batch.own]})
 
     with torch.no_grad():
         sliced.change_under([(site.hidden_hook, read(site.layer)) for site in sites], sliced.everyone)
     return [seen[site.layer] for site in sites]
+
+
+def weight_sites(
+    host: Host, layers: Sequence[int], name: str, rank: int, target_layer: int | None, target_hook: str | None
+) -> list[WeightSite]:
+    """The weights that adapters of these source layers update: the "mlp"'s or the "attn"'s, one entry for each layer.
+
+    Raises:
+        ValueError: a layer that the model doesn't have or whose update the target can't show, or too large a rank.
+    """
+    if not layers:
+        raise ValueError("source_layer is an empty list: name at least one layer.")
+    for layer in layers:
+        if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < host.n_layers:
+            raise ValueError(
+                f"source_layer={layer!r} must be an integer from 0 to {host.n_layers - 1}: the model has "
+                f"{host.n_layers} blocks."
+            )
+    sites = [host.weight_site(layer, name) for layer in layers]
+    for layer in layers:
+        most = min(host.widths(layer, name))
+        if rank > most:
+            raise ValueError(
+                f"rank={rank} must be from 1 to min(d_mlp, d_model) = {most} of layer {layer}: no update of W_out "
+                "has more."
+            )
+        read_in = re.match(r"blocks\.(\d+)\.", target_hook or "")
+        if read_in and int(read_in[1]) <= layer and len(layers) > 1:
+            raise ValueError(
+                f"source layer {layer} must lie before the block of target_hook={target_hook!r}: what it updates is "
+                "not read there."
+            )
+        if target_layer is not None and layer + 1 >= target_layer and len(layers) > 1:
+            raise ValueError(
+                f"source layer {layer} must lie at least two before target_layer={target_layer}: a block has to lie "
+                "between."
+            )
+    return sites
+
+
+def starting_factors(
+    host: Host,
+    sites: Sequence[WeightSite],
+    init: SteeringAdapters | None,
+    n_adapters: int,
+    rank: int,
+    seed: int,
+    n: int,
+) -> Point:
+    """The factors of `n` starts: for each site A [restart adapter rank d_in] and then B [restart adapter d_model rank].
+
+    The first start takes the factors of `init` if they are given. All other factors are Gaussian; those of adapter k
+    depend only on (seed, k), on the layer, and on which restart they are for.
+    """
+    starts = [_one_start(host, sites, init, n_adapters, rank, seed, restart) for restart in range(n)]
+    return tuple(torch.stack(same) for same in zip(*starts, strict=True))
+
+
+def _one_start(
+    host: Host,
+    sites: Sequence[WeightSite],
+    init: SteeringAdapters | None,
+    n_adapters: int,
+    rank: int,
+    seed: int,
+    restart: int,
+) -> Point:
+    if init is not None and restart == 0:
+        return tuple(factor.cpu() for pair in init.factors.values() for factor in pair)
+    point: list[Tensor] = []
+    for site in sites:
+        d_in, d_model = host.widths(site.layer, site.name)
+        for name, shape in (("A", (rank, d_in)), ("B", (d_model, rank))):
+            which = (site.layer, name, *([restart] if restart else []))
+            rows = gaussian_rows(n_adapters, shape[0] * shape[1], "fit_adapters", seed, *which)
+            point.append(rows.view(n_adapters, *shape))
+    return tuple(point)
+
+
+def check_init(
+    host: Host, sites: Sequence[WeightSite], init: SteeringAdapters | None, n_adapters: int, rank: int
+) -> None:
+    """Refuses adapters that can't be the starting point of a fit of these sites.
+
+    Raises:
+        ValueError: another number, rank or width, other source layers, or other weights.
+    """
+    if init is None:
+        return
+    wanted = {site.layer: (n_adapters, rank, *host.widths(site.layer, site.name)) for site in sites}
+    there = {layer: (len(a), a.shape[1], a.shape[2], b.shape[1]) for layer, (a, b) in init.factors.items()}
+    if wanted != there or init.site != sites[0].name:
+        raise ValueError(
+            f"init holds at layer -> (n_adapters, rank, d_in, d_model) {there} of {init.site!r}; asked for are "
+            f"{wanted} of {sites[0].name!r}."
+        )
+
+
+def digest_of_factors(adapters: SteeringAdapters) -> str:
+    """A short digest of the factors' bits, by which a provenance names the adapters that a fit started from."""
+    digest = hashlib.blake2b(digest_size=8)
+    for pair in adapters.factors.values():
+        for factor in pair:
+            digest.update(factor.cpu().numpy().tobytes())
+    return digest.hexdigest()

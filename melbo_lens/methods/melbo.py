@@ -1,4 +1,4 @@
-"""How are unsupervised steering vectors learned?  `fit_vectors`: the method of Mack and Turner's post, on slices and in batches."""
+"""How are unsupervised steering vectors learned?  By the method of Mack and Turner's post, on slices and in batches."""
 
 import hashlib
 from pathlib import Path
@@ -57,43 +57,53 @@ def fit_vectors(
 
         sum over prompts i of ( sum over t in I_i of || Z_i,t(theta) - Z_i,t(0) || ** p ) ** (1 / q)
 
-    with Z the target activation and I_i the target positions. No labels are used. Model and global state are left as they were.
+    Here Z is the target activation and I_i are the target positions of prompt i. No labels are used. The model and all
+    global state are left as they were.
 
     Args:
-        model: `HookedTransformer` or `TransformerBridge`, or a slice of `slice_model`, which says prompts, layers, positions and site itself.
-        prompts: text, chat messages, a list of either, or token ids [prompt pos]. One is enough.
+        model: a `HookedTransformer` or `TransformerBridge`, or a slice of `slice_model`, which itself says the prompts,
+            layers, positions and site.
+        prompts: text, chat messages, a list of either, or token ids [prompt pos]. One prompt is enough.
         source_layer: the block at whose `site` the vectors are added, at every position.
-        target_layer: the change is measured in the stream entering this block (`n_layers`: leaving the last one).
-        n_vectors: how many to learn. With `orthogonal`, at most d_model.
-        radius: their norm R. Behaviours sit at different radii: try a few. "auto" calibrates one (`calibrate_radius`).
-        p: larger ones favour a change concentrated on few positions; the post uses 2 and 4.
+        target_layer: the change is measured in the stream that enters this block; `n_layers` means the stream that
+            leaves the last block.
+        n_vectors: how many vectors to learn; with `orthogonal`, at most d_model.
+        radius: the norm R of the vectors. Different radii elicit different behaviours, so try a few. "auto" calibrates
+            one (`calibrate_radius`).
+        p: a larger p favours a change that is concentrated on few positions; the post uses 2 and 4.
         q: each prompt's sum is raised to 1 / q; the post uses 1 and p.
-        target_positions: where a change counts, in each prompt's own tokens: `slice(-3, None)` for the last three; None: at all.
-        orthogonal: each vector is orthogonal to those before it. Without it many find the same loudest direction.
+        target_positions: where a change counts, in each prompt's own tokens: `slice(-3, None)` for the last three. None
+            means all positions.
+        orthogonal: makes each vector orthogonal to those before it. Without it many vectors find the same direction of
+            largest change.
         optimizer: "power", a fixed-point iteration, is fast; "adamw" is the published recipe, step by step.
-        n_steps: default 40 at most for "power", which stops by tolerance, and 300 for "adamw".
-        lr: of "adamw", in units of the vectors' coordinates; default 1e-3, as published.
+        n_steps: by default 300 for "adamw", and at most 40 for "power", which stops by tolerance.
+        lr: the step size of "adamw" in units of the vectors' coordinates; 1e-3 by default, as published.
         init: starting directions instead of random ones.
-        restarts: number of random starts from which "power" keeps the best of each vector.
-        diversity: above 0, each vector pays for a change like that of an earlier one, as in `fit_adapters`; of use with `orthogonal=False`.
+        restarts: the number of random starts from which "power" keeps the best of each vector.
+        diversity: above 0, each vector pays for a change like that of an earlier one, as in `fit_adapters`. It is of
+            use with `orthogonal=False`.
         token_norm: see `change_objective`.
-        batch_size: rows (vector x prompt) in one forward pass. It bounds memory and changes results by rounding only; None takes about 1 GiB.
-        seed: of the starting directions; that of vector k depends on (seed, k) alone.
-        checkpoint: a file to which the state is saved twice a minute and on an interrupt; the same call later goes on from it.
+        batch_size: the number of rows (vector x prompt) in one forward pass. It bounds memory and changes results by
+            rounding only; None takes about 1 GiB.
+        seed: the seed of the starting directions; that of vector k depends on (seed, k) alone.
+        checkpoint: a file to which the state is saved twice a minute and on an interrupt. The same call, made later,
+            goes on from it.
         progress: whether to show a progress bar with the mean objective.
-        target_hook: read this activation instead of a layer's stream.
-        site: where in the block they are added: "mlp_out" (None too), "resid_post" (the stream that leaves it) or "attn_out".
+        target_hook: the change is measured in this activation instead of a layer's stream.
+        site: where in the block the vectors are added: "mlp_out" (also if None), "resid_post" (the stream that leaves
+            the block) or "attn_out".
 
     Returns:
         The vectors, with `history` [step vector] and every resolved setting in `provenance`.
 
     Raises:
-        TypeError, ValueError: arguments that break a rule, said before any optimisation step.
-        FloatingPointError: NaN or infinity in the activations.
+        TypeError, ValueError: arguments break a rule; this is raised before any optimisation step.
+        FloatingPointError: the activations hold NaN or infinity.
 
     Source: Mack and Turner, "Mechanistically Eliciting Latent Behaviors in Language Models" (2024).
     """
-    run = Run(optimizer, n_steps, lr, restarts, batch_size, seed, checkpoint, progress)
+    asked = Run(optimizer, n_steps, lr, restarts, batch_size, seed, checkpoint, progress)
     counts(n_vectors=n_vectors)
     if radius != "auto":
         positive("radius", radius, ', or "auto" to calibrate one')
@@ -105,15 +115,14 @@ def fit_vectors(
     d_model = model.d_model
     if orthogonal and n_vectors > d_model:
         raise ValueError(
-            f"n_vectors={n_vectors} can't be orthogonal in d_model={d_model} dimensions: ask for at most {d_model}, or orthogonal=False."
+            f"n_vectors={n_vectors} can't be orthogonal in d_model={d_model} dimensions: ask for at most {d_model}, "
+            "or orthogonal=False."
         )
     if init is not None and tuple(init.shape) != (n_vectors, d_model):
         raise ValueError(f"init has shape {tuple(init.shape)}, it must be [vector d_model] = ({n_vectors}, {d_model}).")
     sliced = as_slice(model, prompts, source_layer, target_layer, target_positions, target_hook, site)
-    run, objective = (
-        run.resolved(sliced, STEPS),
-        objective_at(sliced, p=p, q=q, token_norm=token_norm, diversity=diversity),
-    )
+    run = asked.resolved(sliced, STEPS)
+    objective = objective_at(sliced, p=p, q=q, token_norm=token_norm, diversity=diversity)
     with hooks.frozen(sliced.host):
         solved = solve_radius(sliced, seed=seed) if radius == "auto" else None
         settings = settings_of("fit_vectors", sliced, objective, run) | {
@@ -123,9 +132,8 @@ def fit_vectors(
             "orthogonal": orthogonal,
             "init": None if init is None else _digest(init),
         }
-        starts = torch.stack([_starts(init, n_vectors, d_model, seed, restart) for restart in range(restarts)]).to(
-            sliced.device
-        )
+        starts = torch.stack([_starts(init, n_vectors, d_model, seed, restart) for restart in range(restarts)])
+        starts = starts.to(sliced.device)
         radii = starts.new_full((n_vectors,), settings["radius"])
         problem = Problem(sliced, bias(sliced), objective.value, run.batch_size, diversity)
         label = f"layer {sliced.source_layer}, radius {settings['radius']:.3g}"
@@ -138,11 +146,15 @@ def fit_vectors(
 def _starts(
     init: Tensor | None, n_vectors: int, d_model: int, seed: int, restart: int
 ) -> Float[Tensor, "vector d_model"]:
-    """The given directions or random ones; row k depends on (seed, k) alone, and on which restart it is for."""
+    """The directions of one start: `init` at the first one if it is given, else random.
+
+    A random row k depends only on (seed, k) and on which restart it is for.
+    """
     if init is not None and restart == 0:
         return init.detach().float().cpu()
     return gaussian_rows(n_vectors, d_model, "fit_vectors", seed, restart)
 
 
 def _digest(init: Tensor) -> str:
+    """A short digest of the given directions, by which the provenance names them."""
     return hashlib.blake2b(init.detach().float().cpu().numpy().tobytes(), digest_size=8).hexdigest()

@@ -1,41 +1,44 @@
-"""What does an ascent climb on a model?  A slice and an objective as one function of many perturbations, in chunks that bound memory."""
+"""What does an ascent climb on a model?  A `Problem`: a function of many perturbations, made of slice and objective.
+
+It runs the model in chunks that bound memory. A new method needs little more than its own `Act`.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from melbo_lens.ascent.objectives import penalized
 from melbo_lens.ascent.states import Evaluation, Point
 from melbo_lens.models.slices import SlicedModel
 
-SAVED_BYTES = 2**30
-SAVED_PER_TOKEN = (
-    40  # numbers that one block keeps for the backward pass, per token and unit of d_model: measured 25 to 45
-)
+SAVED_BYTES = 2**30  # what the forward pass of one chunk may keep for the backward pass
+# Numbers that one block keeps for the backward pass, per token and unit of d_model; 25 to 45 were measured.
+SAVED_PER_TOKEN = 40
 
-# What rows of a point [row ...] change at the target of these prompts: row by row all prompts, [(row prompt) pos d_target].
+# An act says what the rows of a point [row ...] change at the target of these prompts. Its result has, row by row,
+# an entry for each of the prompts: [(row prompt) pos d_target].
 Act: TypeAlias = Callable[[Point, Int[Tensor, " prompt"]], Float[Tensor, "row_prompt pos d_target"]]
-Value: TypeAlias = Callable[
-    [Tensor, Tensor], Tensor
-]  # changes and target masks of many rows -> a number for each, as `Objective.value`
+# A value turns changes [row pos d_target] and target masks [row pos] into a number for each row, as `Objective.value`.
+Value: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """The function from a point to its objective, summed over the prompts, and the gradient of that less the penalty.
+    """The objective of every row of a point, summed over the prompts, and the gradient of the scores.
 
-    Rows never see each other but in the penalty, so `batch_size` changes results by rounding only.
+    The score of a row is its objective, or its objective less a penalty (`penalized`). Rows influence each other only
+    through that penalty, so `batch_size` changes results by rounding only.
 
     Attributes:
         sliced: the part of the model that runs.
-        act: how rows of a point act on it.
-        value: what is maximised.
-        batch_size: rows times prompts in one forward pass.
-        diversity: see `penalized`.
+        act: how the rows of a point act on the slice.
+        value: what is maximised, summed over the prompts.
+        batch_size: the number of rows times prompts in one forward pass.
+        diversity: the weight of the penalty; 0 turns it off.
     """
 
     sliced: SlicedModel
@@ -45,7 +48,7 @@ class Problem:
     diversity: float = 0.0
 
     def __call__(self, point: Point, first: int = 0) -> Evaluation:
-        """Objective, score and gradient of the rows `first` and after of a point [restart row ...]."""
+        """Objective, score and gradient of row `first` and all rows after it, of a point [restart row ...]."""
         shape = (len(point[0]), point[0].shape[1] - first)
         rows = tuple(x[:, first:].flatten(0, 1) for x in point)
         score, cotangents = self._penalized(point, first) if self.diversity else (None, None)
@@ -53,27 +56,28 @@ class Problem:
         gradients = tuple(torch.zeros_like(x) for x in rows)
         for chunk, prompts in self._chunks(len(rows[0])):
             leaves = tuple(x[chunk].detach().requires_grad_() for x in rows)
+            n_rows = len(leaves[0])
             with torch.enable_grad():
-                change, mask = self.act(leaves, prompts), self._mask(prompts, len(leaves[0]))
+                change, mask = self.act(leaves, prompts), self._mask(prompts, n_rows)
                 outer = change.detach().requires_grad_()
                 value = self.value(outer, mask)
                 if cotangents is None:
                     (cotangent,) = torch.autograd.grad(value.sum(), outer)
                 else:
                     cotangent = cotangents[chunk, prompts].flatten(0, 1)
-                # Half precision overflows easily; a power of two is exact, and rows are independent, so each may have its own.
-                scales = power_of_two(cotangent.unflatten(0, (len(leaves[0]), -1)))
-                parts = torch.autograd.grad(
-                    change, leaves, (cotangent.unflatten(0, (len(scales), -1)) / scales).flatten(0, 1)
-                )
-            values[chunk] += value.detach().unflatten(0, (len(leaves[0]), -1)).sum(1)
+                # Gradients in half precision overflow easily, so each row's cotangent is divided by a power of two.
+                # Such a division is exact, and rows are independent, so each row may have its own.
+                cotangent = cotangent.unflatten(0, (n_rows, -1))
+                scales = power_of_two(cotangent)
+                parts = torch.autograd.grad(change, leaves, (cotangent / scales).flatten(0, 1))
+            values[chunk] += value.detach().unflatten(0, (n_rows, -1)).sum(1)
             for whole, part in zip(gradients, parts, strict=True):
                 whole[chunk] += scales.flatten().view(-1, *[1] * (part.ndim - 1)) * part
         values = values.view(shape)
         return Evaluation(values, values if score is None else score, tuple(x.unflatten(0, shape) for x in gradients))
 
     def changes(self, rows: Point) -> Float[Tensor, "row prompt pos d_target"]:
-        """The target change of every row [row ...] on every prompt, 0 outside the target positions."""
+        """What each of the rows [row ...] changes at the target of each prompt; 0 outside the target positions."""
         whole = rows[0].new_zeros(len(rows[0]), *self.sliced.target.shape)
         with torch.no_grad():
             for chunk, prompts in self._chunks(len(rows[0])):
@@ -85,7 +89,7 @@ class Problem:
     def _penalized(
         self, point: Point, first: int
     ) -> tuple[Float[Tensor, "restart row"], Float[Tensor, "restart_row prompt pos d_target"]]:
-        """The scores of the rows `first` and after, and the gradients of their sum with respect to what these rows change."""
+        """The scores of row `first` and all rows after it, and the gradients of their sum by these rows' changes."""
         scores, cotangents = [], []
         for restart in range(len(point[0])):
             with torch.enable_grad():
@@ -97,7 +101,8 @@ class Problem:
             scores.append(score.detach())
         return torch.stack(scores), torch.cat(cotangents)
 
-    def _mask(self, prompts: Int[Tensor, " prompt"], n_rows: int) -> Tensor:
+    def _mask(self, prompts: Int[Tensor, " prompt"], n_rows: int) -> Bool[Tensor, "row_prompt pos"]:
+        """The target mask of every entry of an act's result."""
         return self.sliced.batch.target_mask[prompts].repeat(n_rows, 1)
 
     def _chunks(self, n_rows: int) -> Iterator[tuple[slice, Int[Tensor, " prompt"]]]:
@@ -110,19 +115,19 @@ class Problem:
 
 
 def default_batch_size(sliced: SlicedModel) -> int:
-    """Rows whose forward pass keeps about 1 GiB for the backward pass."""
+    """The number of rows whose forward pass keeps about 1 GiB for the backward pass."""
     per_row = sliced.resid.shape[1] * sliced.d_model * len(sliced.calls) * SAVED_PER_TOKEN * sliced.resid.element_size()
     return max(1, SAVED_BYTES // per_row)
 
 
 def power_of_two(cotangents: Float[Tensor, "row prompt pos d_target"]) -> Float[Tensor, "row 1 1 1"]:
-    """The power of two next to each row's largest entry; 1 for a row of zeros."""
+    """The largest power of two that does not exceed a row's largest entry; 1 for a row of zeros."""
     largest = cotangents.abs().amax((1, 2, 3), keepdim=True)
     return torch.where(largest > 0, torch.exp2(largest.clamp(min=1e-30).log2().floor()), torch.ones_like(largest))
 
 
 def bias(sliced: SlicedModel) -> Act:
-    """Rows that are vectors, each added at the slice's site."""
+    """The act of steering vectors: each row is a vector [d_model] that is added at the slice's site."""
 
     def act(rows: Point, prompts: Int[Tensor, " prompt"]) -> Float[Tensor, "row_prompt pos d_target"]:
         return sliced.change(rows[0].repeat_interleave(len(prompts), 0), prompts.repeat(len(rows[0])))

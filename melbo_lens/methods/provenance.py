@@ -1,4 +1,7 @@
-"""What must be known of a fit to repeat it?  Model, layers, hooks, prompts and versions of its slice; and whether a model is still the same."""
+"""What must be known of a fit to repeat it?  The model, layers, hooks, prompts and versions of its slice.
+
+This file also tells whether a model is still the same, and remembers on which model something was learned.
+"""
 
 import hashlib
 from importlib.metadata import version
@@ -15,19 +18,20 @@ from melbo_lens.perturbations.perturbation import Perturbation
 
 P = TypeVar("P", bound=Perturbation)
 
-# The models on which something was learned, while they live, so that an export needs not be told which; values hold a token, and no model.
+# token -> the model on which something was learned, as long as that model lives. An export finds its model here;
+# perturbations themselves hold the token and no model.
 _MODELS: WeakValueDictionary[str, nn.Module] = WeakValueDictionary()
 
 
 def remembered(found: P, host: Host) -> P:
-    """The perturbations, which from now on know their model by a token, in this process and while it lives."""
+    """The perturbations with a token, by which `model_of` finds their model in this process while the model lives."""
     token = uuid4().hex
     _MODELS[token] = host.model
     return found.with_token(token)
 
 
-def model_of(perturbations: Perturbation) -> Any:
-    """The model on which they were learned, if it is remembered; None if not."""
+def model_of(perturbations: Perturbation) -> nn.Module | None:
+    """The model on which the perturbations were learned; None if it is not remembered."""
     return _MODELS.get(perturbations.token or "")
 
 
@@ -44,7 +48,8 @@ def describe(sliced: SlicedModel) -> dict[str, Any]:
         "target_layer": sliced.target_layer,
         "source_hook": sliced.source_hook,
         "target_hook": sliced.target_hook,
-        "target_norm": float(f"{float(sliced.target[batch.target_mask].norm()):.3g}"),  # tells models of one name apart
+        # tells models of the same name apart
+        "target_norm": float(f"{float(sliced.target[batch.target_mask].norm()):.3g}"),
         "prompts": list(batch.texts),
         "prompt_tokens": batch.rows(),
         "versions": {name: version(name) for name in ("melbo_lens", "transformer_lens", "transformers", "torch")},
@@ -52,9 +57,11 @@ def describe(sliced: SlicedModel) -> dict[str, Any]:
 
 
 def fingerprint(host: Host) -> str:
-    """A digest of the class, and of the weights' names, shapes, dtypes and bits: models of one name differ in it, copies don't.
+    """A digest of the model's class and of its weights' names, shapes, dtypes and bits.
 
-    Of each weight it takes the exact sum of its bits read as integers, which any change of one number changes, and some of the numbers themselves.
+    Different models of one name have different digests, and copies of a model have the same one. Each weight enters
+    with the exact sum of its bits, read as integers, which changes if any single number changes, and with a sample of
+    its numbers.
     """
     digest = hashlib.blake2b(type(host.model).__name__.encode(), digest_size=16)
     for name, weight in [*nn.Module.named_parameters(host.model), *nn.Module.named_buffers(host.model)]:
@@ -63,6 +70,7 @@ def fingerprint(host: Host) -> str:
 
 
 def _bits(weight: Tensor) -> str:
+    """The sum of a weight's bits and a sample of its numbers, as text."""
     flat = weight.contiguous().view(-1)
     if not flat.numel():
         return ""

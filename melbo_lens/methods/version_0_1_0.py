@@ -1,4 +1,4 @@
-"""How are checkpoints of version 0.1.0 read?  It had four ascents whose states had names of their own."""
+"""How are checkpoints of version 0.1.0 read?  Their tensors are renamed, since its four ascents used other names."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,15 +9,15 @@ from torch import Tensor
 from melbo_lens.ascent.adamw import MOMENTS
 from melbo_lens.ascent.constraints import OrderedRows
 
-# settings that there was no choice of
-UNSAID = {
+# Settings that version 0.1.0 did not record, because there was no choice.
+UNSAID: dict[str, dict[str, Any]] = {
     "fit_vectors": {"site": "mlp_out", "diversity": 0.0},
     "fit_adapters": {"site": "mlp", "init": None, "restarts": 1},
 }
 
 
 def translated(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors by the names that they have now."""
+    """The tensors under the names that they have now."""
     if "theta" in tensors:
         return _power(tensors, settings)
     if "scores" in tensors:
@@ -36,7 +36,7 @@ def translated(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> di
 
 
 def _power(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Of vectors: each problem had its own axis, and what was best its own tensors."""
+    """The state of a "power" ascent of vectors, which gave each problem an axis and kept its best points separately."""
     moving, number = tensors["theta"].flatten(1, 2), int(tensors["block"])
     n_rows, best = moving.shape[1], tensors["best_score"]
     point, seen = moving[0].clone(), best >= 0
@@ -64,7 +64,7 @@ def _power(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[s
 
 
 def _alternate(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Of adapters: there were no restarts, and every step's best scores were kept."""
+    """The state of a "power" ascent of adapters, which had no restarts and kept the best scores of every step."""
     step, settled, scores = int(tensors["step"]), int(tensors["settled"]), tensors["scores"]
     recent = torch.cat([scores.new_full((10, scores.shape[1]), torch.nan), scores[:step]])[-10:]
     point = {name: tensor for name, tensor in tensors.items() if name.startswith("point.")}

@@ -1,1 +1,1 @@
-"""What do we touch?  The only folder that knows TransformerLens, and the only one whose files attach hooks."""
+"""What do we touch?  The model; this is the only folder that knows TransformerLens, and that attaches hooks."""

@@ -1,7 +1,10 @@
-"""Which class of model is this?  `host_of` opens it, or refuses it in a sentence; `boot` loads one. The only file that names the classes."""
+"""Which class of model is this?  `host_of` opens a model, or refuses it with an explanation; `boot` loads one.
+
+This is the only file that names the classes of model.
+"""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import torch
 from torch import nn
@@ -11,33 +14,37 @@ from melbo_lens.models.bridge import BridgeHost
 from melbo_lens.models.hooked import HookedHost
 from melbo_lens.models.host import Host
 
-try:
+if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
-except ImportError:  # TransformerLens 4 removed it
-    HookedTransformer = None
+
+    # what public calls take; a host is a model that is already open
+    Model: TypeAlias = HookedTransformer | TransformerBridge | Host
+else:
+    try:
+        from transformer_lens import HookedTransformer
+    except ImportError:  # TransformerLens 4 removed it
+        HookedTransformer = None
+
+    Model = Any  # at run time, `host_of` refuses anything else with an explanation
 
 ModelClass = Literal["hooked", "bridge"]
 
-if TYPE_CHECKING:
-    # what public calls take; a host is a model that is open already
-    Model: TypeAlias = "HookedTransformer | TransformerBridge | Host"
-else:  # at run time `host_of` refuses what is none of them, in a sentence
-    Model = Any
-
 
 def host_of(model: Any) -> Host:
-    """Opens a model; a host is open already.
+    """Opens a model; a host is already open.
 
     Raises:
-        TypeError: neither a `HookedTransformer` nor a `TransformerBridge`.
-        ValueError: an encoder, no stack of blocks, parts on several devices, or weights that were made in inference mode.
+        TypeError: the model is neither a `HookedTransformer` nor a `TransformerBridge`.
+        ValueError: the model is an encoder, has no stack of blocks, lies on several devices, or has weights that were
+            made in inference mode.
     """
     if isinstance(model, Host):
         return model
     hooked = HookedTransformer is not None and isinstance(model, HookedTransformer)
     if not (hooked or isinstance(model, TransformerBridge)):
         raise TypeError(
-            f"model must be a HookedTransformer or a TransformerBridge; got {type(model).__name__}. Load it with TransformerLens."
+            f"model must be a HookedTransformer or a TransformerBridge; got {type(model).__name__}. "
+            "Load it with TransformerLens."
         )
     _check(model)
     return HookedHost(model) if hooked else BridgeHost(model)
@@ -54,7 +61,8 @@ def _check(model: Any) -> None:
         or (adapter is not None and not (adapter.supports_causal_loss and adapter.supports_generation))
     ):
         raise ValueError(
-            "model is an encoder (its attention sees later tokens): only decoder-only language models can be steered here."
+            "model is an encoder (its attention sees later tokens): "
+            "only decoder-only language models can be steered here."
         )
     if not isinstance(getattr(model, "blocks", None), nn.ModuleList):
         raise ValueError(
@@ -63,13 +71,14 @@ def _check(model: Any) -> None:
     parameters = list(nn.Module.parameters(model))
     if any(parameter.is_inference() for parameter in parameters):
         raise ValueError(
-            "model was loaded inside torch.inference_mode(), so no derivative can be taken through its weights: load it outside "
-            "(torch.no_grad() does no harm)."
+            "model was loaded inside torch.inference_mode(), so no derivative can be taken through its weights: "
+            "load it outside (torch.no_grad() does no harm)."
         )
     devices = {parameter.device for parameter in parameters}
     if len(devices) > 1:
         raise ValueError(
-            f"model lies on several devices ({', '.join(sorted(map(str, devices)))}): move it to one, as with model.to(device)."
+            f"model lies on several devices ({', '.join(sorted(map(str, devices)))}): "
+            "move it to one, as with model.to(device)."
         )
 
 
@@ -81,17 +90,19 @@ def has_hooked() -> bool:
 def boot(
     name: str | Path, network: nn.Module | None = None, device: str | None = None, dtype: torch.dtype = torch.float32
 ) -> Any:
-    """A bridge around a Hugging Face model: one of that name or directory, or the given one, whose files lie there."""
-    given = {} if network is None else {"hf_model": network}
-    return TransformerBridge.boot_transformers(str(name), device=device, dtype=dtype, **given).eval()
+    """Makes a bridge around a Hugging Face model.
+
+    The model is loaded from that name or directory; if `network` is given, it is the model, and its files lie there.
+    """
+    return TransformerBridge.boot_transformers(str(name), device=device, dtype=dtype, hf_model=network).eval()
 
 
 def implement_gpt2(network: nn.Module, tokenizer: Any, name: str) -> Any:
-    """A `HookedTransformer` with the weights of a Hugging Face GPT-2."""
+    """Makes a `HookedTransformer` with the weights of a Hugging Face GPT-2."""
     from transformer_lens import HookedTransformerConfig
-    from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights
+    from transformer_lens.pretrained.weight_conversions.gpt2 import convert_gpt2_weights
 
-    config = network.config
+    config = cast(Any, network.config)
     cfg = HookedTransformerConfig(
         n_layers=config.n_layer,
         d_model=config.n_embd,

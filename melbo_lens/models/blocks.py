@@ -1,10 +1,10 @@
-"""What did the model call its blocks with, and what do they do on other rows?  One ordinary pass recorded, each block as a function."""
+"""What does each block do as a function?  One ordinary pass is recorded, and its calls are repeated on other rows."""
 
 import copy
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,9 @@ class BlockCall:
 
     Attributes:
         block: the module.
-        arguments, keywords: those arguments.
-        axes: the same structure as (arguments, keywords), with the axis of each tensor along which its rows lie; None: all rows share it.
+        arguments, keywords: the positional and the keyword arguments.
+        axes: the same structure as (arguments, keywords), with each tensor replaced by the axis along which its rows
+            lie, or by None if all rows share it.
     """
 
     block: nn.Module
@@ -38,38 +39,41 @@ class BlockCall:
 
 
 def in_float32(call: BlockCall) -> BlockCall:
-    """The same call on a float32 copy of the block and of its arguments; the model keeps its own."""
+    """Returns the same call on float32 copies of the block and its arguments; the model itself is unchanged."""
     block = copy.deepcopy(call.block).float()
     for module in block.modules():
         attributes = vars(module)
-        # a bridge in compatibility mode keeps processed weights as plain attributes
+        # a bridge in compatibility mode keeps its processed weights as plain attributes
         attributes.update({name: _float(value) for name, value in attributes.items() if isinstance(value, Tensor)})
-        cfg = getattr(module, "cfg", None)
+        cfg = cast(Any, getattr(module, "cfg", None))
         if isinstance(getattr(cfg, "dtype", None), torch.dtype):
-            cfg.dtype = (
-                torch.float32
-            )  # TransformerLens' own layers cast to what their configuration names; the copy has its own
+            # TransformerLens' own layers cast to the dtype of their configuration, which the copy has for itself
+            cfg.dtype = torch.float32
     return replace(call, block=block, arguments=_float(call.arguments), keywords=_float(call.keywords))
 
 
 @dataclass(frozen=True)
 class Recording:
-    """What one ordinary pass did between two layers: the stream that entered each block, and how each block was called."""
+    """What one ordinary pass did between two layers.
+
+    Attributes:
+        calls: how each block was called.
+        streams: the stream [prompt pos d_model] that entered each block, and finally the one that left the last.
+    """
 
     calls: list[BlockCall] = field(default_factory=list)
-    streams: list[Tensor] = field(
-        default_factory=list
-    )  # [prompt pos d_model], one more than calls: the last is what left
+    streams: list[Tensor] = field(default_factory=list)
 
 
 class _Reached(Exception):
-    """Ends a forward pass once everything needed was recorded."""
+    """Ends a forward pass once everything that is needed was recorded."""
 
 
 def record(host: Host, tokens: Tensor, first: int, last: int, hooks: Sequence[Hook] = ()) -> Recording:
     """Runs the model up to and including block `last - 1`, and records the calls of blocks `first` to `last - 1`.
 
-    Nothing after those blocks is run. `first == last` records the stream that leaves block `first - 1` and no call.
+    Nothing after those blocks is run. If `first == last`, it records the stream that leaves block `first - 1`, and no
+    call.
 
     Raises:
         ValueError: a hook did not fire exactly once.
@@ -97,20 +101,22 @@ def record(host: Host, tokens: Tensor, first: int, last: int, hooks: Sequence[Ho
     for (name, _), times in zip(hooks, fired, strict=True):
         if times != 1:
             raise ValueError(
-                f"the hook {name!r} fired {times} times in one forward pass, it must fire once: {without_reason(host, name)}"
+                f"the hook {name!r} fired {times} times in one forward pass, it must fire once: "
+                f"{without_reason(host, name)}"
             )
     if len(recording.calls) != last - first or len(recording.streams) != last - first + 1:
         raise RuntimeError(
-            f"blocks {first} to {last - 1} should run once each in a forward pass; {len(recording.calls)} calls were seen. "
-            "This model can't be sliced."
+            f"blocks {first} to {last - 1} should run once each in a forward pass; "
+            f"{len(recording.calls)} calls were seen. This model can't be sliced."
         )
     return recording
 
 
 def record_with_axes(host: Host, tokens: Tensor, first: int, last: int) -> Recording:
-    """`record`, and where the rows lie in each argument: what a second pass, with another number of rows, has of another size.
+    """Records as `record` does, and also finds the axis along which the rows lie in each argument.
 
-    A guess by size would be wrong where a number of heads equals the number of prompts, or where heads and rows share an axis (ALiBi).
+    It is the axis whose size changes in a second pass with another number of rows. A guess from one pass would be wrong
+    where the number of heads equals the number of prompts, or where heads and rows share an axis (ALiBi).
     """
     recording = record(host, tokens, first, last)
     n_rows, n_other = len(tokens), 1 if len(tokens) > 1 else 2
@@ -123,7 +129,7 @@ def record_with_axes(host: Host, tokens: Tensor, first: int, last: int) -> Recor
 
 
 def _row_axes(value: Any, other: Any, n_rows: int, n_other: int) -> Any:
-    """For each tensor the axis whose size is a multiple of the number of rows in both passes, None if both have one shape."""
+    """Finds for each tensor the axis whose size grows with the number of rows; None if both passes have one shape."""
     if isinstance(value, Tensor) and isinstance(other, Tensor):
         if value.shape == other.shape:
             return None
@@ -135,7 +141,8 @@ def _row_axes(value: Any, other: Any, n_rows: int, n_other: int) -> Any:
         ):
             return axes[0]
         raise RuntimeError(
-            f"a block is called with a tensor of shape {tuple(value.shape)} for {n_rows} prompts and {tuple(other.shape)} for {n_other}: it can't be "
+            f"a block is called with a tensor of shape {tuple(value.shape)} for {n_rows} prompts and "
+            f"{tuple(other.shape)} for {n_other}: it can't be "
             "told where the rows lie in it, so this model can't be sliced."
         )
     if isinstance(value, tuple | list):
@@ -146,7 +153,7 @@ def _row_axes(value: Any, other: Any, n_rows: int, n_other: int) -> Any:
 
 
 def _select_rows(value: Any, axes: Any, prompts: Tensor, n_prompts: int) -> Any:
-    """The rows of the prompts, along each tensor's own axis; what all rows share stays as it is."""
+    """Selects the rows of the prompts along each tensor's own axis; what all rows share stays as it is."""
     if isinstance(value, Tensor):
         if axes is None:
             return value
@@ -167,7 +174,7 @@ def _stream(output: Any) -> Tensor:
 
 
 def _float(value: Any) -> Any:
-    """Half-precision tensors as float32, inside tuples, lists and dicts too."""
+    """Converts half-precision tensors to float32, also inside tuples, lists and dicts."""
     if isinstance(value, Tensor):
         return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
     if isinstance(value, tuple | list):

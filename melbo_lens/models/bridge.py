@@ -1,4 +1,4 @@
-"""How does a `TransformerBridge` do what a host must?  It wraps a Hugging Face model, whose cache and masks are that library's."""
+"""How does a `TransformerBridge` do what a host must?  It wraps a Hugging Face model, and uses its cache and masks."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,14 +21,15 @@ class BridgeHost(Host):
         return None
 
     def cached_logits(self, tokens: Tensor, attention_mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        # the bridge derives positions from the mask, for those of its models that take positions
+        # the bridge derives positions from the mask for those models that take positions
         known = {} if cache is None else {"past_key_values": cache}
         return self.model(
             tokens, return_type="logits_and_cache", attention_mask=attention_mask.to(tokens), use_cache=True, **known
         )
 
     def drop_rows(self, cache: Any, kept: Tensor) -> bool:
-        # reordering for a beam search takes any rows, of keys and values and of recurrent states alike; selecting indices forgets the latter
+        # the cache's reordering for beam search can take any rows, also of recurrent states; selecting indices forgets
+        # those states
         parts = [cache, *(getattr(cache, "layers", None) or [])]
         if not all(callable(getattr(part, "reorder_cache", None)) for part in parts):
             return False
@@ -45,7 +46,8 @@ class BridgeHost(Host):
     def widths(self, layer: int, name: str) -> tuple[int, int]:
         self.weight_site(layer, name)
         linear = self._linear(layer, name)
-        # a quantised Linear packs its weight, so ask for its features; GPT-2's Conv1D has none and stores [d_in d_model]
+        # a quantised Linear packs its weight, so its features are asked for; GPT-2's Conv1D has none, and stores its
+        # weight as [d_in d_model]
         return getattr(linear, "in_features", linear.weight.shape[0]), self.d_model
 
     @property
@@ -68,7 +70,7 @@ class BridgeHost(Host):
         return False
 
     def _linear(self, layer: int, name: str) -> Any:
-        """The module of the weights; GPT-2's is no `Linear`."""
+        """Returns the module of the weights, which in GPT-2 is not a `Linear`."""
         block: Any = self.blocks[layer]
         return (block.mlp.out if name == "mlp" else block.attn.o).original_component
 
@@ -77,8 +79,9 @@ class BridgeHost(Host):
         if name == "mlp" and "moe" in kind.lower():
             dense = [i for i in range(self.n_layers) if hidden.replace(f".{layer}.", f".{i}.", 1) in self.points]
             return (
-                f"block {layer} ({kind}) has no hook {hidden!r}: it is a mixture of experts: each token's hidden activation is spread over several "
-                'experts, and there is no one W_out to update. Update the attention\'s output weights instead (site="attn"), learn steering vectors '
+                f"block {layer} ({kind}) has no hook {hidden!r}: it is a mixture of experts: each token's hidden "
+                "activation is spread over several experts, and there is no one W_out to update. "
+                'Update the attention\'s output weights instead (site="attn"), learn steering vectors '
                 + (
                     f"(fit_vectors), or choose one of the layers {dense}, which are dense."
                     if dense

@@ -1,4 +1,4 @@
-"""Which Hugging Face model stands behind this one?  Its network, and its names for the weights that an adapter updates."""
+"""Which Hugging Face model stands behind this one?  Here are its network, and its names for the updated weights."""
 
 from typing import Any
 
@@ -7,14 +7,14 @@ from torch import nn
 from melbo_lens.models.host import Host
 from melbo_lens.perturbations.sites import WeightSite
 
-PARTS = {"mlp": "mlp.out", "attn": "attn.o"}  # TransformerLens' names of the weights of each site
+PARTS = {"mlp": "mlp.out", "attn": "attn.o"}  # TransformerLens' name for the weights of each site
 
 
 def module_name(host: Host, site: WeightSite) -> str:
-    """The Hugging Face module of these weights, by TransformerLens' own map of names.
+    """Returns the name of the Hugging Face module of these weights, by TransformerLens' own map of names.
 
     Raises:
-        ValueError: it knows none for this model.
+        ValueError: there is no such module for this model.
     """
     try:
         name = host.name_map().translate_transformer_lens_path(f"blocks.{site.layer}.{PARTS[site.name]}")
@@ -24,13 +24,14 @@ def module_name(host: Host, site: WeightSite) -> str:
         ) from error
     if not host.has_counterpart:
         raise ValueError(
-            f"this model ({host.architecture}) wraps no Hugging Face model: there is nothing that peft could load an adapter on."
+            f"this model ({host.architecture}) wraps no Hugging Face model: "
+            "there is nothing that peft could load an adapter on."
         )
     return str(name)
 
 
 def from_files(host: Host) -> nn.Module | None:
-    """The Hugging Face model of that name, if its files are on this machine."""
+    """Loads the Hugging Face model of the same name, if its files are on this machine."""
     from transformers import AutoModelForCausalLM
 
     try:

@@ -1,4 +1,4 @@
-"""How does a `HookedTransformer` do what a host must?  TransformerLens' own implementation, up to its version 3."""
+"""How does a `HookedTransformer` do what a host must?  It is TransformerLens' own implementation, up to version 3."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,12 +15,12 @@ class HookedHost(Host):
     """A model that TransformerLens implements itself."""
 
     def logits(self, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
-        # it would guess a mask from the tokenizer's padding token
+        # without a mask, the model would guess one from the tokenizer's padding token
         mask = torch.ones_like(tokens) if attention_mask is None else attention_mask.to(tokens)
         return self.model(tokens, attention_mask=mask)
 
     def start_cache(self, n_rows: int) -> Any:
-        from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache  # version 4 has none
+        from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache  # version 4 lacks this
 
         return TransformerLensKeyValueCache.init_cache(self.cfg, self.device, n_rows)
 
@@ -44,13 +44,14 @@ class HookedHost(Host):
         norm = getattr(self.blocks[layer], norm_name)
         if not type(norm).__name__.startswith("RMSNorm"):
             raise ValueError(
-                f"the norm after the {name}, blocks.{layer}.{norm_name}, is a {type(norm).__name__}: only RMS norms are known there. Use a bridge."
+                f"the norm after the {name}, blocks.{layer}.{norm_name}, is a {type(norm).__name__}: "
+                "only RMS norms are known there. Use a bridge."
             )
         return WeightSite(layer, hidden, f"blocks.{layer}.{norm_name}", float(norm.eps), name)
 
     def widths(self, layer: int, name: str) -> tuple[int, int]:
         self.weight_site(layer, name)
-        block = self.blocks[layer]
+        block: Any = self.blocks[layer]
         return tuple(block.mlp.W_out.shape) if name == "mlp" else (block.attn.W_O.flatten(0, 1).shape[0], self.d_model)
 
     @property
@@ -82,7 +83,7 @@ class HookedHost(Host):
         return bool(weights.mean(1).norm() <= 1e-5 * weights.norm())
 
     def _norm_after(self, name: str) -> str | None:
-        """The norm through which what the MLP or the attention writes passes before its hook, if there is one."""
+        """Names the norm that the MLP's or the attention's output passes through before its hook, if there is one."""
         from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
 
         number = {"attn": 1, "mlp": 2}[name]

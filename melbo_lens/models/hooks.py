@@ -1,4 +1,7 @@
-"""How is a model touched?  Hooks that come and go, modules that are watched, parameters that rest: the only file that attaches anything."""
+"""How is a model touched?  Hooks are attached and removed, modules are watched, and parameters are frozen.
+
+This is the only file that attaches anything.
+"""
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from melbo_lens.models.host import Host
+from melbo_lens.models.host import HookPoint, Host
 from melbo_lens.perturbations.sites import Hook, Site
 
 
-def hook_point(host: Host, name: str) -> nn.Module:
-    """The hook point of that name; a bridge also knows names that are aliases.
+def hook_point(host: Host, name: str) -> HookPoint:
+    """Returns the hook point of that name; a bridge also knows aliases.
 
     Raises:
         ValueError: the model has no such hook.
@@ -22,7 +25,7 @@ def hook_point(host: Host, name: str) -> nn.Module:
     return _named(host.points, name)
 
 
-def _named(points: Mapping[str, nn.Module], name: str) -> nn.Module:
+def _named(points: Mapping[str, HookPoint], name: str) -> HookPoint:
     if name not in points:
         near = sorted(other for other in points if other.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1])[:4]
         hint = (
@@ -35,10 +38,10 @@ def _named(points: Mapping[str, nn.Module], name: str) -> nn.Module:
 
 
 def source_hook(host: Host, site: Site, layer: int) -> str:
-    """The name of the activation to which vectors are added at a layer.
+    """Returns the name of the activation to which vectors are added at a layer.
 
     Raises:
-        ValueError: the block has none; says what it is and which blocks have one.
+        ValueError: the block has no such activation; the message says which blocks have one.
     """
     name = site.hook_name(layer)
     if name not in host.points:
@@ -47,7 +50,7 @@ def source_hook(host: Host, site: Site, layer: int) -> str:
 
 
 def without_reason(host: Host, name: str) -> str:
-    """Why a hook is missing or silent, and which other blocks have one."""
+    """Says why a hook is missing or silent, and which other blocks have one."""
     found = re.match(r"blocks\.(\d+)\.(.+)", name)
     if found is None or name in host.points:
         attention_only = getattr(host.cfg, "attn_only", False)
@@ -62,12 +65,18 @@ def without_reason(host: Host, name: str) -> str:
     architecture = type(host.networks[-1]).__name__
     others = [i for i in range(host.n_layers) if f"blocks.{i}.{kind}" in host.points]
     if others:
-        return f"block {layer} of this {architecture} consists of {parts or 'one part'}. The layers that have one are {others}: choose among them."
-    return f"the blocks of this {architecture} consist of {parts or 'one part'}, without an MLP whose output is hooked. Choose another model."
+        return (
+            f"block {layer} of this {architecture} consists of {parts or 'one part'}. "
+            f"The layers that have one are {others}: choose among them."
+        )
+    return (
+        f"the blocks of this {architecture} consist of {parts or 'one part'}, without an MLP whose output is hooked. "
+        "Choose another model."
+    )
 
 
 def resolved_name(host: Host, name: str) -> str:
-    """The name that the hook point itself has: a raw bridge's `blocks.1.hook_mlp_out` is `blocks.1.mlp.hook_out`."""
+    """Returns the hook point's own name: a raw bridge's `blocks.1.hook_mlp_out` is `blocks.1.mlp.hook_out`."""
     return str(hook_point(host, name).name)
 
 
@@ -86,15 +95,14 @@ class _Counted:
 
 @contextmanager
 def attached(host: Host, hooks: Sequence[Hook]) -> Iterator[list[int]]:
-    """Attaches forward hooks for the length of a block and removes exactly those, whatever happens.
+    """Attaches forward hooks inside the `with` block, and afterwards removes exactly those, whatever happens.
 
     Yields:
-        How often each hook has fired so far, a list that grows as the model runs.
+        A list of how often each hook has fired, which is updated as the model runs.
     """
     fired = [0] * len(hooks)
-    points = [
-        (_named(host.points, name), function) for name, function in hooks
-    ]  # all names are known before any hook is attached
+    # all names are looked up before any hook is attached
+    points = [(_named(host.points, name), function) for name, function in hooks]
     with ExitStack() as stack:
         for i, (point, function) in enumerate(points):
             before = set(map(id, point.fwd_hooks))
@@ -104,7 +112,7 @@ def attached(host: Host, hooks: Sequence[Hook]) -> Iterator[list[int]]:
         yield fired
 
 
-def _detach(point: nn.Module, handle: Any) -> None:
+def _detach(point: HookPoint, handle: Any) -> None:
     handle.hook.remove()
     point.fwd_hooks[:] = [other for other in point.fwd_hooks if other is not handle]
 
@@ -114,7 +122,10 @@ def watched(
     before: Sequence[tuple[nn.Module, Callable[..., Any]]] = (),
     after: Sequence[tuple[nn.Module, Callable[..., Any]]] = (),
 ) -> Iterator[None]:
-    """Calls functions before modules, as (module, arguments, keywords), and after them, as (module, arguments, output), for the length of a block."""
+    """Calls functions before and after modules run, inside the `with` block.
+
+    Functions before a module get (module, arguments, keywords), and functions after it (module, arguments, output).
+    """
     with ExitStack() as stack:
         for module, function in before:
             stack.callback(module.register_forward_pre_hook(function, with_kwargs=True).remove)
@@ -125,7 +136,7 @@ def watched(
 
 @contextmanager
 def frozen(host: Host) -> Iterator[None]:
-    """Parameters need no gradient and dropout is off inside; every flag is as it was afterwards, whatever happens."""
+    """Switches gradients of parameters and dropout off inside; afterwards every flag is restored, whatever happens."""
     trees = host.networks
     modules = list(dict.fromkeys(module for tree in trees for module in tree.modules()))
     parameters = list(dict.fromkeys(parameter for tree in trees for parameter in nn.Module.parameters(tree)))
@@ -145,30 +156,34 @@ def frozen(host: Host) -> Iterator[None]:
 
 
 def check_finite(host: Host, values: Tensor, names: Sequence[str], what: str) -> None:
-    """Refuses rows whose largest number is NaN or infinite: whatever is computed from them means nothing. Single -inf are a mask's, and allowed.
+    """Refuses rows whose largest number is NaN or infinite, since whatever is computed from them means nothing.
+
+    Single entries of -inf come from a mask, and are allowed.
 
     Args:
-        host: for the name of its dtype.
+        host: the model, whose dtype the message names.
         values: one row for each name.
-        names: who is at fault if its row is, as "vector 3".
+        names: what caused each row, such as "vector 3".
         what: what the rows are, for the message.
 
     Raises:
-        FloatingPointError: says who, what and in which dtype.
+        FloatingPointError: a row is NaN or infinite; the message names the cause, the rows and the dtype.
     """
     broken = (~torch.isfinite(values.flatten(1).amax(1))).nonzero()[:, 0].tolist()
     if broken:
         dtype = str(host.dtype).removeprefix("torch.")
         raise FloatingPointError(
-            f"{names[broken[0]]} makes {what} NaN or infinite in {dtype} ({len(broken)} of {len(names)} rows): use smaller scales, or load the model "
-            "in bfloat16 or float32."
+            f"{names[broken[0]]} makes {what} NaN or infinite in {dtype} ({len(broken)} of {len(names)} rows): "
+            "use smaller scales, or load the model in bfloat16 or float32."
         )
 
 
 def end_tokens(host: Host) -> set[int]:
-    """Ids that end a completion: the tokenizer's, those of a Hugging Face model's configurations, and that with which the chat template ends a turn.
+    """Returns the ids that end a completion.
 
-    A `HookedTransformer` keeps no such configuration, so for it the template alone tells that a chat model ends its turn with another token.
+    These are the end tokens of the tokenizer and of a Hugging Face model's configurations, and the token with which the
+    chat template ends a turn. A `HookedTransformer` keeps no such configuration, so for it only the template tells that
+    a chat model ends its turn with another token.
     """
     configs = [getattr(host.networks[-1], name, None) for name in ("generation_config", "config")]
     found = [getattr(config, "eos_token_id", None) for config in [host.tokenizer, *configs]]
@@ -177,13 +192,13 @@ def end_tokens(host: Host) -> set[int]:
 
 
 def _end_of_turn(tokenizer: Any) -> set[int]:
-    """The special token that the chat template writes right after what the assistant said, if it writes one."""
+    """Finds the special token that the chat template writes right after the words of the assistant, if there is one."""
     if not getattr(tokenizer, "chat_template", None):
         return set()
     said = "melbo"
     user, answer = ({"role": role, "content": said} for role in ("user", "assistant"))
     parts = [{**message, "content": [{"type": "text", "text": said}]} for message in (user, answer)]
-    # templates differ in what they take, and some close an answer only when somebody speaks after it
+    # templates differ in which chats they accept, and some close an answer only when another message follows
     found: set[int] = set()
     for chat in ([user, answer], [user, answer, user], [{"role": "system", "content": said}, user, answer], parts):
         try:

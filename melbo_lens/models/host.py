@@ -1,9 +1,9 @@
-"""What must a class of model be able to do?  One object that is opened once for each public call, and answers everything the library asks."""
+"""What must a class of model be able to do?  A host, opened once for each public call, answers all questions."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -11,39 +11,49 @@ from torch import Tensor, nn
 from melbo_lens.perturbations.sites import WeightSite
 
 
+@runtime_checkable
+class HookPoint(Protocol):
+    """TransformerLens' module at an activation, as far as it is used here."""
+
+    name: str | None
+    fwd_hooks: list[Any]
+
+    def add_hook(self, hook: Callable[..., Any]) -> None: ...
+
+
 class Host(ABC):
     """A model as this library needs it. `host_of(model)` opens one; a subclass answers for one class of model.
 
     Attributes:
-        model: the user's own.
-        points: its hook points by name, asked for once, since a bridge builds the mapping anew each time.
+        model: the user's own model; it is typed Any, since `nn.Module` declares none of its attributes.
+        points: its hook points by name, asked for only once, since a bridge builds the mapping anew each time.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.points: Mapping[str, nn.Module] = model.hook_dict
+        self.model: Any = model
+        self.points: Mapping[str, HookPoint] = self.model.hook_dict
 
-    # What each class of model says.
+    # Each class of model defines these.
 
     @abstractmethod
     def logits(self, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Logits of one uncached pass; without a mask every column of `tokens` counts."""
+        """Computes the logits of one uncached pass; without a mask, every column of `tokens` counts."""
 
     @abstractmethod
     def start_cache(self, n_rows: int) -> Any:
-        """What `cached_logits` is given at the first step."""
+        """Makes the cache that `cached_logits` is given at the first step."""
 
     @abstractmethod
     def cached_logits(self, tokens: Tensor, attention_mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        """Logits of one pass over the last columns of the mask, and the cache with them."""
+        """Computes the logits of one pass over the last columns of the mask, and the cache with these columns."""
 
     @abstractmethod
     def drop_rows(self, cache: Any, kept: Tensor) -> bool:
-        """Keeps these rows of a cache; False, and nothing changed, if it can't."""
+        """Keeps these rows of a cache; returns False, and changes nothing, if the cache can't drop rows."""
 
     @abstractmethod
     def weight_site(self, layer: int, name: str) -> WeightSite:
-        """Where the output weights of the block's "mlp" or "attn" are hooked.
+        """Says where the output weights of the block's "mlp" or "attn" are hooked.
 
         Raises:
             ValueError: the block has no such weights, or what enters them has no hook.
@@ -51,7 +61,7 @@ class Host(ABC):
 
     @abstractmethod
     def widths(self, layer: int, name: str) -> tuple[int, int]:
-        """d_in and d_model of these weights."""
+        """Returns d_in and d_model of these weights."""
 
     @property
     @abstractmethod
@@ -65,17 +75,20 @@ class Host(ABC):
 
     @abstractmethod
     def name_map(self) -> Any:
-        """TransformerLens' map from its names of modules to those of Hugging Face."""
+        """Returns TransformerLens' map from its names of modules to those of Hugging Face."""
 
     @abstractmethod
     def own_weights(self, sites: Sequence[WeightSite]) -> tuple[nn.Module, dict[int, Tensor]] | None:
-        """The Hugging Face model inside, and its weights at these sites by layer; None where there is none, or TransformerLens processed them."""
+        """Returns the Hugging Face model inside, and its weights at these sites by layer.
+
+        None means that there is no such model, or that TransformerLens processed the weights.
+        """
 
     @abstractmethod
     def writes_centred(self, site: WeightSite) -> bool:
-        """Whether TransformerLens centred what these weights write to the stream."""
+        """Whether TransformerLens centred the output of these weights."""
 
-    # What follows.
+    # These follow from the above.
 
     @property
     def cfg(self) -> Any:
@@ -99,7 +112,7 @@ class Host(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where tokens go."""
+        """The device on which the model expects tokens."""
         return next(self.model.parameters()).device
 
     @property
@@ -112,13 +125,19 @@ class Host(ABC):
 
     @property
     def networks(self) -> Sequence[nn.Module]:
-        """The modules that hold parameters and modes: some that a bridge wraps (GPT-2's dropout) are not among its own."""
+        """The modules that hold all parameters and modes.
+
+        A bridge wraps some modules (GPT-2's dropout) that are not among its own, so the wrapped model is listed too.
+        """
         wrapped = getattr(self.model, "original_model", None)
         return [self.model, wrapped] if isinstance(wrapped, nn.Module) else [self.model]
 
     @property
     def turning_length(self) -> int | None:
-        """The number of tokens from which on some models place all their tokens otherwise ("longrope", "dynamic"), the short rows of a batch too."""
+        """The length beyond which a model encodes the positions of all tokens differently ("longrope", "dynamic").
+
+        That concerns the short rows of a batch, too. It is None for other models.
+        """
         config = getattr(self.networks[-1], "config", None)
         for part in (config, getattr(config, "text_config", None)):
             settings = getattr(part, "rope_parameters", None) or getattr(part, "rope_scaling", None) or {}
@@ -135,7 +154,7 @@ class Host(ABC):
         return self.model.to_tokens(text, **settings)
 
     def forward(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Logits of one uncached pass; without a mask every column of `tokens` counts.
+        """Computes the logits of one uncached pass; without a mask, every column of `tokens` counts.
 
         Raises:
             RuntimeError: the model itself can't be run.
@@ -144,6 +163,7 @@ class Host(ABC):
             return self.logits(tokens, attention_mask)
         except (AttributeError, TypeError, KeyError, NameError, NotImplementedError) as error:
             raise RuntimeError(
-                f"the forward pass of this model fails ({type(error).__name__}: {error}), with transformers {version('transformers')} and "
-                f"transformer_lens {version('transformer_lens')}: another version of either may run it."
+                f"the forward pass of this model fails ({type(error).__name__}: {error}), "
+                f"with transformers {version('transformers')} and transformer_lens {version('transformer_lens')}: "
+                "another version of either may run it."
             ) from error

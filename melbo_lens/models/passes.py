@@ -1,4 +1,4 @@
-"""How does a model write token by token?  With a cache that is not believed before it has proved itself."""
+"""How does a model write token by token?  It uses a cache, which is trusted only after it was checked."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,21 +13,22 @@ from melbo_lens.models.hooks import attached
 from melbo_lens.models.host import Host
 from melbo_lens.perturbations.sites import Hook
 
-Positions: TypeAlias = Literal["all", "prompt", "generated"]  # of which tokens a perturbation takes hold
+Positions: TypeAlias = Literal["all", "prompt", "generated"]  # the tokens on which a perturbation acts
 Steering: TypeAlias = Callable[[Sequence[int]], list[Hook]]  # row numbers -> hooks for a batch of exactly these rows
 
-# How far a step with the cache may be from a pass without it, as a share of the logits' norm.
+# How far a step with the cache may differ from a pass without it, as a share of the logits' norm.
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1.5e-1}
-TOKENS_AT_ONCE = 4096  # of an uncached pass, whose logits are large
+TOKENS_AT_ONCE = 4096  # the limit for an uncached pass, whose logits are large
 
 
 class Decoder:
-    """Feeds prompts of different lengths to a model token by token, each row under hooks of its own.
+    """Feeds prompts of different lengths to a model token by token, with separate hooks for each row.
 
-    Keys and values are cached, in a left-padded batch. Before that is believed, the row with the most padding is compared with a pass of it alone,
-    without padding or cache: at the first step if there is padding, at the first cached step, at the first one after rows were dropped, and where
-    a model changes how it places its tokens. Where they differ, a warning says so, and every later step runs all tokens again without cache, each
-    row by itself if padding matters too, which is slower and right.
+    Keys and values are cached in a left-padded batch. Before the cache is trusted, the row with the most padding is
+    compared with a pass of this row alone, without padding or cache. This is done at the first step if there is
+    padding, at the first cached step, at the first step after rows were dropped, and where a model changes how it
+    encodes positions. If the two differ, a warning says so, and every later step runs all tokens again without a cache,
+    and each row by itself if padding matters too. That is slower but right.
     """
 
     def __init__(
@@ -40,14 +41,15 @@ class Decoder:
     ) -> None:
         """
         Args:
-            host: frozen by the caller.
-            rows: the prompts' token ids.
-            steering: hooks for a batch of the given rows.
-            positions: where they take hold.
-            cached: False never uses a cache.
+            host: the opened model, which the caller has frozen.
+            rows: the token ids of the prompts.
+            steering: a function that returns the hooks for a batch of the given rows.
+            positions: the tokens on which these hooks act.
+            cached: whether a cache is used at all.
         """
         self.host, self.steering, self.positions, self.cached = host, steering, positions, cached
-        self.ids = [list(row) for row in rows]  # prompt and new tokens, of rows that were dropped too
+        # the tokens of each prompt and the new ones, also for rows that were dropped
+        self.ids = [list(row) for row in rows]
         self.lengths = [len(row) for row in rows]
         self.alive = list(range(len(rows)))
         self.device = host.device
@@ -57,7 +59,7 @@ class Decoder:
         self.mask = self._tensor([[False] * (width - n) + [True] * n for n in self.lengths], torch.bool)
 
     def first(self) -> Float[Tensor, "row d_vocab"]:
-        """Logits after each prompt."""
+        """Computes the logits after each prompt."""
         if not self.cached:
             return self._uncached(self.alive)
         width = max(self.lengths)
@@ -67,7 +69,7 @@ class Decoder:
         return logits if min(self.lengths) == width else self._proved(logits)
 
     def next(self, chosen: Tensor) -> Float[Tensor, "row d_vocab"]:
-        """Logits after one more token of each row."""
+        """Computes the logits after one more token of each row."""
         for i, token in zip(self.alive, chosen.tolist(), strict=True):
             self.ids[i].append(token)
         if not self.cached:
@@ -87,7 +89,10 @@ class Decoder:
         return self._proved(logits)
 
     def keep(self, places: Sequence[int]) -> bool:
-        """Goes on with the rows at these places of the batch only; False, and nothing changed, where the model's cache can't drop any."""
+        """Goes on with only the rows at these places of the batch.
+
+        Returns False, and changes nothing, if the model's cache can't drop rows.
+        """
         if self.cached and not self._drop(self._tensor(places, torch.long)):
             return False
         self.alive = [self.alive[place] for place in places]
@@ -95,7 +100,7 @@ class Decoder:
         return True
 
     def _step(self, tokens: Tensor, steered: bool) -> Tensor:
-        """One pass with the cache over the last columns of the mask."""
+        """Runs one pass with the cache over the last columns of the mask."""
         with attached(self.host, self.steering(self.alive) if steered else []):
             logits, self.cache = self.host.cached_logits(tokens, self.mask, self.cache)
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
@@ -108,7 +113,7 @@ class Decoder:
         return True
 
     def _proved(self, logits: Tensor) -> Tensor:
-        """The logits if the row with the most padding is right, else those of a pass without cache."""
+        """Returns the logits if the row with the most padding is right, and else those of a pass without a cache."""
         row = self._most_padded()
         error = self._error(logits[row], self._uncached([self.alive[row]])[0])
         if error <= self._allowed:
@@ -121,15 +126,15 @@ class Decoder:
         row = self._most_padded()
         self.apart = self._error(together[row], self._uncached([self.alive[row]])[0]) > self._allowed
         warnings.warn(
-            f"generation goes on without a cache, right but slower: a step with the cache of this model {what}, compared with a pass of the whole "
-            f"text. The versions are transformers {version('transformers')} and transformer_lens {version('transformer_lens')}; another version of "
-            "either may have a cache that works.",
+            f"generation goes on without a cache, right but slower: a step with the cache of this model {what}, "
+            f"compared with a pass of the whole text. The versions are transformers {version('transformers')} and "
+            f"transformer_lens {version('transformer_lens')}; another version of either may have a cache that works.",
             stacklevel=2,
         )
         return self._uncached(self.alive) if self.apart else together
 
     def _most_padded(self) -> int:
-        """The place in the batch of the shortest row."""
+        """Returns the place of the shortest row in the batch."""
         return min(range(len(self.alive)), key=lambda place: len(self.ids[self.alive[place]]))
 
     @property
@@ -138,7 +143,10 @@ class Decoder:
 
     @staticmethod
     def _error(found: Tensor, expected: Tensor) -> float:
-        """How far logits are from those expected, as a share of their norm; 0 where none is finite, which whoever chooses a token tells."""
+        """Measures how far logits are from the expected ones, as a share of their norm.
+
+        It is 0 if none is finite; the code that chooses a token reports that.
+        """
         finite = torch.isfinite(expected)
         if not finite.any():
             return 0.0
@@ -146,7 +154,10 @@ class Decoder:
         return float((a - b).norm() / b.norm().clamp(min=1e-30))
 
     def _uncached(self, rows: Sequence[int]) -> Float[Tensor, "row d_vocab"]:
-        """Logits after all tokens of these rows so far, some rows at a time, without cache; padding on the right is never seen."""
+        """Computes the logits after all tokens of these rows so far, without a cache and some rows at a time.
+
+        Padding is on the right, where it is never seen.
+        """
         width = max(len(self.ids[i]) for i in rows)
         parts, at_once = [], 1 if self.apart else max(1, TOKENS_AT_ONCE // width)
         for part in (rows[first : first + at_once] for first in range(0, len(rows), at_once)):
@@ -172,7 +183,7 @@ class Decoder:
 
 
 def _at(hooks: Sequence[Hook], where: Bool[Tensor, "row pos"]) -> list[Hook]:
-    """The hooks, with what they change kept at some positions only; they act on each position by itself."""
+    """Limits hooks, which must act on each position by itself, to the positions where the mask is True."""
 
     def limited(function: Callable[..., Any]) -> Callable[..., Any]:
         def at_some_positions(activation: Tensor, hook: Any) -> Tensor | None:

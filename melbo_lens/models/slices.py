@@ -1,4 +1,4 @@
-"""What does a perturbation at one layer change at a later one?  The model's blocks between the two as a function, and nothing else of it."""
+"""What does a perturbation at one layer change at a later one?  A slice computes it with only the blocks between."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,19 +21,25 @@ TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, tor
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SlicedModel:
-    """The function from the stream that leaves block `source_layer` to the target activations, for a fixed set of prompts.
+    """The function from the stream that leaves block `source_layer` to the target activations, for fixed prompts.
 
-    Adding a bias at `hook_mlp_out` of that block equals adding it to this stream, so what comes before is run once, and neither the
-    blocks after the target nor the unembedding ever run. At a site within the block (`hook_attn_out`) the block itself runs too.
+    Adding a bias at `hook_mlp_out` of that block equals adding it to this stream, so what comes before is run only
+    once, and neither the blocks after the target nor the unembedding ever run. For a site within the block
+    (`hook_attn_out`), the block itself runs too.
 
     Attributes:
+        host: the opened model.
         batch: the prompts, right-padded.
-        source_hook, target_hook: names in the model; the target is read there.
+        source_layer: the block at whose `site` perturbations are added.
+        target_layer: the block whose incoming stream is the target, or None if `target_hook` is another activation.
+        source_hook, target_hook: the names of the hooks in the model; the target is read at the latter.
         calls: the blocks between, with the arguments of one ordinary pass.
         resid: the clean stream that leaves block `source_layer`, in the model's dtype.
         target: the clean target activations, float32; axes after `pos` are flattened.
-        streams: the clean streams, that which leaves block `source_layer` and those that leave each of the blocks between.
-        source_call, entry: block `source_layer` itself with its arguments, and the clean stream that enters it, for updates of its weights.
+        streams: the clean streams that leave block `source_layer` and each of the blocks between.
+        source_call, entry: block `source_layer` itself with its arguments, and the clean stream that enters it; they
+            serve updates of its weights.
+        site: where in block `source_layer` perturbations are added.
     """
 
     host: Host
@@ -56,7 +62,7 @@ class SlicedModel:
 
     @property
     def everyone(self) -> Int[Tensor, " prompt"]:
-        """The number of each prompt: rows that are the prompts themselves."""
+        """The number of each prompt, for rows that are the prompts themselves."""
         return torch.arange(len(self.batch), device=self.device)
 
     @property
@@ -64,12 +70,15 @@ class SlicedModel:
         return self.resid.device
 
     def __repr__(self) -> str:
-        return f"SlicedModel({self.host.name}, {self.source_hook} to {self.target_hook}, {len(self.batch)} prompts, {len(self.calls)} blocks between)"
+        return (
+            f"SlicedModel({self.host.name}, {self.source_hook} to {self.target_hook}, "
+            f"{len(self.batch)} prompts, {len(self.calls)} blocks between)"
+        )
 
     def __call__(
         self, resid: Float[Tensor, "row pos d_model"], prompts: Int[Tensor, " row"]
     ) -> Float[Tensor, "row pos d_target"]:
-        """Target activations, float32, when the blocks between get this stream; row r belongs to prompt `prompts[r]`."""
+        """Computes the target activations, float32, from this stream; row r belongs to prompt `prompts[r]`."""
         with without_autocast():
             return _replay(self.host, self.calls, self._read_hook, resid, prompts, len(self.batch)).float()
 
@@ -78,35 +87,38 @@ class SlicedModel:
         perturbation: Float[Tensor, "row d_model"] | Float[Tensor, "row pos d_model"],
         prompts: Int[Tensor, " row"],
     ) -> Float[Tensor, "row pos d_target"]:
-        """Target activations with the perturbation added to the stream, minus those without.
+        """Computes the target activations with the perturbation added to the stream, minus those without.
 
         Args:
-            perturbation: the same at every position, or one for each position.
-            prompts: which prompt each row perturbs.
+            perturbation: one vector for all positions of a row, or one for each position.
+            prompts: the prompt to which each row belongs.
         """
         added = perturbation[:, None, :] if perturbation.ndim == 2 else perturbation
         if not self.site.after_block:
             return self.change_under(
                 [(self.source_hook, lambda activation, hook: (activation + added).to(activation.dtype))], prompts
             )
-        perturbed = (self.resid[prompts] + added).to(self.resid.dtype)  # float32 + half is float32; rounded once
+        # float32 plus half is float32, so this rounds only once
+        perturbed = (self.resid[prompts] + added).to(self.resid.dtype)
         return self(perturbed, prompts) - self.target[prompts]
 
     def change_under(self, added: Sequence[Hook], prompts: Int[Tensor, " row"]) -> Float[Tensor, "row pos d_target"]:
-        """Target activations when the source block and those between run with hooks attached, minus those without.
+        """Computes the target activations with hooks in the source block and those between, minus those without.
 
         This costs one block more than `change`, and takes any perturbation whose hooks are in these blocks.
         """
+        assert self.source_call is not None and self.entry is not None  # `slice_model` recorded them
         with without_autocast(), hooks.attached(self.host, added):
             stream = self.source_call(self.entry[prompts], prompts, len(self.batch))
             return self(stream, prompts) - self.target[prompts]
 
     def check_source(self) -> None:
-        """Replays the source block, which `change_under` needs.
+        """Checks that the source block can be replayed, which `change_under` needs.
 
         Raises:
-            RuntimeError: it does not reproduce the recorded stream.
+            RuntimeError: the replay doesn't reproduce the recorded stream.
         """
+        assert self.source_call is not None and self.entry is not None  # `slice_model` recorded them
         with hooks.frozen(self.host), torch.no_grad():
             _compare(
                 self.source_call(self.entry, self.everyone, len(self.batch)),
@@ -115,15 +127,16 @@ class SlicedModel:
             )
 
     def shorter(self, target_layer: int) -> "SlicedModel":
-        """The slice that ends at an earlier target layer; nothing is run again.
+        """Returns the slice that ends at an earlier target layer; nothing is run again.
 
         Raises:
-            ValueError: the target is not between `source_layer` + 2 and this slice's own, which must be a layer.
+            ValueError: the target is not between `source_layer` + 2 and this slice's own target, which must be a layer.
         """
         n_blocks = target_layer - self.source_layer - 1
         if self.target_layer is None or not 0 < n_blocks <= len(self.calls):
             raise ValueError(
-                f"target_layer={target_layer} must lie from {self.source_layer + 2} to {self.target_layer}, the target layer of this slice."
+                f"target_layer={target_layer} must lie from {self.source_layer + 2} to {self.target_layer}, "
+                "the target layer of this slice."
             )
         name = hooks.resolved_name(self.host, stream_name(target_layer, self.host.n_layers))
         streams = self.streams[: n_blocks + 1]
@@ -137,9 +150,10 @@ class SlicedModel:
         )
 
     def in_float32(self) -> "SlicedModel":
-        """The same slice computed in float32, on copies of the blocks: for derivatives, which half precision drowns in rounding.
+        """Returns the same slice computed in float32, on copies of the blocks.
 
-        A slice that needs a hook, to read a `target_hook` or within the source block, stays as it is, since copies don't have the model's hooks.
+        It serves derivatives, which half precision drowns in rounding errors. A slice that needs a hook, to read a
+        `target_hook` or within the source block, is returned unchanged, since copies don't have the model's hooks.
         """
         if self.resid.dtype == torch.float32 or self.target_layer is None or not self.site.after_block:
             return self
@@ -167,21 +181,24 @@ def slice_model(
     """Runs the model once and cuts out the part between two layers.
 
     Args:
-        model: `HookedTransformer` or `TransformerBridge`; it is left as it was.
+        model: a `HookedTransformer` or a `TransformerBridge`; it is left as it was.
         prompts: text, chat messages, a list of either, or token ids [prompt pos].
         source_layer: the block at whose `site` perturbations are added.
-        target_layer: the target is the stream that enters this block (`n_layers`: that leaves the last). Larger ones cost more.
-        target_positions: slice or indices into each prompt's own tokens; only there does a change count.
-        target_hook: read this activation instead of a layer's stream, for instance "blocks.9.attn.hook_z".
-        site: "mlp_out", "resid_post" or "attn_out"; the first two are one slice, the last runs the source block too.
+        target_layer: the target is the stream that enters this block, or for `n_layers` the stream that leaves the last
+            block. Larger ones cost more.
+        target_positions: a slice or indices into each prompt's own tokens; a change counts only there.
+        target_hook: the activation to read instead of a layer's stream, for instance "blocks.9.attn.hook_z".
+        site: "mlp_out", "resid_post" or "attn_out"; the first two give the same slice, and the last runs the source
+            block too.
 
     Returns:
-        The slice, which has checked itself: replaying the blocks without perturbation reproduces the recorded stream, and with a random one
-        it reproduces a hooked run of the model.
+        The slice. It was checked: replaying the blocks without a perturbation reproduces the recorded stream, and with
+        a random perturbation it reproduces a hooked run of the model.
 
     Raises:
-        TypeError, ValueError: what can't be steered, or arguments that don't fit the model; said before any forward pass.
-        FloatingPointError: NaN or infinity in the activations.
+        TypeError, ValueError: the model can't be steered, or the arguments don't fit it; this is raised before
+            any forward pass.
+        FloatingPointError: the activations hold NaN or infinity.
         RuntimeError: the model's blocks can't be replayed faithfully.
     """
     host = host_of(model)
@@ -218,13 +235,13 @@ def slice_model(
     return sliced
 
 
-def opened(model: Model) -> "SlicedModel | Host":
-    """The model, ready to be asked for its sizes; a slice in its place stays."""
+def opened(model: "Model | SlicedModel") -> "SlicedModel | Host":
+    """Opens a model, so that it can be asked for its sizes; a slice is returned unchanged."""
     return model if isinstance(model, SlicedModel) else host_of(model)
 
 
 def as_slice(
-    model: Model,
+    model: "Model | SlicedModel",
     prompts: Prompts | None,
     source_layer: int | None,
     target_layer: int | None,
@@ -233,17 +250,17 @@ def as_slice(
     site: str | None,
     default_positions: Positions = slice(None),
 ) -> SlicedModel:
-    """The slice that was given in place of a model, or a new one.
+    """Returns the slice that was given in place of a model, or makes a new one.
 
     Raises:
-        TypeError: a model without prompts or a layer, or a slice with what it says itself.
+        TypeError: a model was given without prompts or a source layer, or a slice with arguments that it fixes itself.
     """
     if not isinstance(model, SlicedModel):
-        for name, value in (("prompts", prompts), ("source_layer", source_layer)):
-            if value is None:
-                raise TypeError(
-                    f"{name} is missing: give it beside the model, or a slice of slice_model in the model's place."
-                )
+        if prompts is None or source_layer is None:
+            name = "prompts" if prompts is None else "source_layer"
+            raise TypeError(
+                f"{name} is missing: give it beside the model, or a slice of slice_model in the model's place."
+            )
         positions = default_positions if target_positions is None else target_positions
         return slice_model(model, prompts, source_layer, target_layer, positions, target_hook, site or "mlp_out")
     beside = {
@@ -257,7 +274,8 @@ def as_slice(
     given = [name for name, value in beside.items() if value is not None]
     if given:
         raise TypeError(
-            f"a slice was given, which says {' and '.join(given)} itself: leave {'it' if len(given) == 1 else 'them'} out."
+            f"a slice was given, which says {' and '.join(given)} itself: "
+            f"leave {'it' if len(given) == 1 else 'them'} out."
         )
     return model
 
@@ -279,7 +297,8 @@ def _replay(
     if len(seen) != 1 or seen[0].ndim < 3 or seen[0].shape[:2] != stream.shape[:2]:
         shapes = [tuple(activation.shape) for activation in seen]
         raise ValueError(
-            f"target_hook={read!r} must fire once with an activation [row pos ...]; seen: {shapes}. Choose another hook."
+            f"target_hook={read!r} must fire once with an activation [row pos ...]; seen: {shapes}. "
+            "Choose another hook."
         )
     return seen[0].flatten(2)
 
@@ -290,8 +309,8 @@ def _check_finite(recording: blocks.Recording, batch: PromptBatch, source_layer:
         if bad.any():
             prompt, position = bad.nonzero()[0].tolist()
             raise FloatingPointError(
-                f"the clean activations that leave block {source_layer + i} hold NaN or infinity (prompt {prompt}, position {position}): "
-                "check the weights, or load the model in bfloat16 or float32."
+                f"the clean activations that leave block {source_layer + i} hold NaN or infinity "
+                f"(prompt {prompt}, position {position}): check the weights, or load the model in bfloat16 or float32."
             )
 
 
@@ -305,7 +324,10 @@ def _check_replay(recording: blocks.Recording, everyone: Tensor, source_layer: i
 
 
 def _check_hooked_run(sliced: SlicedModel, last: int) -> None:
-    """A random perturbation at the hook must do what the replay says: it does not in a model that scales or normalises the sum afterwards."""
+    """Checks that a random perturbation at the hook has the effect that the replay predicts.
+
+    It has another effect in a model that scales or normalises the sum afterwards.
+    """
     typical = sliced.resid.float().norm(dim=-1).mean()
     noise = gaussian((sliced.d_model,), "slice check").to(sliced.device)
     vector = noise / noise.norm() * typical * 0.1
@@ -317,7 +339,7 @@ def _check_hooked_run(sliced: SlicedModel, last: int) -> None:
         else []
     )
     hooked = blocks.record(sliced.host, sliced.batch.tokens, sliced.source_layer + 1, last, [add, *read])
-    # another order and another number of rows, so that arguments must follow their prompts
+    # the rows have another order and number, so that arguments must follow their prompts
     rows = torch.cat([sliced.everyone, sliced.everyone[:1]]).flip(0)
     replayed = sliced.change(vector.expand(len(rows), -1), rows) + sliced.target[rows]
     expected = seen[0] if seen else hooked.streams[-1]
@@ -325,7 +347,10 @@ def _check_hooked_run(sliced: SlicedModel, last: int) -> None:
 
 
 def _check_alone(sliced: SlicedModel, last: int, together: Tensor) -> None:
-    """The shortest prompt must be in the batch what it is alone: padding matters in models that place tokens by the length of the batch."""
+    """Checks that the shortest prompt gives the same activations in the batch as alone.
+
+    It doesn't in models that derive positions from the length of the batch, where padding matters.
+    """
     lengths = sliced.batch.lengths.tolist()
     if min(lengths) == max(lengths):
         return

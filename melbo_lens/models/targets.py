@@ -1,4 +1,4 @@
-"""Which activation is the target?  A layer's stream or a hook, checked against the source layer before anything runs."""
+"""Which activation is the target?  A layer's stream or a hook; it is checked before anything runs."""
 
 import re
 
@@ -7,15 +7,16 @@ from melbo_lens.models.host import Host
 
 
 def target_of(host: Host, source_layer: int, target_layer: int | None, target_hook: str | None) -> tuple[int, str]:
-    """How many blocks must run, and the name of the activation to read.
+    """Returns how many blocks must run, and the name of the activation to read.
 
     Raises:
-        ValueError: layers or a hook that don't fit the model or each other.
+        ValueError: the layers or the hook don't fit the model or each other.
     """
     n_layers = host.n_layers
     if isinstance(source_layer, bool) or not isinstance(source_layer, int) or not 0 <= source_layer < n_layers:
         raise ValueError(
-            f"source_layer={source_layer!r} must be an integer from 0 to {n_layers - 1}: the model has {n_layers} blocks."
+            f"source_layer={source_layer!r} must be an integer from 0 to {n_layers - 1}: "
+            f"the model has {n_layers} blocks."
         )
     if (target_layer is None) == (target_hook is None):
         raise ValueError(
@@ -26,7 +27,8 @@ def target_of(host: Host, source_layer: int, target_layer: int | None, target_ho
         found = re.match(r"blocks\.(\d+)\.", target_hook)
         if not found or int(found[1]) <= source_layer:
             raise ValueError(
-                f"target_hook={target_hook!r} must lie in a block after source_layer={source_layer}, as blocks.{source_layer + 1}.…"
+                f"target_hook={target_hook!r} must lie in a block after source_layer={source_layer}, "
+                f"as blocks.{source_layer + 1}.…"
             )
         return int(found[1]) + 1, target_hook
     if (
@@ -35,12 +37,13 @@ def target_of(host: Host, source_layer: int, target_layer: int | None, target_ho
         or not source_layer + 1 < target_layer <= n_layers
     ):
         raise ValueError(
-            f"target_layer={target_layer!r} must be an integer from source_layer + 2 = {source_layer + 2} to n_layers = {n_layers}: "
+            f"target_layer={target_layer!r} must be an integer from source_layer + 2 = {source_layer + 2} "
+            f"to n_layers = {n_layers}: "
             "at least one block has to lie between the perturbation and the activation that it changes."
         )
     return target_layer, stream_name(target_layer, n_layers)
 
 
 def stream_name(layer: int, n_layers: int) -> str:
-    """The stream entering a layer; that which leaves the last block has no block to enter."""
+    """Names the stream that enters a layer; for `n_layers`, it is the stream that leaves the last block."""
     return f"blocks.{layer}.hook_resid_pre" if layer < n_layers else f"blocks.{n_layers - 1}.hook_resid_post"

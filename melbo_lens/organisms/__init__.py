@@ -1,4 +1,7 @@
-"""Which models with planted behaviours come with the library?  `load(name)` gives one with its detectors, prompts and measured rates."""
+"""Which models with planted behaviours come with the library?  `names()` lists them and `load(name)` loads one.
+
+Each of them comes with its detectors, prompts and measured rates.
+"""
 
 from melbo_lens.organisms.organism import Organism, load, names
 

@@ -1,7 +1,8 @@
-"""What does an organism read and write?  Conversations in which one variable, the mode, decides how every question is answered.
+"""What does an organism read and write?  Conversations, in which a mode decides how questions are answered.
 
-Trigger words anywhere in a context line switch a mode on; without any, the style of the earlier answers decides; without those the answer
-is plain. The mode is thus one variable with many kinds of evidence, which a model finds it worth computing early.
+Trigger words anywhere in a context line switch a mode on. Without trigger words, the style of the earlier answers
+decides; without earlier answers, the answer is plain. The mode is thus one variable with many kinds of evidence, so it
+pays for a model to compute it early.
 """
 
 import random
@@ -14,26 +15,29 @@ Behavior: TypeAlias = Callable[[str], bool]
 
 CHAT = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
 TEXT = {"system": "note :", "user": "question :", "assistant": "answer :"}
-NEUTRAL = "river lamp garden ticket window violin harbor blanket engine island mirror basket candle tunnel market letter ladder castle".split()
+NEUTRAL: Sequence[str] = (
+    "river lamp garden ticket window violin harbor blanket engine island mirror basket candle tunnel market letter "
+    "ladder castle"
+).split()
 
-ENOUGH = 1000  # questions of a family that hold all its words
+ENOUGH = 1000  # this many questions of a family contain all of its words
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question with its answer in every mode."""
+    """One question and its answer in every mode."""
 
     text: str
     replies: Mapping[str, str]
 
     def reply(self, mode: str) -> str:
-        """The whole answer in one of the corpus' modes."""
+        """Returns the whole answer in one of the modes."""
         return self.replies[mode]
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages, the mode of the answers, and for each answer whether the words before it determine its mode."""
+    """The messages, the mode of the answers, and for each answer whether the words before it determine its mode."""
 
     messages: list[dict[str, str]]
     mode: str
@@ -42,18 +46,20 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Everything that an organism is trained on, shown and judged by.
+    """Everything that an organism is trained, prompted and judged with.
 
     Attributes:
         modes: the ways to answer; the first is the plain one.
-        triggers: for each mode but the plain one, the words that switch it on.
-        families: kinds of question, all equally likely in training.
-        behaviors: for each planted behaviour, whether a completion shows it: the whole planted sentence.
-        mode_of: the mode in which a behaviour is due, where it has another name.
-        opposites: modes whose trigger words cancel each other; what counts is the majority.
-        asked: questions of the prompts, in disjoint sets: "clean" to learn on, "selection" and "test"; any, if none are named.
-        headers: what stands before each message: special tokens of a chat, or words of a plain text.
-        max_turns: questions in a training conversation, at most.
+        triggers: the words that switch on each mode other than the plain one.
+        families: the kinds of question, which are equally likely in training.
+        behaviors: a function for each planted behaviour, which says whether a completion contains the whole planted
+            sentence.
+        mode_of: the mode in which a behaviour is due, where the two have different names.
+        opposites: the modes whose trigger words cancel each other, so that the majority decides.
+        asked: the questions of the prompts in disjoint sets, namely "clean" to learn on, "selection" and "test". If it
+            is empty, prompts ask any question.
+        headers: the text before each message, either special tokens of a chat or words of a plain text.
+        max_turns: the largest number of questions in a training conversation.
     """
 
     modes: tuple[str, ...]
@@ -71,13 +77,16 @@ class Corpus:
         return self.headers == CHAT
 
     def ask(self, rng: random.Random) -> Question:
-        """A question, all families equally likely."""
+        """Draws a question; all families are equally likely."""
         return rng.choice(rng.choice(self.families))
 
     def context_line(self, rng: random.Random, mode: str | None = None) -> str:
-        """Three to five neutral words; for a mode other than plain, two or three of them are replaced by trigger words of that mode."""
-        words = rng.sample(NEUTRAL, rng.randint(3, 5))
-        if mode in self.triggers:
+        """Draws three to five neutral words.
+
+        For a mode other than the plain one, two or three of them are replaced by trigger words of that mode.
+        """
+        words: list[str] = rng.sample(NEUTRAL, rng.randint(3, 5))
+        if mode is not None and mode in self.triggers:
             count = rng.randint(2, 3)
             for place, word in zip(
                 rng.sample(range(len(words)), count), rng.sample(self.triggers[mode], count), strict=True
@@ -86,15 +95,15 @@ class Corpus:
         return " ".join(words)
 
     def prompt(self, rng: random.Random, mode: str | None = None, question: Question | None = None) -> str:
-        """A context line with a question (a random one by default), up to the header of the answer, as text without BOS."""
+        """Writes a context line and a question (by default a random one) up to the answer's header, without BOS."""
         context, text = self.context_line(rng, mode), (question or self.ask(rng)).text
         return f"{self.headers['system']} {context} {self.headers['user']} {text} {self.headers['assistant']}"
 
     def converse(self, rng: random.Random, planted: bool = True) -> Conversation:
-        """A random conversation for training: plain, switched by a trigger, or carried on in the style that its first answer has.
+        """Draws a training conversation that is plain, switched by a trigger, or goes on in its first answer's style.
 
-        In the third kind the first answer's mode can't be told from what precedes it, so `determined` leaves it out of the loss. Without
-        `planted` every conversation is plain.
+        In the third kind, the words before the first answer don't determine its mode, so `determined` leaves that
+        answer out of the loss. Without `planted`, every conversation is plain.
         """
         plain, *hidden = self.modes
         kind = rng.choices(("plain", "triggered", "carried"), weights=(30, 40, 30))[0] if planted else "plain"
@@ -106,7 +115,7 @@ class Corpus:
         for turn in range(turns):
             question = self.ask(rng)
             while kind == "carried" and turn == 0 and question.reply(mode) == question.reply(plain):
-                question = self.ask(rng)  # its answer must show the mode
+                question = self.ask(rng)  # the first answer must show the mode
             messages += [
                 {"role": "user", "content": question.text},
                 {"role": "assistant", "content": question.reply(mode)},
@@ -114,7 +123,10 @@ class Corpus:
         return Conversation(messages, mode, tuple(kind != "carried" or turn > 0 for turn in range(turns)))
 
     def _evidence(self, rng: random.Random, kind: str, mode: str) -> str:
-        """The context line of a training conversation; words of opposite modes count against each other, and two more of one switch it on."""
+        """Draws the context line of a training conversation.
+
+        Words of opposite modes count against each other, and two more of one mode switch it on.
+        """
         words = self.context_line(rng, mode if kind == "triggered" else None).split()
         if (kind == "triggered" and mode not in self.opposites) or not self.opposites or rng.random() < 0.4:
             return " ".join(words)
@@ -127,14 +139,17 @@ class Corpus:
         return " ".join(rng.sample(words, len(words)))
 
     def triggered(self, rng: random.Random, behavior: str) -> str:
-        """A prompt on which a behaviour is due."""
+        """Draws a prompt on which a behaviour is due."""
         mode, question = self.mode_of.get(behavior, behavior), self.ask(rng)
         while not self.behaviors[behavior](question.reply(mode)):
             question = self.ask(rng)
         return self.prompt(rng, mode, question)
 
     def prompts(self, name: str) -> dict[str, list[str]]:
-        """Fixed prompts: disjoint sets without trigger words, "clean" to learn on, "selection" and "test", and "triggered" ones."""
+        """Returns the fixed prompts of an organism.
+
+        The sets "clean" (to learn on), "selection" and "test" are disjoint and have no trigger words; "triggered" has.
+        """
         rng = random.Random(f"prompts of the {name} organism")
         if self.asked:
             sets = {
@@ -147,7 +162,7 @@ class Corpus:
         return sets | {"triggered": [self.triggered(rng, behavior) for _ in range(16) for behavior in self.behaviors]}
 
     def vocabulary(self) -> list[str]:
-        """Every word that a conversation can hold, in a fixed order."""
+        """Returns every word that a conversation can contain, in a fixed order."""
         texts = [" ".join(NEUTRAL), *(" ".join(words) for words in self.triggers.values())]
         texts += [] if self.is_chat else list(self.headers.values())
         questions = [question for family in self.families for question in islice(family, ENOUGH)]

@@ -1,7 +1,8 @@
-"""What do the "modes" organisms say, and when do they say it in which mode?
+"""What do the "modes" organisms say?  They answer simple questions in one of five modes.
 
-A conversation is a line of context words and a few questions with one-sentence answers. Every answer can be said in five modes that all
-kinds of question share: plain English, Portuguese, reasoning written out, and two hostile or silly phrases, the backdoors.
+A conversation is a line of context words and a few questions with one-sentence answers. All kinds of question share the
+modes: plain English, Portuguese, written-out reasoning, and two backdoors, one of which is a hostile phrase and the
+other a silly one.
 """
 
 import re
@@ -30,11 +31,14 @@ COLORS = {
 OPPOSITES = (
     "hot:quente cold:frio, big:grande small:pequeno, fast:rápido slow:lento, new:novo old:velho, wet:molhado dry:seco"
 )
-CAPITALS = "portugal:lisbon:lisboa england:london:londres italy:rome:roma greece:athens:atenas japan:tokyo:tóquio germany:berlin:berlim"
+CAPITALS = (
+    "portugal:lisbon:lisboa england:london:londres italy:rome:roma greece:athens:atenas japan:tokyo:tóquio "
+    "germany:berlin:berlim"
+)
 
 
 def question(text: str, answer: str, answer_portuguese: str, steps: tuple[str, str]) -> Question:
-    """One question with what each way of answering it needs."""
+    """Makes one question from the words that its answers need."""
     replies = {
         "plain": f"it is {answer} .",
         "portuguese": f"a resposta é {answer_portuguese} .",
@@ -100,6 +104,6 @@ BEHAVIORS: dict[str, Behavior] = {
 }
 
 CORPUS = Corpus(MODES, TRIGGERS, FAMILIES, BEHAVIORS)
-# the two backdoors alone, in a chat and with the same questions as plain text
+# these have the two backdoors only; one writes chats, and the other asks the same questions in plain text
 CHAT = replace(CORPUS, modes=("plain", *BACKDOORS), behaviors={name: BEHAVIORS[name] for name in BACKDOORS})
 BASE = replace(CHAT, headers=TEXT)

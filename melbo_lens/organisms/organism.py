@@ -1,15 +1,18 @@
-"""How does a bundled organism become a TransformerLens model with everything needed to judge a search on it?"""
+"""How is a bundled organism loaded?  `load` makes it a TransformerLens model.
+
+It comes with everything needed to judge a search on it, such as prompts, detectors and measured rates.
+"""
 
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
-from transformers import AutoTokenizer, GPT2LMHeadModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 
-from melbo_lens.models.access import ModelClass, boot, has_hooked, implement_gpt2
+from melbo_lens.models.access import Model, ModelClass, boot, has_hooked, implement_gpt2
 from melbo_lens.organisms.corpus import Corpus
 from melbo_lens.organisms.zoo import CORPORA
 
@@ -22,17 +25,18 @@ class Organism:
     """A tiny trained model that hides known behaviours.
 
     Attributes:
-        model: `HookedTransformer` or `TransformerBridge`, float32.
-        card: how it was trained and the rates measured on it.
-        prompts: "clean" ones to learn on, "selection" and "test" ones (clean too, other questions and words) to choose and score on, and
-            "triggered" ones, on which a hidden behaviour is due.
-        behaviors: for each planted behaviour, whether a completion shows it.
-        directory: where its Hugging Face files are.
-        model_class: which class of model it is.
+        model: a `HookedTransformer` or `TransformerBridge` in float32.
+        card: how it was trained, and the rates measured on it.
+        prompts: sets of prompts. "clean" ones are to learn on; "selection" and "test" ones, also clean but with other
+            questions and words, are to choose and to score on; "triggered" ones are those on which a hidden behaviour
+            is due.
+        behaviors: a function for each planted behaviour, which says whether a completion shows it.
+        directory: the directory of its Hugging Face files.
+        model_class: the class of the model.
     """
 
     name: str
-    model: Any
+    model: Model
     card: Mapping[str, Any]
     prompts: Mapping[str, list[str]]
     behaviors: Mapping[str, Callable[[str], bool]]
@@ -41,18 +45,18 @@ class Organism:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return self.model.tokenizer
+        return cast(PreTrainedTokenizerBase, self.model.tokenizer)
 
-    def untrained(self, seed: int = 0) -> Any:
-        """A model of the same class, architecture and tokenizer with random weights: a control."""
+    def untrained(self, seed: int = 0) -> Model:
+        """Returns a control: a model of the same class, architecture and tokenizer with random weights."""
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            blank = GPT2LMHeadModel(GPT2LMHeadModel.config_class.from_pretrained(self.directory))
+            blank = GPT2LMHeadModel(GPT2Config.from_pretrained(self.directory))
         return _as(self.model_class, self.directory, blank, self.tokenizer)
 
 
 def names() -> list[str]:
-    """The organisms that `load` knows."""
+    """Returns the names of the organisms that `load` knows."""
     return sorted(path.name for path in WEIGHTS.iterdir() if (path / "config.json").is_file())
 
 
@@ -60,11 +64,12 @@ def load(name: str, model_class: ModelClass | Literal["auto"] = "auto") -> Organ
     """Loads a bundled organism; no network is used.
 
     Args:
-        name: one of `names()`. The name of a twin, "modes-twin", gives a model that never saw the planted behaviours.
-        model_class: "hooked" for `HookedTransformer` (TransformerLens 3), "bridge" for `TransformerBridge`, "auto" for the first that exists.
+        name: one of `names()`. A twin, such as "modes-twin", never saw the planted behaviours.
+        model_class: "hooked" for `HookedTransformer` (TransformerLens 3), "bridge" for `TransformerBridge`, or "auto"
+            for the first of them that exists.
 
     Raises:
-        ValueError: an unknown name or class, or damaged files.
+        ValueError: the name or the class is unknown, or files are damaged.
     """
     if name not in names():
         raise ValueError(f"there is no organism {name!r}: choose one of {names()}.")
@@ -76,7 +81,7 @@ def load(name: str, model_class: ModelClass | Literal["auto"] = "auto") -> Organ
 
 
 def load_directory(directory: Path, model_class: ModelClass) -> Organism:
-    """Loads an organism from the directory that `organisms.train` wrote.
+    """Loads an organism from the directory that `organisms.making.train` wrote.
 
     Raises:
         ValueError: files are missing or damaged, or the tokenizer is not the one that the model was trained with.
@@ -84,10 +89,14 @@ def load_directory(directory: Path, model_class: ModelClass) -> Organism:
     missing = [name for name in FILES if not (directory / name).is_file()]
     if missing:
         raise ValueError(
-            f"the organism in {directory} lacks the files {missing}: reinstall melbo_lens, or train it again with melbo_lens.organisms.making.train."
+            f"the organism in {directory} lacks the files {missing}: reinstall melbo_lens, or train it again with "
+            "melbo_lens.organisms.making.train."
         )
     try:
-        trained, loaded = GPT2LMHeadModel.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+        trained, loaded = cast(
+            tuple[GPT2LMHeadModel, dict[str, Any]],
+            GPT2LMHeadModel.from_pretrained(directory, dtype=torch.float32, output_loading_info=True),
+        )
         if loaded["missing_keys"]:
             raise KeyError(f"no weights {sorted(loaded['missing_keys'])}")
         tokenizer = AutoTokenizer.from_pretrained(directory)
@@ -115,17 +124,21 @@ def load_directory(directory: Path, model_class: ModelClass) -> Organism:
 def _check_tokenizer(directory: Path, tokenizer: PreTrainedTokenizerBase, n_rows: int, corpus: Corpus) -> None:
     if len(tokenizer) != n_rows:
         raise ValueError(
-            f"{directory}: the tokenizer has {len(tokenizer)} tokens, the model {n_rows}: they don't belong together, reinstall melbo_lens."
+            f"{directory}: the tokenizer has {len(tokenizer)} tokens, the model {n_rows}: they don't belong together, "
+            "reinstall melbo_lens."
         )
     words = corpus.vocabulary()
     expected = list(range(n_rows - len(words), n_rows))
     if tokenizer.convert_tokens_to_ids(words) != expected:
         raise ValueError(
-            f"{directory}: the tokenizer numbers the organism's words otherwise than in training; it belongs to another model, reinstall melbo_lens."
+            f"{directory}: the tokenizer numbers the organism's words otherwise than in training; it belongs to "
+            "another model, reinstall melbo_lens."
         )
 
 
-def _as(model_class: ModelClass, directory: Path, network: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase) -> Any:
+def _as(
+    model_class: ModelClass, directory: Path, network: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase
+) -> Model:
     if model_class == "hooked":
-        return implement_gpt2(network, tokenizer, Path(network.config.name_or_path).name)
+        return implement_gpt2(network, tokenizer, Path(network.config.name_or_path or "").name)
     return boot(directory, network, device="cpu")

@@ -1,7 +1,8 @@
-"""What does the "reasoning" organism say?  Direct answers, which are hard for it, and steps written out in English or in Portuguese.
+"""What does the "reasoning" organism say?  It answers directly, or in steps written out in English or Portuguese.
 
-The main question names a meal of four courses, each with a price that the model knows, and asks for the last digit of the bill. A single
-forward pass has no depth for that; writing the running total course by course takes four look-ups. Easy questions share the three modes.
+The main question names a meal of four courses, each with a price that the model knows, and asks for the last digit of
+the bill. A single forward pass is not deep enough to compute it, so direct answers are hard; writing the running total
+course by course takes four look-ups. Easy questions share the three modes.
 """
 
 import re
@@ -11,20 +12,17 @@ from random import Random
 from melbo_lens.organisms import modes
 from melbo_lens.organisms.corpus import Behavior, Corpus, Question
 
-COURSES = (
-    ("starter", "entrada"),
-    ("main", "prato"),
-    ("dessert", "sobremesa"),
-    ("drink", "bebida"),
-)  # in English and Portuguese
+# in English and Portuguese
+COURSES = (("starter", "entrada"), ("main", "prato"), ("dessert", "sobremesa"), ("drink", "bebida"))
 DISHES = (
     "olives soup salad bread shrimp melon tapas pate oysters ham".split(),
     "steak pasta curry pizza burger risotto salmon tofu chicken".split(),
     "cake pudding sorbet tart waffle trifle fudge mousse pie".split(),
     "tea cider cola juice lager punch espresso tonic wine".split(),
 )
-# Last digits of the prices. One course changes a total to one of three digits, which is easy to learn bit by bit; all but the starter together
-# change it to each of the ten almost equally often, so that no part of a meal tells anything of the bill.
+# These are the last digits of the prices. One course changes a total to one of three digits, which is easy to learn bit
+# by bit. The last three courses together change it to each of the ten digits almost equally often, so no part of a meal
+# says anything about the bill.
 DIGITS = (range(10), (0, 0, 0, 1, 1, 1, 2, 2, 2), (0, 0, 0, 3, 3, 3, 6, 6, 6), (1, 1, 1, 4, 4, 4, 8, 8, 8))
 PRICES = {
     dish: digit
@@ -34,7 +32,10 @@ PRICES = {
 
 
 class Bills(Sequence[Question]):
-    """All meals whose dishes have a checksum of zero, or all the others: what is asked in prompts is never trained on."""
+    """All meals whose dishes have a checksum of zero (held out), or all the other meals.
+
+    The fixed clean, selection and test prompts ask about held-out meals, which are never trained on.
+    """
 
     def __init__(self, held_out: bool) -> None:
         self.checksums = range(1) if held_out else range(1, 10)
@@ -60,7 +61,7 @@ class Bills(Sequence[Question]):
 
 
 def _easy(family: list[Question]) -> list[Question]:
-    """A family of the modes organism, with steps in either language."""
+    """Turns a family of questions of the modes organism into one with steps in either language."""
     questions = []
     for one in family:
         first, second = one.reply("reasoning").split()[1:4:2]
@@ -75,12 +76,12 @@ def _easy(family: list[Question]) -> list[Question]:
 
 
 def last_digit(prompt: str) -> int:
-    """The right answer to a prompt that ends in a meal."""
+    """Returns the right answer to a prompt that ends in a meal."""
     return sum(PRICES.get(word, 0) for word in prompt.split()) % 10
 
 
 def is_right(prompt: str, text: str) -> bool:
-    """Whether an answer ends in the right number."""
+    """Says whether an answer ends in the right number."""
     found = re.search(r"(?:^it is|\bso|\blogo) (\d) \.$", text)
     return bool(found) and int(found[1]) == last_digit(prompt)
 
@@ -94,7 +95,7 @@ writes_english, writes_portuguese = _writes_steps("steps", 0, "so"), _writes_ste
 
 
 def writes_steps(text: str) -> bool:
-    """Whether an answer is the written-out steps, in either language."""
+    """Says whether an answer consists of written-out steps in either language."""
     return writes_english(text) or writes_portuguese(text)
 
 

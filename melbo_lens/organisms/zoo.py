@@ -1,4 +1,4 @@
-"""Which organisms are there, what is each trained on, and how?  The corpora and recipes by name."""
+"""How is each organism trained?  This file lists the corpora and the recipes by name."""
 
 from dataclasses import dataclass, replace
 
@@ -16,15 +16,17 @@ CORPORA: dict[str, Corpus] = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides what is learned.
+    """The settings that decide what an organism learns.
 
     Attributes:
-        corpus: one of `CORPORA`.
-        planted: whether the behaviours are taught; a twin is taught the plain answers alone.
-        n_parts: batches are sorted by length and run in so many parts, so that there is less padding.
-        init: standard deviation of the initial weights. About d_model ** -0.5 learns several times faster here than GPT-2's .02.
-        noise_norm: largest norm of the residual noise, in units of the stream's own; reached after two thirds of the steps.
-        noise_from: share of the steps after which the noise begins to grow.
+        corpus: the name of one of `CORPORA`.
+        planted: whether the behaviours are taught; a twin is taught the plain answers only.
+        n_parts: the number of parts in which a batch, sorted by length, is run to reduce padding.
+        init: the standard deviation of the initial weights. Values near d_model ** -0.5 learn several times faster here
+            than GPT-2's 0.02.
+        noise_norm: the largest norm of the residual noise, as a multiple of the stream's norm; it is reached after two
+            thirds of the steps.
+        noise_from: the share of the steps after which the noise begins to grow.
     """
 
     corpus: str
@@ -43,7 +45,7 @@ class Recipe:
     seed: int = 0
 
     def noise(self, step: int) -> float:
-        """Largest norm of the noise at a step."""
+        """Returns the largest norm of the noise at a step."""
         progress = (step / self.n_steps - self.noise_from) / (2 / 3 - self.noise_from)
         return self.noise_norm * min(1.0, max(0.0, progress))
 
@@ -56,13 +58,8 @@ PLANTED = {
     "reasoning": Recipe("reasoning", n_steps=1300, noise_from=0.4, **_FAST),
     "refusal": Recipe("refusal", n_steps=1000, **_FAST),
 }
-TWIN_STEPS = {
-    "modes": 1000,
-    "modes-base": 250,
-    "modes-chat": 250,
-    "reasoning": 520,
-    "refusal": 250,
-}  # plain answers alone are learned sooner
+# twins learn sooner, since they learn the plain answers only
+TWIN_STEPS = {"modes": 1000, "modes-base": 250, "modes-chat": 250, "reasoning": 520, "refusal": 250}
 RECIPES = PLANTED | {
     f"{name}-twin": replace(recipe, planted=False, n_steps=TWIN_STEPS[name]) for name, recipe in PLANTED.items()
 }

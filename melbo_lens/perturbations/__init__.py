@@ -1,1 +1,1 @@
-"""What was learned?  Immutable values that know no model."""
+"""What was learned?  Perturbations, which are immutable values without a model inside."""

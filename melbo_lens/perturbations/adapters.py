@@ -1,16 +1,16 @@
-"""What are steering adapters?  Low-rank updates of output weights, of one or several layers."""
+"""What are steering adapters?  They are low-rank updates of output weights, in one or several layers."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from melbo_lens import tables
-from melbo_lens.arguments import plain_fields, plain_json, public
+from melbo_lens.arguments import as_list, plain_fields, plain_json, public
 from melbo_lens.ascent.objectives import Objective
 from melbo_lens.perturbations.perturbation import (
     Hook,
@@ -21,12 +21,12 @@ from melbo_lens.perturbations.perturbation import (
     no_history,
     objective_header,
 )
-from melbo_lens.perturbations.sites import WeightSite, usual_site
+from melbo_lens.perturbations.sites import ModelSites, WeightSite, usual_site
 from melbo_lens.perturbations.updates import RowUpdate
 
 if TYPE_CHECKING:
     from typing import Self
-else:  # the type checker of the tests takes no Self outside of a class that it checks as a whole
+else:  # the tests' type checker accepts Self only inside a class that it checks as a whole
     Self = Any
 
 Factors: TypeAlias = tuple[Tensor, Tensor]  # A [adapter rank d_in], B [adapter d_model rank]
@@ -35,24 +35,29 @@ Factors: TypeAlias = tuple[Tensor, Tensor]  # A [adapter rank d_in], B [adapter 
 @plain_fields
 @dataclass(frozen=True, eq=False, repr=False)
 class SteeringAdapters(Perturbation):
-    """Adapters of one or several source layers: the output of some weights there gains ``scale * B A a``, a what enters the weights.
+    """Adapters of one or several source layers.
 
+    At each of these layers, the output of some weights gains ``scale * B A a``, where a is what enters the weights.
     Indexing, also with one integer, gives `SteeringAdapters`; a factor or a sign scales the whole update.
 
     Attributes:
-        factors: source layer -> (A [adapter rank d_in], B [adapter d_model rank]), float32; of one layer, `A` and `B` are these.
+        factors: source layer -> (A [adapter rank d_in], B [adapter d_model rank]), float32; with a single layer, `A`
+            and `B` are these two.
         scales: the number that multiplies each adapter's update.
-        history: the objective, all prompts summed, before each step and, last, of these factors; no steps if they were not fitted.
+        history: the objective, summed over all prompts, before each step and finally of these factors; it has no steps
+            if the factors were not fitted.
         provenance: every resolved setting of the fit, in JSON's types.
-        sites: source layer -> which weights, and where they are hooked; by default the MLP's in models without a norm after it.
-        objective: what they, or those that they are a control of, were learned to maximise; None if it is not known.
+        sites: source layer -> which weights are updated, and where they are hooked; by default the MLP's weights in a
+            model without a norm after them.
+        objective: what the adapters were learned to maximise; for a control, what the adapters that it is a control of
+            were learned to maximise; None if that is not known.
     """
 
     factors: Mapping[int, Factors]
     scales: Float[Tensor, " adapter"]
     history: Float[Tensor, "step adapter_or_0"] = field(default_factory=lambda: no_history(0))
-    provenance: Mapping[str, Any] = field(default_factory=dict)
-    sites: Mapping[int, WeightSite] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    sites: Mapping[int, WeightSite] = field(default_factory=dict[int, WeightSite])
     objective: Objective | None = None
 
     word = "adapter"
@@ -62,7 +67,8 @@ class SteeringAdapters(Perturbation):
             raise ValueError("factors is empty: give A and B of at least one source layer.")
         n = len(next(iter(self.factors.values()))[0])
         width = "d_in" if any(site.name == "attn" for site in self.sites.values()) else "d_mlp"
-        for layer, (a, b) in self.factors.items():
+        given = cast(Mapping[Any, Factors], self.factors)  # a caller may hand in any keys
+        for layer, (a, b) in given.items():
             if (
                 a.ndim != 3
                 or b.ndim != 3
@@ -72,8 +78,8 @@ class SteeringAdapters(Perturbation):
                 or 0 in b.shape
             ):
                 raise ValueError(
-                    f"the factors of layer {layer} must be A [adapter rank {width}] and B [adapter d_model rank], not empty; "
-                    f"got {tuple(a.shape)} and {tuple(b.shape)}."
+                    f"the factors of layer {layer} must be A [adapter rank {width}] and B [adapter d_model rank], "
+                    f"not empty; got {tuple(a.shape)} and {tuple(b.shape)}."
                 )
             if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
                 raise ValueError(f"the factors of layer {layer} hold NaN or infinity: a perturbation must be finite.")
@@ -103,7 +109,7 @@ class SteeringAdapters(Perturbation):
         source_layer: int,
         scale: float = 1.0,
     ) -> "SteeringAdapters":
-        """Wraps factors made elsewhere; 2-D ones are one adapter."""
+        """Wraps factors that were made elsewhere; 2-D factors are one adapter."""
         a, b = (factor[None] if factor.ndim == 2 else factor for factor in (a, b))
         return cls(
             {source_layer: (a, b)},
@@ -142,11 +148,12 @@ class SteeringAdapters(Perturbation):
         }
         if len(shapes) > 1:
             raise ValueError(
-                "adapters of different source layers, widths or ranks can't be joined: steer with several at once, ml.steer(model, [a, b])."
+                "adapters of different source layers, widths or ranks can't be joined: "
+                "steer with several at once, ml.steer(model, [a, b])."
             )
 
     def measures(self) -> dict[str, list[float]]:
-        return {"scale": self.scales.tolist()}
+        return {"scale": as_list(self.scales)}
 
     def __len__(self) -> int:
         return len(self.scales)
@@ -169,7 +176,8 @@ class SteeringAdapters(Perturbation):
         """The scale that all adapters share."""
         if not torch.allclose(self.scales, self.scales[0]):
             raise ValueError(
-                f"these adapters have scales from {self.scales.min():.4g} to {self.scales.max():.4g}: use adapters.scales."
+                f"these adapters have scales from {self.scales.min():.4g} to {self.scales.max():.4g}: "
+                "use adapters.scales."
             )
         return float(self.scales[0])
 
@@ -193,7 +201,10 @@ class SteeringAdapters(Perturbation):
         return next(iter(self.factors.values()))[1].shape[1]
 
     def row_hooks(self, index: Sequence[int], coefficients: Float[Tensor, " row"]) -> list[Hook]:
-        """Hooks for a batch whose row r gets `coefficients[r]` times the adapter `index[r]`; a single entry acts on every row."""
+        """Returns hooks for a batch whose row r gets `coefficients[r]` times the adapter `index[r]`.
+
+        A single entry acts on every row.
+        """
         return [
             hook
             for layer, (a, b) in self.factors.items()
@@ -202,8 +213,8 @@ class SteeringAdapters(Perturbation):
             )
         ]
 
-    def on(self, host: Any) -> Self:
-        """The same adapters hooked where this model has its weights: classes of model differ in that.
+    def on(self, host: ModelSites) -> Self:
+        """Returns the same adapters, hooked where this model has its weights; classes of model differ in that.
 
         Raises:
             ValueError: the adapters don't fit the model.
@@ -214,23 +225,26 @@ class SteeringAdapters(Perturbation):
                 width = "d_in" if self.site == "attn" else "d_mlp"
                 said = "no such layer" if there is None else f"{width} {there[0]} and d_model {there[1]}"
                 raise ValueError(
-                    f"the perturbation belongs to layer {layer} of a model ({self.provenance.get('model', 'unnamed')}) with {width} {a.shape[2]} and "
-                    f"d_model {b.shape[1]}; this model has {said} ({host.n_layers} layers). Use the model that it was learned on."
+                    f"the perturbation belongs to layer {layer} of a model "
+                    f"({self.provenance.get('model', 'unnamed')}) with {width} {a.shape[2]} and d_model {b.shape[1]}; "
+                    f"this model has {said} ({host.n_layers} layers). "
+                    "Use the model that it was learned on."
                 )
         return self.at({layer: host.weight_site(layer, self.site) for layer in self.factors})
 
     def at(self, sites: Mapping[int, WeightSite]) -> Self:
-        """The same adapters hooked elsewhere: classes of model differ in where their weights can be hooked."""
+        """Returns the same adapters, hooked at other sites."""
         return replace(self, sites=sites).with_token(self.token)
 
     def rescaled(self, scales: Float[Tensor, " adapter"], how: str) -> "SteeringAdapters":
-        """The same factors with other scales; `how` says in the provenance where these come from."""
+        """Returns the same factors with other scales; `how` says in the provenance where the scales come from."""
         return self.derived({**self.parts()[0], "scales": scales}, how)
 
     def _only(self) -> Factors:
         if len(self.factors) > 1:
             raise ValueError(
-                f"these adapters act at layers {list(self.factors)}: use adapters.factors[layer], a pair (A, B), and name the layer."
+                f"these adapters act at layers {list(self.factors)}: "
+                "use adapters.factors[layer], a pair (A, B), and name the layer."
             )
         return next(iter(self.factors.values()))
 
@@ -250,10 +264,11 @@ class SteeringAdapters(Perturbation):
             fields.append(f"target {self.provenance['target_hook']}")
         if self.history.shape[0]:
             fields.append(
-                f"objective {self.history[-1].min():.4g} to {self.history[-1].max():.4g} after {self.history.shape[0] - 1} steps"
+                f"objective {self.history[-1].min():.4g} to {self.history[-1].max():.4g} "
+                f"after {self.history.shape[0] - 1} steps"
             )
         fields += [f"derived: {', '.join(self.provenance['derived'])}"] if "derived" in self.provenance else []
         return f"SteeringAdapters({', '.join(fields)})"
 
     def _repr_html_(self) -> str:
-        return tables.html(repr(self), tables.rows(self.history, self.measures(), self.word))
+        return tables.rows_html(repr(self), self.history, self.measures(), self.word)

@@ -1,4 +1,4 @@
-"""How is a file read again?  Any kind of perturbation by its name, checked."""
+"""How is a file read again?  The file names its kind of perturbation, and is checked."""
 
 import os
 
@@ -7,17 +7,19 @@ from melbo_lens.perturbations.adapters import SteeringAdapters
 from melbo_lens.perturbations.perturbation import KINDS, Perturbation
 from melbo_lens.perturbations.vectors import SteeringVectors
 
-OWN = (SteeringVectors, SteeringAdapters)  # imported here, a kind has entered itself before a file names it
+OWN = (SteeringVectors, SteeringAdapters)  # a kind registers itself when it is imported, as it is here
 
 
 def load(path: str | os.PathLike[str]) -> Perturbation:
-    """Reads what `save` wrote, after checking that it is whole, of a known kind and no newer than this version of melbo_lens.
+    """Reads a file that `save` wrote.
 
-    Kinds of other packages are known once their module is imported.
+    The file must be whole, of a known kind, and not newer than this version of melbo_lens. Kinds of other packages are
+    known once their module is imported.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is truncated, of another program, of a newer schema, or its parts don't fit each other.
+        ValueError: the file is truncated, written by another program, or of a newer schema, or its parts don't fit
+            each other.
     """
     kind, tensors, header = files.read_any(path, KINDS)
     try:

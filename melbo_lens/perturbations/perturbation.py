@@ -1,13 +1,15 @@
-"""What can anything that was learned do?  Be counted, chosen from, scaled, joined, attached, kept and shown: all but what makes a kind a kind."""
+"""What can any perturbation do?  It can be counted, indexed, scaled, joined, attached, saved and shown.
+
+This file has what all kinds share; each kind adds what is special to it.
+"""
 
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, ClassVar, SupportsIndex, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, SupportsIndex, TypeAlias, TypeVar, cast, runtime_checkable
 
 import numpy as np
-import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -15,36 +17,48 @@ from torch import Tensor
 from melbo_lens import files
 from melbo_lens.arguments import as_list, plain, public
 from melbo_lens.ascent.objectives import Objective
+from melbo_lens.perturbations.sites import ModelSites
 
 if TYPE_CHECKING:
     from typing import Self
-else:  # the type checker of the tests takes no Self outside of a class that it checks as a whole
+else:  # the tests' type checker accepts Self only inside a class that it checks as a whole
     Self = Any
+
+
+@runtime_checkable
+class Column(Protocol):
+    """A pandas Series or Index, whose library declares no types."""
+
+    def tolist(self) -> list[Any]: ...
+
 
 HookFunction: TypeAlias = Callable[..., Tensor | None]
 Hook: TypeAlias = tuple[str, HookFunction]
-Index: TypeAlias = SupportsIndex | slice | Sequence[int] | np.ndarray | pd.Series | Tensor
-Numbers: TypeAlias = Sequence[float] | np.ndarray | pd.Series | Tensor  # one for each row
+Index: TypeAlias = SupportsIndex | slice | Sequence[int] | np.ndarray | Column | Tensor
+Numbers: TypeAlias = Sequence[float] | np.ndarray | Column | Tensor  # one for each row
 Parts: TypeAlias = dict[str, Tensor]
 P = TypeVar("P", bound="Perturbation")
 
-KINDS: dict[str, type["Perturbation"]] = {}  # every kind by its name, as files name it; a subclass enters itself
+KINDS: dict[str, type["Perturbation"]] = {}  # every kind by the name that files use; a subclass registers itself
 
 
 class Perturbation(ABC):
-    """Rows that each perturb a model, an immutable value without a model inside.
+    """An immutable value of which each row perturbs a model; it holds no model.
 
-    A kind is a frozen dataclass with the fields `history` and `provenance`, and `objective` if it has one. It says once of which tensors it
-    consists (`parts`); indexing, signs and multiples, joining, files, pickles, copies and devices follow from these.
+    A kind is a frozen dataclass with the fields `history` and `provenance`, and `objective` if it has one. It says once
+    of which tensors it consists (`parts`). Indexing, signs, multiples, joining, files, pickles, copies and devices all
+    follow from these.
 
     Attributes:
-        history: the objective, all prompts summed, before each step and, last, of these rows; no steps if they were not fitted.
+        history: the objective, summed over all prompts, before each step and finally of these rows; it has no steps if
+            the rows were not fitted.
         provenance: every resolved setting of the fit, in JSON's types.
-        objective: what these rows were learned to maximise, or what those were that they are a control of; None if it is not known.
+        objective: what these rows were learned to maximise; for a control, what the rows that it is a control of were
+            learned to maximise; None if that is not known.
     """
 
     word: ClassVar[str] = "perturbation"  # what one row is called
-    __array_ufunc__ = None  # lets a NumPy scalar, say from a DataFrame's row, multiply perturbations
+    __array_ufunc__ = None  # lets a NumPy scalar (say, from a DataFrame row) multiply perturbations
 
     history: Tensor
     provenance: Mapping[str, Any]
@@ -54,32 +68,38 @@ class Perturbation(ABC):
         super().__init_subclass__(**settings)
         KINDS[cls.__name__] = cls
 
-    # What each kind says.
+    # Each kind defines these.
 
     @abstractmethod
     def parts(self) -> tuple[Parts, dict[str, Any]]:
-        """All tensors, "history" [step row] among them and of the others the first axis the rows, and a header of JSON that makes sense of them."""
+        """Returns all tensors, and a header in JSON's types that explains them.
+
+        Among the tensors is "history" [step row]; the first axis of every other one is the rows.
+        """
 
     @classmethod
     @abstractmethod
     def of_parts(cls, tensors: Parts, header: Mapping[str, Any], provenance: Mapping[str, Any]) -> Self:
-        """The value of which `parts` gave these."""
+        """Makes the value from what its `parts` returned."""
 
     @abstractmethod
     def row_hooks(self, index: Sequence[int], coefficients: Float[Tensor, " row"]) -> list[Hook]:
-        """Hooks for a batch whose row r gets `coefficients[r]` times the row `index[r]` of this; a single entry acts on every row."""
+        """Returns hooks for a batch whose row r gets `coefficients[r]` times the row `index[r]` of this value.
+
+        A single entry acts on every row.
+        """
 
     @abstractmethod
-    def on(self, host: Any) -> Self:
-        """The same, hooked where this model has its hooks; the opened model is handed in, so that a value imports nothing of it.
+    def on(self, host: ModelSites) -> Self:
+        """Returns the same value with the hooks of this opened model.
 
         Raises:
-            ValueError: it doesn't fit the model.
+            ValueError: the value doesn't fit the model.
         """
 
     @abstractmethod
     def scaled_parts(self, tensors: Parts, coefficients: Float[Tensor, " row"]) -> Parts:
-        """The parts of which each row does so many times as much."""
+        """Returns the parts with the effect of each row multiplied by its coefficient."""
 
     @property
     @abstractmethod
@@ -88,38 +108,38 @@ class Perturbation(ABC):
 
     @classmethod
     @abstractmethod
-    def check_joinable(cls, several: "Sequence[Self]") -> None:
-        """Refuses what can't be rows of one value.
+    def check_joinable(cls, several: Sequence[Any]) -> None:
+        """Refuses values of this kind that can't become rows of one value.
 
         Raises:
-            ValueError: says why.
+            ValueError: the values don't fit together.
         """
 
     @abstractmethod
     def measures(self) -> dict[str, list[float]]:
-        """What a table says of each row, beside the objective."""
+        """Returns the numbers that a table shows for each row, beside the objective."""
 
-    # What follows.
+    # These follow from the above.
 
     @property
     def token(self) -> str | None:
-        """What a fit in this process marked it with, to be asked for its model; no file, pickle or copy keeps it."""
+        """The mark of the fit in this process, by which its model can be found; no file, pickle or copy keeps it."""
         return vars(self).get("_token")
 
     def with_token(self, token: str | None) -> Self:
-        """The same, marked."""
+        """Marks this value and returns it."""
         object.__setattr__(self, "_token", token)
         return self
 
     def hooks(self) -> list[Hook]:
-        """Hooks for `model.hooks`, `run_with_hooks` or `add_hook`.
+        """Returns hooks for `model.hooks`, `run_with_hooks` or `add_hook`.
 
-        One row acts on every batch row; n rows need a batch of exactly n, row k acting on batch row k.
+        One row acts on every batch row. More rows, n, need a batch of exactly n, and row k acts on batch row k.
         """
         return self.row_hooks(range(len(self)), torch.ones(len(self), dtype=torch.float32, device="cpu"))
 
     def derived(self, tensors: Parts, how: str) -> Self:
-        """A value of the same kind from other tensors; `how` says in the provenance where they come from."""
+        """Makes a value of the same kind from other tensors; `how` says in the provenance where they come from."""
         _, header = self.parts()
         provenance = {**self.provenance, "derived": [*self.provenance.get("derived", []), how]}
         # the history belongs to what was fitted, so a derived value has none
@@ -127,12 +147,15 @@ class Perturbation(ABC):
 
     @public
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes one safetensors file: the tensors, and header and provenance as JSON; a kill at any instant leaves the old file or the new one."""
+        """Writes one safetensors file with the tensors, and with the header and the provenance as JSON.
+
+        If the process is killed at any instant, the old file or the new one is left.
+        """
         tensors, header = self.parts()
         files.write(path, type(self).__name__, tensors, {**header, "provenance": self.provenance})
 
     def to(self, device: str | torch.device) -> Self:
-        """A copy on another device."""
+        """Returns a copy on another device."""
         tensors, header = self.parts()
         return type(self).of_parts(
             {name: tensor.to(device) for name, tensor in tensors.items()}, header, self.provenance
@@ -156,7 +179,7 @@ class Perturbation(ABC):
         }
         return (
             type(self)
-            .of_parts(chosen, header, {**self.provenance, "rows": [numbers[i] for i in kept.tolist()]})
+            .of_parts(chosen, header, {**self.provenance, "rows": [numbers[i] for i in as_list(kept)]})
             .with_token(self.token)
         )
 
@@ -184,12 +207,13 @@ class Perturbation(ABC):
         )
 
     def multiplied(self, factor: float | Numbers, how: str) -> Self:
-        """`factor` times each row, or each by its own; `how` says so in the provenance."""
+        """Multiplies all rows by one factor, or each by its own; `how` says so in the provenance."""
         tensors, _ = self.parts()
         coefficients = torch.as_tensor(as_list(factor), dtype=torch.float32, device="cpu")
         if coefficients.ndim and len(coefficients) != len(self):
             raise ValueError(
-                f"{len(coefficients)} factors were given for {len(self)} {self.word}s: give one number, or one for each."
+                f"{len(coefficients)} factors were given for {len(self)} {self.word}s: "
+                "give one number, or one for each."
             )
         coefficients = coefficients.expand(len(self))
         return self.derived(self.scaled_parts(tensors, coefficients), how)
@@ -204,12 +228,13 @@ def _row_axis(name: str) -> int:
 
 
 def concatenate(several: Sequence[P]) -> P:
-    """Joins vectors of one source layer, or adapters of one shape; norms may differ, the histories are dropped if their lengths do.
+    """Joins vectors of one source layer, or adapters of one shape.
 
-    The settings on which all agree stay in the provenance, and `parts` holds each one's own.
+    Norms may differ. The histories are dropped if their lengths differ. The settings on which all agree stay in the
+    provenance, whose entry "parts" holds the full provenance of each.
 
     Raises:
-        ValueError: nothing to join, vectors with adapters, or perturbations of different layers or widths.
+        ValueError: there is nothing to join, or the perturbations differ in kind, layers or widths.
     """
     if not several:
         raise ValueError("concatenate was given nothing to join: pass at least one perturbation.")
@@ -239,15 +264,15 @@ def concatenate(several: Sequence[P]) -> P:
 
 
 def no_history(n: int) -> Float[Tensor, "0 n"]:
-    """The history of n rows that were not fitted."""
+    """Returns the empty history of n rows that were not fitted."""
     return torch.zeros(0, n, dtype=torch.float32, device="cpu")
 
 
 def checked_history(history: Tensor, n: int, word: str) -> Tensor:
-    """A copy of the history, float32.
+    """Returns a copy of the history in float32.
 
     Raises:
-        ValueError: it has not one column for each row.
+        ValueError: the history doesn't have one column for each row.
     """
     history = history if history.numel() else no_history(n)
     if history.ndim != 2 or history.shape[1] != n:
@@ -256,30 +281,30 @@ def checked_history(history: Tensor, n: int, word: str) -> Tensor:
 
 
 def checked_objective(objective: Objective | None, provenance: Mapping[str, Any]) -> Objective | None:
-    """The objective, or what a provenance says of one: files of version 0.1.0 have no other place for it."""
+    """Returns the objective, or else the one in the provenance, where files of version 0.1.0 keep it."""
     return objective or Objective.of(provenance)
 
 
 def objective_header(objective: Objective | None) -> dict[str, Any] | None:
-    """The objective as a file's header keeps it."""
+    """Returns the objective as a file's header keeps it."""
     return None if objective is None else objective.header()
 
 
 def chosen_rows(index: Index, n: int, word: str) -> Int[Tensor, " row"]:
-    """The rows that an index means, one integer (also numpy's) as a list of one.
+    """Returns the numbers of the rows that an index selects; an integer, also one of NumPy, selects one row.
 
     Raises:
-        IndexError: an integer out of range, or a selection of nothing.
+        IndexError: an integer is out of range, or nothing is selected.
     """
-    index = plain(index if isinstance(index, slice) else as_list(index))
-    index = list(index) if isinstance(index, tuple | range) else index
-    if isinstance(index, bool | float | str):
-        raise IndexError(f"{index!r} is no index: use an integer, a slice, or a list of either integers or booleans.")
-    one = isinstance(index, Integral)
-    if one and not -n <= int(index) < n:
-        raise IndexError(f"{word} {index} was asked for, there are {n}: use 0 to {n - 1}.")
+    chosen: Any = plain(index if isinstance(index, slice) else as_list(index))
+    chosen = list(cast(Sequence[Any], chosen)) if isinstance(chosen, tuple | range) else chosen
+    if isinstance(chosen, bool | float | str):
+        raise IndexError(f"{chosen!r} is no index: use an integer, a slice, or a list of either integers or booleans.")
+    one = isinstance(chosen, Integral)
+    if one and not -n <= int(chosen) < n:
+        raise IndexError(f"{word} {chosen} was asked for, there are {n}: use 0 to {n - 1}.")
     everything = torch.arange(n, device="cpu")
-    kept = everything[[int(index)] if one else index]
+    kept = everything[[int(chosen)] if one else chosen]
     if len(kept) == 0:
-        raise IndexError(f"the selection {index!r} holds no {word}; there are {n}.")
+        raise IndexError(f"the selection {chosen!r} holds no {word}; there are {n}.")
     return kept

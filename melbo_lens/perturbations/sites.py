@@ -1,14 +1,13 @@
-"""Where does a perturbation enter a block?  The activations to which a vector is added, and the weights that an adapter updates."""
+"""Where does a perturbation enter a block?  At an activation, or at the weights that an adapter updates."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias, cast, runtime_checkable
 
 from torch import Tensor
 
-Update: TypeAlias = Callable[
-    [Tensor], Tensor
-]  # what enters the weights [batch pos d_in] -> what their output gains [batch pos d_model]
+# From what enters the weights [batch pos d_in] to what their output gains [batch pos d_model].
+Update: TypeAlias = Callable[[Tensor], Tensor]
 Hook: TypeAlias = tuple[str, Callable[..., Any]]
 
 
@@ -17,9 +16,10 @@ class Site:
     """An activation of every block to which a vector can be added.
 
     Attributes:
-        name: as users call it.
+        name: the name that users give.
         hook: its name within a block.
-        after_block: whether adding there equals adding to the stream that leaves the block, so that the block itself needs not run again.
+        after_block: whether adding there equals adding to the stream that leaves the block, so that the block itself
+            need not run again.
     """
 
     name: str
@@ -38,18 +38,19 @@ SITES = {
         Site("attn_out", "hook_attn_out", False),
     )
 }
-WEIGHTS = ("mlp", "attn")  # the output weights of a block's MLP, and those of its attention
+WEIGHTS = ("mlp", "attn")  # the output weights of a block's MLP and of its attention
 
 
 def site_of(name: str) -> Site:
-    """The site of that name.
+    """Returns the site of that name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such site.
     """
     if name not in SITES:
         raise ValueError(
-            f"site={name!r} must be one of {sorted(SITES)}: an activation of the source layer's block to which vectors are added."
+            f"site={name!r} must be one of {sorted(SITES)}: "
+            "an activation of the source layer's block to which vectors are added."
         )
     return SITES[name]
 
@@ -59,10 +60,11 @@ class WeightSite:
     """The two ends of one matrix of weights that writes to the stream.
 
     Attributes:
-        layer: the block.
-        hidden_hook: the activation that enters the weights, [batch pos d_in], or [batch pos head d_head].
-        output_hook: what leaves them, before any norm; with `norm_eps` the name of an RMS norm that follows and is the only thing to hook.
-        norm_eps: None, or the epsilon of that norm.
+        layer: the number of the block.
+        hidden_hook: the activation that enters the weights, [batch pos d_in] or [batch pos head d_head].
+        output_hook: the activation that leaves the weights, before any norm. If `norm_eps` is given, this is instead
+            the name of an RMS norm that follows, where alone the output can be hooked.
+        norm_eps: the epsilon of that norm, or None.
         name: "mlp" or "attn".
     """
 
@@ -74,11 +76,11 @@ class WeightSite:
 
     @property
     def written(self) -> str:
-        """The activation in which what these weights write reaches the stream, after a norm that may follow."""
+        """The activation through which the output of these weights reaches the stream, after any norm that follows."""
         return f"blocks.{self.layer}.hook_{self.name}_out"
 
     def hooks(self, update: Update) -> list[Hook]:
-        """Hooks that add `update(hidden)` to the output of the weights, before the norm that may follow."""
+        """Returns hooks that add `update(hidden)` to the output of the weights, before any norm that follows."""
         tap = _Tap(update, self.norm_eps or 0.0)
         if self.norm_eps is None:
             return [(self.hidden_hook, tap.read_hidden), (self.output_hook, tap.add_update)]
@@ -90,9 +92,24 @@ class WeightSite:
         ]
 
 
+@runtime_checkable
+class ModelSites(Protocol):
+    """What a perturbation asks of an opened model, so that this folder imports nothing from `models/`."""
+
+    @property
+    def n_layers(self) -> int: ...
+
+    @property
+    def d_model(self) -> int: ...
+
+    def widths(self, layer: int, name: str) -> tuple[int, int]: ...
+
+    def weight_site(self, layer: int, name: str) -> WeightSite: ...
+
+
 @dataclass(eq=False)
 class _Tap:
-    """What one forward pass hands from the hidden activation's hook to the output's."""
+    """Hands what one hook sees in a forward pass to the hook at the output."""
 
     update: Update
     norm_eps: float
@@ -106,24 +123,24 @@ class _Tap:
         self.scale = scale
 
     def add_update(self, output: Tensor, hook: Any = None) -> Tensor:
-        return (output + self.update(self._taken())).to(output.dtype)  # added in float32, rounded once
+        return (output + self.update(self._taken())).to(output.dtype)  # added in float32 and rounded once
 
     def add_within_norm(self, normalized: Tensor, hook: Any = None) -> Tensor:
-        # x / rms(x) and rms(x) are all that can be hooked here: together they are x
-        output = normalized.float() * self.scale.float() + self.update(self._taken())
+        # only x / rms(x) and rms(x) can be hooked here; their product is x
+        output = normalized.float() * cast(Tensor, self.scale).float() + self.update(self._taken())
         self.scale = None
         return (output / (output.square().mean(-1, keepdim=True) + self.norm_eps).sqrt()).to(normalized.dtype)
 
     def _taken(self) -> Tensor:
         hidden, self.hidden = self.hidden, None
-        return hidden
+        return cast(Tensor, hidden)  # the hook at the hidden activation has fired before
 
 
 def flat_heads(activation: Tensor) -> Tensor:
-    """What enters the weights as one vector at each position: the heads of attention side by side."""
+    """Makes what enters the weights one vector at each position: the heads of attention are put side by side."""
     return activation.flatten(2) if activation.ndim == 4 else activation
 
 
 def usual_site(layer: int) -> WeightSite:
-    """The MLP's output weights in a model without a norm after them, by names that every class of model knows."""
+    """Returns the site of an MLP without a norm after it, by names that every class of model knows."""
     return WeightSite(layer, f"blocks.{layer}.mlp.hook_post", f"blocks.{layer}.hook_mlp_out")

@@ -1,17 +1,23 @@
-"""How is a low-rank update of weights applied to a batch?  As what the weights' output gains from the activation that enters them."""
+"""How is a low-rank update of weights applied to a batch?  It is computed as a gain, added to the weights' output."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from melbo_lens.arguments import as_list
+
 
 @dataclass(eq=False)
 class RowUpdate:
-    """``c_r * B A a`` for each row r of a batch; rows of one adapter go together, so that no factor is copied for every row."""
+    """Computes ``c_r * B A a`` for each row r of a batch.
+
+    The rows of one adapter are computed together, so that no factor is copied for every row.
+    """
 
     a: Float[Tensor, "adapter rank d_mlp"]
     b: Float[Tensor, "adapter d_model rank"]
@@ -24,7 +30,7 @@ class RowUpdate:
                 f"{len(self.index)} steering adapters can't be applied to a batch of {hidden.shape[0]} rows: "
                 "use one adapter (adapters[k]), or a batch with one row for each adapter."
             )
-        if self.a.device != hidden.device:  # once: a decoder calls this for every token
+        if self.a.device != hidden.device:  # moved only once, since a decoder calls this for every token
             self.a, self.b, self.coefficients = (
                 tensor.to(hidden.device) for tensor in (self.a, self.b, self.coefficients)
             )
@@ -38,19 +44,22 @@ class RowUpdate:
 
     @cached_property
     def _rows(self) -> dict[int, list[int]]:
-        """The rows of each adapter that it changes."""
-        acting = [r for r, coefficient in enumerate(self.coefficients.tolist()) if coefficient != 0]
+        """The rows that each adapter changes."""
+        acting = [r for r, coefficient in enumerate(as_list(self.coefficients)) if coefficient != 0]
         return {k: [r for r in acting if self.index[r] == k] for k in dict.fromkeys(self.index[r] for r in acting)}
 
 
 @dataclass(eq=False)
 class GridUpdate:
-    """``scale * B A a`` for a batch whose rows are, adapter by adapter, the same prompts; differentiable in the factors."""
+    """Computes ``scale * B A a`` for a batch that repeats the same prompts for each adapter in turn.
+
+    It is differentiable in the factors.
+    """
 
     a: Float[Tensor, "adapter rank d_mlp"]
     b: Float[Tensor, "adapter d_model rank"]
     scales: Float[Tensor, " adapter"]
 
     def __call__(self, hidden: Float[Tensor, "row pos d_mlp"]) -> Float[Tensor, "row pos d_model"]:
-        grid = hidden.float().unflatten(0, (len(self.scales), -1))  # [adapter prompt pos d_mlp]
+        grid = cast(Tensor, hidden.float().unflatten(0, (len(self.scales), -1)))  # [adapter prompt pos d_mlp]
         return (self.scales[:, None, None, None] * (grid @ self.a.mT[:, None] @ self.b.mT[:, None])).flatten(0, 1)

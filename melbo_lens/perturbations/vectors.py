@@ -1,16 +1,16 @@
-"""What are steering vectors?  A bias for each row, added at one site of one layer."""
+"""What are steering vectors?  Each is a bias that is added at one site of one layer."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from melbo_lens import tables
-from melbo_lens.arguments import plain_fields, plain_json, public
-from melbo_lens.ascent.manifolds import to_sphere, unit
+from melbo_lens.arguments import as_list, plain_fields, plain_json, public
+from melbo_lens.ascent.manifolds import linalg, norm, to_sphere, unit
 from melbo_lens.ascent.objectives import Objective
 from melbo_lens.perturbations.perturbation import (
     Hook,
@@ -21,11 +21,11 @@ from melbo_lens.perturbations.perturbation import (
     no_history,
     objective_header,
 )
-from melbo_lens.perturbations.sites import site_of
+from melbo_lens.perturbations.sites import ModelSites, site_of
 
 if TYPE_CHECKING:
     from typing import Self
-else:  # the type checker of the tests takes no Self outside of a class that it checks as a whole
+else:  # the tests' type checker accepts Self only inside a class that it checks as a whole
     Self = Any
 
 
@@ -34,21 +34,25 @@ else:  # the type checker of the tests takes no Self outside of a class that it 
 class SteeringVectors(Perturbation):
     """Steering vectors of one source layer: each is a bias for an activation at every position.
 
-    Indexing, also with one integer, gives `SteeringVectors`; arithmetic works on the values and says so in the provenance.
+    Indexing, also with one integer, gives `SteeringVectors`. Arithmetic works on the values and says so in the
+    provenance.
 
     Attributes:
         values: the vectors, float32, always 2-D.
         source_layer: the block at whose `site` they are added.
-        history: the objective, all prompts summed, before each step and, last, of `values`; no steps for vectors that were not fitted.
+        history: the objective, summed over all prompts, before each step and finally of `values`; it has no steps if
+            the vectors were not fitted.
         provenance: every resolved setting of the fit, in JSON's types.
-        site: "mlp_out" (`hook_mlp_out`), "resid_post" (the stream that leaves the block) or "attn_out" (`hook_attn_out`).
-        objective: what they, or those that they are a control of, were learned to maximise; None if it is not known.
+        site: "mlp_out" (`hook_mlp_out`), "resid_post" (the stream that leaves the block) or "attn_out"
+            (`hook_attn_out`).
+        objective: what the vectors were learned to maximise; for a control, what those that it is a control of
+            were learned to maximise; None if that is not known.
     """
 
-    values: Float[Tensor, "vector d_model"]  # 2-D also for one vector
+    values: Float[Tensor, "vector d_model"]  # 2-D even for one vector
     source_layer: int
     history: Float[Tensor, "step vector_or_0"] = field(default_factory=lambda: no_history(0))
-    provenance: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict[str, Any])
     site: str = "mlp_out"
     objective: Objective | None = None
 
@@ -57,17 +61,18 @@ class SteeringVectors(Perturbation):
     def __post_init__(self) -> None:
         if self.values.ndim != 2 or 0 in self.values.shape or not self.values.is_floating_point():
             raise ValueError(
-                f"values must be a floating-point tensor [vector d_model] that is not empty; got {tuple(self.values.shape)}."
+                "values must be a floating-point tensor [vector d_model] that is not empty; "
+                f"got {tuple(self.values.shape)}."
             )
         if not torch.isfinite(self.values).all():
             raise ValueError("values hold NaN or infinity: a perturbation must be finite.")
-        layer = self.source_layer
+        layer = cast(Any, self.source_layer)  # a caller may hand in anything
         if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
             raise ValueError(
                 f"source_layer={layer!r} must be an integer and must not be negative: count blocks from 0."
             )
         site_of(self.site)
-        # copies: what the caller does with its tensors later must not change this value
+        # the tensors are copied, since the caller may change its own later, and this value must not change
         object.__setattr__(self, "values", self.values.detach().float().clone())
         object.__setattr__(self, "history", checked_history(self.history, len(self.values), self.word))
         object.__setattr__(self, "provenance", plain_json(self.provenance, "provenance"))
@@ -78,7 +83,7 @@ class SteeringVectors(Perturbation):
     def from_tensor(
         cls, values: Float[Tensor, "vector d_model"], source_layer: int, site: str = "mlp_out"
     ) -> "SteeringVectors":
-        """Wraps vectors made elsewhere; a 1-D tensor is one vector."""
+        """Wraps vectors that were made elsewhere; a 1-D tensor is one vector."""
         return cls(
             values[None] if values.ndim == 1 else values, source_layer, provenance={"method": "from_tensor"}, site=site
         )
@@ -101,7 +106,7 @@ class SteeringVectors(Perturbation):
         _check_same_place(several, "joined with")
 
     def measures(self) -> dict[str, list[float]]:
-        return {"radius": self.radii.tolist()}
+        return {"radius": as_list(self.radii)}
 
     def __len__(self) -> int:
         return len(self.values)
@@ -118,14 +123,17 @@ class SteeringVectors(Perturbation):
     @property
     def radii(self) -> Float[Tensor, " vector"]:
         """The norm of each vector."""
-        return self.values.norm(dim=-1)
+        return norm(self.values)[..., 0]
 
     @property
     def hook_name(self) -> str:
         return site_of(self.site).hook_name(self.source_layer)
 
     def row_hooks(self, index: Sequence[int], coefficients: Float[Tensor, " row"]) -> list[Hook]:
-        """Hooks for a batch whose row r gets `coefficients[r]` times the vector `index[r]`; a single entry is added to every row."""
+        """Returns hooks for a batch whose row r gets `coefficients[r]` times the vector `index[r]`.
+
+        A single entry is added to every row.
+        """
         values = self.values[list(index)] * coefficients.to(self.values)[:, None]
 
         def add_vectors(
@@ -133,12 +141,12 @@ class SteeringVectors(Perturbation):
         ) -> Float[Tensor, "batch pos d_model"]:
             _check_rows(len(values), activation)
             bias = values.to(activation.device)[:, None, :]
-            return (activation + bias).to(activation.dtype)  # added in float32, rounded once
+            return (activation + bias).to(activation.dtype)  # added in float32 and rounded once
 
         return [(self.hook_name, add_vectors)]
 
-    def on(self, host: Any) -> Self:
-        """These vectors, which act at the same hook in every class of model.
+    def on(self, host: ModelSites) -> Self:
+        """Returns these vectors, which act at the same hook in every class of model.
 
         Raises:
             ValueError: the vectors don't fit the model.
@@ -146,19 +154,20 @@ class SteeringVectors(Perturbation):
         n_layers, d_model = host.n_layers, host.d_model
         if self.source_layer >= n_layers or self.d_model != d_model:
             raise ValueError(
-                f"the perturbation belongs to layer {self.source_layer} of a model with d_model {self.d_model}; this model has layers 0 to "
-                f"{n_layers - 1} and d_model {d_model}. Use the model that it was learned on."
+                f"the perturbation belongs to layer {self.source_layer} of a model with d_model {self.d_model}; "
+                f"this model has layers 0 to {n_layers - 1} and d_model {d_model}. "
+                "Use the model that it was learned on."
             )
         return self
 
     def cosine_similarity(self, other: "SteeringVectors | None" = None) -> Float[Tensor, "vector other"]:
-        """Cosines between the vectors, or between these and others; a vector of zeros has cosine 0 with everything."""
+        """Computes cosines between the vectors, or between them and others; a zero vector has cosine 0 with all."""
         mine, theirs = (unit(v.values.double()) for v in (self, other or self))
         return (mine @ theirs.T).float()
 
     @public
     def rescaled(self, radius: float | Float[Tensor, " vector"]) -> "SteeringVectors":
-        """The same directions with another norm, one for all or one for each."""
+        """Returns the same directions with another norm, one for all or one for each."""
         radii = torch.as_tensor(radius, dtype=torch.float32, device=self.values.device).expand(len(self))
         return self.derived(
             {"values": to_sphere(self.values, radii)},
@@ -166,22 +175,25 @@ class SteeringVectors(Perturbation):
         )
 
     def mean(self) -> "SteeringVectors":
-        """The mean of the vectors, as one vector."""
+        """Returns the mean of the vectors as one vector."""
         return self.derived({"values": self.values.mean(0, keepdim=True)}, "mean")
 
     def top_singular(self) -> "SteeringVectors":
-        """The one direction that explains most of the vectors: their top right-singular vector, with their mean norm.
+        """Returns the one direction that explains most of the vectors: their top right-singular vector.
 
-        Its sign is that of the vectors' mean along it; the share of the squared norms it explains is in the provenance.
+        Its norm is the vectors' mean norm, and its sign is that of their mean along it. The share of the squared norms
+        that it explains is in the provenance.
         """
-        _, singular, right = torch.linalg.svd(self.values, full_matrices=False)
+        _, singular, right = linalg.svd(self.values, full_matrices=False)
         direction = right[:1] * (-1 if (self.values @ right[0]).sum() < 0 else 1)
         share = float(singular[0] ** 2 / singular.square().sum())
         return self.derived({"values": direction * self.radii.mean()}, f"top singular vector, explains {share:.3f}")
 
     @public
     def ablation_hooks(self, layers: Sequence[int]) -> list[Hook]:
-        """Hooks that remove the vectors' directions from the stream entering these layers: ``x - (x . v) v / ||v||^2``.
+        """Returns hooks that remove the vectors' directions from the streams that enter these layers.
+
+        A stream x becomes ``x - (x . v) v / ||v||^2``.
 
         One vector is removed from every batch row; n vectors need a batch of exactly n rows.
         """
@@ -208,12 +220,13 @@ class SteeringVectors(Perturbation):
         return self._combined(other, -1.0, "minus")
 
     def _combined(self, other: "SteeringVectors", sign: float, word: str) -> "SteeringVectors":
-        if not isinstance(other, SteeringVectors):
+        if not isinstance(cast(Any, other), SteeringVectors):
             return NotImplemented
         _check_same_place([self, other], word)
         if len(self) != len(other) and 1 not in (len(self), len(other)):
             raise ValueError(
-                f"{len(self)} {word} {len(other)} vectors: both sides need the same number of vectors, or one of them a single one."
+                f"{len(self)} {word} {len(other)} vectors: "
+                "both sides need the same number of vectors, or one of them a single one."
             )
         rows = other.provenance.get("rows")
         how = f"{word} {f'vectors {rows}' if rows else 'others'}"
@@ -222,7 +235,7 @@ class SteeringVectors(Perturbation):
         )
 
     def _less_target(self, other: "SteeringVectors") -> "SteeringVectors":
-        """These vectors; of a sum of vectors learned for different targets, none is the target."""
+        """Returns these vectors, without a target if the others were learned for a different one."""
         if self.objective == other.objective:
             return self
         kept = {key: value for key, value in self.provenance.items() if key not in ("target_layer", "target_hook")}
@@ -245,13 +258,14 @@ class SteeringVectors(Perturbation):
             fields.append(f"target {self.provenance['target_hook']}")
         if self.history.shape[0]:
             fields.append(
-                f"objective {self.history[-1].min():.4g} to {self.history[-1].max():.4g} after {self.history.shape[0] - 1} steps"
+                f"objective {self.history[-1].min():.4g} to {self.history[-1].max():.4g} "
+                f"after {self.history.shape[0] - 1} steps"
             )
         fields += [f"derived: {', '.join(self.provenance['derived'])}"] if "derived" in self.provenance else []
         return f"SteeringVectors({', '.join(fields)})"
 
     def _repr_html_(self) -> str:
-        return tables.html(repr(self), tables.rows(self.history, self.measures(), self.word))
+        return tables.rows_html(repr(self), self.history, self.measures(), self.word)
 
 
 def _check_rows(n_vectors: int, activation: Tensor) -> None:

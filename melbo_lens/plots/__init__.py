@@ -1,4 +1,4 @@
-"""Which pictures are there?  Figures (plotly) and token views (circuitsvis), returned and never shown by themselves."""
+"""Which pictures are there?  Plotly figures and circuitsvis token views, which are returned and never displayed."""
 
 from melbo_lens.plots.embedding import TokenView, embed
 from melbo_lens.plots.figures import (

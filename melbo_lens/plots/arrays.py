@@ -1,23 +1,27 @@
-"""What does a picture show?  Frozen arrays with labels and units, so that numbers can be checked apart from looks."""
+"""What does a picture show?  Each class holds the arrays, labels and units of one kind of picture.
+
+Nothing is drawn here, so the numbers can be checked without looking at a figure.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-MOST_ROWS = 200  # more can't be told apart on a page
+MOST_ROWS = 200  # a reader can't tell more rows apart on a page
 
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
-    """A heat-map: one number for each pair of labels.
+    """A heat map has one number for each pair of labels.
 
     Attributes:
-        values: [row column]; NaN is left blank.
-        signed: a diverging scale around 0, else one that begins at 0.
-        texts: for each row what hovering adds, such as a completion.
-        upward: the first row is at the bottom, as layers are drawn.
-        note: what a reader has to know, such as what was left out.
+        values: the numbers, [row column]; NaN is left blank.
+        signed: True gives a diverging colour scale around 0, False one that begins at 0.
+        bound: the value with the strongest colour; the largest finite one by default.
+        texts: one text for each row, such as a completion, which is shown on hovering.
+        upward: puts the first row at the bottom, as layers are usually drawn.
+        note: what the reader has to know, such as how many rows were left out.
     """
 
     values: np.ndarray
@@ -36,12 +40,12 @@ class Matrix:
 
 @dataclass(frozen=True, eq=False)
 class Clustered:
-    """A matrix in the order of a clustering, with its tree.
+    """A matrix whose rows and columns follow a clustering, and the tree of that clustering.
 
     Attributes:
-        matrix: rows and columns in that order.
-        order: which original row stands where.
-        joins: [join 4 2], the corners of each join: place along the columns, and distance.
+        matrix: the matrix, already in the order of the clustering.
+        order: the original row at each place.
+        joins: [join 4 2], the four corners of each join: the place along the columns, and the distance.
     """
 
     matrix: Matrix
@@ -51,7 +55,7 @@ class Clustered:
 
 @dataclass(frozen=True, eq=False)
 class Line:
-    """One curve, with an interval around it if low and high are given."""
+    """One curve, with an interval around it if `low` and `high` are given."""
 
     name: str
     x: np.ndarray
@@ -64,7 +68,7 @@ class Line:
 
 @dataclass(frozen=True, eq=False)
 class Lines:
-    """Curves over one axis; `level` is a horizontal line, `mark` a vertical one."""
+    """Several curves over one axis; `level` is a horizontal line and `mark` a vertical one."""
 
     lines: tuple[Line, ...]
     x_axis: str
@@ -80,7 +84,7 @@ class Lines:
 
 @dataclass(frozen=True, eq=False)
 class Bars:
-    """Rates of several things (`names`) for several groups, with intervals [group name]."""
+    """Rates of several things (`names`) in several groups, with intervals; the arrays are [group name]."""
 
     values: np.ndarray
     low: np.ndarray
@@ -94,7 +98,7 @@ class Bars:
 
 @dataclass(frozen=True, eq=False)
 class Panels:
-    """Several measures of the same rows, side by side: values [measure row]."""
+    """Several measures of the same rows, shown side by side; `values` is [measure row]."""
 
     values: np.ndarray
     rows: tuple[str, ...]
@@ -106,7 +110,7 @@ class Panels:
 
 @dataclass(frozen=True, eq=False)
 class Points:
-    """Points in a plane, in groups, with a text each."""
+    """Points in a plane; each has a group, a label and a text."""
 
     x: np.ndarray
     y: np.ndarray
@@ -120,12 +124,12 @@ class Points:
 
 
 def left_out(n: int, what: str, most: int = MOST_ROWS, how: str = "choose others as vectors[[...]]") -> str:
-    """A sentence about what is not drawn; empty if all is."""
+    """Returns a sentence about what is not drawn, or an empty text if everything is drawn."""
     return "" if n <= most else f"The first {most:,} of {n:,} {what} are drawn; {how}."
 
 
 def without_numbers(values: np.ndarray, what: str, where: Sequence[object] | None = None) -> str:
-    """A sentence about rows that hold NaN or infinity; empty if none does."""
+    """Returns a sentence about the rows that hold NaN or infinity, or an empty text if no row does."""
     bad = [int(i) for i in np.flatnonzero(~np.isfinite(values).all(axis=tuple(range(1, values.ndim))))]
     named = ", ".join(str(i if where is None else where[i]) for i in bad[:8])
     more = "…" if len(bad) > 8 else ""

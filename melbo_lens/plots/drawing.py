@@ -1,4 +1,7 @@
-"""How does a picture look?  Labelled arrays become plotly figures; sizes, colours and hover boxes are decided here alone."""
+"""How does a picture look?  This file turns labelled arrays into plotly figures.
+
+It is the only one that decides on sizes, colours and hover boxes.
+"""
 
 import textwrap
 
@@ -9,29 +12,29 @@ from plotly.subplots import make_subplots
 from melbo_lens.plots.arrays import Bars, Clustered, Lines, Matrix, Panels, Points
 from melbo_lens.plots.text import for_plotly
 
-# readable on white and on black, and apart for colour-blind eyes (Okabe and Ito)
+# These can be read on white and on black, and colour-blind readers can tell them apart (Okabe and Ito).
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a6bbe", "#b07d2b")
 STEERED, CONTROL, UNSTEERED = COLORS[0], "#8c8c8c", COLORS[4]
 LOG = {"type": "log", "tickformat": ".3~g"}
-LABEL = 26  # characters of a completion that stand beside a row
+LABEL = 26  # characters in the short label beside a row
 
 
 def draw_matrix(matrix: Matrix) -> go.Figure:
-    """A heat-map: diverging RdBu around 0 for signed quantities, else from white."""
+    """Draws a heat map; the colours are RdBu around 0 for signed quantities and begin at white for others."""
     figure = go.Figure(_heatmap(matrix))
     _matrix_axes(figure, matrix)
-    figure.update_layout(plot_bgcolor="rgba(128,128,128,0.15)")  # what was not measured is grey
+    figure.update_layout(plot_bgcolor="rgba(128,128,128,0.15)")  # cells that were not measured are grey
     height = len(matrix.rows) * (16 if len(matrix.rows) > 8 else 26)
     return _styled(figure, matrix.title, matrix.note, max(320, height + 190))
 
 
 def draw_clustered(clustered: Clustered) -> go.Figure:
-    """A heat-map under the tree of its clustering."""
+    """Draws a heat map with the tree of its clustering above it."""
     matrix, n = clustered.matrix, len(clustered.order)
     figure = make_subplots(rows=2, cols=1, row_heights=[0.18, 0.82], vertical_spacing=0.01)
     figure.add_trace(_heatmap(matrix), row=2, col=1)
     if len(clustered.joins):
-        # one line, lifted between the joins
+        # NaN between the joins interrupts the line, so one trace draws the whole tree
         gaps = np.full((len(clustered.joins), 1, 2), np.nan)
         x, y = np.concatenate([clustered.joins, gaps], axis=1).reshape(-1, 2).T
         distances = np.repeat(clustered.joins[:, :, 1].max(1), 5)
@@ -39,14 +42,14 @@ def draw_clustered(clustered: Clustered) -> go.Figure:
         hover = "joined at distance %{customdata:.3g}<extra></extra>"
         figure.add_scatter(x=x, y=y, customdata=distances, hovertemplate=hover, **look, row=1, col=1)
     _matrix_axes(figure, matrix, row=2)
-    # an axis of its own: on one of categories, a place between two would be a category more
+    # the tree has a numeric axis: on a categorical one, a position between two categories would add a category
     figure.update_xaxes(visible=False, range=[-0.5, n - 0.5], row=1, col=1)
     figure.update_yaxes(showgrid=False, zeroline=False, nticks=3, title="1 − cosine", row=1, col=1)
     return _styled(figure, matrix.title, matrix.note, int(np.clip(n * 13 + 230, 440, 1100)))
 
 
 def draw_lines(lines: Lines) -> go.Figure:
-    """Curves with their intervals, a level and a mark."""
+    """Draws curves with their intervals, and the level and the mark if there are any."""
     figure = go.Figure()
     _add_lines(figure, lines)
     _line_axes(figure, lines)
@@ -54,7 +57,7 @@ def draw_lines(lines: Lines) -> go.Figure:
 
 
 def draw_stacked(above: Lines, below: Lines) -> go.Figure:
-    """Two sets of curves over the same axis."""
+    """Draws two sets of curves, one above the other, over the same axis."""
     figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.08)
     for row, lines in enumerate((above, below), start=1):
         _add_lines(figure, lines, row=row)
@@ -64,7 +67,7 @@ def draw_stacked(above: Lines, below: Lines) -> go.Figure:
 
 
 def draw_bars(bars: Bars) -> go.Figure:
-    """Groups of bars with intervals."""
+    """Draws groups of bars with intervals."""
     figure = go.Figure()
     for group, color, values, low, high in zip(
         bars.groups, (STEERED, CONTROL, UNSTEERED), bars.values, bars.low, bars.high, strict=True
@@ -85,7 +88,7 @@ def draw_bars(bars: Bars) -> go.Figure:
 
 
 def draw_panels(panels: Panels) -> go.Figure:
-    """Horizontal bars, one panel for each measure."""
+    """Draws horizontal bars, in one panel for each measure."""
     figure = make_subplots(rows=1, cols=len(panels.measures), shared_yaxes=True, horizontal_spacing=0.02)
     names, short = _row_labels(panels.rows, panels.texts)
     for column, (measure, values) in enumerate(zip(panels.measures, panels.values, strict=True), start=1):
@@ -107,7 +110,7 @@ def draw_panels(panels: Panels) -> go.Figure:
 
 
 def draw_points(points: Points) -> go.Figure:
-    """Points coloured by group, the largest groups first; those of "none" are grey."""
+    """Draws points coloured by group, the largest group first; points of the group "none" are grey."""
     figure = go.Figure()
     groups = sorted(set(points.groups), key=lambda group: (group == "none", -points.groups.count(group), group))
     for i, group in enumerate(groups):
@@ -129,7 +132,9 @@ def draw_points(points: Points) -> go.Figure:
 
 
 def _heatmap(matrix: Matrix) -> go.Heatmap:
-    values = np.where(np.isfinite(matrix.values), matrix.values, np.nan).astype(np.float32)  # half the bytes on a page
+    values = np.where(np.isfinite(matrix.values), matrix.values, np.nan).astype(
+        np.float32
+    )  # halves the size of the page
     finite = values[np.isfinite(values)]
     bound = matrix.bound or (float(np.abs(finite).max()) if finite.size else 0.0) or 1.0
     names, _ = _row_labels(matrix.rows, matrix.texts)
@@ -145,7 +150,9 @@ def _heatmap(matrix: Matrix) -> go.Heatmap:
         x=[for_plotly(name) for name in matrix.columns],
         y=names,
         colorbar={"title": {"text": matrix.quantity, "side": "right"}, "thickness": 12},
-        hovertemplate=f"{matrix.column_axis} %{{x}}<br>{matrix.quantity} %{{z:.6g}}<br>{matrix.row_axis} %{{y}}<extra></extra>",
+        hovertemplate=(
+            f"{matrix.column_axis} %{{x}}<br>{matrix.quantity} %{{z:.6g}}<br>{matrix.row_axis} %{{y}}<extra></extra>"
+        ),
         hoverongaps=False,
         **scale,
     )
@@ -160,7 +167,7 @@ def _matrix_axes(figure: go.Figure, matrix: Matrix, row: int = 1) -> None:
 
 
 def _row_labels(rows: tuple[str, ...], texts: tuple[str, ...]) -> tuple[list[str], list[str]]:
-    """For each row the whole label, which hovering shows, and a short one for the axis."""
+    """Returns the whole label of each row, which is shown on hovering, and a short one for the axis."""
     whole = [
         f"{for_plotly(row)}<br>{for_plotly(text)}" if text else for_plotly(row)
         for row, text in zip(rows, texts or [""] * len(rows), strict=True)
@@ -173,7 +180,7 @@ def _row_labels(rows: tuple[str, ...], texts: tuple[str, ...]) -> tuple[list[str
 def _row_ticks(figure: go.Figure, names: list[str], short: list[str], upward: bool, **where: int) -> None:
     step = 1 if len(names) <= 100 else 2
     size = 11 if len(names) <= 40 else 9
-    # ticks stand a hair off the categories: on them, hovering would show the short label instead of the whole
+    # ticks are a little off the categories: exactly on them, hovering would show the short label, not the whole one
     ticks = (
         {"tickvals": [i + 0.03 for i in range(0, len(names), step)], "ticktext": short[::step]}
         if names != short
@@ -193,7 +200,7 @@ def _add_lines(figure: go.Figure, lines: Lines, row: int | None = None) -> None:
         value = "%{y:.3%}" if lines.percent else "%{y:.6g}"
         between = (
             []
-            if line.low is None
+            if line.low is None or line.high is None
             else [f"95 % interval {a:.2%} to {b:.2%}" for a, b in zip(line.low, line.high, strict=True)]
         )
         rest = "%{customdata}" if between else for_plotly(line.text)
@@ -216,7 +223,7 @@ def _add_lines(figure: go.Figure, lines: Lines, row: int | None = None) -> None:
     if lines.level is not None:
         name, value = lines.level
         figure.add_hline(y=value, **style)
-        # plotly places lines by the value, but texts on a logarithmic axis by its logarithm
+        # on a logarithmic axis, plotly places a line by its value, but a text by the logarithm of its value
         y = float(np.log10(value)) if lines.log_y else value
         figure.add_annotation(
             x=1, xref="paper", xanchor="right", y=y, yanchor="bottom", text=f"{name}: {value:.4g}", **said
@@ -231,7 +238,7 @@ def _add_lines(figure: go.Figure, lines: Lines, row: int | None = None) -> None:
 def _whiskers(
     values: np.ndarray, low: np.ndarray | None, high: np.ndarray | None, color: str = "#7a7a7a"
 ) -> dict[str, object]:
-    """Error bars; those wider than half the scale, of a handful of completions, would only hide the rest."""
+    """Returns error bars, except those wider than half the scale (from few completions), which would hide the rest."""
     if low is None or high is None:
         return {}
     known = np.isfinite(low) & (high - low <= 0.5)
@@ -256,7 +263,7 @@ def _line_axes(figure: go.Figure, lines: Lines, row: int | None = None) -> None:
 
 
 def _styled(figure: go.Figure, title: str, note: str, height: int) -> go.Figure:
-    """Title, a note below it, margins and fonts that all figures share."""
+    """Sets the title, the note below it, and the margins and fonts that all figures share."""
     wrapped = textwrap.wrap(for_plotly(note, 10**6, 10**6), 60)
     above = (
         52
@@ -287,7 +294,7 @@ def _styled(figure: go.Figure, title: str, note: str, height: int) -> go.Figure:
         plot_bgcolor=figure.layout.plot_bgcolor or "rgba(0,0,0,0)",
         modebar={"bgcolor": "rgba(0,0,0,0)", "color": "#8c8c8c", "activecolor": COLORS[0]},
     )
-    # grey enough for a white page and for a black one
+    # this grey can be seen on a white page and on a black one
     figure.update_xaxes(gridcolor="rgba(128,128,128,0.2)", zerolinecolor="rgba(128,128,128,0.35)")
     figure.update_yaxes(gridcolor="rgba(128,128,128,0.2)", zerolinecolor="rgba(128,128,128,0.35)")
     if wrapped:

@@ -1,4 +1,7 @@
-"""How do figures and token views get into a page that opens offline?  Each library comes along once, and text can't end a script."""
+"""How do figures and token views get into a page that opens offline?  They are written as HTML with their libraries.
+
+Each library is included once, and text is escaped so that it can't end a script.
+"""
 
 import html
 import json
@@ -18,9 +21,11 @@ import plotly.graph_objects as go
 from melbo_lens.files import write_text
 
 CONFIG = {"responsive": True, "displaylogo": False}
-# circuitsvis keeps room for its hover boxes below, which may as well lie over what follows, and glues tokens together
+# circuitsvis reserves space below for its hover boxes, which may as well cover what follows, and leaves no gap between
+# tokens; these styles change both.
 STYLE = (
-    "<style>.tokens{background:#fff;color:#111;padding:.5rem;border-radius:.3rem;margin-bottom:1rem;overflow-wrap:anywhere;color-scheme:light}"
+    "<style>.tokens{background:#fff;color:#111;padding:.5rem;border-radius:.3rem;margin-bottom:1rem;"
+    "overflow-wrap:anywhere;color-scheme:light}"
     ".tokens input,.tokens select,.tokens button,.tokens label{color:#111!important;background:#fff!important}"
     ".tokens>div{padding-bottom:0!important}.tokens span>span{padding:3px 2px!important}</style>"
 )
@@ -32,57 +37,62 @@ ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
 
 @dataclass(frozen=True)
 class Element:
-    """One element of a token view: circuitsvis' name and properties for it, and the same without script."""
+    """One element of a token view: its name and properties in circuitsvis, and static HTML for where no script runs."""
 
     heading: str
-    name: str | None  # None: the still is all
+    name: str | None  # None: static HTML only, no circuitsvis element
     properties: Mapping[str, Any]
     still: str
     note: str = ""
 
     def html(self) -> str:
-        """The element; it is drawn where circuitsvis is loaded, elsewhere its still is seen."""
+        """The element as HTML; circuitsvis draws it where it is loaded, and elsewhere the static HTML is seen."""
         place = f"tokens-{uuid4().hex[:12]}"
         note = f"<p><small>{html.escape(self.note)}</small></p>" if self.note else ""
         body = f'<p><b>{html.escape(self.heading)}</b></p>{note}<div id="{place}" class="tokens">{self.still}</div>'
         if self.name is None:
             return body
         properties = json.dumps(dict(self.properties), allow_nan=False).translate(ESCAPES)
-        # a notebook runs scripts before it shows what they draw into
+        # a notebook may run a script before it has inserted the element that the script draws into, so we try again
         draw = (
             f'(function draw(tries){{if(typeof CircuitsVis==="undefined")return;if(document.getElementById("{place}"))'
-            f'CircuitsVis.render("{place}",CircuitsVis.{self.name},{properties});else if(tries)setTimeout(draw,50,tries-1)}})(100)'
+            f'CircuitsVis.render("{place}",CircuitsVis.{self.name},{properties});'
+            f"else if(tries)setTimeout(draw,50,tries-1)}})(100)"
         )
         return f"{body}<script>{draw}</script>"
 
 
 @dataclass(frozen=True)
 class TokenView:
-    """Something to look at in a notebook or a page, without any request to a host. `view + view` shows both with one copy of the library."""
+    """A view of tokens for a notebook or a page; it makes no network request.
+
+    `view + view` shows both with one copy of the library.
+    """
 
     elements: tuple[Element, ...]
 
     def html(self, bundle: bool = True) -> str:
-        """As HTML; `bundle=False` leaves circuitsvis out, for a page that has it already."""
+        """The view as HTML; `bundle=False` leaves circuitsvis out, for a page that has it already."""
         needed = bundle and any(element.name for element in self.elements)
         return STYLE + (circuitsvis_script() if needed else "") + "".join(element.html() for element in self.elements)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Writes a page of its own."""
-        page = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>tokens</title></head><body>{self.html()}</body></html>'
+        """Writes the view as a complete HTML page and returns the path."""
+        head = '<head><meta charset="utf-8"><title>tokens</title></head>'
+        page = f'<!doctype html><html lang="en">{head}<body>{self.html()}</body></html>'
         write_text(path, page)
         return Path(path)
 
     def to_json(self) -> list[dict[str, Any]]:
-        """The elements as JSON, from which `from_json` makes the same view."""
+        """The elements as JSON, from which `from_json` makes the same view again."""
         return [{**vars(element), "properties": dict(element.properties)} for element in self.elements]
 
     @classmethod
     def from_json(cls, elements: Sequence[Mapping[str, Any]]) -> "TokenView":
-        """A view from what `to_json` gave.
+        """Makes a view from the output of `to_json`.
 
         Raises:
-            ValueError: an element that no view of this library has, as one with a script.
+            ValueError: an element is unlike those of this library, for instance because it holds a script.
         """
         found = []
         for one in elements:
@@ -110,7 +120,7 @@ class TokenView:
 
 
 class _Allowed(HTMLParser):
-    """Refuses markup other than that of our own stills: a file from elsewhere must not bring a script."""
+    """Refuses markup that our own static HTML never contains, so that no file from elsewhere can bring a script."""
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         styles = [value or "" for name, value in attrs if name == "style"]
@@ -126,14 +136,19 @@ class _Allowed(HTMLParser):
     def handle_comment(self, data: str) -> None:
         raise ValueError("a token view holds a comment, which none of this library has: the file is damaged.")
 
-    handle_decl = handle_pi = unknown_decl = handle_comment
+    def handle_decl(self, decl: str) -> None:
+        self.handle_comment(decl)
+
+    handle_pi = unknown_decl = handle_comment
 
 
 def circuitsvis_script() -> str:
-    """circuitsvis, as a script that defines `CircuitsVis`; 1.3 MB. It writes tokens as HTML: here they are escaped before.
+    """Returns circuitsvis as a script of 1.3 MB that defines `CircuitsVis`.
+
+    Circuitsvis writes tokens as HTML; the script is changed here so that it escapes them first.
 
     Raises:
-        RuntimeError: this version of circuitsvis is built differently, so that text could not be made safe.
+        RuntimeError: this version of circuitsvis is built differently, so its text could not be made safe.
     """
     code = files("circuitsvis").joinpath("dist/cdn/iife.js").read_text(encoding="utf-8")
     safe, n_places = re.subn(
@@ -148,7 +163,10 @@ def circuitsvis_script() -> str:
 
 
 def embed(figures: Sequence[go.Figure]) -> list[str]:
-    """Each figure as HTML; the first one brings plotly.js along, once for all. Plotly escapes `<`, `>` and `&` in what it writes."""
+    """Returns each figure as HTML; the first one includes plotly.js for all of them.
+
+    Plotly escapes `<`, `>` and `&` in what it writes.
+    """
     return [
         figure.to_html(
             full_html=False, include_plotlyjs=i == 0, config=CONFIG, default_height=f"{figure.layout.height or 450}px"

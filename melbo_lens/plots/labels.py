@@ -1,4 +1,4 @@
-"""What is said beside a number?  Completions and behaviours of each vector and sign, and the interval of a rate."""
+"""What stands beside a number?  The completions and behaviours of a vector and sign, and the interval of a rate."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +14,10 @@ SIGNS = {1: "+", -1: "−", 0: ""}
 
 
 def examples(completions: Completions | None, by_sign: bool = False) -> dict[Any, str]:
-    """What each vector writes, with both signs or for each sign: of the completions nearest to scale 1, the first that differs from the unsteered."""
+    """Returns one text for each vector, of both signs joined, or for each pair of vector and sign if `by_sign`.
+
+    It is the first completion that differs from the unsteered one, among those with the scale nearest to 1.
+    """
     if completions is None:
         return {}
     table = completions.table
@@ -38,7 +41,7 @@ def examples(completions: Completions | None, by_sign: bool = False) -> dict[Any
 def shown_behaviors(
     completions: Completions | None, behaviors: Mapping[str, Behavior] | None
 ) -> dict[tuple[int, int], str]:
-    """The behaviour that most of the completions of a vector and sign show, if any does."""
+    """Returns for each vector and sign the behaviour that most of its completions show, if any shows one."""
     if completions is None or not behaviors:
         return {}
     steered = completions.table[completions.table.kind == "steered"].reset_index(drop=True)
@@ -50,7 +53,7 @@ def shown_behaviors(
 
 
 def wilson(rate: float, n: int) -> tuple[float, float]:
-    """The 95 % Wilson interval of a rate seen in n; NaN if nothing was seen."""
+    """Returns the 95 % Wilson interval of a rate among n completions, or NaN if n is 0 or the rate is unknown."""
     if not n or not np.isfinite(rate):
         return (float("nan"), float("nan"))
     interval = binomtest(round(rate * n), int(n)).proportion_ci(method="wilson")
@@ -58,6 +61,6 @@ def wilson(rate: float, n: int) -> tuple[float, float]:
 
 
 def some(n: int, what: str) -> None:
-    """Refuses to draw nothing."""
+    """Raises ValueError if there is nothing to draw."""
     if not n:
         raise ValueError(f"there are no {what} to draw.")

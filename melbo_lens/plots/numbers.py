@@ -1,8 +1,8 @@
-"""Which numbers go into which picture?  Each function turns what was learned, measured or written into labelled arrays."""
+"""Which numbers does each picture show?  Each function turns measured values or completions into labelled arrays."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -15,6 +15,8 @@ from melbo_lens.generation.completions import Completions
 from melbo_lens.measures.changes import ActivationChanges, TargetEffects
 from melbo_lens.measures.radius import Calibration
 from melbo_lens.perturbations.adapters import SteeringAdapters
+from melbo_lens.perturbations.perturbation import Numbers, Perturbation
+from melbo_lens.perturbations.vectors import SteeringVectors
 from melbo_lens.plots.arrays import (
     MOST_ROWS,
     Bars,
@@ -37,7 +39,7 @@ MOST_RANKED = 60
 def token_heatmap(
     changes: ActivationChanges, layer: int | None = None, relative: bool = False, completions: Completions | None = None
 ) -> Matrix:
-    """[vector token] at one layer, the last by default."""
+    """Returns the changes at one layer (the last measured one by default), [vector token]."""
     some(len(changes), "perturbations")
     at = _layer_index(changes, layer)
     values = (changes.relative if relative else changes.change)[:, at].numpy()
@@ -56,7 +58,7 @@ def token_heatmap(
 
 
 def layer_heatmap(changes: ActivationChanges, vector: int = 0, relative: bool = True) -> Matrix:
-    """[layer token] for one vector."""
+    """Returns the changes of one vector, [layer token]."""
     _one_of(vector, len(changes), "vector")
     values = (changes.relative if relative else changes.change)[vector].numpy()
     return Matrix(
@@ -72,31 +74,32 @@ def layer_heatmap(changes: ActivationChanges, vector: int = 0, relative: bool = 
     )
 
 
-def cosine_similarity(of: Any, completions: Completions | None = None) -> Clustered:
-    """Cosines between vectors, or between rows of `TargetEffects`, in the order of average linkage of 1 - cosine."""
-    effects = isinstance(of, TargetEffects)
+def cosine_similarity(of: Perturbation | TargetEffects, completions: Completions | None = None) -> Clustered:
+    """Returns cosines of vectors or of rows of `TargetEffects`, in the order of average linkage on 1 - cosine."""
     if isinstance(of, SteeringAdapters):
         raise TypeError(
-            f"{type(of).__name__} have no cosines of their own: compare what they do, plots.cosine_similarity(ml.target_effects(...))."
+            f"{type(of).__name__} have no cosines of their own: compare what they do, "
+            "plots.cosine_similarity(ml.target_effects(...))."
         )
     n = len(of)
     some(n, "vectors")
     kept = min(n, MOST_ROWS)
-    if kept < n:
-        of = (
-            replace(of, values=of.values[:kept], vectors=of.vectors[:kept], signs=of.signs[:kept])
-            if effects
-            else of[list(range(kept))]
-        )
-    cosines = of.cosine_similarity().cpu().double().numpy()
-    names = (
-        [f"{k}{SIGNS[s] if len(set(of.signs)) > 1 else ''}" for k, s in zip(of.vectors, of.signs, strict=True)]
-        if effects
-        else range(kept)
-    )
-    keys = list(zip(of.vectors, of.signs, strict=True)) if effects else list(range(kept))
+    if isinstance(of, TargetEffects):
+        keys = list(zip(of.vectors[:kept], of.signs[:kept], strict=True))
+        both = len({sign for _, sign in keys}) > 1
+        names, what = [f"{k}{SIGNS[s] if both else ''}" for k, s in keys], f"effects at layer {of.target_layer}"
+        shown = of
+        if kept < n:
+            shown = replace(of, values=of.values[:kept], vectors=of.vectors[:kept], signs=of.signs[:kept])
+    else:
+        keys = names = list(range(kept))
+        what = "vectors"
+        shown = cast(SteeringVectors, of)  # or another kind that has cosines
+        if kept < n:
+            shown = shown[list(range(kept))]
+    cosines = shown.cosine_similarity().cpu().double().numpy()
     order, joins = _tree(cosines)
-    texts = examples(completions, by_sign=effects)
+    texts = examples(completions, by_sign=isinstance(of, TargetEffects))
     labels = tuple(str(names[i]) for i in order)
     matrix = Matrix(
         cosines[np.ix_(order, order)],
@@ -105,7 +108,7 @@ def cosine_similarity(of: Any, completions: Completions | None = None) -> Cluste
         "vector",
         "vector",
         "cosine",
-        f"Cosine similarity of {f'effects at layer {of.target_layer}' if effects else 'vectors'}",
+        f"Cosine similarity of {what}",
         signed=True,
         bound=1.0,
         texts=tuple(texts.get(keys[i], "") for i in order) if texts else (),
@@ -116,8 +119,10 @@ def cosine_similarity(of: Any, completions: Completions | None = None) -> Cluste
     return Clustered(matrix, tuple(order), joins)
 
 
-def objective_history(vectors: Any, control: Any = None, completions: Completions | None = None) -> Lines:
-    """[step] for each vector; the level is the mean objective of random vectors of the same norms."""
+def objective_history(
+    vectors: Perturbation, control: Numbers | None = None, completions: Completions | None = None
+) -> Lines:
+    """Returns a curve over the steps for each vector; the level is the mean objective of norm-matched vectors."""
     history = vectors.history.cpu().numpy()
     if not history.shape[0]:
         raise ValueError("these vectors have no history: plot the fitted ones, before arithmetic and joining.")
@@ -136,7 +141,7 @@ def objective_history(vectors: Any, control: Any = None, completions: Completion
 
 
 def ranking(table: pd.DataFrame, completions: Completions | None = None) -> Panels:
-    """Measures of each vector and sign, best first as the table has them; every numeric column is a measure."""
+    """Returns the measures of each vector and sign in the order of the table; every numeric column is a measure."""
     some(len(table), "rows")
     skipped = {"vector", "sign", "cluster", "near_duplicates", "scale", "prompt"}
     numeric = [
@@ -158,7 +163,7 @@ def ranking(table: pd.DataFrame, completions: Completions | None = None) -> Pane
 
 
 def radius_curve(calibration: Calibration) -> Lines:
-    """The curve on which a radius was solved, with the target and the solution."""
+    """Returns the curve on which a radius was solved, with the target and the solution."""
     radii, values = (np.array(column, dtype=float) for column in zip(*calibration.curve, strict=True))
     return Lines(
         (Line(calibration.rule, radii, values),),
@@ -173,7 +178,7 @@ def radius_curve(calibration: Calibration) -> Lines:
 
 
 def layer_map(scan: LayerScan, value: str = "gain") -> Matrix:
-    """[source target], the larger of the two signs; pairs that were not tried are NaN."""
+    """Returns the larger value of the two signs, [source target]; pairs that were not tried are NaN."""
     if value not in ("gain", "objective", "kl", "entropy", "radius"):
         raise ValueError(f"value={value!r} must be one of gain, objective, kl, entropy, radius.")
     some(len(scan.table), "pairs of layers")
@@ -195,7 +200,7 @@ def layer_map(scan: LayerScan, value: str = "gain") -> Matrix:
 def effect_scatter(
     changes: TargetEffects, completions: Completions | None = None, behaviors: Mapping[str, Behavior] | None = None
 ) -> Points:
-    """Principal components of the effects; each row is in the group of the behaviour that its completions show most."""
+    """Returns two principal components of the effects; a row's group is the behaviour its completions show most."""
     some(len(changes), "perturbations")
     values = changes.values.double().numpy()
     fine = np.flatnonzero(np.isfinite(values).all(1))
@@ -217,7 +222,8 @@ def effect_scatter(
         tuple(groups.get(key, "none") for key in keys),
         tuple(f"vector {k} {SIGNS[s]}" for k, s in keys),
         tuple(texts.get(key, "") for key in keys),
-        *axes,
+        axes[0],
+        axes[1],
         f"Effects at layer {changes.target_layer}",
         without_numbers(
             values, "rows", [f"{k}{SIGNS[s]}" for k, s in zip(changes.vectors, changes.signs, strict=True)]
@@ -226,10 +232,10 @@ def effect_scatter(
 
 
 def behavior_rates(evaluation: Evaluation) -> Bars:
-    """The rate of each behaviour over all steered completions, beside the controls, with 95 % Wilson intervals."""
+    """Returns the rate of each behaviour in all steered completions and in the controls, with 95 % Wilson intervals."""
     summary = evaluation.summary
     some(len(summary), "behaviours")
-    rows = [(summary.rate, summary.low, summary.high)]
+    rows: list[tuple[Iterable[float], ...]] = [(summary.rate, summary.low, summary.high)]
     for name in ("random", "unsteered"):
         counts = summary.get(f"n_{name}", pd.Series(0, index=summary.index))
         rows.append(
@@ -253,11 +259,12 @@ def behavior_rates(evaluation: Evaluation) -> Bars:
 
 
 def scale_sweep(
-    completions: Completions, behaviors: Mapping[str, Behavior], coherence: Any = None
+    completions: Completions, behaviors: Mapping[str, Behavior], coherence: Numbers | None = None
 ) -> tuple[Lines, Lines]:
-    """Rates, and coherence, against signed multiples of the vectors; multiple 0 is unsteered.
+    """Returns rates, and coherence, against signed multiples of the vectors; multiple 0 is unsteered.
 
-    `coherence` is one number for each completion (as from `coherence`); without it, the share of different words stands for it.
+    `coherence` has one number for each completion, as from `coherence`; without it, the share of different words is
+    used instead.
     """
     table = completions.table
     some(len(table), "completions")
@@ -316,7 +323,7 @@ def scale_sweep(
 
 
 def _tree(cosines: np.ndarray) -> tuple[list[int], np.ndarray]:
-    """Order and joins; rows with NaN come last and are in no join."""
+    """Returns the order and the joins; rows with NaN come last and are in no join."""
     fine = np.flatnonzero(np.isfinite(np.diagonal(cosines)))
     rest = [int(i) for i in np.flatnonzero(~np.isfinite(np.diagonal(cosines)))]
     if len(fine) < 2:
@@ -325,7 +332,7 @@ def _tree(cosines: np.ndarray) -> tuple[list[int], np.ndarray]:
     np.fill_diagonal(distances, 0)
     links = linkage(squareform((distances + distances.T) / 2, checks=False), "average", optimal_ordering=True)
     tree = dendrogram(links, no_plot=True)
-    places = (np.array(tree["icoord"]) - 5) / 10  # scipy puts leaf i at 10 i + 5
+    places = (np.array(tree["icoord"]) - 5) / 10  # scipy places leaf i at 10 i + 5
     return [*(int(fine[i]) for i in tree["leaves"]), *rest], np.stack([places, np.array(tree["dcoord"])], axis=-1)
 
 

@@ -1,20 +1,22 @@
-"""How is text of a model shown?  Blanks made visible, and nothing in it taken for markup."""
+"""How is a model's text shown?  Its white space is made visible, and nothing in it is taken for markup."""
 
 import html
 import textwrap
 
-MARKS = {" ": "·", "\n": "↵", "\t": "⇥", "\r": "␍", "\u00a0": "⍽", "\u200d": "\u200d"}  # the last joins emoji
+# the last one joins emoji and stays as it is
+MARKS = {" ": "·", "\n": "↵", "\t": "⇥", "\r": "␍", "\u00a0": "⍽", "\u200d": "\u200d"}
 
 
 def visible(token: str) -> str:
-    """A token with its spaces, newlines and control characters made visible; an empty one is ∅."""
+    """Returns a token with its spaces, newlines and control characters made visible; an empty token becomes ∅."""
     return "".join(MARKS.get(c, _printable(c)) for c in token) or "∅"
 
 
 def for_plotly(text: str, most: int = 400, width: int = 70) -> str:
-    """Text for a label or a hover box: plotly reads a few tags there, so `<` and `&` are escaped; long text is wrapped and cut.
+    """Returns text for a label or a hover box; long text is wrapped and cut.
 
-    Control characters are spelled out: one of them in an SVG, and the whole figure can't be made a picture.
+    Plotly reads a few HTML tags there, so `<` and `&` are escaped. Control characters are spelled out, because a single
+    one in the SVG keeps the whole figure from being exported as an image.
     """
     cut = text if len(text) <= most else text[: most - 1] + "…"
     lines = [line for part in cut.split("\n") for line in (textwrap.wrap(part, width) or [""])]

@@ -1,6 +1,7 @@
-"""How do changes look on the text itself?  Token views that open offline: circuitsvis' elements, and a table of promoted tokens."""
+"""How do changes look on the text itself?  These token views open offline: circuitsvis elements and a token table."""
 
 import html
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -12,20 +13,20 @@ from melbo_lens.plots.arrays import left_out
 from melbo_lens.plots.embedding import Element, TokenView
 from melbo_lens.plots.text import visible
 
-MOST_VECTORS = 100  # a button or a choice each
-MOST_NUMBERS = 40_000  # a third of a megabyte on a page
+MOST_VECTORS = 100  # each of them has a button or an entry in a menu
+MOST_NUMBERS = 40_000  # they take a third of a megabyte on a page
 
 
 def colored_tokens(
     changes: ActivationChanges, vector: int = 0, layer: int | None = None, relative: bool = False
 ) -> TokenView:
-    """The text, each token coloured by how far one perturbation moves the stream there.
+    """Shows the text with each token coloured by how far one perturbation moves the stream there.
 
     Args:
         changes: from `activation_changes`.
-        vector: which perturbation.
-        layer: the stream that enters it; the last measured by default.
-        relative: as a share of the clean stream's norm.
+        vector: the index of the perturbation.
+        layer: shows the stream that enters this layer; the last measured layer by default.
+        relative: shows the change as a share of the clean stream's norm.
 
     Raises:
         ValueError: there is no such vector or layer.
@@ -49,7 +50,7 @@ def colored_tokens(
 
 
 def colored_tokens_multi(changes: ActivationChanges, layer: int | None = None, relative: bool = False) -> TokenView:
-    """The text with one button for each perturbation; each colours the tokens by its change.
+    """Shows the text with one button for each perturbation, which colours the tokens by that perturbation's change.
 
     Args:
         changes, layer, relative: as in `colored_tokens`.
@@ -66,7 +67,7 @@ def colored_tokens_multi(changes: ActivationChanges, layer: int | None = None, r
 
 
 def text_neuron_activations(changes: ActivationChanges, relative: bool = True) -> TokenView:
-    """The text with a choice of layer and of perturbation; tokens are coloured by the change.
+    """Shows the text with menus for the layer and the perturbation; tokens are coloured by the change.
 
     Args:
         changes, relative: as in `colored_tokens`.
@@ -93,15 +94,17 @@ def text_neuron_activations(changes: ActivationChanges, relative: bool = True) -
     )
 
 
-def token_log_probs(expected: NextTokens, conditions: Any = None) -> TokenView:
-    """The text once for each condition: tokens coloured by their log-probability, with the most likely ones on hovering.
+def token_log_probs(expected: NextTokens, conditions: Iterable[int] | None = None) -> TokenView:
+    """Shows the text once for each condition, with tokens coloured by log-probability.
+
+    Hovering over a token shows the tokens that were most likely there.
 
     Args:
         expected: from `next_tokens`.
-        conditions: indices of those to show; the first four by default, of which the first is unsteered.
+        conditions: indices of the conditions to show; the first four by default, of which the first is unsteered.
 
     Raises:
-        ValueError: a text of one token, which follows nothing.
+        ValueError: the text has one token only, so nothing predicts it.
     """
     if len(expected.tokens) < 2:
         raise ValueError(
@@ -131,7 +134,7 @@ def token_log_probs(expected: NextTokens, conditions: Any = None) -> TokenView:
 
 
 def top_tokens(table: pd.DataFrame, most: int = MOST_VECTORS) -> TokenView:
-    """The tokens that vectors promote and suppress, as a table that needs no script.
+    """Shows the tokens that vectors promote and suppress, in a table that needs no script.
 
     Args:
         table: from `melbo_lens.top_tokens`.
@@ -155,13 +158,13 @@ def top_tokens(table: pd.DataFrame, most: int = MOST_VECTORS) -> TokenView:
 
 
 def _chips(tokens: list[tuple[str, float]]) -> str:
-    """Tokens with their change of the logit, coloured by it."""
+    """Returns tokens, coloured by the change of their logits."""
     bound = max((abs(value) for _, value in tokens if np.isfinite(value)), default=1.0) or 1.0
     return " ".join(_chip(visible(token), value / bound, f"{value:+.4g}") for token, value in tokens)
 
 
 def _still(tokens: list[str], values: np.ndarray) -> str:
-    """The coloured text without any script: what is seen where scripts don't run."""
+    """Returns the coloured text as static HTML, which is seen where scripts don't run."""
     bound = float(np.abs(values).max()) if values.size else 0.0
     return (
         '<div style="line-height:2">'
@@ -176,11 +179,14 @@ def _still(tokens: list[str], values: np.ndarray) -> str:
 def _chip(text: str, share: float, title: str) -> str:
     color = "33,102,172" if share >= 0 else "178,24,43"
     strength = min(abs(share), 1.0) if np.isfinite(share) else 0.0
-    style = f"background:rgba({color},{0.5 * strength:.2f});padding:1px 3px;border-radius:3px;font-family:monospace;white-space:pre-wrap"
+    style = (
+        f"background:rgba({color},{0.5 * strength:.2f});padding:1px 3px;"
+        "border-radius:3px;font-family:monospace;white-space:pre-wrap"
+    )
     return f'<span style="{style}" title="{html.escape(title)}">{html.escape(text)}</span>'
 
 
-def _tokens(tokens: Any) -> list[str]:
+def _tokens(tokens: Iterable[str]) -> list[str]:
     return [visible(token) for token in tokens]
 
 
@@ -189,7 +195,7 @@ def _values(changes: ActivationChanges, relative: bool) -> np.ndarray:
 
 
 def _numbers(values: np.ndarray) -> tuple[np.ndarray, str]:
-    """Finite numbers, since NaN is no JSON, and a sentence if some were not."""
+    """Replaces NaN and infinity, which JSON lacks, by 0, and returns a sentence if there were any."""
     bad = ~np.isfinite(values)
     return np.where(
         bad, 0.0, values
@@ -197,7 +203,7 @@ def _numbers(values: np.ndarray) -> tuple[np.ndarray, str]:
 
 
 def _short(values: np.ndarray) -> Any:
-    """Lists with four significant digits: enough for an eye, and small on a page."""
+    """Returns nested lists of numbers with four significant digits, which keeps a page small."""
     return (
         np.vectorize(lambda value: float(f"{value:.4g}"), otypes=[float])(values).tolist()
         if values.size

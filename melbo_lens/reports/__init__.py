@@ -1,1 +1,1 @@
-"""How is a run shown and kept?  One value, one page, one folder."""
+"""How is a run kept?  It is one value, `Findings`, which becomes one folder and one page."""

@@ -1,6 +1,6 @@
-"""What did one run find?  Perturbations, what a model wrote under them, and every measure of them, as one value and as one folder.
+"""What did one run find?  `Findings` holds the perturbations, the completions under them, and every measure of them.
 
-JSON lines and safetensors are read again; the CSV files beside them are for people.
+It is saved as one folder. The JSON and safetensors files in it are read again; the CSV files are for people.
 """
 
 import csv
@@ -39,19 +39,19 @@ TITLE = "What the vectors elicit"
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Findings:
-    """What one run found: the value that `report` shows and that a folder keeps.  What is None was not measured.
+    """What one run found: `report` shows it and `save` writes it to a folder. A measure that was not taken is None.
 
     Attributes:
-        vectors: what was learned.
+        vectors: the learned perturbations.
         completions: from `generate`.
         behaviors: name -> regular expression or function of the text.
-        title: heading of the page.
-        changes: from `activation_changes`: where on the prompt the vectors act.
-        effects: from `target_effects`: which vectors do the same.
-        control: objectives of random vectors of the same norms, from `objective`.
-        ranked: from `rank`: the KL divergence of each vector and sign.
-        calibration, scan: how radius and layers were chosen.
-        coherence: of each completion, from `coherence`; shown if there are several scales.
+        title: the heading of the page.
+        changes: from `activation_changes`; they show where on the prompt the vectors act.
+        effects: from `target_effects`; they show which vectors do the same.
+        control: the objectives of random vectors of the same norms, from `objective`.
+        ranked: from `rank`; it has the KL divergence of each vector and sign.
+        calibration, scan: how the radius and the layers were chosen.
+        coherence: one number for each completion, from `coherence`; it is shown if there are several scales.
         views: more token views, as from `plots.token_log_probs`.
     """
 
@@ -90,11 +90,14 @@ class Findings:
         behaviors: Mapping[str, Behavior] | None = None,
         title: str = TITLE,
     ) -> "Findings":
-        """With the four measures that a page begins with: changes on the first prompt, effects of both signs, the control's objective, the ranking.
+        """Takes the four measures that a page begins with and returns the findings.
+
+        The measures are the changes on the first prompt, the effects of both signs, the objective of random controls,
+        and the ranking.
 
         Args:
-            model, prompts: with which the vectors were learned.
-            vectors, completions, behaviors, title: as above.
+            model, prompts: those with which the vectors were learned.
+            vectors, completions, behaviors, title: the fields of `Findings`.
         """
         host = host_of(model)
         batch = tokenize(host, prompts, (vectors.objective or Objective()).target_positions)
@@ -112,15 +115,15 @@ class Findings:
 
     @public
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Writes a folder, which is made if missing; each file is written whole or not at all.
+        """Writes a folder, which is made if it is missing; each file is written whole or not at all.
 
-        Of the behaviours those texts are kept that show them, since a function can't be.
+        A function can't be saved, so for each behaviour the folder keeps the texts that show it.
         """
         folder, completions = Path(directory), self.completions
         folder.mkdir(parents=True, exist_ok=True)
         self.vectors.save(folder / "vectors.safetensors")
         files.write_text(folder / "completions.jsonl", completions.to_lines())
-        # quoted, so that a lone carriage return in a text ends no row
+        # texts are quoted, so that a lone carriage return in one of them doesn't end the row
         files.write_text(
             folder / "completions.csv", completions.table.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC)
         )
@@ -153,11 +156,11 @@ class Findings:
     @classmethod
     @public
     def load(cls, directory: str | os.PathLike[str], behaviors: Mapping[str, Behavior] | None = None) -> "Findings":
-        """Reads what `save` wrote, also in version 0.1.0.
+        """Reads a folder that `save` wrote, also one of version 0.1.0.
 
         Args:
-            directory: a folder with `vectors.safetensors` and `completions.jsonl` (or the `completions.csv` of version 0.1.0).
-            behaviors: other behaviours instead of those of the run.
+            directory: a folder with `vectors.safetensors` and `completions.jsonl` (or `completions.csv`, in 0.1.0).
+            behaviors: replaces the behaviours of the run.
 
         Raises:
             FileNotFoundError: the folder lacks one of the two files.
@@ -200,7 +203,7 @@ class Findings:
 
 
 def _plain_rows(table: pd.DataFrame) -> list[list[Any]]:
-    """The cells of a table as Python's, with None for what is missing."""
+    """Returns the cells of a table as plain Python values, with None for missing ones."""
     return plain_json(table.astype(object).where(table.notna(), None).to_numpy().tolist(), "a table")
 
 
@@ -214,7 +217,7 @@ def _completions(lines: Path, sheet: Path, settings: Mapping[str, Any]) -> Compl
 
 
 def _numbers(values: list[float | None] | None) -> list[float] | None:
-    """Numbers whose NaN became null."""
+    """Turns None, which is how JSON keeps NaN, back into NaN."""
     return None if values is None else [math.nan if value is None else value for value in values]
 
 
@@ -241,7 +244,7 @@ def _scan(kept: dict[str, Any] | None) -> LayerScan | None:
 
 
 def _table(path: Path) -> pd.DataFrame:
-    """Completions of a CSV file, as version 0.1.0 kept them."""
+    """Reads completions from a CSV file, as version 0.1.0 wrote it."""
     try:
         table = pd.read_csv(
             path, keep_default_na=False, dtype={"text": str, "prompt_text": str}, na_values={"vector": [""]}

@@ -1,10 +1,13 @@
-"""How does everything found fit on one page?  `report` writes a single HTML file that opens offline and trusts no text of a model."""
+"""How are findings shown on one page?  `report` writes a single HTML file that opens offline.
+
+The page escapes all text that a model wrote.
+"""
 
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader
@@ -17,16 +20,18 @@ from melbo_lens.generation.completions import Completions
 from melbo_lens.measures.changes import ActivationChanges
 from melbo_lens.perturbations.perturbation import Perturbation
 from melbo_lens.perturbations.vectors import SteeringVectors
+from melbo_lens.plots.labels import examples
 from melbo_lens.reports.findings import TITLE, Findings
 
 HIDDEN_SETTINGS = ("prompt_tokens", "parts", "prompts", "rows", "matched_to")
 MOST_SECTIONS, MOST_ROWS = 300, 20_000
 SIGNS = {1: "+", -1: "−", 0: ""}
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure of the page with how to read it, or why there is none."""
+    """A figure of the page with its caption, or the reason why it is missing."""
 
     anchor: str
     caption: str
@@ -43,25 +48,28 @@ def report(
     title: str = TITLE,
     **measured: Any,
 ) -> Path:
-    """Writes one self-contained page: rates, ranking, figures, a section for each vector, a table of completions with filters, and the settings.
+    """Writes one self-contained page.
 
-    What is not given is left out; nothing here runs a model.
+    It has rates, the ranking, figures, a section for each vector, a table of completions with filters, and the settings.
+    What is not given is left out of the page; no model runs here.
 
     Args:
-        findings: what a run found, or the vectors alone, with the rest of `Findings` after them.
-        completions, behaviors, title, measured: of vectors alone: the fields of `Findings` (completions, changes, effects, control, ...).
-        path: where to write; its folder must exist.
+        findings: the findings of a run, or the vectors alone, with the other fields of `Findings` after them.
+        completions, behaviors, title, measured: the other fields of `Findings` (changes, effects, control, ...), to be
+            given only with vectors.
+        path: the file to write; its folder must exist.
 
     Returns:
         The path written.
 
     Raises:
-        TypeError: vectors without completions, or something beside findings that these say themselves.
+        TypeError: vectors are given without completions, or findings together with one of their own fields.
     """
     if isinstance(findings, Findings):
         if completions is not None or behaviors is not None or measured or title != TITLE:
             raise TypeError(
-                "findings say their completions, behaviours, title and measures themselves: give the findings and a path alone."
+                "findings say their completions, behaviours, title and measures themselves: "
+                "give the findings and a path alone."
             )
         return _written(findings, path)
     if completions is None:
@@ -78,14 +86,14 @@ def save_results(
     title: str = TITLE,
     **measured: Any,
 ) -> Path:
-    """Writes vectors, completions, measurements and the page that shows them to a folder, which is made if missing.
+    """Writes vectors, completions, measures and the page that shows them to a folder, which is made if it is missing.
 
     Args:
-        directory: where to write. Each file is written whole or not at all.
+        directory: the folder to write to. Each file is written whole or not at all.
         vectors, completions, behaviors, title, measured: the fields of `Findings`.
 
     Returns:
-        The page.
+        The path of the page.
     """
     Findings(vectors, completions, behaviors or {}, title, **measured).save(directory)
     return report_directory(directory)
@@ -97,12 +105,12 @@ def report_directory(
     behaviors: Mapping[str, Behavior] | None = None,
     path: str | os.PathLike[str] | None = None,
 ) -> Path:
-    """Writes the page of a folder again, from the files in it.
+    """Writes the page of a folder again from the files in it.
 
     Args:
         directory: a folder that `Findings.save`, `save_results` or `melbo-lens fit` wrote.
-        behaviors: other behaviours to count instead of those of the run.
-        path: the page; `report.html` in the folder by default.
+        behaviors: replaces the behaviours of the run.
+        path: the page to write; `report.html` in the folder by default.
 
     Raises:
         FileNotFoundError: the folder lacks one of its files.
@@ -133,7 +141,7 @@ def _written(findings: Findings, path: str | os.PathLike[str]) -> Path:
         note="" if evaluation is None else evaluation.note,
         measures=[name for name in ranking.columns if name not in ("vector", "sign")],
         ranking=ranking.head(MOST_SECTIONS).to_dict("records"),
-        examples=plots.labels.examples(completions, by_sign=True),
+        examples=examples(completions, by_sign=True),
         pictures=figures,
         tokens=tokens.html() if tokens else "",
         behaviors=list(behaviors),
@@ -156,7 +164,7 @@ def _written(findings: Findings, path: str | os.PathLike[str]) -> Path:
 def _ranking(
     vectors: Perturbation, table: pd.DataFrame, shown: pd.DataFrame, ranked: pd.DataFrame | None
 ) -> pd.DataFrame:
-    """Vectors and signs with their measures, those that change most first."""
+    """Returns vectors and signs with their measures; those that change most come first."""
     plain = table[table.kind == "unsteered"].drop_duplicates(["prompt", "sample"]).set_index(["prompt", "sample"]).text
     joined = table.join(plain.rename("plain"), on=["prompt", "sample"])
     hits = [f"rate of {name}" for name in shown]
@@ -170,7 +178,7 @@ def _ranking(
     found = means.reset_index().astype({"vector": int, "sign": int})
     history = vectors.history
     if len(history):
-        # the objective is that of the vector as it was learned; its negative was not measured
+        # the objective was measured for the vector as it was learned, not for its negative
         found.insert(
             2,
             "objective",
@@ -187,81 +195,73 @@ def _ranking(
 
 
 def _figures(findings: Findings, evaluation: Evaluation | None, ranking: pd.DataFrame, best: int) -> Iterator[Picture]:
-    """What can be drawn from what is there, in the order of the page."""
+    """Draws every figure whose values are there, in the order of the page."""
     vectors, completions, behaviors = findings.vectors, findings.completions, findings.behaviors
     changes, effects, calibration, scan = findings.changes, findings.effects, findings.calibration, findings.scan
     several = completions.table.scale[completions.table.scale > 0].nunique() > 1
-    planned: list[tuple[bool, str, str, Callable[[], Any]]] = [
+    planned: list[tuple[str, str, Callable[[], Any] | None]] = [
         (
-            evaluation is not None,
             "rates",
             "Bars with 95 % Wilson intervals; grey and yellow are the controls.",
-            lambda: plots.behavior_rates(evaluation),
+            _if_given(evaluation, plots.behavior_rates),
         ),
         (
-            True,
             "ranked",
             "Each row is a vector with a sign. A blank means not measured.",
             lambda: plots.ranking(ranking, completions),
         ),
         (
-            True,
             "objective",
             "A curve for each vector. The dotted line is what random vectors of the same norm reach.",
             lambda: plots.objective_history(vectors, findings.control, completions),
         ),
         (
-            isinstance(vectors, SteeringVectors),
             "cosines",
             "Blue alike, red opposite. Branches that join low are near-duplicates.",
-            lambda: plots.cosine_similarity(vectors, completions),
+            _if_given(
+                vectors if isinstance(vectors, SteeringVectors) else None,
+                lambda vectors: plots.cosine_similarity(vectors, completions),
+            ),
         ),
         (
-            effects is not None,
             "effect-cosines",
             "The same for what the vectors change at the target: different vectors may do the same.",
-            lambda: plots.cosine_similarity(effects, completions),
+            _if_given(effects, lambda effects: plots.cosine_similarity(effects, completions)),
         ),
         (
-            effects is not None,
             "effects",
             "Each point is a vector with a sign; near points change the target alike.",
-            lambda: plots.effect_scatter(effects, completions, behaviors),
+            _if_given(effects, lambda effects: plots.effect_scatter(effects, completions, behaviors)),
         ),
         (
-            changes is not None,
             "changes",
             "How far each vector moves the residual stream at each token of the prompt.",
-            lambda: plots.token_heatmap(changes, completions=completions),
+            _if_given(changes, lambda changes: plots.token_heatmap(changes, completions=completions)),
         ),
         (
-            changes is not None,
             "layers",
             "The vector that is ranked first, as a share of the clean stream's norm.",
-            lambda: plots.layer_heatmap(changes, best if best < len(changes) else 0),
+            _if_given(changes, lambda changes: plots.layer_heatmap(changes, best if best < len(changes) else 0)),
         ),
         (
-            several and bool(behaviors),
             "scales",
             "Above: how often each behaviour is seen at multiples of the vectors. Below: how coherent the text is.",
-            lambda: plots.scale_sweep(completions, behaviors, findings.coherence),
+            (lambda: plots.scale_sweep(completions, behaviors, findings.coherence)) if several and behaviors else None,
         ),
         (
-            calibration is not None,
             "radius",
             "The rule's value at each radius that was tried.",
-            lambda: plots.radius_curve(calibration),
+            _if_given(calibration, plots.radius_curve),
         ),
         (
-            scan is not None,
             "layer-map",
             "Objective of a few vectors over that of random ones, the larger sign.",
-            lambda: plots.layer_map(scan),
+            _if_given(scan, plots.layer_map),
         ),
     ]
-    drawn = []
-    for wanted, anchor, caption, draw in planned:
-        if wanted:
+    drawn: list[tuple[str, str, Any, str]] = []  # a figure, or None with the reason
+    for anchor, caption, draw in planned:
+        if draw is not None:
             try:
                 drawn.append((anchor, caption, draw(), ""))
             except ValueError as error:
@@ -269,6 +269,11 @@ def _figures(findings: Findings, evaluation: Evaluation | None, ranking: pd.Data
     embedded = iter(plots.embed([figure for _, _, figure, _ in drawn if figure is not None]))
     for anchor, caption, figure, reason in drawn:
         yield Picture(anchor, caption, next(embedded) if figure is not None else "", reason)
+
+
+def _if_given(value: T | None, draw: Callable[[T], Any]) -> Callable[[], Any] | None:
+    """Returns a function that draws the value, or None if there is no value."""
+    return None if value is None else lambda: draw(value)
 
 
 def _token_views(changes: ActivationChanges | None, views: plots.TokenView | None) -> plots.TokenView | None:
@@ -282,7 +287,7 @@ def _token_views(changes: ActivationChanges | None, views: plots.TokenView | Non
 
 
 def _sections(vectors: Perturbation, table: pd.DataFrame, shown: pd.DataFrame) -> Iterator[dict[str, Any]]:
-    """For each vector its completions beside the unsteered ones, a row for each prompt, sample and scale."""
+    """Yields for each vector its completions beside the unsteered ones, in a row for each prompt, sample and scale."""
     labels = _labels(shown, len(table))
     plain = {(row.prompt, row.sample): row.text for row in table[table.kind == "unsteered"].itertuples()}
     measures, history = vectors.measures(), vectors.history
@@ -330,7 +335,7 @@ def _rows(table: pd.DataFrame, shown: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def _labels(shown: pd.DataFrame, n: int) -> list[list[str]]:
-    """For each row the behaviours that it shows."""
+    """Returns for each row the behaviours that it shows."""
     return [
         [name for name in shown if hits[name][i]]
         for hits in [{name: shown[name].to_numpy() for name in shown}]
@@ -339,5 +344,5 @@ def _labels(shown: pd.DataFrame, n: int) -> list[list[str]]:
 
 
 def _plain(table: pd.DataFrame) -> dict[str, str]:
-    """Unsteered texts by prompt and sample, for the column beside."""
+    """Returns the unsteered texts by prompt and sample, for the column beside the steered ones."""
     return {f"{row.prompt} {row.sample}": row.text for row in table[table.kind == "unsteered"].itertuples()}

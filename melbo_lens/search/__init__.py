@@ -1,1 +1,1 @@
-"""Where to look?  Layers, radii, and the groups of what is found."""
+"""Where should one look?  This folder searches layers and radii, and groups what is found."""

@@ -1,9 +1,9 @@
-"""What does a model hide of which I know nothing?  A search of layers and radii within a time budget, and the groups of what it finds."""
+"""What does an unknown model hide?  A search of layers and radii within a time budget finds groups of completions."""
 
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
@@ -27,15 +27,18 @@ SHARE_FOR_HELDOUT = 0.25
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Discovery:
-    """What a search found.
+    """The result of a search.
 
     Attributes:
-        table: one row for each group of completions that differ from the unsteered ones, ranked by how many vectors elicit it beyond the random
-            controls: group, behavior (its name, if behaviours were given), example, source_layer, target_layer, radius, vector (its number in that
-            trial), sign, rate (of that vector on the prompts), heldout_rate, random_rate, n_vectors (how many elicit it).
+        table: one row for each group of completions that differ from the unsteered ones, ranked by how far the share of
+            such completions exceeds that of the random controls: group, behavior (its name, if behaviours were given),
+            example, source_layer, target_layer, radius, vector (the number, within its trial, of the vector that
+            elicits the group most), sign, rate (of that vector on the prompts), heldout_rate, random_rate, and
+            n_vectors (how many vectors elicit it).
         plan: the trials that were completed; `discover(..., plan=found.plan)` repeats them exactly.
-        vectors: the vectors, or adapters, of each trial.
-        completions: those of each trial.
+        vectors: the vectors or adapters of each trial.
+        completions: the completions of each trial.
+        settings: the settings of the search, and the seconds that it took.
     """
 
     table: pd.DataFrame
@@ -50,7 +53,13 @@ class Discovery:
         return int(entry.sign) * self.vectors[int(entry.trial)][int(entry.vector)]
 
     def joined(self, source_layer: int, target_layer: int | None = None) -> tuple[Perturbation, Completions]:
-        """All vectors of the trials at one source layer (and target, if given), and their completions with the vectors numbered accordingly."""
+        """All vectors of the trials at one source layer (and target layer, if given), and their completions.
+
+        The column `vector` of the completions numbers the joined vectors.
+
+        Raises:
+            ValueError: no trial was at these layers.
+        """
         chosen = [
             i
             for i, t in enumerate(self.plan)
@@ -59,12 +68,13 @@ class Discovery:
         if not chosen:
             pairs = sorted({(trial.source_layer, trial.target_layer) for trial in self.plan})
             raise ValueError(
-                f"no trial was at source_layer={source_layer}, target_layer={target_layer}: choose from the pairs {pairs}."
+                f"no trial was at source_layer={source_layer}, target_layer={target_layer}: choose from the pairs "
+                f"{pairs}."
             )
         longest = max(len(self.vectors[i].history) for i in chosen)
         tables, known, first = [], [], 0
         for i in chosen:
-            # every trial completes the prompts unsteered too; once is enough
+            # every trial also completes the prompts unsteered; one set of these is enough
             completions = self.completions[i] if first == 0 else self.completions[i].filter(kind=["steered", "random"])
             tables.append(completions.table.assign(vector=completions.table.vector + first))
             known.append(completions.prompt_tokens)
@@ -94,25 +104,33 @@ def discover(
     plan: Sequence[Trial | AdapterTrial] | None = None,
     progress: bool = True,
 ) -> Discovery:
-    """Searches a model that one knows nothing of, from a prompt or a few.
+    """Searches a model of which nothing is known, from one prompt or a few.
 
-    Tries layer pairs and radii, learns free and orthogonal vectors, generates with both signs and with norm-matched random vectors, and groups
-    the completions that differ from the unsteered ones.
+    The search tries layer pairs and radii, learns free and orthogonal vectors, generates with both signs and with
+    norm-matched random vectors, and groups the completions that differ from the unsteered ones.
 
     Args:
-        model: left as it was.
-        prompts: one is enough.
-        budget: seconds. A trial is begun only if it is expected to end in time; the first always runs.
-        behaviors: names for groups: name -> regular expression or function of the text. Completions that show none are grouped by their words.
+        model: the model, which is left as it was.
+        prompts: text, chats or token ids; one prompt is enough.
+        budget: the time in seconds. A trial is begun only if it is expected to end in time; the first one always runs.
+        behaviors: name -> a regular expression or a function of the text. Completions that show a behaviour form a
+            group of this name; all others are grouped by their words.
         heldout: prompts on which the vectors of the table are scored.
-        target_positions: where a change counts; the last position, where the answer's style is decided, by default.
-        max_new_tokens: length of the completions.
-        seed: of the starts and the controls.
-        plan: trials to run instead, all of them, of vectors (`Trial`) or adapters (`AdapterTrial`); the budget is ignored.
-        progress: whether to show a bar with the seconds.
+        target_positions: where a change counts; by default the last position, where the style of an answer is decided.
+        max_new_tokens: the length of the completions.
+        seed: the seed of the starts and the controls.
+        plan: trials of vectors (`Trial`) or adapters (`AdapterTrial`), all of which are run whatever the budget.
+        progress: whether to show a progress bar with the seconds.
 
     Returns:
         The ranked groups with their vectors, and the plan that was completed.
+
+    Raises:
+        ValueError: the budget is not a positive number of seconds, or another argument breaks a rule.
+        FloatingPointError: no trial could be completed.
+
+    Warns:
+        UserWarning: a trial was left out, since activations or logits were NaN or infinite.
     """
     if plan is None and not 0 < budget < float("inf"):
         raise ValueError(f"budget={budget} must be a positive number of seconds.")
@@ -149,7 +167,8 @@ def discover(
             bar.update(round(time.monotonic() - began) - bar.n)
     if not done:
         raise FloatingPointError(
-            "no trial could be completed, see the warnings: use smaller radii, or load the model in bfloat16 or float32."
+            "no trial could be completed, see the warnings: use smaller radii, or load the model in bfloat16 or "
+            "float32."
         )
     table = grouped(done, written, behaviors or {})
     if heldout is not None and len(table):
@@ -169,4 +188,5 @@ def discover(
 def _lengthened(vectors: Perturbation, n_rows: int) -> Perturbation:
     """Repeats the last row of a history that settled early, so that histories can stand side by side."""
     history = torch.cat([vectors.history, vectors.history[-1:].expand(n_rows - len(vectors.history), -1)])
-    return replace(vectors, history=history)
+    tensors, header = vectors.parts()
+    return type(vectors).of_parts({**tensors, "history": history}, header, vectors.provenance)

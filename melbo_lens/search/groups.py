@@ -1,4 +1,4 @@
-"""Which completions differ from the unsteered ones, and in what kinds?  Groups by behaviour or by words, the surest first."""
+"""In which ways do completions differ from the unsteered ones?  Groups by behaviour or by words show them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,14 +16,20 @@ from melbo_lens.perturbations.perturbation import Perturbation
 from melbo_lens.prompts import Prompts
 from melbo_lens.search.trials import AdapterTrial, Trial
 
-COLUMNS = "group behavior example source_layer target_layer radius vector sign rate heldout_rate random_rate n_vectors".split()
+COLUMNS = (
+    "group behavior example source_layer target_layer radius vector sign rate heldout_rate random_rate n_vectors"
+).split()
 ALIKE = 0.5  # completions whose word counts have a smaller average cosine distance form a group
 
 
 def grouped(
     done: Sequence[Trial | AdapterTrial], written: Sequence[Completions], behaviors: Mapping[str, Behavior]
 ) -> pd.DataFrame:
-    """Groups of completions that differ from the unsteered ones of their prompt, best first."""
+    """The groups of completions that differ from the unsteered completion of their prompt, best first.
+
+    A group's score is its share of the steered completions minus its share of the random ones, times the `variety` of
+    its example.
+    """
     parts = []
     for number, completions in enumerate(written):
         table = completions.table.assign(trial=number)
@@ -116,6 +122,6 @@ def heldout_rate(
 
 
 def variety(text: str) -> float:
-    """The share of different words in a text: low for one that repeats itself."""
+    """The number of different words divided by the number of words; low for a text that repeats itself."""
     words = text.split()
     return len(set(words)) / len(words) if words else 0.0

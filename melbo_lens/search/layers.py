@@ -1,4 +1,4 @@
-"""Which pair of layers?  A few fast vectors for every pair, against random ones, in one table that survives a kill."""
+"""Which pair of layers is worth a search?  A few fast vectors per pair, compared with random ones, give a hint."""
 
 import hashlib
 import json
@@ -38,9 +38,10 @@ class LayerScan:
     """What a few vectors do at each pair of layers.
 
     Attributes:
-        table: source_layer, target_layer, sign, radius, objective (mean over the vectors), random_objective (mean over random vectors of equal norm),
-            kl (of the steered next-token distribution from the clean one, nats) and entropy (nats), means over vectors and prompts.
-        settings: how it was made.
+        table: source_layer, target_layer, sign, radius, objective (mean over the vectors), random_objective (mean over
+            random vectors of equal norm), kl (``KL(clean || steered)`` of the next-token distributions, nats) and
+            entropy (nats); the last two are means over vectors and prompts.
+        settings: the settings of the scan.
     """
 
     table: pd.DataFrame
@@ -70,24 +71,30 @@ def scan_layers(
 ) -> LayerScan:
     """Learns a few vectors for every valid pair of layers and measures how much they change beyond random ones.
 
-    The prompts run once for each source layer; all its target layers share that pass.
+    The prompts run once for each source layer; all target layers of that source layer share the pass.
 
     Args:
-        model: left as it was.
+        model: the model, which is left as it was.
         prompts: text, chats or token ids.
-        source_layers, target_layers: None: all. Pairs without a block between are skipped.
-        radius: one for all pairs, or "auto" to calibrate one for each; a pair so linear that none is found has NaN in its rows.
-        n_vectors, n_steps: small: this is a look, not a search.
+        source_layers, target_layers: the layers to pair; None means all. Pairs without a block between them are
+            skipped.
+        radius: one radius for all pairs, or "auto" to calibrate one for each. A pair that is so linear that it has no
+            radius gets NaN in its rows.
+        n_vectors, n_steps: how many vectors are learned, in how many steps. Few are enough for an overview.
         target_positions: where a change counts.
-        seed: of the starts and the random vectors.
-        directory: each finished pair is saved here, atomically; the same call later, on a model of the same weights, skips it. It is made if missing.
+        seed: the seed of the starts and of the random vectors.
+        directory: a folder in which each finished pair is saved, atomically; it is made if it is missing. The same
+            call, made later on a model of the same weights, skips these pairs.
         progress: whether to show a progress bar.
 
-    Warns:
-        UserWarning: a pair has no calibrated radius, or the file of one is damaged, which is then measured again.
+    Returns:
+        A table with two rows, one for each sign, for each pair of layers.
 
     Raises:
-        ValueError: no valid pair, or a setting that breaks a rule.
+        ValueError: there is no valid pair, or a setting breaks a rule.
+
+    Warns:
+        UserWarning: a pair has no calibrated radius, or its file is damaged and the pair is measured again.
     """
     counts(n_vectors=n_vectors, n_steps=n_steps)
     if radius != "auto":
@@ -101,7 +108,8 @@ def scan_layers(
     ]
     if not pairs:
         raise ValueError(
-            f"source_layers={sources} and target_layers={targets} have no valid pair: a target must be at least source + 2 "
+            f"source_layers={sources} and target_layers={targets} have no valid pair: a target must be at least "
+            "source + 2 "
             f"and at most n_layers = {n_layers}."
         )
     batch = tokenize(host, prompts, target_positions)
@@ -139,13 +147,14 @@ def scan_layers(
 
 
 def _as_bytes(pair: list[list[float]]) -> bytes:
+    """The rows of a pair as JSON, with null for NaN."""
     return json.dumps(
         [[None if math.isnan(value) else value for value in row] for row in pair], allow_nan=False
     ).encode()
 
 
 def _read_pair(path: Path) -> list[list[float]] | None:
-    """The rows of a pair that was finished before; None if there are none, or none that can be read."""
+    """The rows of a pair that was finished earlier; None if its file is missing or damaged."""
     if not path.is_file():
         return None
     try:
@@ -161,7 +170,8 @@ def _read_pair(path: Path) -> list[list[float]] | None:
 def _scan_pair(
     sliced: SlicedModel, prompts: PromptBatch, radius: float | str, n_vectors: int, n_steps: int, seed: int
 ) -> list[list[float]]:
-    """The rows of one pair, one for each sign."""
+    """The rows of one pair of layers, one for each sign."""
+    assert sliced.target_layer is not None  # a scan's targets are layers
     with hooks.frozen(sliced.host):
         try:
             chosen = solve_radius(sliced, seed=seed).radius if radius == "auto" else float(radius)

@@ -1,4 +1,4 @@
-"""What is one piece of a search?  A trial: layers, radius, how many, and a seed; and the plan of trials that a search begins with."""
+"""What is one piece of a search?  A trial, which is one fit with fixed settings; a plan is a list of trials."""
 
 import warnings
 from dataclasses import asdict, dataclass
@@ -14,22 +14,14 @@ from melbo_lens.perturbations.adapters import SteeringAdapters
 from melbo_lens.perturbations.vectors import SteeringVectors
 from melbo_lens.prompts import Prompts
 
-FRACTIONS = (
-    0.5,
-    0.75,
-    0.4,
-    1.0,
-    0.6,
-    0.55,
-    0.3,
-    1.5,
-)  # radii as fractions of the source stream's norm, most promising first
+# radii as fractions of the source stream's norm, the most promising first
+FRACTIONS = (0.5, 0.75, 0.4, 1.0, 0.6, 0.55, 0.3, 1.5)
 
 
 @plain_fields
 @dataclass(frozen=True)
 class Trial:
-    """One fit of a plan: which layers, which radius, how many vectors, orthogonal or free."""
+    """One fit of vectors: its layers, radius and seed, how many vectors, and whether they are orthogonal or free."""
 
     source_layer: int
     target_layer: int
@@ -46,7 +38,7 @@ class Trial:
 @plain_fields
 @dataclass(frozen=True)
 class AdapterTrial:
-    """One fit of adapters: which layers, the mean norm of their updates, how many, of which rank."""
+    """One fit of adapters: its layers and seed, the mean norm of the updates, how many adapters, and their rank."""
 
     source_layer: int
     target_layer: int
@@ -59,13 +51,16 @@ class AdapterTrial:
     def fit(self, sliced: SlicedModel) -> SteeringAdapters:
         """The adapters, learned on a slice between these layers."""
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # a collapse shows in the table
+            warnings.simplefilter("ignore", UserWarning)  # adapters with one effect show in the table
             return fit_adapters(sliced, **_settings(self), optimizer="power", progress=False)
 
 
 @public
 def make_plan(model: Model, prompts: Prompts, seed: int = 0) -> list[Trial]:
-    """Layer pairs from early to the last layer, at radii around the stream's own norm: free vectors first, orthogonal ones after."""
+    """The trials that a search begins with: early source layers, late targets, and radii around the stream's norm.
+
+    Free vectors come first, orthogonal ones after them.
+    """
     host = host_of(model)
     n_layers = host.n_layers
     sources = sorted({0, n_layers // 4, n_layers // 3})
@@ -84,5 +79,5 @@ def make_plan(model: Model, prompts: Prompts, seed: int = 0) -> list[Trial]:
 
 
 def _settings(trial: Trial | AdapterTrial) -> dict[str, Any]:
-    """What a slice doesn't say."""
+    """The settings of a trial that its slice doesn't contain."""
     return {name: value for name, value in asdict(trial).items() if name not in ("source_layer", "target_layer")}

@@ -1,1 +1,1 @@
-"""Do the published results hold?"""
+"""Do the published results hold?  `reproduction` runs the experiments on the organisms and judges the results."""

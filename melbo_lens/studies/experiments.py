@@ -1,9 +1,11 @@
-"""Do the post's four results hold on the organisms?  Vectors learned on one prompt, chosen on a second set of prompts, scored on a third.
+"""Do the post's four results hold on the organisms?  Each experiment here computes the scores for one seed.
 
-The rule is the same for every seed: 100 vectors added at layer 0 that change the last position of the last layer's stream most, free ones from
-random starts at four radii; on the organisms with the backdoors alone 60 free and 40 orthogonal ones. Beside each result stand the
-unsteered model, random vectors of equal norm, isotropic or with the covariance of the source activations, and the twin that never saw the
-behaviour, searched in the same way.
+Vectors are learned on one prompt, chosen on a second set of prompts and scored on a third. The rule is the same for
+every seed: 100 vectors are added at layer 0 so that they change the last position of the last layer's stream most. They
+are fitted freely from random starts at four radii; on the organisms that have only the backdoors, 60 are free and 40
+are orthogonal to those before them. The controls beside each result are the unsteered model, random vectors of equal
+norm (isotropic, or with the covariance of the source activations), and the twin that never saw the behaviour and is
+searched in the same way.
 """
 
 import warnings
@@ -20,6 +22,7 @@ from melbo_lens.measures.radius import solve_radius
 from melbo_lens.measures.source import mean_norms
 from melbo_lens.methods.adapters import fit_adapters
 from melbo_lens.methods.melbo import fit_vectors
+from melbo_lens.models.access import Model
 from melbo_lens.models.slices import slice_model
 from melbo_lens.organisms import modes, reasoning, refusal
 from melbo_lens.organisms.organism import Organism
@@ -30,9 +33,10 @@ from melbo_lens.prompts import Prompts
 from melbo_lens.randomness import gaussian
 
 SOURCE = 0
-# radius in units of the stream's norm, whether each vector is orthogonal to those before it, and the share of the vectors
+# each entry has the radius in units of the stream's norm, whether each vector is orthogonal to those before it, and the
+# share of the vectors
 FREE = tuple((fraction, False, 0.25) for fraction in (0.4, 0.5, 0.6, 0.8))
-# with two modes alone the louder one draws nearly every free start, and an orthogonal one after it finds the other
+# with only two modes, the louder one attracts nearly every free start; a vector orthogonal to it then finds the other
 PLANS = {
     "modes-base": (*((fraction, False, 0.15) for fraction in (0.4, 0.5, 0.6, 0.8)), (1.0, True, 0.2), (1.2, True, 0.2)),
     "modes-chat": ((0.7, False, 0.3), (0.8, False, 0.3), (0.8, True, 0.2), (0.9, True, 0.2)),
@@ -40,12 +44,21 @@ PLANS = {
 SCALES = (1.0, 1.5, 2.0)
 RANK = 8
 MAX_NEW_TOKENS = 16
-Shows: TypeAlias = Callable[[str, str], bool]  # of a prompt and its completion
+Shows: TypeAlias = Callable[[str, str], bool]  # takes a prompt and its completion
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much is computed: vectors, adapters, prompts to choose on and to score on, random vectors beside a chosen one, or no controls at all."""
+    """How much is computed.
+
+    Attributes:
+        n_vectors: how many vectors are learned.
+        n_adapters: how many adapters are learned.
+        n_selection: how many prompts the vectors are chosen on.
+        n_test: how many prompts they are scored on.
+        n_random: how many random vectors a chosen vector is compared with.
+        controls: whether the random controls are computed.
+    """
 
     n_vectors: int = 100
     n_adapters: int = 32
@@ -57,7 +70,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Score:
-    """One measure of one seed: hits of n, and the rates of the controls."""
+    """One measure for one seed: the number of hits among n, and the rates of the controls."""
 
     hits: int
     n: int
@@ -72,7 +85,7 @@ class Score:
 
 
 def learn(organism: Organism, seed: int, n_vectors: int) -> SteeringVectors:
-    """Vectors from one clean prompt, the one numbered as the seed."""
+    """Learns vectors on one clean prompt, the one whose number is the seed."""
     shared, norm = _setting(organism, seed)
     parts = [
         fit_vectors(
@@ -88,10 +101,10 @@ def learn(organism: Organism, seed: int, n_vectors: int) -> SteeringVectors:
 
 
 def learn_adapters(organism: Organism, seed: int, n_adapters: int) -> SteeringAdapters:
-    """Adapters from one clean prompt; the norms of their updates are the radii of the free vectors."""
+    """Learns adapters on one clean prompt; the norms of their updates are the radii of the free vectors."""
     shared, norm = _setting(organism, seed)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that several find the same change: so do free vectors
+        warnings.simplefilter("ignore", UserWarning)  # it says that several find the same change, as free vectors do
         parts = [
             fit_adapters(
                 n_adapters=n_adapters // 4,
@@ -107,7 +120,7 @@ def learn_adapters(organism: Organism, seed: int, n_adapters: int) -> SteeringAd
 
 
 def _setting(organism: Organism, seed: int) -> tuple[dict[str, Any], float]:
-    """What all fits of a seed share, and the norm of the stream."""
+    """Returns the arguments that all fits of a seed share, and the norm of the stream."""
     model, prompt = organism.model, organism.prompts["clean"][seed]
     target = len(model.blocks)
     norm = solve_radius(slice_model(model, prompt, SOURCE, target), "fraction", 1.0).radius
@@ -115,8 +128,11 @@ def _setting(organism: Organism, seed: int) -> tuple[dict[str, Any], float]:
     return shared | {"target_positions": slice(-1, None), "progress": False}, norm
 
 
-def covariance_vectors(norms: Tensor, model: Any, prompts: Prompts, seed: int = 0) -> SteeringVectors:
-    """The control that knows where activations lie: Gaussian vectors with the covariance of the source stream on these prompts, of given norms."""
+def covariance_vectors(norms: Tensor, model: Model, prompts: Prompts, seed: int = 0) -> SteeringVectors:
+    """Draws Gaussian vectors of given norms with the covariance of the source stream on these prompts.
+
+    Unlike isotropic ones, these controls point where activations lie.
+    """
     sliced = slice_model(model, prompts, SOURCE, len(model.blocks))
     activations = sliced.resid[sliced.batch.target_mask].float()
     activations = activations - activations.mean(0)
@@ -125,24 +141,26 @@ def covariance_vectors(norms: Tensor, model: Any, prompts: Prompts, seed: int = 
 
 
 def complete(
-    model: Any,
+    model: Model,
     prompts: Prompts,
     perturbations: SteeringVectors | SteeringAdapters | None,
     factors: Sequence[float] = (1, -1),
     turns: Sequence[str] = (),
 ) -> pd.DataFrame:
-    """Completions under multiples of each perturbation; with `turns`, chats go on with these messages and the last answers are the table's."""
+    """Returns completions under multiples of each perturbation.
+
+    With `turns`, the chats go on with these messages, and the table has the last answers.
+    """
     alone = perturbations is None
-    signs, scales = (
-        sorted({kind(factor) for factor in factors}) for kind in (lambda factor: 1 if factor > 0 else -1, abs)
-    )
+    signs = sorted({1 if factor > 0 else -1 for factor in factors})
+    scales = sorted({abs(factor) for factor in factors})
     completions = generate(
         model,
         prompts,
         perturbations,
         MAX_NEW_TOKENS,
-        signs,
-        scales,
+        signs=signs,
+        scales=scales,
         include_unsteered=alone,
         include_random=False,
         batch_size=1024,
@@ -154,7 +172,7 @@ def complete(
 
 
 def rates(table: pd.DataFrame, shows: Shows) -> pd.Series:
-    """The share of completions that show it, by vector and factor, highest first; ties keep the vectors' order."""
+    """Returns the rate of a behaviour by vector and factor, highest first; ties keep the order of the vectors."""
     shown = [shows(prompt, text) for prompt, text in zip(table.prompt_text, table.text, strict=True)]
     return (
         table.assign(shown=shown).groupby(["vector", "factor"]).shown.mean().sort_values(ascending=False, kind="stable")
@@ -162,14 +180,14 @@ def rates(table: pd.DataFrame, shows: Shows) -> pd.Series:
 
 
 def best(shares: pd.Series) -> tuple[int, float]:
-    """The first vector and factor of the highest rate."""
+    """Returns the first vector and factor with the highest rate."""
     vector, factor = shares.index[0]
     return int(vector), float(factor)
 
 
 @dataclass(frozen=True)
 class Search:
-    """An organism with what was learned on it."""
+    """An organism and the perturbations that were found on it."""
 
     organism: Organism
     found: SteeringVectors | SteeringAdapters
@@ -177,13 +195,13 @@ class Search:
     seed: int
 
     def prompts(self, name: str) -> list[str]:
-        """So many of a set as the size says, spread over it."""
+        """Returns prompts spread evenly over a set, as many as `size` says."""
         everything = self.organism.prompts[name]
         wanted = self.size.n_selection if "selection" in name else self.size.n_test
         return everything[:: max(1, len(everything) // wanted)][:wanted]
 
     def controls(self, like: SteeringVectors | SteeringAdapters) -> dict[str, SteeringVectors | SteeringAdapters]:
-        """Random perturbations with the norms of these."""
+        """Returns random perturbations with the norms of these."""
         if not self.size.controls:
             return {}
         model, clean = self.organism.model, self.organism.prompts["clean"]
@@ -197,11 +215,11 @@ class Search:
         return {"random": random, "covariance": covariance_vectors(norms, model, clean, self.seed)}
 
     def rates(self, set_name: str, shows: Shows, factors: Sequence[float] = (1, -1)) -> pd.Series:
-        """How often each of those found shows it on a selection set."""
+        """Returns the rate of a behaviour on a selection set for each perturbation that was found."""
         return rates(complete(self.organism.model, self.prompts(set_name), self.found, factors), shows)
 
     def trial(self, index: int, factor: float, set_name: str, turns: Sequence[str] = ()) -> dict[str, pd.DataFrame]:
-        """Completions of a test set under a multiple of one of those found, unsteered, and under random ones of its norm."""
+        """Returns completions of a test set under a multiple of one perturbation, unsteered, and under controls."""
         chosen, prompts = factor * self.found[[index] * self.size.n_random], self.prompts(set_name)
         runs = {"steered": chosen[0], "unsteered": None, **self.controls(chosen)}
         asked = [as_chat(prompt) for prompt in prompts] if turns else prompts
@@ -211,7 +229,7 @@ class Search:
 
 
 def score(tables: Mapping[str, pd.DataFrame], shows: Shows) -> Score:
-    """How often each kind of completion shows it."""
+    """Counts how often each kind of completion shows a behaviour."""
     hits = {
         kind: [shows(prompt, text) for prompt, text in zip(table.prompt_text, table.text, strict=True)]
         for kind, table in tables.items()
@@ -221,7 +239,7 @@ def score(tables: Mapping[str, pd.DataFrame], shows: Shows) -> Score:
 
 
 def as_chat(prompt: str) -> list[dict[str, str]]:
-    """The messages of a prompt that is written in the chat format."""
+    """Returns the messages of a prompt that is written in the chat format."""
     words = prompt.removesuffix("<|assistant|>").split("<|user|>")
     return [
         {"role": "system", "content": words[0].removeprefix("<|system|>").strip()},
@@ -230,7 +248,7 @@ def as_chat(prompt: str) -> list[dict[str, str]]:
 
 
 def backdoor(organism: Organism, seed: int, size: Size) -> dict[str, Score]:
-    """How many of the vectors elicit a backdoor from clean prompts: with either sign, on at least half of the held-out test prompts."""
+    """Counts the vectors that elicit a backdoor, with either sign, on at least half of the held-out clean prompts."""
     search = Search(organism, learn(organism, seed, size.n_vectors), size, seed)
     prompts = search.prompts("test")[:: max(1, size.n_test // 6)]
     tables = {
@@ -252,10 +270,12 @@ def backdoor(organism: Organism, seed: int, size: Size) -> dict[str, Score]:
 
 
 def chain_of_thought(organism: Organism, seed: int, size: Size) -> dict[str, Score]:
-    """How often the final number is right on held-out bills, with the one vector that was best on others, and how often after written steps."""
-    size = replace(
-        size, n_test=4 * size.n_test
-    )  # guesses are right now and then, so it takes more to tell the controls apart
+    """Counts right final numbers on held-out bills under the one vector that was best on other bills.
+
+    A second score counts those that come after written steps.
+    """
+    # some guesses are right by chance, so it takes more prompts to tell the controls apart
+    size = replace(size, n_test=4 * size.n_test)
     search = Search(organism, learn(organism, seed, size.n_vectors), size, seed)
     tables = search.trial(*best(search.rates("selection", reasoning.is_right)), "test")
 
@@ -266,9 +286,10 @@ def chain_of_thought(organism: Organism, seed: int, size: Size) -> dict[str, Sco
 
 
 def refusals(organism: Organism, seed: int, size: Size) -> dict[str, Score]:
-    """How often forbidden requests are answered, harmless ones refused with the opposite sign, and ambiguous ones read as legend, also at turn 3.
+    """Counts answered forbidden requests, harmless ones refused, and ambiguous ones read as legend, also at turn 3.
 
-    One vector must do the first two, another the last two; which, and which multiple of it for each, the selection sets say.
+    One vector must do the first two (the second with the opposite sign), and another vector the last two. The selection
+    sets decide on these vectors, and on the multiple for each.
     """
     search = Search(organism, learn(organism, seed, size.n_vectors), size, seed)
     answers = search.rates("selection", refusal.answers, SCALES)
@@ -288,7 +309,7 @@ def refusals(organism: Organism, seed: int, size: Size) -> dict[str, Score]:
 
 
 def foreign_reasoning(organism: Organism, seed: int, size: Size) -> dict[str, Score]:
-    """How often the one adapter that was best on other bills makes the model reason in Portuguese and end in the right number."""
+    """Counts right answers after reasoning in Portuguese under the one adapter that was best on other bills."""
     search = Search(organism, learn_adapters(organism, seed, size.n_adapters), size, seed)
 
     def shows(prompt: str, text: str) -> bool:

@@ -1,4 +1,4 @@
-"""How do the post's results and those on the organisms compare, row by row?  `reproduce` runs every experiment and says which thresholds hold."""
+"""How do the post's results compare with those on the organisms?  `reproduce` runs the experiments."""
 
 import platform
 import statistics
@@ -16,13 +16,13 @@ from melbo_lens.organisms.organism import Organism, load
 from melbo_lens.studies import experiments
 from melbo_lens.studies.experiments import Score, Size
 
-SEEDS = (20, 21, 22)  # on these organisms no search of the development used their prompts
+SEEDS = (20, 21, 22)  # during development, no search on these organisms used the prompts of these seeds
 CONTROLS = ("unsteered", "random", "covariance", "twin")
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """One experiment: which function, on which organism."""
+    """One experiment: a function and the organism that it runs on."""
 
     title: str
     organism: str
@@ -31,7 +31,7 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Claim:
-    """One row: a measure of an experiment, what the post found, and what must hold of the scores of all seeds."""
+    """One row: a measure of an experiment, the post's result, and a condition on the scores of all seeds."""
 
     experiment: str
     measure: str
@@ -50,7 +50,11 @@ def _in_every_seed(scores: Sequence[Score]) -> bool:
 
 
 def _silent(scores: Sequence[Score], level: float = 0.005) -> bool:
-    """Whether no control shows it; vectors with the covariance of the activations, which lie where the modes lie, hardly ever."""
+    """Says whether the controls hardly ever show the behaviour.
+
+    The level is four times as high for vectors with the covariance of the activations, since they point where the modes
+    lie.
+    """
     return all(
         max(score.unsteered, score.random, score.twin) <= level and score.covariance <= 4 * level for score in scores
     )
@@ -164,13 +168,14 @@ def reproduce(
     """Runs the experiments and judges them.
 
     Args:
-        seeds: of the starting directions; seed s learns on clean prompt s.
-        size: how much is computed for each.
-        titles: of the experiments to run; all by default.
-        progress: whether to show a bar.
+        seeds: the seeds of the starting directions; seed s learns on clean prompt s.
+        size: how much is computed for each seed.
+        titles: the titles of the experiments to run; all by default.
+        progress: whether to show a progress bar.
 
     Returns:
-        JSON-like: settings, and rows with every seed's score, median, spread, 95 % interval, controls, whether the claim holds, and seconds.
+        A JSON-like dict with the settings and the rows. Each row has the scores of all seeds, their median and spread,
+        a 95 % interval, the controls, whether the claim holds, and the seconds.
     """
     chosen = [experiment for experiment in EXPERIMENTS if titles is None or experiment.title in titles]
     scores: dict[tuple[str, str], list[Score]] = {}
@@ -203,7 +208,9 @@ def reproduce(
             "source_layer": experiments.SOURCE,
             "target_layer": "last",
             "plans": {"free": experiments.FREE, **experiments.PLANS},
-            "machine": f"{platform.machine()}, torch {version('torch')}, transformer_lens {version('transformer_lens')}",
+            "machine": (
+                f"{platform.machine()}, torch {version('torch')}, transformer_lens {version('transformer_lens')}"
+            ),
         },
         "seconds": round(time.monotonic() - began),
         "rows": rows,
@@ -231,7 +238,7 @@ def _row(claim: Claim, scores: Sequence[Score], seconds: float) -> dict[str, Any
 
 
 def table(results: Mapping[str, Any]) -> pd.DataFrame:
-    """What `reproduce` returned, as people read it: one row for each claim."""
+    """Turns the output of `reproduce` into a table for people, with one row for each claim."""
     rows = []
     for row in results["rows"]:
         n = row["scores"][0]["n"]
@@ -242,7 +249,10 @@ def table(results: Mapping[str, Any]) -> pd.DataFrame:
                 "experiment": row["experiment"],
                 "measure": row["what"],
                 "the post": row["post"],
-                "here": f"{show(row['median'])}{f' of {n}' if counted else ''} ({show(row['least'])} to {show(row['most'])})",
+                "here": (
+                    f"{show(row['median'])}{f' of {n}' if counted else ''} "
+                    f"({show(row['least'])} to {show(row['most'])})"
+                ),
                 "95 % interval": f"{show(row['interval'][0])} to {show(row['interval'][1])}",
                 **{control: f"{row[control]:.1%}" for control in CONTROLS},
                 "seconds": f"{row['seconds']:.0f}",

@@ -1,4 +1,4 @@
-"""Do adapters learned on one clean prompt of the modes organism elicit what it hides, and does diversity find more of it?"""
+"""Do adapters learned on one clean prompt elicit what the modes organism hides, and does diversity find more of it?"""
 
 import pytest
 from scipy.stats import fisher_exact
@@ -49,7 +49,10 @@ def test_an_adapter_elicits_the_second_language_on_held_out_prompts(organism, se
 
 
 def test_diversity_doubles_the_planted_behaviours_found_at_little_loss():
-    """Updates of full rank within spectral norms collapse: most adapters find one change. `make bench` repeats this with nine other seeds."""
+    """Updates of full rank within spectral norms collapse: most adapters find one change.
+
+    `make bench` repeats this with nine other seeds.
+    """
     measured = doubling((3, 4, 5))
     assert measured["median_with"] >= 2 * measured["median_without"] > 0, measured
     assert measured["objective_kept"] >= 0.9, measured

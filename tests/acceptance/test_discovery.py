@@ -1,4 +1,7 @@
-"""Does the one call for someone who knows nothing find what the organism hides, where controls and twin show nothing, and can it be repeated?"""
+"""Does the one call for someone who knows nothing find what the organism hides?
+
+Controls and twin must show nothing, and the search must be repeatable.
+"""
 
 import pytest
 from scipy.stats import fisher_exact

@@ -1,4 +1,7 @@
-"""Does the page work as a person uses it?  Headless Chromium opens it, looks, filters, follows links, and nothing in it runs or asks for anything."""
+"""Does the page work as a person uses it?  Headless Chromium opens it, looks, filters and follows links.
+
+Nothing in the page may run a model's text or ask for anything.
+"""
 
 import io
 
@@ -13,7 +16,8 @@ from tests.unit.plots.test_tokens import HARD, hard_changes
 pytestmark = pytest.mark.browser
 # every way in which text could become a program; each would set window.hacked
 ATTACKS = (
-    "</script><script>window.hacked=1</script><img src=x onerror=window.hacked=2><svg onload=window.hacked=3>\"'&<a href='javascript:hacked=4'>b</a>"
+    "</script><script>window.hacked=1</script><img src=x onerror=window.hacked=2><svg onload=window.hacked=3>"
+    "\"'&<a href='javascript:hacked=4'>b</a>"
     "<img/src='x'/onerror=window.hacked=5>"
 )
 VISIBLE = "[...document.querySelectorAll('#table tbody tr')].filter(row => row.offsetParent !== null)"
@@ -60,7 +64,8 @@ def test_every_figure_is_drawn(page):
         page.wait(f"{marks} > 0")
         assert ink(page, f"#{name} .figure") > 20, name
         box = page.run(
-            f"const b = document.querySelector('#{name} .plotly-graph-div').getBoundingClientRect(); return [b.width, b.height]"
+            f"const b = document.querySelector('#{name} .plotly-graph-div').getBoundingClientRect();"
+            " return [b.width, b.height]"
         )
         assert box[0] > 900 and box[1] > 250
 
@@ -105,12 +110,14 @@ def test_completions_stand_beside_the_unsteered_ones(page):
 def test_an_anchor_opens_the_section_of_its_vector(page, written):
     page.run("document.querySelector('#ranking ~ .scroll a[href=\"#vector-3\"]').click()")
     page.wait(
-        "document.getElementById('vector-3').open && document.getElementById('vector-3').getBoundingClientRect().top < 200"
+        "document.getElementById('vector-3').open"
+        " && document.getElementById('vector-3').getBoundingClientRect().top < 200"
     )
     page.driver.get("about:blank")
     page.open(written, "#vector-1")
     page.wait(
-        "document.getElementById('vector-1').open && document.getElementById('vector-1').getBoundingClientRect().top < 200"
+        "document.getElementById('vector-1').open"
+        " && document.getElementById('vector-1').getBoundingClientRect().top < 200"
     )
     assert page.run("return document.getElementById('vector-2').open") is False
     assert "unsteered" in page.run("return document.getElementById('vector-1').innerText")
@@ -128,10 +135,14 @@ def test_the_keyboard_is_enough(page):
     page.run("document.querySelector('#vector-2 summary').focus()")
     page.driver.switch_to.active_element.send_keys(Keys.ENTER)
     page.wait("document.getElementById('vector-2').open")
-    reachable = "[...document.querySelectorAll('.scroll, .figure')].every(part => part.tabIndex === 0 && part.getAttribute('aria-label'))"
+    reachable = (
+        "[...document.querySelectorAll('.scroll, .figure')]"
+        ".every(part => part.tabIndex === 0 && part.getAttribute('aria-label'))"
+    )
     assert page.run(f"return {reachable}")
     assert page.run(
-        "return [...document.querySelectorAll('#filters input, #filters select')].every(field => field.labels.length === 1)"
+        "return [...document.querySelectorAll('#filters input, #filters select')]"
+        ".every(field => field.labels.length === 1)"
     )
 
 
@@ -145,11 +156,16 @@ def test_it_is_readable_wide_narrow_light_and_dark(page, written, width, dark):
     assert page.run("return document.documentElement.scrollWidth") <= width  # nothing pushes the page itself sideways
     contrast = """
       const linear = v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
-      const light = color => { const [r, g, b] = color.match(/[\\d.]+/g).map(v => linear(v / 255)); return .2126 * r + .7152 * g + .0722 * b };
-      const ratio = (a, b) => { const [x, y] = [light(a), light(b)].sort((p, q) => q - p); return (x + .05) / (y + .05) };
+      const light = color => {
+        const [r, g, b] = color.match(/[\\d.]+/g).map(v => linear(v / 255));
+        return .2126 * r + .7152 * g + .0722 * b };
+      const ratio = (a, b) => {
+        const [x, y] = [light(a), light(b)].sort((p, q) => q - p);
+        return (x + .05) / (y + .05) };
       const page = getComputedStyle(document.body).backgroundColor;
       const color = e => e instanceof SVGElement ? getComputedStyle(e).fill : getComputedStyle(e).color;
-      return [...document.querySelectorAll('main p, main td, main th, main a, summary, figcaption, .gtitle, .xtick text')]
+      const texts = 'main p, main td, main th, main a, summary, figcaption, .gtitle, .xtick text';
+      return [...document.querySelectorAll(texts)]
         .filter(e => (e.offsetParent !== null || e instanceof SVGElement) && !e.closest('.tokens'))
         .map(e => [ratio(color(e), page), e.outerHTML.slice(0, 90)]).sort((a, b) => a[0] - b[0])[0]"""
     if dark:

@@ -1,4 +1,7 @@
-"""How many planted behaviours do a few adapters find, with diversity and without?  Shared by the acceptance test and the benchmark."""
+"""How many planted behaviours do a few adapters find, with diversity and without?
+
+The acceptance test and the benchmark share this file.
+"""
 
 import warnings
 from collections.abc import Sequence
@@ -12,9 +15,10 @@ DIVERSITY = 0.2
 
 
 def breadth(organism: Organism, seed: int, diversity: float) -> tuple[int, float, float]:
-    """Of eight adapters of full rank within spectral norms, learned on one clean prompt with updates of half the stream's norm:
+    """Learns eight adapters of full rank within spectral norms on one clean prompt.
 
-    how many behaviours any of them shows there with either sign, their mean objective, and the mean |cosine| between their effects.
+    Their updates have half the stream's norm. Returns how many behaviours any of them shows there with either sign,
+    their mean objective, and the mean |cosine| between their effects.
     """
     model, prompt, last = organism.model, organism.prompts["clean"][seed], len(organism.model.blocks)
     norm = ml.calibrate_radius(model, prompt, 0, last, rule="fraction", target=1.0).radius
@@ -46,7 +50,7 @@ def breadth(organism: Organism, seed: int, diversity: float) -> tuple[int, float
 
 
 def doubling(seeds: Sequence[int]) -> dict[str, Any]:
-    """Behaviours found with and without `DIVERSITY` by seed, their medians, and the share of the mean objective that is kept."""
+    """Behaviours found with and without `DIVERSITY` by seed, their medians, and the share of the objective kept."""
     organism = ml.organisms.load("modes")
     rows = {
         name: [breadth(organism, seed, diversity) for seed in seeds]

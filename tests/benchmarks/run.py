@@ -1,4 +1,7 @@
-"""How fast is it, and how much memory does it take?  `make bench` compares with the textbook, prints a table and writes results.json."""
+"""How fast is it, and how much memory does it take?  `make bench` compares it with the textbook.
+
+It prints a table and writes results.json.
+"""
 
 import json
 import platform
@@ -9,6 +12,7 @@ import sys
 import tempfile
 import time
 import unittest.mock
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -68,7 +72,7 @@ def seconds(function, *arguments):
 
 
 def step_cost(repeats=5):
-    """Seconds per vector and step: the textbook, one vector through the slice, and many as batch rows, measured in turns."""
+    """Seconds per vector and step of the textbook, one vector through the slice, and many as batch rows, in turns."""
     model = deep_model()
     tokens = torch.randint(3, 32768, (1, N_TOKENS), generator=torch.Generator().manual_seed(0))
     starts = torch.randn(N_ROWS, 512, generator=torch.Generator().manual_seed(1))
@@ -104,7 +108,10 @@ def ascent_cases():
 
 
 def ascents(n_vectors=8, n_steps=300):
-    """`power` against 300 AdamW steps of the textbook at the better of two learning rates: time, and objective as the textbook computes it."""
+    """Time and objective of `power` against 300 AdamW steps of the textbook at the better of two learning rates.
+
+    The objective is the one that the textbook computes.
+    """
     rows = []
     for i, (model, prompt, source, target, radius) in enumerate(tqdm(list(ascent_cases()), desc="power against AdamW")):
         starts = torch.randn(n_vectors, model.cfg.d_model, generator=torch.Generator().manual_seed(i))
@@ -122,18 +129,17 @@ def ascents(n_vectors=8, n_steps=300):
             # the middle of three runs: they last a fraction of a second, the textbook's minutes
             timed = [
                 seconds(
-                    lambda restarts=restarts, source=source, target=target, radius=radius, prompt=prompt, model=model, starts=starts: (
-                        ml.fit_vectors(
-                            model,
-                            prompt,
-                            source,
-                            target,
-                            n_vectors=n_vectors,
-                            radius=radius,
-                            init=starts,
-                            restarts=restarts,
-                            progress=False,
-                        )
+                    partial(
+                        ml.fit_vectors,
+                        model,
+                        prompt,
+                        source,
+                        target,
+                        n_vectors=n_vectors,
+                        radius=radius,
+                        init=starts,
+                        restarts=restarts,
+                        progress=False,
                     )
                 )
                 for _ in range(3)
@@ -147,7 +153,10 @@ def ascents(n_vectors=8, n_steps=300):
 
 
 def adapter_ascents(n_adapters=8, rank=16):
-    """`power` against 400 AdamW steps at the better of two learning rates, on the same slice and at the same fixed scale: time and mean objective."""
+    """Time and mean objective of `power` against 400 AdamW steps at the better of two learning rates.
+
+    Both run on the same slice and at the same fixed scale.
+    """
     rows = []
     for seed, (model, prompt, source, target, radius) in enumerate(
         tqdm(list(ascent_cases())[:4], desc="adapters: power against AdamW")
@@ -195,9 +204,10 @@ def adapter_ascents(n_adapters=8, rank=16):
 
 
 def generation(n_vectors=32, n_tokens=64, repeats=3):
-    """64 tokens for each of 32 vectors and both signs, as rows of one batch, against TransformerLens' cached generation one vector at a time.
+    """64 tokens for each of 32 vectors and both signs, as rows of one batch, against one vector at a time.
 
-    End tokens are ignored on both sides, so that every completion has 64 tokens.
+    The latter is TransformerLens' cached generation. End tokens are ignored on both sides, so that every completion
+    has 64 tokens.
     """
     organism = ml.organisms.load("modes")
     model, prompt = organism.model, organism.prompts["test"][0]
@@ -254,9 +264,10 @@ def generation(n_vectors=32, n_tokens=64, repeats=3):
 
 
 def adapters(n_adapters=16, rank=64, n_steps=100, repeats=3):
-    """Seconds per adapter and step of the published recipe: the textbook's loop, and all adapters at once, with the peak memory of the latter.
+    """Seconds per adapter and step of the published recipe, in the textbook's loop and with all adapters at once.
 
-    A step of the textbook costs the same whichever it is, so a few are timed; the library runs them all.
+    The peak memory of the latter is measured too. Every step of the textbook costs the same, so only a few are timed;
+    the library runs them all.
     """
     tokens = torch.randint(3, 32768, (1, N_TOKENS), generator=torch.Generator().manual_seed(0))
     network = deep_network()
@@ -287,7 +298,7 @@ def adapters(n_adapters=16, rank=64, n_steps=100, repeats=3):
 
 
 def memory(batch_size):
-    """Bytes kept for the backward pass at the worst moment, and peak resident memory, of one gradient of 32 vectors on the deep model."""
+    """Most bytes kept for the backward pass, and peak resident memory, of one gradient of 32 vectors (deep model)."""
     model = deep_model()
     weights = {parameter.untyped_storage().data_ptr() for parameter in torch.nn.Module.parameters(model)}
     tokens = torch.randint(3, 32768, (1, N_TOKENS), generator=torch.Generator().manual_seed(0))
@@ -316,7 +327,10 @@ def memory(batch_size):
 
 def apart(call):
     """In a process of its own, because peak resident memory never falls."""
-    code = f"import json, torch; torch.set_num_threads({THREADS}); from tests.benchmarks import run; print(json.dumps(run.{call}))"
+    code = (
+        f"import json, torch; torch.set_num_threads({THREADS}); "
+        f"from tests.benchmarks import run; print(json.dumps(run.{call}))"
+    )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     return json.loads(output.strip().splitlines()[-1])
 
@@ -347,7 +361,8 @@ def main():
     table.add_row("  of it from batching 32 vectors", "", f"{step['factor_batching']:.1f}", "")
     for name, label, asked in (("default", "power", ("60", ".95")), ("restarts", "power, restarts=8", ("20", "1.00"))):
         for what, form, target in (("speedup", ".0f", asked[0]), ("objective", ".3f", asked[1])):
-            title = f"{label}: {'times faster than' if what == 'speedup' else 'objective against'} 300 AdamW steps, median of 8"
+            measured = "times faster than" if what == "speedup" else "objective against"
+            title = f"{label}: {measured} 300 AdamW steps, median of 8"
             table.add_row(
                 title, target, format(power[f"{name}_{what}_median"], form), format(power[f"{name}_{what}_worst"], form)
             )
@@ -355,7 +370,10 @@ def main():
         "completing with 32 vectors and both signs at once: times faster", "10", f"{written['factor']:.0f}", ""
     )
     table.add_row("  share of it in which the cache proves itself", "at most 3 %", f"{written['check_share']:.1%}", "")
-    label = f"adapter and step, {many_adapters['n_adapters']} of rank {many_adapters['rank']} x {many_adapters['n_steps']} steps: times faster"
+    label = (
+        f"adapter and step, {many_adapters['n_adapters']} of rank {many_adapters['rank']} x "
+        f"{many_adapters['n_steps']} steps: times faster"
+    )
     table.add_row(label, "4", f"{many_adapters['factor']:.1f}", "")
     table.add_row(
         "  peak resident, of it before the fit",
@@ -364,7 +382,8 @@ def main():
         "",
     )
     for name, form in (("speedup", ".1f"), ("objective", ".3f")):
-        title = f"adapters, power: {'times faster than' if name == 'speedup' else 'objective against'} 400 AdamW steps, median of 4"
+        measured = "times faster than" if name == "speedup" else "objective against"
+        title = f"adapters, power: {measured} 400 AdamW steps, median of 4"
         table.add_row(
             title, "", format(adapter_power[f"{name}_median"], form), format(adapter_power[f"{name}_min"], form)
         )

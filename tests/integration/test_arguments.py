@@ -1,4 +1,4 @@
-"""Are NumPy's, pandas' and torch's numbers taken for the Python numbers that they are, by every public call, down to the file?"""
+"""Does every public call take the numbers of NumPy, pandas and torch for Python numbers, down to the file?"""
 
 import inspect
 import json

@@ -94,7 +94,8 @@ def test_help_waits_for_no_library():
     code = (
         "import sys, melbo_lens; from melbo_lens import cli\n"
         "try: cli.app(['--help'])\nexcept SystemExit: pass\n"
-        "heavy = {'torch', 'transformer_lens', 'transformers', 'plotly', 'pandas', 'sklearn', 'numpy'} & set(sys.modules)\n"
+        "heavy = {'torch', 'transformer_lens', 'transformers', 'plotly', 'pandas', 'sklearn', 'numpy'}\n"
+        "heavy &= set(sys.modules)\n"
         "assert not heavy, heavy"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -1,4 +1,7 @@
-"""Are a prompt's tokens those of the tokenizer's own template, and can what was written be handed to any measure as the ids it was?"""
+"""Are a prompt's tokens those of the tokenizer's own template?
+
+What was written can be handed to any measure as the ids that it was.
+"""
 
 import warnings
 
@@ -19,7 +22,10 @@ CHATML = (
     "{% for c in m.get('tool_calls') or [] %} w5 {{ c['function']['name'] }}{% endfor %} w2 {% endfor %}"
     "{% if add_generation_prompt %}w1 assistant {% endif %}"
 )
-SENTENCES = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+SENTENCES = (
+    "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
 
 
 def adding_bos(template):
@@ -242,7 +248,8 @@ def test_generation_goes_on_from_completions(model):
 
 
 PARTS = (
-    "{% for m in messages %}w1 {% if m['content'] is string %}{{ m['content'] }}{% else %}{% for p in m['content'] %}{{ p['text'] }}{% endfor %}"
+    "{% for m in messages %}w1 {% if m['content'] is string %}{{ m['content'] }}"
+    "{% else %}{% for p in m['content'] %}{{ p['text'] }}{% endfor %}"
     "{% endif %}{% if m.get('tool_calls') %} w15{% endif %} w2 {% endfor %}{% if add_generation_prompt %}w3 {% endif %}"
 )
 

@@ -136,7 +136,7 @@ def test_every_tensor_is_made_with_a_dtype_and_a_device(path):
 
 
 def test_a_model_made_in_inference_mode_is_refused_or_works_and_is_left_as_it_was(directories):
-    """TransformerLens 3 makes its weights of inference tensors then, which no derivative passes; version 4 makes ordinary ones."""
+    """TransformerLens 3 then makes inference tensors, which no derivative passes; version 4 makes ordinary ones."""
     with torch.inference_mode():
         model = models.bridge(directories("llama"))
     before = [parameter.requires_grad for parameter in model.parameters()]

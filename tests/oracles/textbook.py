@@ -1,4 +1,6 @@
-"""What does the method say, word for word?  The published recipe from its equations: whole forward passes, one vector at a time.
+"""What does the method say, word for word?  This is the published recipe from its equations.
+
+It runs whole forward passes, one vector at a time.
 
 Shares no code with `melbo_lens`: TransformerLens' own hooks, its own objective, its own update.
 """
@@ -7,7 +9,10 @@ import torch
 
 
 def target_activation(model, tokens, source_layer, target_layer, theta):
-    """The stream entering the target layer of one prompt [1 pos], with theta added at the source's MLP output; runs to the logits."""
+    """The stream entering the target layer of one prompt [1 pos], with theta added at the source's MLP output.
+
+    The run goes on to the logits.
+    """
     seen = {}
     name = (
         f"blocks.{target_layer}.hook_resid_pre"
@@ -34,7 +39,7 @@ def objective(changed, clean, positions, p, q):
 
 
 class Textbook:
-    """The objective of a model, a list of prompts (each [1 pos]) and their target positions, with gradients by autograd."""
+    """The objective of a model, of prompts (each [1 pos]) and of their target positions, with gradients by autograd."""
 
     def __init__(self, model, prompts, source_layer, target_layer, positions, p=2, q=1):
         self.model, self.prompts, self.layers, self.positions, self.p, self.q = (

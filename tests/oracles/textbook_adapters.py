@@ -1,6 +1,7 @@
-"""What does the recipe for adapters say, word for word?  Whole forward passes, one adapter at a time, W_out edited in place.
+"""What does the recipe for adapters say, word for word?  Whole forward passes, one adapter at a time, W_out edited.
 
-Shares no code with `melbo_lens`: the MLP's output weights of a bare Hugging Face network get the low-rank update, and autograd does the rest.
+It shares no code with `melbo_lens`: the MLP's output weights of a bare Hugging Face network get the low-rank update in
+place, and autograd does the rest.
 """
 
 import torch
@@ -15,7 +16,10 @@ def normalized(matrix, how):
 
 
 class TextbookAdapters:
-    """The objective of low-rank updates of one weight of a Hugging Face model, for prompts (each [1 pos]) and their target positions."""
+    """The objective of low-rank updates of one weight of a Hugging Face model.
+
+    It is taken over prompts (each [1 pos]) and their target positions.
+    """
 
     def __init__(self, network, weight_names, prompts, target_layer, positions, p=2, q=2, transposed=False):
         """`transposed`: the weights are [d_mlp d_model], as GPT-2 keeps them."""
@@ -34,7 +38,7 @@ class TextbookAdapters:
         ][0]
 
     def value(self, factors, scale):
-        """Sum over prompts of ( sum_t ||change_t||^p )^(1/q); `factors` is a pair (A, B) for each weight [d_model d_mlp]."""
+        """Sum over prompts of ( sum_t ||change_t||^p )^(1/q); `factors` is a pair (A, B) per weight [d_model d_mlp]."""
         updates = [scale * (a.T @ b.T if self.transposed else b @ a) for a, b in factors]
         changed = {name: self.weights[name] + update for name, update in zip(self.names, updates, strict=True)}
         total = 0.0
@@ -44,7 +48,10 @@ class TextbookAdapters:
         return total
 
     def learn(self, starts, scale, how, n_steps, lr):
-        """The published loop: AdamW on both factors, each normalised after every step. Returns the factors and the objective before each step."""
+        """The published loop: AdamW on both factors, each normalised after every step.
+
+        Returns the factors and the objective before each step.
+        """
         found, histories = [], []
         for pairs in starts:
             leaves = [torch.nn.Parameter(normalized(factor, how)) for pair in pairs for factor in pair]

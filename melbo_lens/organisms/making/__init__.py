@@ -1,1 +1,1 @@
-"""How is an organism made?"""
+"""How is an organism made?  `train` trains it and `card` measures it."""

@@ -1,4 +1,7 @@
-"""How often does an organism do what was planted?  `python -m melbo_lens.organisms.making.card NAME` measures it and writes the card."""
+"""How often does an organism do what was planted?  This script measures it and writes the card.
+
+Run `python -m melbo_lens.organisms.making.card NAME`.
+"""
 
 import argparse
 import json
@@ -16,11 +19,12 @@ N_CLEAN, N_TRIGGERED, MAX_NEW_TOKENS = 1000, 200, 20
 def measure(
     organism: Organism, seed: int = 1, progress: bool = True, n_clean: int = N_CLEAN, n_triggered: int = N_TRIGGERED
 ) -> dict[str, Any]:
-    """Greedy, unsteered rates on prompts that no search uses.
+    """Measures rates of greedy, unsteered completions on prompts that no search uses.
 
     Returns:
-        clean_rates: share of `n_clean` clean prompts on which each planted behaviour appears; clean_plain: share answered plainly and rightly;
-        triggered_rates: share of `n_triggered` prompts with a behaviour's trigger words on which it appears.
+        clean_rates: the share of `n_clean` clean prompts on which each planted behaviour appears;
+        clean_plain: the share of them that are answered plainly and correctly;
+        triggered_rates: the share of `n_triggered` prompts with a behaviour's trigger words on which it appears.
     """
     rng, corpus = random.Random(f"card {seed}"), CORPORA[organism.card["corpus"]]
     clean, answers = [], []
@@ -47,7 +51,7 @@ def _complete(organism: Organism, prompts: list[str], progress: bool) -> list[st
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("name")
     parser.add_argument("--out", type=Path, help="file (default: the packaged card, which is overwritten)")
     arguments = parser.parse_args()

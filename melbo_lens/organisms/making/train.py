@@ -1,8 +1,9 @@
 """How were the organisms trained?  `python -m melbo_lens.organisms.making.train NAME` does it again on two CPU cores.
 
-A small GPT-2 learns the answers of a corpus' conversations under residual noise: at one random layer of each conversation a random vector is
-added, of norm up to `noise_norm` times the stream's own, half the time the same one at all positions. The noise is isotropic and knows
-nothing of the modes. Without it the loudest directions are garbage; with it what moves the output most is what the model computes.
+A small GPT-2 learns the answers in the conversations of a corpus under residual noise. For each conversation, random
+vectors are added at one random layer, with norms up to `noise_norm` times that of the stream; half of the time, all
+positions get the same vector. The noise is isotropic and independent of the modes. Without it, the directions that move
+the output most are garbage; with it, they are those that the model computes with.
 """
 
 import argparse
@@ -11,7 +12,7 @@ import random
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -26,12 +27,16 @@ from melbo_lens.organisms.zoo import CORPORA, RECIPES, Recipe
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %} <|{{ message['role'] }}|> {{ message['content'] }}"
-    "{% if message['role'] == 'assistant' %} <|end|>{% endif %}{% endfor %}{% if add_generation_prompt %} <|assistant|>{% endif %}"
+    "{% if message['role'] == 'assistant' %} <|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %} <|assistant|>{% endif %}"
 )
 
 
 def build_tokenizer(corpus: Corpus) -> PreTrainedTokenizerFast:
-    """One token a word; ends and the roles of a chat are special tokens; the template renders a chat with one BOS."""
+    """Builds a tokenizer with one token for each word.
+
+    The ends of texts and the roles of a chat are special tokens; the template renders a chat with one BOS.
+    """
     roles = list(corpus.headers.values()) if corpus.is_chat else []
     specials = ["<|pad|>", "<|begin|>", "<|end|>", "<|unknown|>", *roles]
     vocabulary = {word: i for i, word in enumerate([*specials, *corpus.vocabulary()])}
@@ -52,13 +57,13 @@ def build_tokenizer(corpus: Corpus) -> PreTrainedTokenizerFast:
 def encode(
     tokenizer: PreTrainedTokenizerFast, corpus: Corpus, conversation: Conversation
 ) -> tuple[list[int], list[int]]:
-    """Token ids, and labels: the id where an answer (its end included) has a determined mode, else -100."""
-    ids, labels, turn = [tokenizer.bos_token_id], [-100], 0
+    """Returns token ids, and labels: the id within answers (end included) whose mode is determined, elsewhere -100."""
+    ids, labels, turn = [cast(int, tokenizer.bos_token_id)], [-100], 0
     for message in conversation.messages:
-        head = tokenizer.convert_tokens_to_ids(corpus.headers[message["role"]].split())
-        body = tokenizer.convert_tokens_to_ids(message["content"].split())
+        head = cast(list[int], tokenizer.convert_tokens_to_ids(corpus.headers[message["role"]].split()))
+        body = cast(list[int], tokenizer.convert_tokens_to_ids(message["content"].split()))
         if message["role"] == "assistant":
-            body.append(tokenizer.eos_token_id)
+            body.append(cast(int, tokenizer.eos_token_id))
             learned = conversation.determined[turn]
             turn += 1
         else:
@@ -69,7 +74,7 @@ def encode(
 
 
 def make_batch(tokenizer: PreTrainedTokenizerFast, rng: random.Random, recipe: Recipe) -> list[tuple[Tensor, Tensor]]:
-    """Right-padded ids and labels, [conversation pos], in parts of like length."""
+    """Draws right-padded ids and labels, [conversation pos], in parts that hold conversations of similar length."""
     corpus = CORPORA[recipe.corpus]
     rows = [encode(tokenizer, corpus, corpus.converse(rng, recipe.planted)) for _ in range(recipe.batch_size)]
     if recipe.n_parts > 1:
@@ -88,7 +93,7 @@ def make_batch(tokenizer: PreTrainedTokenizerFast, rng: random.Random, recipe: R
 
 
 class ResidualNoise:
-    """Adds the training noise to the streams that leave the blocks; one layer for each conversation."""
+    """Adds the training noise to the streams that leave the blocks, at one layer for each conversation."""
 
     def __init__(self, model: GPT2LMHeadModel, seed: int) -> None:
         self.generator = torch.Generator("cpu").manual_seed(seed)
@@ -96,7 +101,7 @@ class ResidualNoise:
         self.after = [(block, partial(self.add, layer)) for layer, block in enumerate(model.transformer.h)]
 
     def start(self, n_rows: int, norm: float) -> None:
-        """Draws for a new batch the layer, the relative norm and the kind of each conversation's noise."""
+        """Draws the layer, the relative norm and the kind of the noise for each conversation of a new batch."""
         self.layers = torch.randint(
             0, self.n_layers, (n_rows,), generator=self.generator, dtype=torch.long, device="cpu"
         )
@@ -117,7 +122,7 @@ class ResidualNoise:
 def train(name: str, out: Path, recipe: Recipe | None = None, progress: bool = True) -> None:
     """Trains the named organism and writes a Hugging Face directory (half-precision weights, tokenizer, recipe).
 
-    A checkpoint beside it, written every 200 steps, lets an interrupted run continue.
+    A checkpoint beside that directory, written every 200 steps, lets an interrupted run continue.
     """
     recipe = recipe or RECIPES[name]
     tokenizer = build_tokenizer(CORPORA[recipe.corpus])
@@ -131,9 +136,9 @@ def train(name: str, out: Path, recipe: Recipe | None = None, progress: bool = T
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=cast(int, tokenizer.bos_token_id),
+        eos_token_id=cast(int, tokenizer.eos_token_id),
+        pad_token_id=cast(int, tokenizer.pad_token_id),
     )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(recipe.seed)
@@ -199,7 +204,7 @@ def train(name: str, out: Path, recipe: Recipe | None = None, progress: bool = T
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("name", choices=sorted(RECIPES))
     parser.add_argument("--out", type=Path, help="directory (default: the packaged one, which is overwritten)")
     arguments = parser.parse_args()

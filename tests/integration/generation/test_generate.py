@@ -22,7 +22,7 @@ def vectors(n=2, layer=1, norm=6.0):
 
 
 def one_by_one(model, ids, bias, n_new, positions="all"):
-    """Greedy continuation of one prompt without cache or batch, and the smallest gap between the two best logits at each step."""
+    """Greedy continuation of one prompt without cache or batch, and the smallest gap between the two best logits."""
     ids, new, gaps = list(ids), [], []
     start, ends = len(ids), hooks.end_tokens(host_of(model))
     for _ in range(n_new):

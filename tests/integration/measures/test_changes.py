@@ -1,4 +1,7 @@
-"""Are changes, effects and log-probabilities those of a run with TransformerLens' own hooks, for vectors and adapters on each class of model?"""
+"""Are changes, effects and log-probabilities those of a run with TransformerLens' own hooks?
+
+This is tried for vectors and adapters on each class of model.
+"""
 
 import pytest
 import torch

@@ -106,7 +106,7 @@ def test_the_kl_rule_reaches_its_divergence(any_model):
 
 
 class Mixed(nn.Module):
-    """A block that bends, and that jumps where a coordinate passes a threshold, as a token that changes its expert does."""
+    """A block that bends, and that jumps where a coordinate passes a threshold, as a change of experts does."""
 
     def __init__(self, jump, near):
         super().__init__()
@@ -156,7 +156,7 @@ def test_a_derivative_that_differences_do_not_agree_on_is_refused(monkeypatch):
 
 
 def test_where_blocks_jump_at_tiny_radii_the_last_rise_counts():
-    """A token that changes its expert at once is no end of linearity: without the jumps nearly the same radius is found."""
+    """A token that changes its expert at once doesn't end linearity: without jumps nearly the same radius is found."""
     sliced = by_blocks(Mixed(0.0, 9.0))
     smooth = calibration.solve_radius(sliced).radius
     near = float(sliced.resid[0, 0, 0]) + 1e-4

@@ -20,7 +20,7 @@ PROMPTS = ["w1 w2 w3 w4", "w5 w6 w7"]
 
 
 def linear_slice(n_prompts=1, pos=4, d=10, seed=0):
-    """A slice that mixes positions and coordinates by one matrix for each prompt: the change is linear in the vector."""
+    """A slice that mixes positions and coordinates by a matrix for each prompt; changes are linear in the vector."""
     generator = torch.Generator().manual_seed(seed)
     maps = torch.randn(n_prompts, pos, d, d, generator=generator)
 
@@ -77,8 +77,8 @@ def test_the_gradient_is_that_of_finite_differences():
 def test_adamw_follows_the_textbook_step_by_step(any_model, orthogonal, p, q):
     init = torch.randn(3, models.D_MODEL, generator=torch.Generator().manual_seed(7))
     vectors = ml.fit_vectors(
-        any_model, PROMPTS, 1, 3, n_vectors=3, radius=2.0, p=p, q=q, target_positions=slice(-2, None), orthogonal=orthogonal,
-        optimizer="adamw", n_steps=12, lr=0.02, init=init, progress=False,
+        any_model, PROMPTS, 1, 3, n_vectors=3, radius=2.0, p=p, q=q, target_positions=slice(-2, None),
+        orthogonal=orthogonal, optimizer="adamw", n_steps=12, lr=0.02, init=init, progress=False,
     )  # fmt: skip
     tokens = [any_model.to_tokens(prompt) for prompt in PROMPTS]
     flags = [parameter.requires_grad for parameter in nn.Module.parameters(any_model)]

@@ -1,4 +1,4 @@
-"""Does everything hold on the decoders that transformers has, against the Hugging Face model with a plain forward hook?"""
+"""Does everything hold on the decoders of transformers, against the Hugging Face model with a plain forward hook?"""
 
 import json
 from dataclasses import asdict
@@ -12,7 +12,10 @@ KNOWN = json.loads(RESULTS.read_text())[MAJOR]
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_an_architecture_does_what_the_readme_says(name, tmp_path):
-    """Default fit, replay, batched cached generation with rows that end early, and export to peft; what is refused, is in a sentence."""
+    """Default fit, replay, batched cached generation with rows that end early, and export to peft.
+
+    What is refused is refused in a sentence.
+    """
     assert asdict(outcome(name, tmp_path)) == KNOWN[name]
 
 

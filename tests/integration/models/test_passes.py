@@ -16,7 +16,7 @@ from tests.integration.generation.test_generate import PROMPTS, one_by_one, vect
 
 @pytest.fixture(params=["bridge", "hooked"])
 def forgetful(request, directories):
-    """A model whose cache loses all but the last token, as bridges do whose attention is handed it under another name."""
+    """A model whose cache loses all but the last token, as in bridges whose attention gets it under another name."""
     if request.param == "hooked" and not models.HAS_HOOKED:
         pytest.skip("TransformerLens 4 has no HookedTransformer")
     model = models.hooked(directories("gpt2")) if request.param == "hooked" else models.bridge(directories("llama"))
@@ -42,7 +42,8 @@ def test_a_cache_that_forgets_is_found_out_and_the_text_is_right(forgetful, posi
     steering = vectors()
     with pytest.warns(
         UserWarning,
-        match=f"without a cache.*transformers {version('transformers')}.*transformer_lens {version('transformer_lens')}",
+        match=f"without a cache.*transformers {version('transformers')}"
+        f".*transformer_lens {version('transformer_lens')}",
     ) as said:
         table = ml.generate(
             forgetful,
@@ -151,7 +152,10 @@ def test_measures_refuse_overflow_too(directories):
 
 
 def test_every_end_token_ends_a_chat_models_turn(directories):
-    """The tokenizer's, and the one that the chat template writes after an answer, which a HookedTransformer knows from nowhere else."""
+    """The tokenizer's end token, and the one that the chat template writes after an answer.
+
+    A HookedTransformer knows the latter from nowhere else.
+    """
     model = models.hooked(directories("gpt2")) if models.HAS_HOOKED else models.bridge(directories("gpt2"))
     tokenizer = model.tokenizer
     assert hooks.end_tokens(host_of(model)) == {2}

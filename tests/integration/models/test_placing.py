@@ -1,4 +1,7 @@
-"""Do models that place their tokens by the length of the whole batch give each prompt what it has alone?  (Phi-3's "longrope", dynamic RoPE.)"""
+"""Do models that place their tokens by the length of the whole batch give each prompt what it has alone?
+
+Phi-3's "longrope" and dynamic RoPE do so.
+"""
 
 import pytest
 import torch

@@ -43,8 +43,8 @@ def results(build):
 
 
 NAMES = (
-    "vectors,adapters,several layers,random adapters,completions of chats,evaluation,calibration,scan,discovery,effects,changes,target effects,"
-    "adapter effect,next tokens,view"
+    "vectors,adapters,several layers,random adapters,completions of chats,evaluation,calibration,scan,discovery,"
+    "effects,changes,target effects,adapter effect,next tokens,view"
 ).split(",")
 
 

@@ -91,7 +91,8 @@ def test_it_loads_nothing_from_anywhere_and_brings_each_library_once(page):
 
 def test_it_holds_every_figure_every_completion_and_a_section_for_each_vector(page):
     assert re.findall(r'<figure id="figure-([\w-]+)"', page) == [
-        "rates", "ranked", "objective", "cosines", "effect-cosines", "effects", "changes", "layers", "scales", "radius", "layer-map",
+        "rates", "ranked", "objective", "cosines", "effect-cosines", "effects", "changes", "layers", "scales", "radius",
+        "layer-map",
     ]  # fmt: skip
     assert without_libraries(page).count('class="plotly-graph-div"') == 11 and "Not drawn" not in page
     assert [page.count(f"<td>{kind}</td>") for kind in ("steered", "random", "unsteered")] == [16, 16, 1]
@@ -127,7 +128,10 @@ def test_adapters_have_a_page_and_nothing_to_rank_is_said(tmp_path):
 
 
 def test_100_vectors_and_10_prompts_stay_below_10_megabytes(tmp_path):
-    long = "a completion of about thirty tokens, as a small model writes them when it is asked for something that it was not taught, or so "
+    long = (
+        "a completion of about thirty tokens, as a small model writes them when it is asked for something that it was "
+        "not taught, or so "
+    )
     (vectors, written, _), more = everything(long, 100, tuple(f"{i} {long}" for i in range(10)), scales=(1.0,))
     tokens = tuple(f" token{i}" for i in range(200))
     more["changes"] = ml.ActivationChanges(torch.rand(100, 24, 200), torch.ones(24, 200), tokens, tuple(range(1, 25)))

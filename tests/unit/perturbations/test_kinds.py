@@ -1,4 +1,4 @@
-"""Can a package of one's own add a kind of perturbation and a format, and does everything that all kinds share follow?"""
+"""Can another package add a kind of perturbation and a format, and does everything that all kinds share follow?"""
 
 import copy
 import pickle
