@@ -50,7 +50,8 @@ def report(
 ) -> Path:
     """Writes one self-contained page.
 
-    It has rates, the ranking, figures, a section for each vector, a table of completions with filters, and the settings.
+    It has rates, the ranking, figures, a section for each vector, a table of completions with filters, and settings.
+    settings.
     What is not given is left out of the page; no model runs here.
 
     Args:

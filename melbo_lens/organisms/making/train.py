@@ -23,6 +23,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from melbo_lens import files
 from melbo_lens.models import hooks
 from melbo_lens.organisms.corpus import Conversation, Corpus
+from melbo_lens.organisms.organism import WEIGHTS
 from melbo_lens.organisms.zoo import CORPORA, RECIPES, Recipe
 
 CHAT_TEMPLATE = (
@@ -208,7 +209,7 @@ def main() -> None:
     parser.add_argument("name", choices=sorted(RECIPES))
     parser.add_argument("--out", type=Path, help="directory (default: the packaged one, which is overwritten)")
     arguments = parser.parse_args()
-    out = arguments.out or Path(__file__).parent / "weights" / arguments.name
+    out = arguments.out or WEIGHTS / arguments.name
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
     train(arguments.name, out)
 
