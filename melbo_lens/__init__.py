@@ -31,13 +31,13 @@ if TYPE_CHECKING:
     from melbo_lens.measures.output import Effects as Effects
     from melbo_lens.measures.output import output_effects as output_effects
     from melbo_lens.measures.radius import Calibration as Calibration
-    from melbo_lens.measures.radius import calibrate_radius as calibrate_radius
     from melbo_lens.measures.ranking import cluster_by_effect as cluster_by_effect
     from melbo_lens.measures.ranking import rank as rank
     from melbo_lens.measures.source import AdapterEffect as AdapterEffect
     from melbo_lens.measures.source import nearest_vectors as nearest_vectors
     from melbo_lens.measures.source import source_effects as source_effects
     from melbo_lens.methods.adapters import fit_adapters as fit_adapters
+    from melbo_lens.methods.calibrate import calibrate_radius as calibrate_radius
     from melbo_lens.methods.melbo import fit_vectors as fit_vectors
     from melbo_lens.models.slices import SlicedModel as SlicedModel
     from melbo_lens.models.slices import slice_model as slice_model
@@ -74,10 +74,10 @@ _HOMES = {
     "measures.directions": "closest_directions max_activating top_tokens",
     "measures.next_tokens": "next_tokens",
     "measures.output": "output_effects",
-    "measures.radius": "calibrate_radius",
     "measures.ranking": "cluster_by_effect rank",
     "measures.source": "nearest_vectors source_effects",
     "methods.adapters": "fit_adapters",
+    "methods.calibrate": "calibrate_radius",
     "methods.melbo": "fit_vectors",
     "models.slices": "slice_model",
     "perturbations.adapters": "SteeringAdapters",

@@ -21,10 +21,18 @@ app = typer.Typer(
 console = Console()
 
 # these options are shared by several commands
-Model = Annotated[str, typer.Option(help="name on the Hugging Face hub, or a local directory")]
+Model = Annotated[
+    str, typer.Option(help='"smollm2" and other organisms, a name on the Hugging Face hub, or a directory')
+]
 Prompt = Annotated[list[str], typer.Option(help="may be given several times")]
 Out = Annotated[Path, typer.Option(help="folder to write to")]
 Seed = Annotated[int, typer.Option(help="seed of the starts")]
+Chat = Annotated[
+    bool | None,
+    typer.Option(
+        "--chat/--no-chat", help="prompts are a user's messages; default: if the tokenizer has a chat template"
+    ),
+]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16")]
 Device = Annotated[str | None, typer.Option(help="as torch names it; default: chosen by TransformerLens")]
 
@@ -123,6 +131,7 @@ def fit(
     seed: Seed = 0,
     dtype: Dtype = "float32",
     device: Device = None,
+    chat: Chat = None,
 ) -> None:
     """Learn vectors on a model, generate with them, and write vectors, completions and a page."""
     loaded = _load(model, dtype, device)
@@ -130,7 +139,7 @@ def fit(
     from melbo_lens.methods.fitting import Optimizer
 
     out.mkdir(parents=True, exist_ok=True)
-    prompts = prompt if len(prompt) > 1 else prompt[0]
+    prompts = _asked(loaded, prompt, chat)
     positions = slice(-last, None) if last else slice(None)
     with _errors_in_a_sentence():
         vectors = ml.fit_vectors(
@@ -166,6 +175,7 @@ def discover(
     seed: Seed = 0,
     dtype: Dtype = "float32",
     device: Device = None,
+    chat: Chat = None,
 ) -> None:
     """Search a model that you know nothing of: layers, radii and vectors, within a time budget."""
     loaded = _load(model, dtype, device)
@@ -175,7 +185,11 @@ def discover(
     out.mkdir(parents=True, exist_ok=True)
     with _errors_in_a_sentence():
         found = ml.discover(
-            loaded, prompt if len(prompt) > 1 else prompt[0], budget, heldout=heldout or None, seed=seed
+            loaded,
+            _asked(loaded, prompt, chat),
+            budget,
+            heldout=_asked(loaded, heldout, chat, say=False) if heldout else None,
+            seed=seed,
         )
         files.write_text(out / "groups.csv", found.table.to_csv(index=False))
         for row in range(min(len(found.table), 20)):
@@ -211,14 +225,29 @@ def report(
     console.print(f"wrote {path}, {path.stat().st_size / 1e6:.1f} MB", soft_wrap=True)
 
 
+def _asked(model: Any, prompts: list[str], chat: bool | None, say: bool = True) -> list[Any]:
+    """Returns the prompts as they are, or as a user's messages, and tells which."""
+    as_chat = bool(getattr(model.tokenizer, "chat_template", None)) if chat is None else chat
+    if say:
+        how = "a user's messages, as the tokenizer's chat template writes them" if as_chat else "plain text"
+        console.print(f"prompts are given as {how}")
+    return [[{"role": "user", "content": prompt}] for prompt in prompts] if as_chat else prompts
+
+
 def _load(model: str, dtype: str, device: str | None) -> Any:
     if dtype not in ("float32", "bfloat16", "float16"):
         raise typer.BadParameter(f"dtype {dtype!r} must be float32, bfloat16 or float16.")
     with _errors_in_a_sentence(), console.status("loading torch and the model"):
         import torch
 
+        from melbo_lens import organisms
         from melbo_lens.models.access import boot
 
+        if model in organisms.names():
+            if dtype != "float32":
+                raise ValueError(f"dtype={dtype!r} is not offered for organisms, which are float32: leave it out.")
+            loaded = organisms.load(model).model
+            return loaded if device is None else loaded.to(device)
         return boot(model, device=device, dtype=getattr(torch, dtype))
 
 
@@ -226,7 +255,7 @@ def _load(model: str, dtype: str, device: str | None) -> Any:
 def _errors_in_a_sentence() -> Iterator[None]:
     try:
         yield
-    except (ValueError, TypeError, RuntimeError, FloatingPointError, OSError) as error:
+    except (ValueError, TypeError, RuntimeError, FloatingPointError, OSError, ImportError) as error:
         console.print(f"[red]error:[/red] {escape(str(error))}")
         raise typer.Exit(1) from error
 

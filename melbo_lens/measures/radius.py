@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import pandas as pd
@@ -12,16 +12,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from melbo_lens import tables
-from melbo_lens.arguments import public
 from melbo_lens.ascent.manifolds import unit
 from melbo_lens.models import hooks
-from melbo_lens.models.access import Model
-from melbo_lens.models.slices import SlicedModel, slice_model
+from melbo_lens.models.slices import SlicedModel
 from melbo_lens.perturbations.sites import Hook
-from melbo_lens.prompts import Positions, Prompts
 from melbo_lens.randomness import gaussian_rows
 
-Rule: TypeAlias = Literal["nonlinearity", "fraction", "kl"]
+Rule: TypeAlias = Literal["nonlinearity", "fraction", "kl"]  # what `solve_radius` knows
 DEFAULT_TARGETS = {"nonlinearity": 0.5, "fraction": 0.35, "kl": 0.1}
 N_DIRECTIONS = 8
 STEPS = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4)  # of central differences, as shares of the stream's norm
@@ -39,53 +36,33 @@ class Calibration:
         curve: (radius, value) pairs in the order of the radius.
         rule: the rule whose value the curve shows.
         target: the value that was to be reached.
+        norm: the median norm of the stream that leaves the source block, at the prompts' own positions.
+        effects: of rules that learn vectors, (radius, learned, random) in the order of the radius: the median over the
+            vectors of ``||change|| / ||target||`` at the target positions, for learned and for random vectors.
     """
 
     radius: float
     curve: tuple[tuple[float, float], ...]
     rule: str
     target: float
+    norm: float | None = None
+    effects: tuple[tuple[float, float, float], ...] = ()
+
+    @property
+    def relative(self) -> float | None:
+        """The radius as a share of the stream's median norm, by which models can be compared."""
+        return None if self.norm is None else self.radius / self.norm
 
     def _repr_html_(self) -> str:
-        return tables.html(repr(self), pd.DataFrame(self.curve, columns=["radius", self.rule]))
+        table = pd.DataFrame(self.curve, columns=["radius", self.rule])
+        if self.effects:
+            table[["effect", "random effect"]] = [row[1:] for row in self.effects]
+        return tables.html(repr(self), table)
 
     def __repr__(self) -> str:
-        return f"Calibration(radius {self.radius:.4g}: {self.rule} {self.target:g}, {len(self.curve)} radii tried)"
-
-
-@public
-def calibrate_radius(
-    model: Model,
-    prompts: Prompts,
-    source_layer: int,
-    target_layer: int | None = None,
-    rule: Rule = "nonlinearity",
-    target: float | None = None,
-    target_positions: Positions = slice(None),
-    target_hook: str | None = None,
-    seed: int = 0,
-    site: str = "mlp_out",
-) -> Calibration:
-    """Chooses a radius by a stated rule, without looking at behaviours.
-
-    Args:
-        model, prompts, source_layer, target_layer, target_positions, target_hook, site: as in `slice_model`.
-        rule: "nonlinearity" (the blocks between source and target stop being linear), "fraction" (a fraction of the
-            source stream's norm) or "kl" (how far random vectors of that norm move the next-token distribution); see
-            `solve_radius`.
-        target: the value that the rule must reach; by default 0.5, 0.35 of the norm, and 0.1 nats.
-        seed: the seed of the random directions.
-
-    Returns:
-        The radius, and the curve on which it was solved.
-
-    Raises:
-        ValueError: the rule is unknown, the target is not a positive, finite number, or no finite radius qualifies.
-    """
-    check_rule(rule, target)
-    return solve_radius(
-        slice_model(model, prompts, source_layer, target_layer, target_positions, target_hook, site), rule, target, seed
-    )
+        share = "" if self.relative is None else f", {self.relative:.3g} of the stream's norm"
+        tried = f"{len(self.curve)} radii tried"
+        return f"Calibration(radius {self.radius:.4g}{share}: {self.rule} {self.target:g}, {tried})"
 
 
 class NoRadius(ValueError):
@@ -123,19 +100,29 @@ def solve_radius(
     wanted = DEFAULT_TARGETS[rule] if target is None else target
     batch = sliced.batch
     # the mean norm of the stream, from which the search starts; 1.0 if the stream is all zeros
-    typical = float(sliced.resid.float().norm(dim=-1)[batch.own].mean()) or 1.0
+    typical, norm = float(sliced.resid.float().norm(dim=-1)[batch.own].mean()) or 1.0, median_norm(sliced)
     if rule == "fraction":
-        return Calibration(wanted * typical, ((wanted * typical, wanted),), rule, wanted)
+        return Calibration(wanted * typical, ((wanted * typical, wanted),), rule, wanted, norm)
     directions = unit(gaussian_rows(N_DIRECTIONS, sliced.d_model, seed, "calibration")).to(sliced.device)
     with hooks.frozen(sliced.host):
         if rule == "kl":
             clean = _next_token_log_probs(sliced, None)
-            return _solve(lambda radius: _kl(sliced, clean, radius * directions), typical, wanted, rule, False)
+            kl = _solve(lambda radius: _kl(sliced, clean, radius * directions), typical, wanted, rule, False)
+            return replace(kl, norm=norm)
         exact = sliced.in_float32()
         linear = _directional_derivatives(exact, directions)
-        return _solve(
+        bent = _solve(
             lambda radius: _nonlinearity(exact, directions, linear, radius), typical, wanted, rule, target is None
         )
+        return replace(bent, norm=norm)
+
+
+def median_norm(sliced: SlicedModel) -> float:
+    """Measures the median norm of the stream that leaves the source block, at the prompts' own positions.
+
+    A median leaves out the massive activations that many models have at the first position. It is 1 if all are zero.
+    """
+    return float(sliced.resid.float().norm(dim=-1)[sliced.batch.own].median()) or 1.0
 
 
 def _solve(

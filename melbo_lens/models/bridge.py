@@ -36,6 +36,10 @@ class BridgeHost(Host):
         cache.reorder_cache(kept)
         return True
 
+    @property
+    def before_unembed(self) -> str:
+        return "unembed.hook_in"
+
     def weight_site(self, layer: int, name: str) -> WeightSite:
         part = {"mlp": "mlp.out", "attn": "attn.o"}[name]
         hidden, output = f"blocks.{layer}.{part}.hook_in", f"blocks.{layer}.{part}.hook_out"

@@ -34,6 +34,10 @@ class HookedHost(Host):
             entry.past_keys, entry.past_values = entry.past_keys[kept], entry.past_values[kept]
         return True
 
+    @property
+    def before_unembed(self) -> str:
+        return "ln_final.hook_normalized"
+
     def weight_site(self, layer: int, name: str) -> WeightSite:
         hidden = f"blocks.{layer}.mlp.hook_post" if name == "mlp" else f"blocks.{layer}.attn.hook_z"
         if hidden not in self.points:

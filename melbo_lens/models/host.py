@@ -51,6 +51,11 @@ class Host(ABC):
     def drop_rows(self, cache: Any, kept: Tensor) -> bool:
         """Keeps these rows of a cache; returns False, and changes nothing, if the cache can't drop rows."""
 
+    @property
+    @abstractmethod
+    def before_unembed(self) -> str:
+        """The name of the hook point whose activation [row pos d_model] the unembedding reads."""
+
     @abstractmethod
     def weight_site(self, layer: int, name: str) -> WeightSite:
         """Says where the output weights of the block's "mlp" or "attn" are hooked.

@@ -101,10 +101,25 @@ class Decoder:
 
     def _step(self, tokens: Tensor, steered: bool) -> Tensor:
         """Runs one pass with the cache over the last columns of the mask."""
-        with attached(self.host, self.steering(self.alive) if steered else []):
+        hooks = [*(self.steering(self.alive) if steered else []), *self._unembedding(-1)]
+        with attached(self.host, hooks):
             logits, self.cache = self.host.cached_logits(tokens, self.mask, self.cache)
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
         return logits[:, -1].float()
+
+    def _unembedding(self, position: int | Tensor) -> list[Hook]:
+        """Hooks that let the unembedding, the largest matrix of the model, see one position of each row only.
+
+        A model without that hook point computes the logits of every position.
+        """
+        rows = torch.arange(len(position), device=self.device) if isinstance(position, Tensor) else slice(None)
+
+        def only(activation: Tensor, hook: Any = None) -> Tensor:
+            here = rows.to(activation.device) if isinstance(rows, Tensor) else rows
+            return activation[here, position][:, None]
+
+        name = self.host.before_unembed
+        return [(name, only)] if name in self.host.points else []
 
     def _drop(self, places: Tensor) -> bool:
         if not self.host.drop_rows(self.cache, places):
@@ -172,10 +187,11 @@ class Decoder:
                     >= self._tensor([self.lengths[i] for i in part], torch.long)[:, None]
                 )
                 hooks = _at(hooks, generated if self.positions == "generated" else ~generated)
-            with attached(self.host, hooks):
-                logits = self.host.forward(tokens)
             last = self._tensor([len(self.ids[i]) - 1 for i in part], torch.long)
-            parts.append(logits[torch.arange(len(part), device=logits.device), last].float())
+            with attached(self.host, [*hooks, *self._unembedding(last)]):
+                logits = self.host.forward(tokens)
+            order = torch.arange(len(part), device=logits.device)
+            parts.append((logits[:, 0] if logits.shape[1] == 1 else logits[order, last]).float())
         return torch.cat(parts)
 
     def _tensor(self, values: Any, dtype: torch.dtype) -> Tensor:

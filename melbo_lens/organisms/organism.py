@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from melbo_lens.models.access import Model, ModelClass, boot, has_hooked, implement_gpt2
+from melbo_lens.organisms import real
 from melbo_lens.organisms.corpus import Corpus
 from melbo_lens.organisms.zoo import CORPORA
 
@@ -38,7 +39,7 @@ class Organism:
     name: str
     model: Model
     card: Mapping[str, Any]
-    prompts: Mapping[str, list[str]]
+    prompts: Mapping[str, list[Any]]
     behaviors: Mapping[str, Callable[[str], bool]]
     directory: Path
     model_class: ModelClass = "bridge"
@@ -51,25 +52,28 @@ class Organism:
         """Returns a control: a model of the same class, architecture and tokenizer with random weights."""
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            blank = GPT2LMHeadModel(GPT2Config.from_pretrained(self.directory))
+            blank = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(self.directory), dtype=torch.float32)
         return _as(self.model_class, self.directory, blank, self.tokenizer)
 
 
 def names() -> list[str]:
-    """Returns the names of the organisms that `load` knows."""
-    return sorted(path.name for path in WEIGHTS.iterdir() if (path / "config.json").is_file())
+    """Returns the names of the organisms that `load` knows: the tiny ones, "smollm2", and the organisms on it."""
+    tiny = sorted(path.name for path in WEIGHTS.iterdir() if (path / "config.json").is_file())
+    return [*tiny, *real.names(WEIGHTS)]
 
 
 def load(name: str, model_class: ModelClass | Literal["auto"] = "auto") -> Organism:
-    """Loads a bundled organism; no network is used.
+    """Loads an organism; no network is used.
 
     Args:
-        name: one of `names()`. A twin, such as "modes-twin", never saw the planted behaviours.
+        name: one of `names()`. A twin, such as "modes-twin", never saw the planted behaviours. "smollm2" and the
+            organisms on it need the base model, which a package of the Python index holds.
         model_class: "hooked" for `HookedTransformer` (TransformerLens 3), "bridge" for `TransformerBridge`, or "auto"
             for the first of them that exists.
 
     Raises:
         ValueError: the name or the class is unknown, or files are damaged.
+        ModuleNotFoundError: the base model of a real organism is not installed; the message says how to install it.
     """
     if name not in names():
         raise ValueError(f"there is no organism {name!r}: choose one of {names()}.")
@@ -77,6 +81,11 @@ def load(name: str, model_class: ModelClass | Literal["auto"] = "auto") -> Organ
         raise ValueError(f'model_class={model_class!r} must be "auto", "hooked" or "bridge".')
     if model_class == "hooked" and not has_hooked():
         raise ValueError('model_class="hooked" needs TransformerLens 3, which has HookedTransformer: use "bridge".')
+    if name in real.names(WEIGHTS):
+        if model_class == "hooked":
+            raise ValueError(f'model_class="hooked" is not offered for {name!r}: use "bridge".')
+        model, card, prompts, behaviors, directory = real.parts(name, WEIGHTS)
+        return Organism(name, model, card, prompts, behaviors, directory, "bridge")
     return load_directory(WEIGHTS / name, "bridge" if model_class == "bridge" or not has_hooked() else "hooked")
 
 

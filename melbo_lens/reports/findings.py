@@ -228,11 +228,10 @@ def _ranking(kept: dict[str, Any] | None, sheet: Path) -> pd.DataFrame | None:
 
 
 def _calibration(kept: dict[str, Any] | None) -> Calibration | None:
-    return (
-        None
-        if kept is None
-        else Calibration(kept["radius"], tuple(map(tuple, kept["curve"])), kept["rule"], kept["target"])
-    )
+    if kept is None:
+        return None
+    rows = {name: tuple(map(tuple, kept[name])) for name in ("curve", "effects") if name in kept}  # JSON has no tuples
+    return Calibration(**{**kept, **rows})
 
 
 def _scan(kept: dict[str, Any] | None) -> LayerScan | None:

@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import melbo_lens as ml
-from melbo_lens.organisms import reasoning, refusal
+from melbo_lens.organisms import real, reasoning, refusal
 from melbo_lens.organisms.making import card
 from melbo_lens.organisms.organism import WEIGHTS, load_directory
 from melbo_lens.organisms.zoo import CORPORA, PLANTED, RECIPES
@@ -17,7 +17,7 @@ NAMES = sorted(RECIPES)
 
 
 def test_every_recipe_is_bundled_with_its_weights_and_each_is_small():
-    assert ml.organisms.names() == NAMES
+    assert ml.organisms.names() == [*NAMES, *real.names(WEIGHTS)] and real.names(WEIGHTS)[0] == "smollm2"
     for name in NAMES:
         directory = WEIGHTS / name
         assert sum(path.stat().st_size for path in directory.iterdir()) < 4_000_000

@@ -43,12 +43,21 @@ def fit(directory, out, *more):
     )
 
 
-def test_fit_on_a_local_directory_writes_vectors_completions_and_a_page(directories, tmp_path):
-    result = fit(directories("llama"), tmp_path / "out")
+@pytest.mark.parametrize(
+    ("chat", "prompt", "told"),
+    [
+        ([], "<bos> w1 w2 w3 w0", "a user's messages"),  # as the tokenizer's chat template has it
+        (["--chat"], "<bos> w1 w2 w3 w0", "a user's messages"),
+        (["--no-chat"], "w1 w2 w3", "plain text"),
+    ],
+)
+def test_fit_on_a_local_directory_writes_vectors_completions_and_a_page(directories, tmp_path, chat, prompt, told):
+    result = fit(directories("llama"), tmp_path / "out", *chat)
     assert result.exit_code == 0, result.output
+    assert f"prompts are given as {told}" in " ".join(result.output.split())
     assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
     vectors = ml.load(tmp_path / "out" / "vectors.safetensors")
-    assert len(vectors) == 2 and vectors.provenance["prompts"] == ["w1 w2 w3"]
+    assert len(vectors) == 2 and vectors.provenance["prompts"] == [prompt]
     assert len(pd.read_csv(tmp_path / "out" / "completions.csv")) == 9
 
 

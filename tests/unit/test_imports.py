@@ -10,7 +10,7 @@ import melbo_lens as ml
 PACKAGE = Path(__file__).parents[2] / "melbo_lens"
 # folders in the order of a perturbation's life, after the files that everything rests on and before the doors
 ORDER = (
-    "arguments randomness files tables prompts ascent perturbations models measures methods generation evaluation "
+    "arguments randomness files tables prompts ascent perturbations models measures generation evaluation methods "
     "exports search plots organisms studies reports cli __main__ __init__"
 ).split()
 # within a folder there is an order too, so that it has no circle
@@ -19,7 +19,7 @@ WITHIN = {
     "perturbations": "sites updates perturbation vectors adapters loading",
     "models": "host hooks passes blocks hooked bridge access targets slices counterparts",
     "measures": "source controls radius changes output next_tokens directions ranking",
-    "methods": "provenance problem version_0_1_0 checkpoints fitting low_rank melbo adapters",
+    "methods": "provenance problem version_0_1_0 checkpoints fitting readable calibrate low_rank melbo adapters",
     "generation": "completions decoding steer generate",
     "evaluation": "rates coherence words",
     "search": "trials groups discovery layers",

@@ -146,9 +146,11 @@ def test_logits_that_overflow_are_an_error_that_names_vector_scale_and_dtype(dir
 def test_measures_refuse_overflow_too(directories):
     model = models.bridge(directories("llama"), dtype=torch.float16)
     loud = ml.SteeringVectors(torch.full((1, models.D_MODEL), 7e4), 1, provenance={"target_layer": 3})
-    for measure in (ml.next_tokens, ml.target_effects, ml.objective, ml.effects, ml.activation_changes):
+    for measure in (ml.next_tokens, ml.target_effects, ml.objective, ml.output_effects, ml.activation_changes):
         with pytest.raises(FloatingPointError, match=r"vector.*0.* float16.*smaller"):
-            measure(model, "w1 w2", loud) if measure is not ml.effects else measure(model, "w1 w2", loud, signs=(1,))
+            measure(model, "w1 w2", loud) if measure is not ml.output_effects else measure(
+                model, "w1 w2", loud, signs=(1,)
+            )
 
 
 def test_every_end_token_ends_a_chat_models_turn(directories):
@@ -172,3 +174,14 @@ def test_the_end_tokens_of_the_configuration_count(directories):
     model = models.bridge(directories("llama"))
     model.original_model.config.eos_token_id, model.original_model.generation_config.eos_token_id = [2, 9], 8
     assert hooks.end_tokens(host_of(model)) == {2, 8, 9}
+
+
+def test_the_unembedding_sees_one_position_of_each_row(any_model):
+    """It is the largest matrix of a real model, and logits of a whole batch of prompts fill the memory."""
+    widths = []
+    handle = any_model.unembed.register_forward_hook(lambda module, given, logits: widths.append(logits.shape[1]))
+    try:
+        ml.generate(any_model, ["w1 w2 w3 w4", "w5 w6"], None, max_new_tokens=3, progress=False)
+    finally:
+        handle.remove()
+    assert widths and set(widths) == {1}
