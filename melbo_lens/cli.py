@@ -246,7 +246,7 @@ def _load(model: str, dtype: str, device: str | None) -> Any:
         if model in organisms.names():
             if dtype != "float32":
                 raise ValueError(f"dtype={dtype!r} is not offered for organisms, which are float32: leave it out.")
-            loaded = organisms.load(model).model
+            loaded: Any = organisms.load(model).model
             return loaded if device is None else loaded.to(device)
         return boot(model, device=device, dtype=getattr(torch, dtype))
 
