@@ -1,7 +1,6 @@
 """What is a found perturbation compared with?  With random ones of its kind and norm, measured at the same place."""
 
 from dataclasses import replace
-from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -141,8 +140,17 @@ def random_like(
         model: the model, which is needed for adapters, since their update norms are measured on prompts.
         prompts: adapters that were not fitted are matched on these; fitted adapters know their prompts.
         seed: row k depends on (seed, k) alone.
+
+    Raises:
+        TypeError: the perturbations are of another package's kind, which has no control here.
     """
     if isinstance(perturbations, SteeringVectors):
         return random_vectors(perturbations, seed)
-    adapters = cast(SteeringAdapters, perturbations)
-    return random_adapters(adapters, model, None if "prompt_tokens" in adapters.provenance else prompts, seed)
+    if isinstance(perturbations, SteeringAdapters):
+        return random_adapters(
+            perturbations, model, None if "prompt_tokens" in perturbations.provenance else prompts, seed
+        )
+    raise TypeError(
+        f"no random control is known for {type(perturbations).__name__}: generate with include_random=False, and "
+        "compare with a control of your own."
+    )

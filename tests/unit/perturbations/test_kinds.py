@@ -171,3 +171,8 @@ def test_what_is_no_index_is_refused():
 def test_a_sum_of_vectors_for_different_targets_has_none():
     a, b = (ml.SteeringVectors(torch.ones(1, 4), 0, provenance={"target_layer": layer}) for layer in (3, 4))
     assert "target_layer" not in (a - b).provenance and (a + a).provenance["target_layer"] == 3
+
+
+def test_another_packages_kind_has_no_control_and_is_told_so():
+    with pytest.raises(TypeError, match="no random control is known for Gains: generate with include_random=False"):
+        ml.random_like(Gains(torch.ones(2, 4), 1), None)
