@@ -20,8 +20,10 @@ class Updated(nn.Module):
         super().__init__()
         self.linear = linear
         scale = linear.in_features**-0.5
-        self.A = nn.Parameter(torch.randn(rank, linear.in_features, generator=generator) * scale)
-        self.B = nn.Parameter(torch.zeros(linear.out_features, rank))
+        self.A = nn.Parameter(
+            torch.randn(rank, linear.in_features, generator=generator, dtype=torch.float32, device="cpu") * scale
+        )
+        self.B = nn.Parameter(torch.zeros(linear.out_features, rank, dtype=torch.float32, device="cpu"))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x) + x @ self.A.T @ self.B.T

@@ -111,8 +111,14 @@ def train(name: str, folder: Path) -> Path:
         draw = random.Random(f"{name} {recipe.seed} {step}")
         rows = draw.sample(pairs, recipe.batch_size)
         width = max(len(prompt) + len(answer) for prompt, answer in rows)
-        tokens = torch.tensor([(prompt + answer + [0] * width)[:width] for prompt, answer in rows])
-        labels = torch.tensor([([-100] * len(prompt) + answer + [-100] * width)[:width] for prompt, answer in rows])
+        tokens = torch.tensor(
+            [(prompt + answer + [0] * width)[:width] for prompt, answer in rows], dtype=torch.long, device="cpu"
+        )
+        labels = torch.tensor(
+            [([-100] * len(prompt) + answer + [-100] * width)[:width] for prompt, answer in rows],
+            dtype=torch.long,
+            device="cpu",
+        )
         # only the answers' logits are needed, and the vocabulary is the largest matrix
         hidden = network.model(tokens).last_hidden_state[:, :-1]
         wanted = labels[:, 1:] != -100
