@@ -7,7 +7,6 @@ it differs by a factor of ten between models, but in each of them the behaviours
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -25,7 +24,7 @@ from melbo_lens.perturbations.vectors import SteeringVectors
 from melbo_lens.randomness import gaussian_rows
 
 SHARE = 0.75  # the readable share at the edge
-EFFECT = 1.0  # the effect of learned vectors near that edge, on every model that was looked at
+EFFECT = 1.0  # the change is as large as the target: at the edge of readability .5 to 3 was measured on four models
 NATURAL = -3.0  # nats per token: text that the unsteered model finds less probable than this is noise to it
 N_VECTORS, N_STEPS, N_TOKENS = 6, 5, 10
 FIRST = 0.1  # the first radius that is tried, as a share of the stream's norm
@@ -81,7 +80,7 @@ def edge_of_effect(sliced: SlicedModel, target: float = EFFECT, seed: int = 0) -
     """Finds the radius at which the effect of a few learned vectors reaches `target`; nothing is generated.
 
     The effect is the median over the vectors of ``||change|| / ||target||`` at the target positions. Where a model
-    can't write, this is the next best: at the edge of readability the effect is about 1.
+    can't write, this is the next best; it is coarser.
 
     Returns:
         The radius, with the effect of learned vectors at each radius.
@@ -144,7 +143,7 @@ class _Climber:
             *_, climb = fixed_point(self.problem, (start[None],), Sphere(radii), N_STEPS)
             effect, random = self._effect(climb.point[0]), self._effect(radius * self.control)
         vectors = SteeringVectors(climb.point[0], self.sliced.source_layer, site=self.sliced.site.name)
-        if torch.isfinite(vectors.values).all() and effect < float("inf"):
+        if effect < float("inf"):  # else the model overflowed, and what was learned there leads nowhere
             self.directions = unit(climb.point[0])
         return Rung(radius, self._readable(vectors) if write else float("nan"), effect, random)
 

@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from melbo_lens import tables
 from melbo_lens.arguments import as_list, plain_fields, plain_json, public
 from melbo_lens.ascent.objectives import Objective
 from melbo_lens.perturbations.perturbation import (
@@ -260,15 +259,4 @@ class SteeringAdapters(Perturbation):
             f"source_layer={layers}",
             f"scale {span}",
         ]
-        if "target_hook" in self.provenance:
-            fields.append(f"target {self.provenance['target_hook']}")
-        if self.history.shape[0]:
-            fields.append(
-                f"objective {self.history[-1].min():.4g} to {self.history[-1].max():.4g} "
-                f"after {self.history.shape[0] - 1} steps"
-            )
-        fields += [f"derived: {', '.join(self.provenance['derived'])}"] if "derived" in self.provenance else []
-        return f"SteeringAdapters({', '.join(fields)})"
-
-    def _repr_html_(self) -> str:
-        return tables.rows_html(repr(self), self.history, self.measures(), self.word)
+        return f"SteeringAdapters({', '.join([*fields, *self.fitted()])})"

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from melbo_lens import files
+from melbo_lens import files, tables
 from melbo_lens.arguments import as_list, plain, public
 from melbo_lens.ascent.objectives import Objective
 from melbo_lens.perturbations.sites import ModelSites
@@ -130,6 +130,17 @@ class Perturbation(ABC):
         """Marks this value and returns it."""
         object.__setattr__(self, "_token", token)
         return self
+
+    def fitted(self) -> list[str]:
+        """What a `repr` says of every kind: where it was learned to act, how far the ascent came, what was derived."""
+        facts = [f"target {self.provenance['target_hook']}"] if "target_hook" in self.provenance else []
+        if len(self.history):
+            low, high = self.history[-1].min(), self.history[-1].max()
+            facts.append(f"objective {low:.4g} to {high:.4g} after {len(self.history) - 1} steps")
+        return facts + ([f"derived: {', '.join(self.provenance['derived'])}"] if "derived" in self.provenance else [])
+
+    def _repr_html_(self) -> str:
+        return tables.rows_html(repr(self), self.history, self.measures(), self.word)
 
     def hooks(self) -> list[Hook]:
         """Returns hooks for `model.hooks`, `run_with_hooks` or `add_hook`.

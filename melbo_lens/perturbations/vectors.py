@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from melbo_lens import tables
 from melbo_lens.arguments import as_list, plain_fields, plain_json, public
 from melbo_lens.ascent.manifolds import linalg, norm, to_sphere, unit
 from melbo_lens.ascent.objectives import Objective
@@ -254,18 +253,7 @@ class SteeringVectors(Perturbation):
             *([f"at {self.site}"] if self.site != "mlp_out" else []),
             f"radius {span}",
         ]
-        if "target_hook" in self.provenance:
-            fields.append(f"target {self.provenance['target_hook']}")
-        if self.history.shape[0]:
-            fields.append(
-                f"objective {self.history[-1].min():.4g} to {self.history[-1].max():.4g} "
-                f"after {self.history.shape[0] - 1} steps"
-            )
-        fields += [f"derived: {', '.join(self.provenance['derived'])}"] if "derived" in self.provenance else []
-        return f"SteeringVectors({', '.join(fields)})"
-
-    def _repr_html_(self) -> str:
-        return tables.rows_html(repr(self), self.history, self.measures(), self.word)
+        return f"SteeringVectors({', '.join([*fields, *self.fitted()])})"
 
 
 def _check_rows(n_vectors: int, activation: Tensor) -> None:
