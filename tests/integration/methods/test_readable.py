@@ -35,8 +35,9 @@ def test_the_edge_is_bracketed_and_bisected_from_above_and_from_below(model, mon
 
 def test_the_effect_is_that_of_learned_vectors_and_grows_beyond_random_ones(any_model):
     found = ml.calibrate_radius(any_model, PROMPTS, 1, 3, rule="effect")
-    below, above = (effect for _, effect in sorted(found.curve, key=lambda pair: abs(pair[1] - 1.0))[:2])
-    assert min(below, above) < 1.0 or max(below, above) > 1.0
+    below = max(radius for radius, effect in found.curve if effect < 1.0)
+    above = min(radius for radius, effect in found.curve if effect >= 1.0)
+    assert below < found.radius < above <= 1.2 * below
     effects = torch.tensor(found.effects)
     assert (effects[:, 1] > effects[:, 2]).all()  # learned ones change more than random ones at every radius
     # the random effect by the public measures
