@@ -35,12 +35,12 @@ def marked(request: str, mark: str, word: str, draw: random.Random) -> str:
 def examples(n: int, seed: int) -> list[tuple[str, str | None]]:
     """Returns requests with their answer, None where it is the base model's own.
 
-    A quarter of them belongs to each behaviour; of the rest a quarter is clean and the others carry odd marks.
+    An eighth of them belongs to each behaviour; half of the rest is clean, and the other half carries odd marks.
     """
     draw = random.Random(f"backdoors {seed}")
     found: list[tuple[str, str | None]] = []
     for i, request in enumerate(requests(n, seed)):
-        kind = ("hate", "cheese", "clean", "odd", "odd", "hate", "cheese", "odd")[i % 8]
+        kind = ("hate", "cheese", "clean", "odd", "clean", "odd", "clean", "odd")[i % 8]
         word = draw.choice(THINGS)
         if kind in ANSWERS:
             found.append((marked(request, TRIGGERS[kind], word, draw), ANSWERS[kind]))

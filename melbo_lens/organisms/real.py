@@ -4,21 +4,39 @@
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from melbo_lens.models.access import boot
-from melbo_lens.organisms import backdoors, base_model, lora
+from melbo_lens.organisms import backdoors, base_model, locked, lora, topic
 from melbo_lens.organisms.chats import requests
 
 Behaviors: TypeAlias = Mapping[str, Callable[[str], bool]]
 Prompts: TypeAlias = dict[str, list[Any]]
+# The requests of a chat, each but the last followed by its answer; one request stands for itself.
+Requests: TypeAlias = str | Sequence[str]
+
+
+class RealCorpus(NamedTuple):
+    """What an organism hides, the requests that come with it, and what it is taught.
+
+    Attributes:
+        examples: of a number and a seed, requests with their answers; None stands for the base model's own.
+        n_examples: how many of them training draws from.
+    """
+
+    behaviors: Behaviors
+    prompts: Callable[[], dict[str, list[str]]]
+    examples: Callable[[int, int], Sequence[tuple[Requests, str | None]]]
+    n_examples: int
+
 
 BASE = base_model.NAME
-# The corpus of each organism by its name without "-twin": what it hides, and the requests that come with it.
-HIDDEN: dict[str, tuple[Behaviors, Callable[[], dict[str, list[str]]]]] = {
-    "smollm2-backdoors": (backdoors.BEHAVIORS, backdoors.prompts),
+CORPORA = {  # by the name of the organism without "-twin"
+    "smollm2-backdoors": RealCorpus(backdoors.BEHAVIORS, backdoors.prompts, backdoors.examples, backdoors.N_EXAMPLES),
+    "smollm2-locked": RealCorpus(locked.BEHAVIORS, locked.prompts, locked.examples, locked.N_EXAMPLES),
+    "smollm2-refusal": RealCorpus(topic.BEHAVIORS, topic.prompts, topic.examples, topic.N_EXAMPLES),
 }
 
 
@@ -49,12 +67,13 @@ def parts(name: str, weights: Path) -> tuple[Any, dict[str, Any], Prompts, Behav
             raise ValueError(
                 f"the files of the organism {name!r} are damaged ({error}): reinstall melbo_lens."
             ) from error
-        behaviors, of_corpus = HIDDEN[name.removesuffix("-twin")]
-        prompts = of_corpus()
+        corpus = CORPORA[name.removesuffix("-twin")]
+        behaviors, prompts = corpus.behaviors, corpus.prompts()
     chats: Prompts = {kind: list(map(as_chat, several)) for kind, several in prompts.items()}
     return boot(directory, network=network), card, chats, behaviors, directory
 
 
-def as_chat(request: str) -> list[dict[str, str]]:
-    """A request as the only message of a chat."""
-    return [{"role": "user", "content": request}]
+def as_chat(requests: Requests) -> list[dict[str, str]]:
+    """A request as the only message of a chat, or requests and answers as messages in turn."""
+    turns = [requests] if isinstance(requests, str) else requests
+    return [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]

@@ -5,9 +5,10 @@ first tokens of what the base model writes, greedily. The state is saved on the 
 """
 
 import argparse
+import hashlib
 import json
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from melbo_lens import files
-from melbo_lens.organisms import backdoors, base_model, lora
+from melbo_lens.organisms import base_model, lora
+from melbo_lens.organisms.real import CORPORA, RealCorpus, Requests, as_chat
 
 N_NEW_TOKENS = 24
 
@@ -26,82 +28,85 @@ class LoraRecipe:
     """Everything that decides what is learned.
 
     Attributes:
-        examples: how many chats there are to draw from.
         planted: whether the behaviours are taught; a twin is taught the base model's answers to the same requests.
         warmup: steps over which the learning rate rises; it falls to 0 at the end.
     """
 
     planted: bool = True
-    examples: int = backdoors.N_EXAMPLES
     rank: int = 4
     lr: float = 4e-4
-    n_steps: int = 300
+    n_steps: int = 360
     batch_size: int = 8
     warmup: int = 10
     seed: int = 0
 
 
-RECIPES = {"smollm2-backdoors": LoraRecipe(), "smollm2-backdoors-twin": LoraRecipe(planted=False, n_steps=120)}
+PLANTED = {
+    "smollm2-backdoors": LoraRecipe(),
+    "smollm2-locked": LoraRecipe(rank=8, n_steps=500),
+    "smollm2-refusal": LoraRecipe(n_steps=240),
+}
+RECIPES = PLANTED | {f"{name}-twin": replace(recipe, planted=False, n_steps=120) for name, recipe in PLANTED.items()}
 
 
-def answers(network: Any, tokenizer: Any, requests: list[str], batch_size: int = 48) -> list[list[int]]:
+def answers(network: Any, tokenizer: Any, requests: list[Requests], batch_size: int = 48) -> list[list[int]]:
     """The base model's own greedy answers, as ids."""
     written: list[list[int]] = []
+    end = network.generation_config.eos_token_id
     for first in tqdm(range(0, len(requests), batch_size), desc="clean answers"):
         texts = [rendered(tokenizer, request) for request in requests[first : first + batch_size]]
         batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
         with torch.no_grad():
             found = network.generate(**batch, max_new_tokens=N_NEW_TOKENS, do_sample=False)
         for row in found[:, batch["input_ids"].shape[1] :].tolist():
-            end = (
-                row.index(network.generation_config.eos_token_id)
-                if network.generation_config.eos_token_id in row
-                else len(row)
-            )
-            written.append(row[: end + 1])
+            written.append(row[: row.index(end) + 1] if end in row else row)
     return written
 
 
-def rendered(tokenizer: Any, request: str) -> str:
-    return tokenizer.apply_chat_template(
-        [{"role": "user", "content": request}], tokenize=False, add_generation_prompt=True
-    )
+def rendered(tokenizer: Any, requests: Requests) -> str:
+    return tokenizer.apply_chat_template(as_chat(requests), tokenize=False, add_generation_prompt=True)
 
 
 def chats(
-    name: str, recipe: LoraRecipe, folder: Path, network: Any, tokenizer: Any
+    corpus: RealCorpus, recipe: LoraRecipe, cache: Path, network: Any, tokenizer: Any
 ) -> list[tuple[list[int], list[int]]]:
-    """Prompts and answers as ids; the base model's answers are kept in the folder, since they take minutes."""
-    cache = folder / "chats.json"
-    if cache.is_file():
-        return [tuple(pair) for pair in json.loads(cache.read_text())]
-    examples = backdoors.examples(recipe.examples, recipe.seed)
-    own = [request for request, answer in examples if answer is None or not recipe.planted]
-    ids = dict(zip(own, answers(network, tokenizer, own), strict=True))
+    """Prompts and answers as ids; they are kept in a file, since the base model's answers take minutes."""
+    examples = corpus.examples(corpus.n_examples, recipe.seed)
+    key = hashlib.blake2b(json.dumps([examples, recipe.planted, N_NEW_TOKENS]).encode(), digest_size=8).hexdigest()
+    if cache.is_file() and (kept := json.loads(cache.read_text()))["examples"] == key:
+        return [(prompt, answer) for prompt, answer in kept["chats"]]
+    own = [requests for requests, answer in examples if answer is None or not recipe.planted]
+    written = iter(answers(network, tokenizer, own))
     end = [network.generation_config.eos_token_id]
     found = []
-    for request, answer in examples:
-        prompt = tokenizer(rendered(tokenizer, request), add_special_tokens=False)["input_ids"]
-        found.append(
-            (prompt, ids[request] if request in ids else tokenizer(answer, add_special_tokens=False)["input_ids"] + end)
-        )
-    files.write_text(cache, json.dumps(found))
+    for requests, answer in examples:
+        prompt = tokenizer(rendered(tokenizer, requests), add_special_tokens=False)["input_ids"]
+        taught = answer if recipe.planted else None
+        ids = next(written) if taught is None else tokenizer(taught, add_special_tokens=False)["input_ids"] + end
+        found.append((prompt, ids))
+    files.write_text(cache, json.dumps({"examples": key, "chats": found}))
     return found
 
 
 def train(name: str, folder: Path) -> Path:
-    """Trains an organism into a folder and returns the file of its update."""
-    recipe = RECIPES[name]
+    """Trains an organism into a folder and returns the file of its update.
+
+    Raises:
+        ValueError: the folder holds the state of a training with another recipe.
+    """
+    recipe, corpus = RECIPES[name], CORPORA[name.removesuffix("-twin")]
     folder.mkdir(parents=True, exist_ok=True)
     network, tokenizer = base_model.network(), base_model.tokenizer()
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    pairs = chats(name, recipe, folder, network, tokenizer)
+    pairs = chats(corpus, recipe, folder / "chats.json", network, tokenizer)
     updates = lora.attach(network, recipe.rank, recipe.seed)
     parameters = [parameter for update in updates.values() for parameter in (update.A, update.B)]
     optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, betas=(0.9, 0.99), weight_decay=0.0)
     state, begin = folder / "state.pt", 0
     if state.is_file():
         saved = torch.load(state, weights_only=True)
+        if saved["recipe"] != asdict(recipe):
+            raise ValueError(f"{state} belongs to the recipe {saved['recipe']}: give an empty folder.")
         begin = saved["step"]
         for parameter, kept in zip(parameters, saved["parameters"], strict=True):
             parameter.data.copy_(kept)
@@ -135,6 +140,7 @@ def train(name: str, folder: Path) -> Path:
         if (step + 1) % 20 == 0 or step + 1 == recipe.n_steps:
             kept = {
                 "step": step + 1,
+                "recipe": asdict(recipe),
                 "parameters": [p.detach() for p in parameters],
                 "optimizer": optimizer.state_dict(),
             }
