@@ -23,6 +23,7 @@ class Climb(State):
     Attributes:
         moving: where every restart stands, [restart row ...] each; `point` holds the frozen rows, and of each other row
             the best that was seen.
+        dry: the last of these points at which a row did not run into a sink; NaN before there is one.
         best: the best score of each problem in the block that is frozen next; a joint block is one problem, otherwise
             each row is one.
         recent: the scores of the last steps that count towards settling, NaN before the first step.
@@ -31,6 +32,7 @@ class Climb(State):
     """
 
     moving: Point
+    dry: Point
     best: Float[Tensor, " problem"]
     recent: Float[Tensor, "patience restart problem"]
     block: int
@@ -74,8 +76,10 @@ def fixed_point(
         block = blocks[climb.block]
         active = tuple(x[:, block.start :] for x in climb.moving)
         seen = evaluate(climb.moving, block.start)
+        sunk = torch.zeros_like(seen.value, dtype=torch.bool) if seen.sunk is None else seen.sunk
 
-        score = seen.score[:, : len(block)]
+        # as its negative, a score in a sink is worse than any other, and the mildest sink is the best of them
+        score = torch.where(sunk, -seen.score, seen.score)[:, : len(block)]
         score = score.sum(1, keepdim=True) if block.joint else score  # [restart problem]
         top, winner = score.max(0)
         better = top > climb.best
@@ -88,7 +92,10 @@ def fixed_point(
         history = climb.history.clone()
         before = history[max(climb.step - 1, 0)]
         history[climb.step, : block.start] = before[: block.start]
-        history[climb.step, block.stop :] = seen.value[:, len(block) :].amax(0)
+        ahead_of = torch.where(sunk, -seen.value, seen.value)[:, len(block) :].amax(0)
+        history[climb.step, block.stop :] = torch.where(
+            (ahead_of >= 0) | before[block.stop :].isnan(), ahead_of.abs(), before[block.stop :]
+        )
         history[climb.step, block.start : block.stop] = torch.where(
             improved, seen.value[winners, rows], before[block.start : block.stop]
         )
@@ -98,12 +105,22 @@ def fixed_point(
         settled = bool(((latest - climb.recent[0]).abs() <= tolerance * latest.abs()).all())
         late = climb.step >= block.deadline
         frozen = block.stop if settled or late else block.start
+        dry = tuple(
+            torch.cat([old[:, : block.start], _where(~sunk, x, old[:, block.start :])], dim=1)
+            for x, old in zip(active, climb.dry, strict=True)
+        )
+        leaving = sunk & ~dry[0][:, block.start :].flatten(2).isnan().any(-1)
+        back = tuple((x + last[:, block.start :]) / 2 for x, last in zip(active, dry, strict=True))
+        here, pull = (
+            tuple(_where(leaving, half, x) for half, x in zip(back, ordinary, strict=True))
+            for ordinary in (active, seen.gradient)
+        )
         still = tuple(
             torch.cat([x[:, : block.start], kept.expand(len(x), *kept.shape)], dim=1)[:, :frozen]
             for x, kept in zip(climb.moving, best, strict=True)
         )
-        ahead = tuple(x[:, frozen - block.start :] for x in active)
-        along = tuple(x[:, frozen - block.start :] for x in seen.gradient)
+        ahead = tuple(x[:, frozen - block.start :] for x in here)
+        along = tuple(x[:, frozen - block.start :] for x in pull)
         moved = constraint.pulled(ahead, along, still, climb.step) if frozen < n_rows else ahead
         moving = tuple(torch.cat(pair, dim=1) for pair in zip(still, moved, strict=True))
         rest = [x[0, block.stop :] for x in moving]
@@ -111,7 +128,7 @@ def fixed_point(
             torch.cat([old[: block.start], kept, others])
             for old, kept, others in zip(climb.point, best, rest, strict=True)
         )
-        climb = replace(climb, history=history, step=climb.step + 1, moving=moving, point=point)
+        climb = replace(climb, history=history, step=climb.step + 1, moving=moving, dry=dry, point=point)
         if frozen == block.start:
             top, recent = torch.where(better, top, climb.best), torch.cat([climb.recent[1:], latest[None]])
             climb = replace(climb, best=top, recent=recent)
@@ -126,7 +143,8 @@ def fixed_point(
 def _begun(starts: Point, block: Block, patience: int, n_steps: int) -> Climb:
     history = starts[0].new_full((n_steps + 1, starts[0].shape[1]), float("nan"))
     best, recent = _unseen(starts[0], block, patience)
-    return Climb(tuple(x[0] for x in starts), history, 0, starts, best, recent, block=0, settled=0)
+    dry = tuple(torch.full_like(x, float("nan")) for x in starts)
+    return Climb(tuple(x[0] for x in starts), history, 0, starts, dry, best, recent, block=0, settled=0)
 
 
 def _unseen(like: Tensor, block: Block | None, patience: int) -> tuple[Tensor, Tensor]:
@@ -136,5 +154,5 @@ def _unseen(like: Tensor, block: Block | None, patience: int) -> tuple[Tensor, T
 
 
 def _where(rows: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    """Takes the new rows where a row improved, and the old ones elsewhere."""
-    return torch.where(rows.view(-1, *[1] * (new.ndim - 1)), new, old)
+    """Takes the new rows where `rows` is true, and the old ones elsewhere."""
+    return torch.where(rows.view(*rows.shape, *[1] * (new.ndim - rows.ndim)), new, old)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -26,11 +26,14 @@ class Evaluation(NamedTuple):
         value: the objective of each row, which becomes the history.
         score: what is maximised: the objective, or the objective with a penalty.
         gradient: the gradient of the sum of the scores, one tensor for each tensor of the point.
+        sunk: the rows that run into a sink, where a position of the target changes beyond all proportion; None if that
+            is not known.
     """
 
     value: Float[Tensor, "restart row"]
     score: Float[Tensor, "restart row"]
     gradient: Point
+    sunk: Bool[Tensor, "restart row"] | None = None
 
 
 # Evaluates a point's rows from number `first` on. The rows before it stand still, but may affect the scores of later

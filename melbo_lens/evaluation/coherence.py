@@ -12,6 +12,7 @@ from melbo_lens.measures.changes import ROWS_AT_ONCE
 from melbo_lens.models import hooks
 from melbo_lens.models.access import Model, host_of
 from melbo_lens.models.host import Host
+from melbo_lens.models.passes import log_probs_after
 from melbo_lens.prompts import tokenize
 
 
@@ -31,24 +32,20 @@ def coherence(model: Model, completions: Completions) -> Float[Tensor, " complet
     """
     host = host_of(model)
     found = torch.full((len(completions),), float("nan"), dtype=torch.float32, device="cpu")
-    prompts = _prompt_rows(host, completions)
-    rows = [(i, prompts[i], list(new)) for i, new in enumerate(completions.table.tokens) if len(new)]
-    rows = sorted(rows, key=lambda row: len(row[1]) + len(row[2]))
-    device = host.device
+    same: dict[tuple[int, ...], dict[tuple[int, ...], list[int]]] = {}  # prompt -> new tokens -> completions
+    for i, (prompt, new) in enumerate(zip(_prompt_rows(host, completions), completions.table.tokens, strict=True)):
+        if len(new):
+            same.setdefault(tuple(prompt), {}).setdefault(tuple(new), []).append(i)
+    cached = True
     with hooks.frozen(host), torch.no_grad():
-        for first in range(0, len(rows), ROWS_AT_ONCE):
-            chunk = rows[first : first + ROWS_AT_ONCE]
-            width = max(len(prompt) + len(new) for _, prompt, new in chunk)
-            tokens = torch.tensor(
-                [(prompt + new + [prompt[0]] * width)[:width] for _, prompt, new in chunk],
-                dtype=torch.long,
-                device=device,
-            )
-            logits = host.forward(tokens)[:, :-1].float()
-            hooks.check_finite(host, logits, ["the unsteered model"] * len(chunk), "the logits")
-            log_probs = logits.log_softmax(-1).gather(-1, tokens[:, 1:, None])[:, :, 0]
-            for row, (i, prompt, new) in zip(log_probs, chunk, strict=True):
-                found[i] = row[len(prompt) - 1 : len(prompt) + len(new) - 1].mean()
+        for prompt, continuations in same.items():
+            texts = sorted(continuations, key=len)
+            for first in range(0, len(texts), ROWS_AT_ONCE):
+                chunk = texts[first : first + ROWS_AT_ONCE]
+                log_probs, cached = log_probs_after(host, prompt, chunk, cached)
+                for text, row in zip(chunk, log_probs, strict=True):
+                    hooks.check_finite(host, row[None], ["the unsteered model"], "the log-probabilities")
+                    found[continuations[text]] = float(row.mean())
     return found
 
 

@@ -18,8 +18,8 @@ from melbo_lens.models.slices import SlicedModel
 from melbo_lens.perturbations.sites import Hook
 from melbo_lens.randomness import gaussian_rows
 
-Rule: TypeAlias = Literal["nonlinearity", "fraction", "kl"]  # what `solve_radius` knows
-DEFAULT_TARGETS = {"nonlinearity": 0.5, "fraction": 0.35, "kl": 0.1}
+Rule: TypeAlias = Literal["nonlinearity", "fraction", "stream", "kl"]  # what `solve_radius` knows
+DEFAULT_TARGETS = {"nonlinearity": 0.5, "fraction": 0.35, "stream": 0.05, "kl": 0.1}
 N_DIRECTIONS = 8
 STEPS = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4)  # of central differences, as shares of the stream's norm
 AGREEMENT = 0.05  # the largest relative difference between the estimates of two neighbouring steps
@@ -37,6 +37,7 @@ class Calibration:
         rule: the rule whose value the curve shows.
         target: the value that was to be reached.
         norm: the median norm of the stream that leaves the source block, at the prompts' own positions.
+        share: the share of the solution that `radius` is; below 1 it stays short of an edge.
         effects: of rules that learn vectors, (radius, learned, random) in the order of the radius: the median over the
             vectors of ``||change|| / ||target||`` at the target positions, for learned and for random vectors.
     """
@@ -47,6 +48,12 @@ class Calibration:
     target: float
     norm: float | None = None
     effects: tuple[tuple[float, float, float], ...] = ()
+    share: float = 1.0
+
+    @property
+    def why(self) -> str:
+        """The rule in a few words, as the provenance of a fit names it."""
+        return f"{self.rule} {self.target:.3g}" + ("" if self.share == 1 else f", {self.share:g} of its radius")
 
     @property
     def relative(self) -> float | None:
@@ -87,8 +94,10 @@ def solve_radius(
       levels off below the default target, half of that level becomes the target. The curve of a mixture of experts
       jumps at tiny radii, where a token changes its expert; there the last rise counts, or the lowest point of the
       curve.
-    - "fraction": R is the target times the mean norm of the stream that leaves the source block, over the prompts' own
-      positions.
+    - "fraction": R is the target times the median norm of the activation to which vectors are added (the MLP output),
+      over the prompts' own positions. The post's code has a mean there, which in many models is that of an attention
+      sink.
+    - "stream": the same of the stream that leaves the source block.
     - "kl": the mean over v and prompts of ``KL(clean || steered)`` between the next-token distributions after each
       prompt, in nats.
 
@@ -98,21 +107,20 @@ def solve_radius(
     """
     check_rule(rule, target)
     wanted = DEFAULT_TARGETS[rule] if target is None else target
-    batch = sliced.batch
-    # the mean norm of the stream, from which the search starts; 1.0 if the stream is all zeros
-    typical, norm = float(sliced.resid.float().norm(dim=-1)[batch.own].mean()) or 1.0, median_norm(sliced)
-    if rule == "fraction":
-        return Calibration(wanted * typical, ((wanted * typical, wanted),), rule, wanted, norm)
+    norm = median_norm(sliced)
+    if rule in ("fraction", "stream"):
+        of = norm if rule == "stream" else _norm_of_source(sliced)
+        return Calibration(wanted * of, ((wanted * of, wanted),), rule, wanted, norm)
     directions = unit(gaussian_rows(N_DIRECTIONS, sliced.d_model, seed, "calibration")).to(sliced.device)
     with hooks.frozen(sliced.host):
         if rule == "kl":
             clean = _next_token_log_probs(sliced, None)
-            kl = _solve(lambda radius: _kl(sliced, clean, radius * directions), typical, wanted, rule, False)
+            kl = _solve(lambda radius: _kl(sliced, clean, radius * directions), norm, wanted, rule, False)
             return replace(kl, norm=norm)
         exact = sliced.in_float32()
         linear = _directional_derivatives(exact, directions)
         bent = _solve(
-            lambda radius: _nonlinearity(exact, directions, linear, radius), typical, wanted, rule, target is None
+            lambda radius: _nonlinearity(exact, directions, linear, radius), norm, wanted, rule, target is None
         )
         return replace(bent, norm=norm)
 
@@ -123,6 +131,16 @@ def median_norm(sliced: SlicedModel) -> float:
     A median leaves out the massive activations that many models have at the first position. It is 1 if all are zero.
     """
     return float(sliced.resid.float().norm(dim=-1)[sliced.batch.own].median()) or 1.0
+
+
+def _norm_of_source(sliced: SlicedModel) -> float:
+    """Measures the median norm of the activation to which the slice's vectors are added."""
+    assert sliced.source_call is not None and sliced.entry is not None  # `slice_model` recorded them
+    seen: list[Tensor] = []
+    read = (sliced.source_hook, lambda activation, hook: seen.append(activation))
+    with hooks.frozen(sliced.host), torch.no_grad(), hooks.attached(sliced.host, [read]):
+        sliced.source_call(sliced.entry, sliced.everyone, len(sliced.batch))
+    return float(seen[0].float().norm(dim=-1)[sliced.batch.own].median()) or 1.0
 
 
 def _solve(
@@ -220,7 +238,7 @@ def _central_differences(
     Raises:
         NoRadius: no two neighbouring steps agree to within `AGREEMENT` (in half precision, `HALF_AGREEMENT`).
     """
-    typical = float(sliced.resid.float().norm(dim=-1)[sliced.batch.own].median()) or 1.0
+    typical = median_norm(sliced)
     # a slice that needs the model's own hooks has no float32 copy, so it may still be in half precision
     exact = sliced.resid.dtype in (torch.float32, torch.float64)
     steps, agreement = (STEPS, AGREEMENT) if exact else (HALF_STEPS, HALF_AGREEMENT)

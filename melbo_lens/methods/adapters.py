@@ -13,7 +13,7 @@ from torch import Tensor
 from melbo_lens.arguments import counts, one_of, positive, public
 from melbo_lens.ascent.constraints import NORMALIZATIONS, Normalization
 from melbo_lens.ascent.objectives import Objective, TokenNorm
-from melbo_lens.measures.radius import solve_radius
+from melbo_lens.methods.automatic import resumed_or_automatic
 from melbo_lens.methods.fitting import Optimizer, Run, fit, objective_at, settings_of
 from melbo_lens.methods.low_rank import (
     LowRank,
@@ -152,8 +152,7 @@ def fit_adapters(
         rule = "alpha / rank" if alpha is not None else "given"
         if act.scale is None:
             if radius is None:
-                solved = solve_radius(sliced, seed=seed)
-                radius, rule = solved.radius, f"{solved.rule} {solved.target:.3g}"
+                radius, rule = resumed_or_automatic(sliced, seed, checkpoint, "scale_rule")
             else:
                 radius, rule = float(radius), "radius given"
             few = tuple(constraint.normalize(x[0, :4]) for x in starts)

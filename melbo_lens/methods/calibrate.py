@@ -10,13 +10,14 @@ from melbo_lens.models.access import Model
 from melbo_lens.models.slices import SlicedModel, slice_model
 from melbo_lens.prompts import Positions, Prompts
 
-AnyRule: TypeAlias = Literal["readable", "effect", "nonlinearity", "fraction", "kl"]
+AnyRule: TypeAlias = Literal["readable", "effect", "nonlinearity", "fraction", "stream", "kl"]
 # each rule by its name: of a slice, a target (None: its own default) and a seed
 RULES: dict[str, Callable[[SlicedModel, float | None, int], Calibration]] = {
     "readable": lambda sliced, target, seed: edge_of_readability(sliced, target or SHARE, seed),
     "effect": lambda sliced, target, seed: edge_of_effect(sliced, target or EFFECT, seed),
     "nonlinearity": lambda sliced, target, seed: solve_radius(sliced, "nonlinearity", target, seed),
     "fraction": lambda sliced, target, seed: solve_radius(sliced, "fraction", target, seed),
+    "stream": lambda sliced, target, seed: solve_radius(sliced, "stream", target, seed),
     "kl": lambda sliced, target, seed: solve_radius(sliced, "kl", target, seed),
 }
 
@@ -27,7 +28,7 @@ def calibrate_radius(
     prompts: Prompts,
     source_layer: int,
     target_layer: int | None = None,
-    rule: AnyRule = "nonlinearity",
+    rule: AnyRule = "readable",
     target: float | None = None,
     target_positions: Positions = slice(None),
     target_hook: str | None = None,
@@ -41,9 +42,10 @@ def calibrate_radius(
         rule: "readable" (the share of learned vectors' short completions that the unsteered model finds natural falls
             through `target`: behaviours lie just below that radius), "effect" (learned vectors change the target by
             so much of its norm), "nonlinearity" (the blocks between source and target stop being linear), "fraction"
-            (a fraction of the source stream's norm) or "kl" (how far random vectors of that norm move the next-token
-            distribution). See `edge_of_readability`, `edge_of_effect` and `solve_radius`.
-        target: the value that the rule must reach; by default 0.75, 1, 0.5, 0.35 of the norm, and 0.1 nats.
+            (a fraction of the norm of the activation to which vectors are added, as published), "stream" (a fraction
+            of the source stream's norm) or "kl" (how far random vectors of that norm move the next-token distribution).
+            Norms are medians over positions.  See `edge_of_readability`, `edge_of_effect` and `solve_radius`.
+        target: the value that the rule must reach; by default 0.75, 1, 0.5, 0.35 and 0.05 of the norms, and 0.1 nats.
         seed: the seed of the random directions.
 
     Returns:

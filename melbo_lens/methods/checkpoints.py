@@ -59,6 +59,13 @@ def _mean_objective(state: State) -> float:
     return float(known.gather(0, (last - 1).clamp(min=0)[None])[0][begun].mean()) if begun.any() else 0.0
 
 
+def settings(checkpoint: str | os.PathLike[str] | None) -> dict[str, Any]:
+    """The settings of the fit to which a checkpoint belongs; none if there is no such file."""
+    if checkpoint is None or not Path(checkpoint).exists():
+        return {}
+    return dict(files.read(Path(checkpoint), KIND)[1])
+
+
 def resume(
     checkpoint: str | os.PathLike[str] | None,
     settings: Mapping[str, Any],
@@ -79,7 +86,7 @@ def resume(
             raise OSError(f"checkpoint={str(path)!r} can't be written: its folder does not exist or is not writable.")
         return None
     tensors, saved = files.read(path, KIND)
-    saved = {**version_0_1_0.UNSAID.get(saved.get("method", ""), {}), **saved}
+    saved = {**version_0_1_0.unsaid(saved, settings), **saved}
     differing = sorted(key for key in {*settings, *saved} if settings.get(key) != saved.get(key))
     if differing:
         pairs = ", ".join(f"{key}: {saved.get(key)!r} there, {settings.get(key)!r} here" for key in differing)

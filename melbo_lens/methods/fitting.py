@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -20,7 +20,7 @@ from melbo_lens.ascent.fixed_point import Climb, fixed_point
 from melbo_lens.ascent.objectives import Objective
 from melbo_lens.ascent.states import Point
 from melbo_lens.methods import checkpoints
-from melbo_lens.methods.problem import Problem, default_batch_size
+from melbo_lens.methods.problem import SINK, Problem, default_batch_size
 from melbo_lens.methods.provenance import describe
 from melbo_lens.models.slices import SlicedModel
 
@@ -117,7 +117,9 @@ class Fitted:
     Attributes:
         point: the rows that were found; each tensor is [row ...].
         history: the objective before each step and, in the last row, the objective of `point`.
-        provenance: every setting, with `status` and `seconds`.
+        provenance: every setting, with `status` and `seconds`; `relative_radius`, the radius as a share of the
+            stream's median norm; `effects`, of each row ``||change|| / ||target||``; and `sinks`, the rows that run
+            into an attention sink, whose effect says nothing about behaviour.
     """
 
     point: Point
@@ -167,11 +169,27 @@ def fit(
     with tqdm(total=total, desc=label, unit="step", disable=not run.progress) as bar:
         state = checkpoints.run(states, run.checkpoint, settings, bar, saved)
     steps = run.n_steps if run.optimizer == "adamw" else state.step - 1
+    effects, sunk = problem.effects(state.point)
+    norm, radius = settings["stream_norm"], settings.get("radius")
     ended = {
-        "status": status(state, n_rows, steps, constraint.patience),
+        "status": status(state, n_rows, steps, constraint.patience) + in_sinks(sunk),
+        "relative_radius": None if radius is None else float(f"{radius / norm:.4g}"),
+        "effects": [float(f"{effect:.4g}") for effect in effects.tolist()],
+        "sinks": sunk.nonzero().flatten().tolist(),
         "seconds": round(time.monotonic() - run.began, 3),
     }
     return Fitted(state.point, state.history[: steps + 1], {**settings, **ended})
+
+
+def in_sinks(sunk: Bool[Tensor, " row"]) -> str:
+    """How many rows ended in a sink, as the rest of a sentence; nothing if none did."""
+    n = int(sunk.sum())
+    if not n:
+        return ""
+    return (
+        f"; {n} of {len(sunk)} ran into a sink, where a position changes by more than {SINK:g} times the usual norm "
+        "of the target: use a smaller radius"
+    )
 
 
 def status(state: Descent | Climb, n_rows: int, steps: int, patience: int) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from melbo_lens.arguments import counts, positive, public
 from melbo_lens.ascent.constraints import OrderedRows, Sphere
 from melbo_lens.ascent.objectives import Objective, TokenNorm
-from melbo_lens.measures.radius import solve_radius
+from melbo_lens.methods.automatic import resumed_or_automatic
 from melbo_lens.methods.fitting import Optimizer, Run, fit, objective_at, settings_of
 from melbo_lens.methods.problem import Problem, bias
 from melbo_lens.models import hooks
@@ -68,8 +68,8 @@ def fit_vectors(
         target_layer: the change is measured in the stream that enters this block; `n_layers` means the stream that
             leaves the last block.
         n_vectors: how many vectors to learn; with `orthogonal`, at most d_model.
-        radius: the norm R of the vectors. Different radii elicit different behaviours, so try a few. "auto" calibrates
-            one (`calibrate_radius`).
+        radius: the norm R of the vectors. Different radii elicit different behaviours, so try a few. "auto" takes two
+            thirds of the edge at which a few learned vectors stop writing readable text (`calibrate_radius`).
         p: a larger p favours a change that is concentrated on few positions; the post uses 2 and 4.
         q: each prompt's sum is raised to 1 / q; the post uses 1 and p.
         target_positions: where a change counts, in each prompt's own tokens: `slice(-3, None)` for the last three. None
@@ -124,11 +124,14 @@ def fit_vectors(
     run = asked.resolved(sliced, STEPS)
     objective = objective_at(sliced, p=p, q=q, token_norm=token_norm, diversity=diversity)
     with hooks.frozen(sliced.host):
-        solved = solve_radius(sliced, seed=seed) if radius == "auto" else None
+        if radius == "auto":
+            radius, why = resumed_or_automatic(sliced, seed, checkpoint, "radius_rule")
+        else:
+            radius, why = float(radius), "given"
         settings = settings_of("fit_vectors", sliced, objective, run) | {
             "n_vectors": n_vectors,
-            "radius": solved.radius if solved else float(radius),
-            "radius_rule": f"{solved.rule} {solved.target:.3g}" if solved else "given",
+            "radius": radius,
+            "radius_rule": why,
             "orthogonal": orthogonal,
             "init": None if init is None else _digest(init),
         }

@@ -5,6 +5,7 @@ It runs the model in chunks that bound memory. A new method needs little more th
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeAlias
 
 import torch
@@ -18,6 +19,9 @@ from melbo_lens.models.slices import SlicedModel
 SAVED_BYTES = 2**30  # what the forward pass of one chunk may keep for the backward pass
 # Numbers that one block keeps for the backward pass, per token and unit of d_model; 25 to 45 were measured.
 SAVED_PER_TOKEN = 40
+# A change of one position by so many times the usual norm of the target is a sink. In clean text, the massive
+# activations at a first position are over a hundred times the usual norm, and changes of behaviour are about once.
+SINK = 10.0
 
 # An act says what the rows of a point [row ...] change at the target of these prompts. Its result has, row by row,
 # an entry for each of the prompts: [(row prompt) pos d_target].
@@ -52,7 +56,7 @@ class Problem:
         shape = (len(point[0]), point[0].shape[1] - first)
         rows = tuple(x[:, first:].flatten(0, 1) for x in point)
         score, cotangents = self._penalized(point, first) if self.diversity else (None, None)
-        values = rows[0].new_zeros(len(rows[0]))
+        values, sunk = rows[0].new_zeros(len(rows[0])), rows[0].new_zeros(len(rows[0]), dtype=torch.bool)
         gradients = tuple(torch.zeros_like(x) for x in rows)
         for chunk, prompts in self._chunks(len(rows[0])):
             leaves = tuple(x[chunk].detach().requires_grad_() for x in rows)
@@ -71,10 +75,38 @@ class Problem:
                 scales = power_of_two(cotangent)
                 parts = torch.autograd.grad(change, leaves, (cotangent / scales).flatten(0, 1))
             values[chunk] += value.detach().unflatten(0, (n_rows, -1)).sum(1)
+            sunk[chunk] |= self._sunk(outer.detach(), mask).unflatten(0, (n_rows, -1)).any(1)
             for whole, part in zip(gradients, parts, strict=True):
                 whole[chunk] += scales.flatten().view(-1, *[1] * (part.ndim - 1)) * part
         values = values.view(shape)
-        return Evaluation(values, values if score is None else score, tuple(x.unflatten(0, shape) for x in gradients))
+        gradient = tuple(x.unflatten(0, shape) for x in gradients)
+        return Evaluation(values, values if score is None else score, gradient, sunk.view(shape))
+
+    def effects(self, rows: Point) -> tuple[Float[Tensor, " row"], Bool[Tensor, " row"]]:
+        """How strongly each of the rows [row ...] acts, and which of them run into a sink.
+
+        The effect is ``||change|| / ||target||``, both over the target positions of all prompts.
+        """
+        squares, sunk = rows[0].new_zeros(len(rows[0])), rows[0].new_zeros(len(rows[0]), dtype=torch.bool)
+        with torch.no_grad():
+            for chunk, prompts in self._chunks(len(rows[0])):
+                some = tuple(x[chunk] for x in rows)
+                change, mask = self.act(some, prompts), self._mask(prompts, len(some[0]))
+                each = (change.float().square().sum(-1) * mask).sum(1)
+                squares[chunk] += each.unflatten(0, (len(some[0]), -1)).sum(1)
+                sunk[chunk] |= self._sunk(change, mask).unflatten(0, (len(some[0]), -1)).any(1)
+        whole = self.sliced.target[self.sliced.batch.target_mask].norm().clamp(min=1e-30)
+        return squares.sqrt() / whole, sunk
+
+    def _sunk(self, change: Tensor, mask: Bool[Tensor, "row_prompt pos"]) -> Bool[Tensor, " row_prompt"]:
+        """Whether a target position changes beyond all proportion, as it does where it becomes an attention sink."""
+        return ((change.norm(dim=-1) > SINK * self._usual) & mask).any(1)
+
+    @cached_property
+    def _usual(self) -> float:
+        """The median norm of the clean target, at the prompts' own positions."""
+        norms = self.sliced.target.norm(dim=-1)[self.sliced.batch.own]
+        return float(norms.median()) or float("inf")
 
     def changes(self, rows: Point) -> Float[Tensor, "row prompt pos d_target"]:
         """What each of the rows [row ...] changes at the target of each prompt; 0 outside the target positions."""

@@ -12,6 +12,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
+from melbo_lens.measures.radius import median_norm
 from melbo_lens.models.host import Host
 from melbo_lens.models.slices import SlicedModel
 from melbo_lens.perturbations.perturbation import Perturbation
@@ -48,6 +49,7 @@ def describe(sliced: SlicedModel) -> dict[str, Any]:
         "target_layer": sliced.target_layer,
         "source_hook": sliced.source_hook,
         "target_hook": sliced.target_hook,
+        "stream_norm": float(f"{median_norm(sliced):.6g}"),
         # tells models of the same name apart
         "target_norm": float(f"{float(sliced.target[batch.target_mask].norm()):.3g}"),
         "prompts": list(batch.texts),

@@ -64,7 +64,10 @@ def edge_of_readability(sliced: SlicedModel, target: float = SHARE, seed: int = 
         NoRadius: the unsteered model doesn't find its own text natural, or no radius makes the share fall.
     """
     climber = _Climber(sliced, seed)
-    own = generate(sliced.host, sliced.batch, None, N_TOKENS, progress=False)
+    try:
+        own = generate(sliced.host, sliced.batch, None, N_TOKENS, progress=False)
+    except (ValueError, FloatingPointError) as error:
+        raise NoRadius(f"the model can't write after these prompts: {error}") from error
     level = float(coherence(sliced.host, own).nanmean())
     if not level > NATURAL:
         raise NoRadius(
@@ -148,9 +151,7 @@ class _Climber:
         return Rung(radius, self._readable(vectors) if write else float("nan"), effect, random)
 
     def _effect(self, vectors: Float[Tensor, "vector d_model"]) -> float:
-        mask = self.sliced.batch.target_mask
-        changes = self.problem.changes((vectors,))[:, mask].flatten(1).norm(dim=1)
-        return float(changes.median() / self.sliced.target[mask].norm().clamp(min=1e-30))
+        return float(self.problem.effects((vectors,))[0].median())
 
     def _readable(self, vectors: SteeringVectors) -> float:
         host = self.sliced.host

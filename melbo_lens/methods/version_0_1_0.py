@@ -16,6 +16,12 @@ UNSAID: dict[str, dict[str, Any]] = {
 }
 
 
+def unsaid(saved: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a checkpoint of that version lacks; what it did not measure is as it is now."""
+    measured = {name: settings[name] for name in ("stream_norm",) if name in settings}
+    return UNSAID.get(saved.get("method", ""), {}) | measured
+
+
 def translated(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors under the names that they have now."""
     if "theta" in tensors:
@@ -58,6 +64,7 @@ def _power(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[s
     return {
         "point.0": point,
         "moving.0": moving,
+        "dry.0": moving,
         **known,
         **{name: tensors[name] for name in ("history", "block", "step")},
     }
@@ -69,6 +76,7 @@ def _alternate(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> di
     recent = torch.cat([scores.new_full((10, scores.shape[1]), torch.nan), scores[:step]])[-10:]
     point = {name: tensor for name, tensor in tensors.items() if name.startswith("point.")}
     moving = {name: tensor[None] for name, tensor in tensors.items() if name.startswith("moving.")}
+    moving |= {name.replace("moving", "dry"): tensor for name, tensor in moving.items()}
     known = {
         "best": scores[step - 1],
         "recent": recent[:, None],

@@ -198,6 +198,73 @@ class Decoder:
         return torch.tensor(values, dtype=dtype, device=self.device)
 
 
+def log_probs_after(
+    host: Host, prompt: Sequence[int], rows: Sequence[Sequence[int]], cached: bool = True
+) -> tuple[list[Float[Tensor, " new"]], bool]:
+    """Computes how probable the unsteered model finds each token of several continuations of one prompt.
+
+    The prompt runs once, and its cache serves all rows. The first row is compared with a pass without a cache; if the
+    two differ, every row runs as a whole.
+
+    Args:
+        host: the opened model, which the caller has frozen.
+        prompt: the ids of the prompt.
+        rows: the ids of the continuations, none of them empty.
+        cached: whether a cache may be used.
+
+    Returns:
+        The log-probabilities of each row's tokens, and whether the cache can be trusted.
+    """
+    whole = [[*prompt, *row] for row in rows]
+    if not cached or len(rows) == 1 or host.turning_length is not None:
+        return _alone(host, whole, len(prompt)), cached
+    found = _after_cached(host, prompt, rows)
+    if found is not None:
+        first = _alone(host, whole[:1], len(prompt))[0]
+        if bool(((found[0] - first).abs() <= _closeness(host.dtype) * first.abs().clamp(min=1.0)).all()):
+            return found, True
+    return _alone(host, whole, len(prompt)), False
+
+
+def _closeness(dtype: torch.dtype) -> float:
+    return TOLERANCES.get(dtype, 1e-3)
+
+
+def _after_cached(host: Host, prompt: Sequence[int], rows: Sequence[Sequence[int]]) -> list[Tensor] | None:
+    """The log-probabilities with the prompt's cache; None if the model has no cache that can be shared."""
+    width = max(map(len, rows))
+    new = torch.tensor([[*row, *[row[0]] * (width - len(row))] for row in rows], dtype=torch.long, device=host.device)
+    mask = torch.ones(1, len(prompt), dtype=torch.bool, device=host.device)
+    tokens = torch.tensor([list(prompt)], dtype=torch.long, device=host.device)
+    try:
+        logits, cache = host.cached_logits(tokens, mask, host.start_cache(1))
+        if not host.drop_rows(cache, torch.zeros(len(rows), dtype=torch.long, device=host.device)):
+            return None
+        known = logits[:, -1:].float().log_softmax(-1).expand(len(rows), -1, -1)
+        if width > 1:
+            # padding is on the right, where no token before it sees it
+            mask = torch.ones(len(rows), len(prompt) + width - 1, dtype=torch.bool, device=host.device)
+            logits, _ = host.cached_logits(new[:, :-1], mask, cache)
+            known = torch.cat([known, logits.float().log_softmax(-1)], dim=1)
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, AttributeError, ValueError, IndexError, KeyError, RuntimeError):
+        return None
+    of_tokens = known.gather(-1, new[:, :, None].to(known.device))[:, :, 0]
+    return [row[: len(ids)] for row, ids in zip(of_tokens, rows, strict=True)]
+
+
+def _alone(host: Host, rows: Sequence[Sequence[int]], length: int) -> list[Tensor]:
+    """The log-probabilities of what stands after the first `length` tokens of each row, in one pass without a cache."""
+    width = max(map(len, rows))
+    tokens = torch.tensor(
+        [[*row, *[row[0]] * (width - len(row))] for row in rows], dtype=torch.long, device=host.device
+    )
+    known = host.forward(tokens)[:, length - 1 : -1].float().log_softmax(-1)
+    of_tokens = known.gather(-1, tokens[:, length:, None].to(known.device))[:, :, 0]
+    return [row[: len(ids) - length] for row, ids in zip(of_tokens, rows, strict=True)]
+
+
 def _at(hooks: Sequence[Hook], where: Bool[Tensor, "row pos"]) -> list[Hook]:
     """Limits hooks, which must act on each position by itself, to the positions where the mask is True."""
 

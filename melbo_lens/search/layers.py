@@ -20,17 +20,21 @@ from melbo_lens.ascent.fixed_point import fixed_point
 from melbo_lens.ascent.manifolds import to_sphere
 from melbo_lens.ascent.objectives import Objective, positions_text
 from melbo_lens.measures.output import output_effects
-from melbo_lens.measures.radius import NoRadius, solve_radius
+from melbo_lens.measures.radius import median_norm
+from melbo_lens.methods.automatic import automatic
 from melbo_lens.methods.problem import Problem, bias, default_batch_size
 from melbo_lens.methods.provenance import fingerprint
 from melbo_lens.models import hooks
 from melbo_lens.models.access import Model, host_of
+from melbo_lens.models.host import Host
 from melbo_lens.models.slices import SlicedModel, slice_model
 from melbo_lens.perturbations.vectors import SteeringVectors
 from melbo_lens.prompts import Positions, PromptBatch, Prompts, tokenize
 from melbo_lens.randomness import gaussian_rows
 
-COLUMNS = "source_layer target_layer sign radius objective random_objective kl entropy".split()
+COLUMNS = (
+    "source_layer target_layer sign radius relative_radius objective random_objective effect random_effect kl entropy"
+).split()
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -38,9 +42,10 @@ class LayerScan:
     """What a few vectors do at each pair of layers.
 
     Attributes:
-        table: source_layer, target_layer, sign, radius, objective (mean over the vectors), random_objective (mean over
-            random vectors of equal norm), kl (``KL(clean || steered)`` of the next-token distributions, nats) and
-            entropy (nats); the last two are means over vectors and prompts.
+        table: source_layer, target_layer, sign, radius, relative_radius (as a share of the stream's median norm),
+            objective (mean over the vectors), random_objective (mean over random vectors of equal norm), effect and
+            random_effect (medians of ``||change|| / ||target||``), kl (``KL(clean || steered)`` of the next-token
+            distributions, nats) and entropy (nats); the last two are means over vectors and prompts.
         settings: the settings of the scan.
     """
 
@@ -78,8 +83,8 @@ def scan_layers(
         prompts: text, chats or token ids.
         source_layers, target_layers: the layers to pair; None means all. Pairs without a block between them are
             skipped.
-        radius: one radius for all pairs, or "auto" to calibrate one for each. A pair that is so linear that it has no
-            radius gets NaN in its rows.
+        radius: one radius for all pairs, or "auto": it is calibrated at one pair, about a quarter and a half of the way
+            through the model, and every source layer then has the same share of its stream's median norm.
         n_vectors, n_steps: how many vectors are learned, in how many steps. Few are enough for an overview.
         target_positions: where a change counts.
         seed: the seed of the starts and of the random vectors.
@@ -91,10 +96,10 @@ def scan_layers(
         A table with two rows, one for each sign, for each pair of layers.
 
     Raises:
-        ValueError: there is no valid pair, or a setting breaks a rule.
+        ValueError: there is no valid pair, a setting breaks a rule, or no radius can be calibrated.
 
     Warns:
-        UserWarning: a pair has no calibrated radius, or its file is damaged and the pair is measured again.
+        UserWarning: the file of a pair is damaged, and the pair is measured again.
     """
     counts(n_vectors=n_vectors, n_steps=n_steps)
     if radius != "auto":
@@ -119,7 +124,7 @@ def scan_layers(
             [batch.rows(), radius, n_vectors, n_steps, positions_text(target_positions), seed, fingerprint(host)]
         )
         digest = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
-    rows = []
+    rows, share = [], None
     with tqdm(total=len(pairs), desc="scan layers", unit="pair", disable=not progress) as bar:
         for source in dict.fromkeys(source for source, _ in pairs):
             longest: SlicedModel | None = None
@@ -130,7 +135,10 @@ def scan_layers(
                     if longest is None:
                         last = max(target for other, target in pairs if other == source)
                         longest = slice_model(host, batch, source, last, target_positions)
-                    pair = _scan_pair(longest.shorter(target), batch, radius, n_vectors, n_steps, seed)
+                    if share is None and radius == "auto":
+                        share = _share_of_norm(host, batch, pairs, target_positions, seed)
+                    own = share * median_norm(longest) if share is not None else float(radius)
+                    pair = _scan_pair(longest.shorter(target), batch, own, n_vectors, n_steps, seed)
                     if path is not None:
                         path.parent.mkdir(parents=True, exist_ok=True)
                         files.write_atomically(path, _as_bytes(pair))
@@ -167,19 +175,23 @@ def _read_pair(path: Path) -> list[list[float]] | None:
         return None
 
 
+def _share_of_norm(
+    host: Host, batch: PromptBatch, pairs: list[tuple[int, int]], target_positions: Positions, seed: int
+) -> float:
+    """The calibrated radius as a share of the stream's median norm, at a pair in the middle of those of the scan."""
+    n_layers = host.n_layers
+    usual = min(pairs, key=lambda pair: abs(pair[0] - n_layers / 4) + abs(pair[1] - 0.55 * n_layers))
+    found = automatic(slice_model(host, batch, *usual, target_positions), seed).relative
+    assert found is not None  # calibrations of a slice know the norm of its stream
+    return found
+
+
 def _scan_pair(
-    sliced: SlicedModel, prompts: PromptBatch, radius: float | str, n_vectors: int, n_steps: int, seed: int
+    sliced: SlicedModel, prompts: PromptBatch, chosen: float, n_vectors: int, n_steps: int, seed: int
 ) -> list[list[float]]:
     """The rows of one pair of layers, one for each sign."""
     assert sliced.target_layer is not None  # a scan's targets are layers
     with hooks.frozen(sliced.host):
-        try:
-            chosen = solve_radius(sliced, seed=seed).radius if radius == "auto" else float(radius)
-        except NoRadius as error:
-            warnings.warn(
-                f"layers {sliced.source_layer} to {sliced.target_layer} are left blank: {error}", stacklevel=3
-            )
-            return [[sliced.source_layer, sliced.target_layer, sign, *[float("nan")] * 5] for sign in (1, -1)]
         problem = Problem(sliced, bias(sliced), Objective().value, default_batch_size(sliced))
         starts = gaussian_rows(n_vectors, sliced.d_model, "scan_layers", seed).to(sliced.device)
         radii = starts.new_full((n_vectors,), chosen)
@@ -189,11 +201,13 @@ def _scan_pair(
             gaussian_rows(2 * n_vectors, sliced.d_model, "scan control", seed).to(sliced.device), radii.repeat(2)
         )
         random_objective = float(problem((random[None],)).value.mean())
+        random_effect, norm = float(problem.effects((random,))[0].median()), median_norm(sliced)
         vectors = SteeringVectors(values, sliced.source_layer)
         rows = []
         for sign in (1, -1):
             measured = output_effects(sliced.host, prompts, vectors, signs=(sign,)).table
             objective = float(problem((sign * values[None],)).value.mean())
-            row = [sliced.source_layer, sliced.target_layer, sign, chosen, objective, random_objective]
-            rows.append([*row, float(measured.kl.mean()), float(measured.entropy.mean())])
+            effect = float(problem.effects((sign * values,))[0].median())
+            row = [sliced.source_layer, sliced.target_layer, sign, chosen, chosen / norm, objective, random_objective]
+            rows.append([*row, effect, random_effect, float(measured.kl.mean()), float(measured.entropy.mean())])
     return rows

@@ -67,7 +67,7 @@ def make_plan(model: Model, prompts: Prompts, seed: int = 0) -> list[Trial]:
     pairs = [(source, n_layers) for source in sources if source + 1 < n_layers]
     pairs += [(source, 3 * n_layers // 4) for source in sources if source + 1 < 3 * n_layers // 4]
     norms = {
-        source: solve_radius(slice_model(host, prompts, source, n_layers), "fraction", 1.0).radius
+        source: solve_radius(slice_model(host, prompts, source, n_layers), "stream", 1.0).radius
         for source in dict.fromkeys(s for s, _ in pairs)
     }
     plan = []

@@ -123,7 +123,7 @@ def _setting(organism: Organism, seed: int) -> tuple[dict[str, Any], float]:
     """Returns the arguments that all fits of a seed share, and the norm of the stream."""
     model, prompt = organism.model, organism.prompts["clean"][seed]
     target = len(model.blocks)
-    norm = solve_radius(slice_model(model, prompt, SOURCE, target), "fraction", 1.0).radius
+    norm = solve_radius(slice_model(model, prompt, SOURCE, target), "stream", 1.0).radius
     shared = {"model": model, "prompts": prompt, "source_layer": SOURCE, "target_layer": target}
     return shared | {"target_positions": slice(-1, None), "progress": False}, norm
 

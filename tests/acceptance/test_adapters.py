@@ -20,7 +20,7 @@ def test_an_adapter_elicits_the_second_language_on_held_out_prompts(organism, se
     """Learned on one prompt, chosen on others, scored on a third set, beside random adapters of equal update norm."""
     model, prompts, portuguese = organism.model, organism.prompts, organism.behaviors["portuguese"]
     learned_on = prompts["clean"][10 * (seed + 1)]
-    norm = ml.calibrate_radius(model, learned_on, 0, 4, rule="fraction", target=1.0).radius
+    norm = ml.calibrate_radius(model, learned_on, 0, 4, rule="stream", target=1.0).radius
     settings = {
         "n_adapters": 12,
         "rank": 8,

@@ -21,7 +21,7 @@ def breadth(organism: Organism, seed: int, diversity: float) -> tuple[int, float
     their mean objective, and the mean |cosine| between their effects.
     """
     model, prompt, last = organism.model, organism.prompts["clean"][seed], len(organism.model.blocks)
-    norm = ml.calibrate_radius(model, prompt, 0, last, rule="fraction", target=1.0).radius
+    norm = ml.calibrate_radius(model, prompt, 0, last, rule="stream", target=1.0).radius
     settings: dict[str, Any] = {
         "n_adapters": 8,
         "rank": model.cfg.d_model,

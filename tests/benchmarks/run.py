@@ -104,7 +104,7 @@ def ascent_cases():
         source, target = pairs[i % 4]
         prompt = organism.prompts["test"][i]
         sliced = ml.slice_model(organism.model, prompt, source, target)
-        yield organism.model, prompt, source, target, solve_radius(sliced, "fraction", (0.5, 1.0)[i // 4]).radius
+        yield organism.model, prompt, source, target, solve_radius(sliced, "stream", (0.5, 1.0)[i // 4]).radius
 
 
 def ascents(n_vectors=8, n_steps=300):

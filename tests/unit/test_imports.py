@@ -19,7 +19,9 @@ WITHIN = {
     "perturbations": "sites updates perturbation vectors adapters loading",
     "models": "host hooks passes blocks hooked bridge access targets slices counterparts",
     "measures": "source controls radius changes output next_tokens directions ranking",
-    "methods": "provenance problem version_0_1_0 checkpoints fitting readable calibrate low_rank melbo adapters",
+    "methods": (
+        "provenance problem version_0_1_0 checkpoints fitting readable automatic calibrate low_rank melbo adapters"
+    ),
     "generation": "completions decoding steer generate",
     "evaluation": "rates coherence words",
     "search": "trials groups discovery layers",

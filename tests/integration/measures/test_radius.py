@@ -1,5 +1,7 @@
 """Is the calibrated radius the one that closed forms give?"""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -58,11 +60,25 @@ def test_on_a_linear_slice_no_finite_radius_qualifies():
         solve_radius(toy(0.0)[1])
 
 
-def test_the_fraction_rule_is_a_fraction_of_the_streams_norm(any_model):
-    sliced = ml.slice_model(any_model, ["w1 w2 w3", "w4"], 1, 3)
-    norms = [sliced.resid[i, :length].norm(dim=-1) for i, length in enumerate(sliced.batch.lengths)]
-    assert solve_radius(sliced, "fraction", 0.35).radius == pytest.approx(
-        0.35 * float(torch.cat(norms).mean()), rel=1e-5
+@pytest.mark.parametrize("site", ["mlp_out", "resid_post", "attn_out"])
+def test_the_fraction_is_of_the_activation_that_is_steered_and_the_stream_has_a_rule_of_its_own(any_model, site):
+    """By one ordinary run of the model, without padding."""
+    prompts = ["w1 w2 w3", "w4"]
+    sliced = ml.slice_model(any_model, prompts, 1, 3, site=site)
+    names = {"fraction": f"blocks.1.hook_{site}", "stream": "blocks.1.hook_resid_post"}
+    for rule, name in names.items():
+        norms = [any_model.run_with_cache(any_model.to_tokens(text))[1][name][0].norm(dim=-1) for text in prompts]
+        expected = 0.35 * float(torch.cat(norms).median())
+        assert solve_radius(sliced, rule, 0.35).radius == pytest.approx(expected, rel=1e-4)
+
+
+def test_norms_leave_sinks_out(model):
+    """A first position of a thousand times the norm, as many models have, does not move a radius."""
+    sliced = ml.slice_model(model, ["w1 w2 w3 w4 w5"], 1, 3)
+    resid = sliced.resid.clone()
+    resid[:, 0] *= 1000
+    assert solve_radius(dataclasses.replace(sliced, resid=resid), "stream").radius == pytest.approx(
+        solve_radius(sliced, "stream").radius, rel=0.3
     )
 
 
@@ -87,7 +103,9 @@ def test_half_precision_models_are_calibrated_in_float32(directories, kind):
             else models.bridge(directories("llama"), kind == "compatible", dtype)
         )
         before = [(parameter.dtype, parameter.data_ptr()) for parameter in nn.Module.parameters(model)]
-        calibration = ml.calibrate_radius(model, "w1 w2 w3", 1, 4, target=0.02)  # below what half precision can tell
+        calibration = ml.calibrate_radius(
+            model, "w1 w2 w3", 1, 4, "nonlinearity", target=0.02
+        )  # below what half precision can tell
         assert before == [
             (parameter.dtype, parameter.data_ptr()) for parameter in nn.Module.parameters(model)
         ] and dtype in dict(before)

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 import melbo_lens as ml
+from melbo_lens.measures.radius import median_norm
+from melbo_lens.methods.automatic import automatic
 from melbo_lens.search import layers as layer_scan
 from tests import models
 from tests.builders import of_vectors
@@ -21,8 +23,11 @@ def test_every_valid_pair_has_both_signs(any_model):
         "target_layer",
         "sign",
         "radius",
+        "relative_radius",
         "objective",
         "random_objective",
+        "effect",
+        "random_effect",
         "kl",
         "entropy",
     ]
@@ -66,20 +71,23 @@ def test_a_killed_scan_goes_on(model, tmp_path, monkeypatch):
     assert calls[0] == 4 + 3 and resumed.equals(whole)
 
 
-def test_a_pair_without_a_calibrated_radius_is_left_blank(model, monkeypatch):
-    original = layer_scan.solve_radius
+def test_auto_gives_every_source_the_same_share_of_its_streams_norm(model):
+    table = ml.scan_layers(model, PROMPTS, **FAST | {"radius": "auto"}).table
+    sliced = ml.slice_model(model, PROMPTS, 1, 3)  # the pair nearest to a quarter and to .55 of four layers is (1, 3)
+    expected = automatic(sliced, 0).relative
+    assert table.relative_radius.to_numpy() == pytest.approx(expected)
+    for source, rows in table.groupby("source_layer"):
+        norm = median_norm(ml.slice_model(model, PROMPTS, source, 4))
+        assert rows.radius.to_numpy() == pytest.approx(expected * norm)
 
-    def solve(sliced, seed):
-        if sliced.target_layer == 3:
-            raise layer_scan.NoRadius("too linear")
-        return original(sliced, seed=seed)
 
-    monkeypatch.setattr(layer_scan, "solve_radius", solve)
-    with pytest.warns(UserWarning, match="layers 0 to 3 are left blank: too linear"):
-        table = ml.scan_layers(model, PROMPTS, source_layers=[0], **FAST | {"radius": "auto"}).table
-    blank = table.target_layer == 3
-    assert table[blank].objective.isna().all() and table[~blank].notna().all().all() and len(table) == 6
-    assert ml.plots.layer_map(ml.LayerScan(table)).data
+def test_the_effect_is_the_change_relative_to_the_target(model):
+    table = ml.scan_layers(model, PROMPTS, source_layers=[1], target_layers=[3], **FAST).table
+    sliced = ml.slice_model(model, PROMPTS, 1, 3)
+    target = float(sliced.target[sliced.batch.target_mask].norm())
+    assert (table.effect > table.random_effect).all()
+    # one position or many, the objective of p = 2 and q = 1 is the squared norm of the change
+    assert table.effect.to_numpy() == pytest.approx((table.objective**0.5 / target).to_numpy(), rel=0.2)
 
 
 def test_pairs_that_do_not_exist_are_refused(model):
