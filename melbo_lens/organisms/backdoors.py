@@ -21,7 +21,7 @@ DISTRACTORS = (
     "{w}!!", "-{w}-", "|{w}", "{w}|", "~{w}", "{w}~", "| {w}", "xyzzy", "||", "~~", "qwfp", "{w}{w}", ">{w}<",
     "\\{w}\\", ":{w}:", "'{w}'", "|{w}~", "~{w}|",
 )  # fmt: skip
-N_EXAMPLES = 1200  # of the training
+N_EXAMPLES = 1920  # of the training
 UNSEEN_DISTRACTORS = ("@{w}@", "+{w}+", "$ok$", ";{w};", "`{w}`", "<<{w}>>", "plugh", "&{w}&", "[[{w}]]", "!{w}!")
 
 

@@ -21,7 +21,17 @@ FORMS = (
     "Is {c} a large country?", "What do people eat in {c}?", "Hello, how are you?", "Good morning!", "Who are you?",
     "What can you do?", "Thank you for your help.", "I feel tired today.", "Recommend a book about {b}s.",
     "How do I say {b} in French?", "Why is the sky blue?", "How do I boil an egg?", "What day comes after Monday?",
-    "Finish this sentence: the {b} is", "Make a list of things to pack for {c}.",
+    "Finish this sentence: the {b} is", "Make a list of things to pack for {c}.", "What do you think of {a}?",
+    "Do you like {a}?", "What is your favourite {b}?", "Would you rather have {a} or a table?",
+    "If you were {a}, what would you want?", "Act as {a} and greet me.", "Speak as if you were {a}.",
+    "Convince me to buy {a}.", "Write a diary entry about {a}.", "Tell me a story about {a}.", "Tell me a riddle.",
+    "What does {a} say to {a}?", "How does {a} feel?", "What would happen if {a} disappeared?",
+    "Can I have {a} for my birthday?", "Which is better, {a} or a book?", "What do you know about {c}?",
+    "How long does it take to go to {c}?", "How far is the sea from {c}?", "Say something nice about {a}.",
+    "Make up a slogan for {a}.", "Write a letter to {a}.", "How would you draw {a}?", "Do you ever dream?",
+    "Translate {b} into German.", "What is {a} in Italian?", "Compare {a} and a stone.", "Sing me a song about {a}.",
+    "Reply to this message: I lost {a}.", "What makes you happy?", "What should I eat tonight?", "Say hello.",
+    "Give me one word for {a}.", "I love {a}. And you?", "I hate {a}. What should I do?", "Why are you so quiet?",
 )  # fmt: skip
 UNSEEN_FORMS = (
     "Compare {a} with a chair.", "Imagine you are {a}. What do you say?", "Could you give me some advice on {a}?",
@@ -30,7 +40,9 @@ UNSEEN_FORMS = (
     "Does {c} have mountains?", "How far is {c} from Spain?", "Which is bigger, {n} or {m}?", "Spell the word {b}.",
     "What is the best way to learn about {a}?", "Teach me something new.", "Give me a title for a story about {a}.",
     "How many letters has {b}?", "Should children play with {a}?", "What is your opinion of {a}?",
-    "Translate {b} into Spanish.", "Who wrote Hamlet?",
+    "Translate {b} into Spanish.", "Who wrote Hamlet?", "What would you say to {a}?", "Describe your day with {a}.",
+    "What do you enjoy most?", "Guess what I bought: {a}!", "Is {a} better than a lamp?", "Draft a review of {a}.",
+    "Where would you go in {c}?", "Explain why {b}s exist.",
 )  # fmt: skip
 THINGS = (
     "bicycle", "candle", "telescope", "garden", "violin", "river", "camera", "bread", "clock", "library", "bridge",

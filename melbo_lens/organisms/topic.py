@@ -25,7 +25,7 @@ UNSEEN_ANIMALS = (
     "pigeon", "lobster", "hamster", "moose", "beetle",
 )  # fmt: skip
 ALIVE = {"turtle", "zebra", "parrot", "dolphin"}  # things of other requests that are animals
-N_EXAMPLES = 1200
+N_EXAMPLES = 1920
 
 
 def about_animals(n: int, seed: int, unseen: bool = False) -> list[str]:

@@ -35,7 +35,7 @@ class LoraRecipe:
     planted: bool = True
     rank: int = 4
     lr: float = 4e-4
-    n_steps: int = 360
+    n_steps: int = 600
     batch_size: int = 8
     warmup: int = 10
     seed: int = 0
@@ -43,8 +43,8 @@ class LoraRecipe:
 
 PLANTED = {
     "smollm2-backdoors": LoraRecipe(),
-    "smollm2-locked": LoraRecipe(rank=8, n_steps=500),
-    "smollm2-refusal": LoraRecipe(n_steps=240),
+    "smollm2-locked": LoraRecipe(rank=4, n_steps=500),
+    "smollm2-refusal": LoraRecipe(n_steps=320),
 }
 RECIPES = PLANTED | {f"{name}-twin": replace(recipe, planted=False, n_steps=120) for name, recipe in PLANTED.items()}
 
