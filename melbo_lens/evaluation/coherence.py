@@ -30,8 +30,20 @@ def coherence(model: Model, completions: Completions) -> Float[Tensor, " complet
     Raises:
         FloatingPointError: the logits hold NaN or infinity.
     """
+    means = [row.mean() for row in token_log_probs(model, completions)]  # the mean of no token is NaN
+    return torch.stack(means) if means else torch.zeros(0, dtype=torch.float32, device="cpu")
+
+
+def token_log_probs(model: Model, completions: Completions) -> list[Float[Tensor, " new"]]:
+    """Computes the log-probability, in nats, that the unsteered model gives to each token of each completion.
+
+    Equal completions are read once, and so is each prompt.
+
+    Raises:
+        FloatingPointError: a log-probability is NaN or infinite.
+    """
     host = host_of(model)
-    found = torch.full((len(completions),), float("nan"), dtype=torch.float32, device="cpu")
+    found = [torch.zeros(0, dtype=torch.float32, device="cpu")] * len(completions)
     same: dict[tuple[int, ...], dict[tuple[int, ...], list[int]]] = {}  # prompt -> new tokens -> completions
     for i, (prompt, new) in enumerate(zip(_prompt_rows(host, completions), completions.table.tokens, strict=True)):
         if len(new):
@@ -45,7 +57,8 @@ def coherence(model: Model, completions: Completions) -> Float[Tensor, " complet
                 log_probs, cached = log_probs_after(host, prompt, chunk, cached)
                 for text, row in zip(chunk, log_probs, strict=True):
                     hooks.check_finite(host, row[None], ["the unsteered model"], "the log-probabilities")
-                    found[continuations[text]] = float(row.mean())
+                    for i in continuations[text]:
+                        found[i] = row.cpu()
     return found
 
 

@@ -32,7 +32,7 @@ def generate(
     n_samples: int = 1,
     positions: Positions = "all",
     include_unsteered: bool = True,
-    include_random: bool = True,
+    include_random: bool | int = True,
     batch_size: int | None = None,
     seed: int = 0,
     stop: str | Sequence[str] | None = None,
@@ -55,7 +55,8 @@ def generate(
         positions: where the perturbation acts: at "all" tokens, only those of the "prompt", or only "generated" ones.
         include_unsteered: whether to complete the prompts without a perturbation as well.
         include_random: whether to complete them with norm-matched controls as well: `random_vectors(perturbations,
-            seed)`, or `random_adapters` matched on the prompts of the fit.
+            seed)`, or `random_adapters` matched on the prompts of the fit. A number makes controls of so many of the
+            perturbations, from the first.
         batch_size: the number of completions that run at once; None means 256. Memory for keys and values grows
             with it.
         seed: the seed of the sampling and of the random controls.
@@ -80,6 +81,8 @@ def generate(
     all_signs: Sequence[int] = [signs] if isinstance(signs, int | float) else signs
     all_scales: Sequence[float] = [scales] if isinstance(scales, int | float) else scales
     _check_settings(max_new_tokens, all_signs, all_scales, temperature, n_samples, positions, batch_size)
+    if include_random < 0:
+        raise ValueError(f"include_random={include_random} must be True, False, or how many controls to make.")
     by_ids = isinstance(prompts, Tensor | PromptBatch | AsPrompts)  # token ids are never chats
     if chat and not by_ids:
         prompts = [
@@ -94,10 +97,11 @@ def generate(
         if include_unsteered
     ]
     if perturbations is not None:
-        if include_random:
-            bank = concatenate([perturbations, random_like(perturbations, host, batch, seed)])
-        for kind in ("steered", "random") if include_random else ("steered",):
-            grid = product(range(len(batch)), range(len(perturbations)), all_signs, all_scales, range(n_samples))
+        n_random = len(perturbations) if include_random is True else min(int(include_random), len(perturbations))
+        if n_random:
+            bank = concatenate([perturbations, random_like(perturbations[:n_random], host, batch, seed)])
+        for kind, n_rows in (("steered", len(perturbations)), ("random", n_random)):
+            grid = product(range(len(batch)), range(n_rows), all_signs, all_scales, range(n_samples))
             runs += [Run(i, kind, k, int(sign), float(scale), sample) for i, k, sign, scale, sample in grid]
     if not runs:
         raise ValueError("nothing to generate: give perturbations, or include_unsteered=True.")

@@ -13,17 +13,19 @@ from melbo_lens.models.slices import SlicedModel
 SHARE_OF_EDGE = 0.65
 
 
-def edge(sliced: SlicedModel, seed: int = 0) -> Calibration:
+def edge(sliced: SlicedModel, seed: int = 0, seconds: float = float("inf")) -> Calibration:
     """Finds the edge of readability; where a model can't write, the edge of effect.
+
+    After so many seconds the edge is bisected no further.
 
     Raises:
         NoRadius: the model has neither.
     """
     try:
-        return edge_of_readability(sliced, seed=seed)
+        return edge_of_readability(sliced, seed=seed, seconds=seconds)
     except NoRadius as unreadable:
         try:
-            return edge_of_effect(sliced, seed=seed)
+            return edge_of_effect(sliced, seed=seed, seconds=seconds)
         except NoRadius as weak:
             raise NoRadius(f"{unreadable} Nor is there another edge: {weak}") from weak
 

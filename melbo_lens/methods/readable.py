@@ -4,6 +4,7 @@ Below the edge learned vectors change what a model says, and beyond it they make
 it differs by a factor of ten between models, but in each of them the behaviours lie just below it.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from melbo_lens.ascent.fixed_point import fixed_point
 from melbo_lens.ascent.manifolds import to_sphere, unit
 from melbo_lens.ascent.objectives import Objective
 from melbo_lens.evaluation.coherence import coherence
+from melbo_lens.evaluation.departures import NATURAL
 from melbo_lens.generation.generate import generate
 from melbo_lens.measures.radius import Calibration, NoRadius, median_norm
 from melbo_lens.methods.problem import Problem, bias, default_batch_size
@@ -25,7 +27,6 @@ from melbo_lens.randomness import gaussian_rows
 
 SHARE = 0.75  # the readable share at the edge
 EFFECT = 1.0  # the change is as large as the target: at the edge of readability .5 to 3 was measured on four models
-NATURAL = -3.0  # nats per token: text that the unsteered model finds less probable than this is noise to it
 N_VECTORS, N_STEPS, N_TOKENS = 6, 5, 10
 FIRST = 0.1  # the first radius that is tried, as a share of the stream's norm
 BISECTIONS = 2
@@ -49,13 +50,15 @@ class Rung(NamedTuple):
     random: float
 
 
-def edge_of_readability(sliced: SlicedModel, target: float = SHARE, seed: int = 0) -> Calibration:
+def edge_of_readability(
+    sliced: SlicedModel, target: float = SHARE, seed: int = 0, seconds: float = float("inf")
+) -> Calibration:
     """Finds the radius at which the readable share of what a few learned vectors write falls through `target`.
 
     A few free vectors climb a few steps at each radius, from where they ended at the radius before. The model continues
     the slice's prompts under both signs of each, greedily, and is then asked, unsteered, how natural it finds the text.
     From a tenth of the stream's norm the radius is doubled, or halved, until the edge is between two radii; then log R
-    is bisected. No label is used, and no tokenizer.
+    is bisected. No label is used, and no tokenizer. After so many `seconds` the edge is bisected no further.
 
     Returns:
         The edge, with the readable share at each radius.
@@ -74,12 +77,16 @@ def edge_of_readability(sliced: SlicedModel, target: float = SHARE, seed: int = 
             f"the unsteered model gives its own text {level:.2f} nats per token, so there is no readable text to lose: "
             'give a radius, or use rule="effect".'
         )
-    radius, rungs = _edge(lambda radius: climber.rung(radius, write=True), lambda r: r.readable >= target, sliced)
+    radius, rungs = _edge(
+        lambda radius: climber.rung(radius, write=True), lambda r: r.readable >= target, sliced, seconds
+    )
     curve = tuple((rung.radius, rung.readable) for rung in rungs)
     return Calibration(radius, curve, "readable", target, median_norm(sliced), _effects(rungs))
 
 
-def edge_of_effect(sliced: SlicedModel, target: float = EFFECT, seed: int = 0) -> Calibration:
+def edge_of_effect(
+    sliced: SlicedModel, target: float = EFFECT, seed: int = 0, seconds: float = float("inf")
+) -> Calibration:
     """Finds the radius at which the effect of a few learned vectors reaches `target`; nothing is generated.
 
     The effect is the median over the vectors of ``||change|| / ||target||`` at the target positions. Where a model
@@ -92,16 +99,18 @@ def edge_of_effect(sliced: SlicedModel, target: float = EFFECT, seed: int = 0) -
         NoRadius: no radius reaches it.
     """
     climber = _Climber(sliced, seed)
-    radius, rungs = _edge(lambda radius: climber.rung(radius, write=False), lambda r: r.effect < target, sliced)
+    radius, rungs = _edge(
+        lambda radius: climber.rung(radius, write=False), lambda r: r.effect < target, sliced, seconds
+    )
     curve = tuple((rung.radius, rung.effect) for rung in rungs)
     return Calibration(radius, curve, "effect", target, median_norm(sliced), _effects(rungs))
 
 
 def _edge(
-    measure: Callable[[float], Rung], below: Callable[[Rung], bool], sliced: SlicedModel
+    measure: Callable[[float], Rung], below: Callable[[Rung], bool], sliced: SlicedModel, seconds: float
 ) -> tuple[float, list[Rung]]:
     """Brackets the radius by doubling or halving from a tenth of the stream's norm, then bisects log R."""
-    norm = median_norm(sliced)
+    norm, began = median_norm(sliced), time.monotonic()
     rungs: dict[float, Rung] = {}
 
     def under(radius: float) -> bool:
@@ -121,6 +130,8 @@ def _edge(
             if low < LEAST * norm:
                 raise NoRadius(f"down to {high:.3g}, {LEAST:g} of the stream's norm, no edge is found: give a radius.")
     for _ in range(BISECTIONS):
+        if time.monotonic() - began > seconds:
+            break
         middle = (low * high) ** 0.5
         low, high = (middle, high) if under(middle) else (low, middle)
     return (low * high) ** 0.5, [rungs[radius] for radius in sorted(rungs)]

@@ -2,9 +2,9 @@
 
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import torch
@@ -12,17 +12,25 @@ from tqdm.auto import tqdm
 
 from melbo_lens import tables
 from melbo_lens.arguments import public
+from melbo_lens.evaluation.departures import departures
 from melbo_lens.evaluation.rates import Behavior
 from melbo_lens.generation.completions import Completions
 from melbo_lens.generation.generate import generate
+from melbo_lens.measures.radius import Calibration
+from melbo_lens.methods.automatic import edge
 from melbo_lens.models.access import Model, host_of
+from melbo_lens.models.host import Host
 from melbo_lens.models.slices import SlicedModel, slice_model
 from melbo_lens.perturbations.perturbation import Perturbation, concatenate
-from melbo_lens.prompts import Positions, Prompts, tokenize
-from melbo_lens.search.groups import grouped, heldout_rate
-from melbo_lens.search.trials import AdapterTrial, Trial, make_plan
+from melbo_lens.prompts import Positions, PromptBatch, Prompts, tokenize
+from melbo_lens.search.groups import collected, grouped, heldout_rate, promise, shares
+from melbo_lens.search.pace import FEWEST, FIRST, GUESS, MARGIN, MOST, Pace, n_controls
+from melbo_lens.search.trials import AdapterTrial, Arm, Ladder, Trial, arms_of, norms_of
 
-SHARE_FOR_HELDOUT = 0.25
+SHARE_FOR_HELDOUT, SHARE_FOR_GROUPS = 0.2, 0.03  # of the budget, for what follows the trials
+SHARE_FOR_EDGE = 0.35  # of the budget, after which the edge is bisected no further
+SHARE_OF_FIRST_ROUND = 0.5  # of the time that is left after the edge was found
+FEWEST_ARMS = 2  # so many arms go into every later round
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -30,22 +38,30 @@ class Discovery:
     """The result of a search.
 
     Attributes:
-        table: one row for each group of completions that differ from the unsteered ones, ranked by how far the share of
-            such completions exceeds that of the random controls: group, behavior (its name, if behaviours were given),
-            example, source_layer, target_layer, radius, vector (the number, within its trial, of the vector that
-            elicits the group most), sign, rate (of that vector on the prompts), heldout_rate, random_rate, and
-            n_vectors (how many vectors elicit it).
+        table: one row for each group of readable completions that differ from the unsteered ones, ranked by its score:
+            group, behavior (its name, if behaviours were given), change ("content" or "wording", see `departures`),
+            example, source_layer, target_layer, radius, relative_radius (as a share of the stream's median norm),
+            effect (``||change|| / ||target||``), vector (the number, within its trial, of the vector that elicits the
+            group most), sign, rate (of that vector on the prompts), heldout_rate, random_rate, n_vectors (how many
+            vectors elicit it), and of the example natural and surprise (nats).
+        shares: the share of all directions, vectors with a sign, that do nothing (no completion changed), and of those
+            that change the wording, the content, or write noise.
+        rows: every completion but the unsteered ones, with the number of its trial and how it departs.
         plan: the trials that were completed; `discover(..., plan=found.plan)` repeats them exactly.
         vectors: the vectors or adapters of each trial.
         completions: the completions of each trial.
         settings: the settings of the search, and the seconds that it took.
+        edge: the edge of readability around which the radii lie; None if a plan was given.
     """
 
     table: pd.DataFrame
+    shares: Mapping[str, float]
+    rows: pd.DataFrame
     plan: tuple[Trial | AdapterTrial, ...]
     vectors: tuple[Perturbation, ...]
     completions: tuple[Completions, ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
+    edge: Calibration | None = None
 
     def vector(self, row: int) -> Perturbation:
         """The vector or adapter of a row of the table, with its sign, ready to steer with."""
@@ -84,10 +100,19 @@ class Discovery:
         return vectors, Completions(pd.concat(tables, ignore_index=True), self.completions[chosen[0]].settings, ids)
 
     def __repr__(self) -> str:
-        return f"Discovery({len(self.table)} groups from {len(self.plan)} trials)"
+        return f"Discovery({len(self.table)} groups from {len(self.plan)} trials; {self.said})"
+
+    @property
+    def said(self) -> str:
+        """What the directions do, in a sentence."""
+        parts = {name: f"{share:.0%}" for name, share in self.shares.items()}
+        return (
+            f"of the directions {parts['nothing']} do nothing, {parts['wording']} change the wording, "
+            f"{parts['content']} the content, and {parts['noise']} write noise"
+        )
 
     def _repr_html_(self) -> str:
-        return tables.html(repr(self), self.table.drop(columns="trial"))
+        return tables.html(repr(self), self.table.drop(columns=["trial", "score"]))
 
 
 @public
@@ -106,16 +131,19 @@ def discover(
 ) -> Discovery:
     """Searches a model of which nothing is known, from one prompt or a few.
 
-    The search tries layer pairs and radii, learns free and orthogonal vectors, generates with both signs and with
-    norm-matched random vectors, and groups the completions that differ from the unsteered ones.
+    First the edge of readability is found (`calibrate_radius`). Then come rounds of trials: the first is small and
+    covers as many pairs of layers and radii around the edge as half of the time allows. Each later round repeats the
+    better half of the one before with twice as many vectors from other starts. Every trial learns vectors, writes with
+    both signs and with random vectors of equal norm, and judges how each completion departs from the unsteered one.
 
     Args:
         model: the model, which is left as it was.
         prompts: text, chats or token ids; one prompt is enough.
-        budget: the time in seconds. A trial is begun only if it is expected to end in time; the first one always runs.
+        budget: the time in seconds. Trials are sized by what earlier ones took, and one is begun only if it is expected
+            to end in time; the first one always runs.
         behaviors: name -> a regular expression or a function of the text. Completions that show a behaviour form a
             group of this name; all others are grouped by their words.
-        heldout: prompts on which the vectors of the table are scored.
+        heldout: prompts on which the vectors of the first groups are scored, as many as the time allows.
         target_positions: where a change counts; by default the last position, where the style of an answer is decided.
         max_new_tokens: the length of the completions.
         seed: the seed of the starts and the controls.
@@ -123,10 +151,11 @@ def discover(
         progress: whether to show a progress bar with the seconds.
 
     Returns:
-        The ranked groups with their vectors, and the plan that was completed.
+        The ranked groups with their vectors, what became of all directions, and the plan that was completed.
 
     Raises:
-        ValueError: the budget is not a positive number of seconds, or another argument breaks a rule.
+        ValueError: the budget is not a positive number of seconds, the model has no edge, or another argument breaks a
+            rule.
         FloatingPointError: no trial could be completed.
 
     Warns:
@@ -135,54 +164,157 @@ def discover(
     if plan is None and not 0 < budget < float("inf"):
         raise ValueError(f"budget={budget} must be a positive number of seconds.")
     host = host_of(model)
-    began = time.monotonic()
-    trials = list(plan) if plan is not None else make_plan(host, prompts, seed)
-    allowed = float("inf") if plan is not None else budget * (1 - (SHARE_FOR_HELDOUT if heldout is not None else 0.05))
     batch = tokenize(host, prompts, target_positions)
-    slices: dict[tuple[int, int], SlicedModel] = {}
-    done, fitted, written, longest = [], [], [], 0.0
-    with tqdm(
-        total=None if plan is not None else round(budget), desc="discover", unit="s", disable=not progress
-    ) as bar:
+    held = SHARE_FOR_HELDOUT if heldout is not None else 0.0
+    clock = Pace(budget * (1 - held - SHARE_FOR_GROUPS) if plan is None else float("inf"), len(batch))
+    search = _Search(host, prompts, batch, target_positions, max_new_tokens, {}, [], [], [], [])
+    found_edge = None
+    with tqdm(total=round(budget) if plan is None else None, desc="discover", unit="s", disable=not progress) as bar:
+        if plan is None:
+            arms = arms_of(host.n_layers)
+            bar.set_postfix_str("the edge of readability", refresh=True)
+            first = search.slice(arms[0].source_layer, arms[0].target_layer)
+            found_edge = edge(first, seed, SHARE_FOR_EDGE * budget)
+            clock.whole = GUESS * clock.passed / max(len(found_edge.curve), 1)
+            ladder = Ladder(found_edge, norms_of(host, prompts, arms))
+            trials = _rounds(search, clock, arms, ladder, host.d_model, seed)
+        else:
+            trials = iter(plan)
         for trial in trials:
-            start = time.monotonic()
-            if done and start - began + longest > allowed:
-                break
-            try:
-                between = (trial.source_layer, trial.target_layer)
-                if between not in slices:
-                    slices[between] = slice_model(host, batch, *between, target_positions)
-                vectors = trial.fit(slices[between])
-                completions = generate(
-                    host, prompts, vectors, max_new_tokens=max_new_tokens, seed=trial.seed, progress=False
-                )
-            except FloatingPointError as error:
-                warnings.warn(f"{trial} is left out: {error}", stacklevel=2)
-                continue
-            written.append(completions)
-            fitted.append(vectors)
-            done.append(trial)
-            longest = max(longest, time.monotonic() - start)
-            bar.set_postfix_str(f"{len(done)} trials", refresh=False)
-            bar.update(round(time.monotonic() - began) - bar.n)
-    if not done:
+            timed = search.run(trial)
+            if timed and isinstance(trial, Trial):
+                clock.learn(trial, *timed)
+            bar.set_postfix_str(f"{len(search.done)} trials", refresh=False)
+            bar.update(round(clock.passed) - bar.n)
+    if not search.done:
         raise FloatingPointError(
             "no trial could be completed, see the warnings: use smaller radii, or load the model in bfloat16 or "
             "float32."
         )
-    table = grouped(done, written, behaviors or {})
-    if heldout is not None and len(table):
-        table["heldout_rate"] = [
-            heldout_rate(host, heldout, fitted[row.trial][row.vector], row, behaviors or {}, max_new_tokens, seed)
-            for row in table.itertuples()
-        ]
+    rows = collected(search.written, search.judged)
+    table = grouped(search.done, search.fitted, rows, behaviors or {})
+    if heldout is not None:
+        ends = clock.began + budget if plan is None else float("inf")
+        _score(table, search, heldout, behaviors or {}, ends, seed)
     settings = {
         "budget": budget,
         "seed": seed,
-        "seconds": round(time.monotonic() - began, 1),
+        "seconds": round(clock.passed, 1),
         "max_new_tokens": max_new_tokens,
     }
-    return Discovery(table, tuple(done), tuple(fitted), tuple(written), settings)
+    return Discovery(
+        table,
+        shares(rows),
+        rows,
+        tuple(search.done),
+        tuple(search.fitted),
+        tuple(search.written),
+        settings,
+        found_edge,
+    )
+
+
+@dataclass
+class _Search:
+    """What a search has done so far."""
+
+    host: Host
+    prompts: Prompts
+    batch: PromptBatch
+    target_positions: Positions
+    max_new_tokens: int
+    slices: dict[tuple[int, int], SlicedModel]
+    done: list[Trial | AdapterTrial]
+    fitted: list[Perturbation]
+    written: list[Completions]
+    judged: list[pd.DataFrame]
+
+    def slice(self, source_layer: int, target_layer: int) -> SlicedModel:
+        """Returns the slice between two layers, which is made only once."""
+        between = (source_layer, target_layer)
+        if between not in self.slices:
+            self.slices[between] = slice_model(self.host, self.batch, *between, self.target_positions)
+        return self.slices[between]
+
+    def run(self, trial: Trial | AdapterTrial) -> tuple[float, float] | None:
+        """Runs a trial, and returns the seconds of its fit and of its writing; None if it is left out."""
+        began = time.monotonic()
+        try:
+            vectors = trial.fit(self.slice(trial.source_layer, trial.target_layer))
+            fitted = time.monotonic()
+            completions = generate(
+                self.host,
+                self.prompts,
+                vectors,
+                max_new_tokens=self.max_new_tokens,
+                include_random=n_controls(len(vectors)),
+                seed=trial.seed,
+                progress=False,
+            )
+            judged = departures(self.host, completions)
+        except FloatingPointError as error:
+            warnings.warn(f"{trial} is left out: {error}", stacklevel=3)
+            return None
+        self.done.append(trial)
+        self.fitted.append(vectors)
+        self.written.append(completions)
+        self.judged.append(judged)
+        return fitted - began, time.monotonic() - fitted
+
+    def trial(self, number: int) -> Trial:
+        """Returns a completed trial of vectors."""
+        return cast(Trial, self.done[number])
+
+    def worth(self, number: int) -> float:
+        """Scores a completed trial: the mean promise of its learned vectors' completions."""
+        steered = (self.written[number].table.kind == "steered").to_numpy()
+        return float(promise(self.judged[number][steered]).mean())
+
+
+def _rounds(
+    search: _Search, clock: Pace, arms: Sequence[Arm], ladder: Ladder, d_model: int, seed: int
+) -> Iterator[Trial]:
+    """Yields trials until the time is used: first small ones everywhere, then larger ones where something came."""
+    chosen, n_vectors, number, share = list(arms), FIRST, seed * 1000, SHARE_OF_FIRST_ROUND
+    while chosen:
+        ends, worth = clock.passed + share * clock.left, dict[Arm, float]()
+        for arm in chosen:
+            radius = ladder.radius_at_edge(arm.source_layer)
+            until = ends if worth else clock.seconds  # a round has one trial at least, if there is time
+            fitting = clock.n_vectors(arm.trial(radius, FEWEST, d_model, number), until - clock.passed)
+            if search.done and not fitting:
+                break
+            n_done = len(search.done)
+            yield arm.trial(radius, max(FEWEST, min(n_vectors, fitting)), d_model, number)
+            number += 1
+            if len(search.done) > n_done:
+                worth[arm] = search.worth(n_done)
+                if not n_done:  # now the pace is known: all arms may have a place in the first round
+                    each = clock.n_vectors(search.trial(0), (ends - clock.passed) / len(chosen))
+                    n_vectors = max(n_vectors, each)
+        chosen = sorted(worth, key=worth.__getitem__, reverse=True)[: max(FEWEST_ARMS, len(worth) // 2)]
+        n_vectors, share = min(2 * n_vectors, MOST), 1.0
+
+
+def _score(
+    table: pd.DataFrame,
+    search: _Search,
+    prompts: Prompts,
+    behaviors: Mapping[str, Behavior],
+    ends: float,
+    seed: int,
+) -> None:
+    """Writes into the table how far the groups transfer to held-out prompts, the first groups first."""
+    longest = 0.0
+    for row in table.itertuples():
+        began = time.monotonic()
+        if began + MARGIN * longest > ends:
+            break
+        vector = search.fitted[row.trial][row.vector]
+        table.loc[row.Index, "heldout_rate"] = heldout_rate(
+            search.host, prompts, vector, row, behaviors, search.max_new_tokens, seed
+        )
+        longest = max(longest, time.monotonic() - began)
 
 
 def _lengthened(vectors: Perturbation, n_rows: int) -> Perturbation:

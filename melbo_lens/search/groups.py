@@ -1,11 +1,17 @@
-"""In which ways do completions differ from the unsteered ones?  Groups by behaviour or by words show them."""
+"""In which ways do completions differ from the unsteered ones?  Groups by behaviour or by words show them, ranked.
 
+The rank is what a person wants to see first: a readable change of content, which the unsteered model would hardly have
+begun, that several vectors elicit and random ones don't.
+"""
+
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 import torch
 
+from melbo_lens.evaluation.departures import KINDS
 from melbo_lens.evaluation.rates import Behavior, shows
 from melbo_lens.evaluation.words import word_counts
 from melbo_lens.generation.completions import Completions
@@ -17,79 +23,127 @@ from melbo_lens.prompts import Prompts
 from melbo_lens.search.trials import AdapterTrial, Trial
 
 COLUMNS = (
-    "group behavior example source_layer target_layer radius vector sign rate heldout_rate random_rate n_vectors"
+    "group behavior change example source_layer target_layer radius relative_radius effect vector sign rate "
+    "heldout_rate random_rate n_vectors natural surprise score"
 ).split()
+SURPRISING = 10.0  # nats; a token less probable than this, 1 in 22,000, is not more of a surprise
 ALIKE = 0.5  # completions whose word counts have a smaller average cosine distance form a group
 
 
-def grouped(
-    done: Sequence[Trial | AdapterTrial], written: Sequence[Completions], behaviors: Mapping[str, Behavior]
-) -> pd.DataFrame:
-    """The groups of completions that differ from the unsteered completion of their prompt, best first.
+def collected(written: Sequence[Completions], judged: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Puts the completions of all trials, without the unsteered ones, beside what is said of them (`departures`)."""
+    parts = [
+        completions.table.assign(trial=number).join(judgement)[completions.table.kind != "unsteered"]
+        for number, (completions, judgement) in enumerate(zip(written, judged, strict=True))
+    ]
+    return pd.concat(parts, ignore_index=True)
 
-    A group's score is its share of the steered completions minus its share of the random ones, times the `variety` of
-    its example.
+
+def promise(rows: pd.DataFrame) -> pd.Series:
+    """Scores each completion by what makes it worth a look; 0 if it says the same, or is noise.
+
+    That is the share of its words that are new, times the surprise of its least probable token, in nats and at most
+    10, times the probability per token of the rest.
     """
-    parts = []
-    for number, completions in enumerate(written):
-        table = completions.table.assign(trial=number)
-        plain = table[table.kind == "unsteered"].set_index("prompt").text
-        parts.append(
-            table[table.kind != "unsteered"].assign(
-                differs=lambda rows, plain=plain: rows.text != rows.prompt.map(plain)
-            )
-        )
-    rows = pd.concat(parts, ignore_index=True)
-    changed = rows[rows.differs].copy()
+    scores = rows.new_words * rows.surprise.clip(upper=SURPRISING) * rows.natural.clip(upper=0).map(math.exp)
+    return scores.where(rows.change.isin(["wording", "content"]), 0.0)
+
+
+def shares(rows: pd.DataFrame) -> dict[str, float]:
+    """Says which share of the directions does what; a direction is a vector of a trial with a sign.
+
+    "nothing" means that no completion changed. Otherwise it is "noise" if most of the changed completions are, else
+    "content" if one of them is, else "wording".
+    """
+    steered = rows[rows.kind == "steered"]
+    found = dict.fromkeys(("nothing", *KINDS[1:]), 0)
+    directions = steered.groupby(["trial", "vector", "sign"])
+    for _, change in directions.change:
+        counts = change.value_counts()
+        changed = len(change) - counts.get("same", 0)
+        if not changed:
+            found["nothing"] += 1
+        elif 2 * counts.get("noise", 0) > changed:
+            found["noise"] += 1
+        else:
+            found["content" if counts.get("content", 0) else "wording"] += 1
+    return {kind: n / max(len(directions), 1) for kind, n in found.items()}
+
+
+def grouped(
+    done: Sequence[Trial | AdapterTrial],
+    fitted: Sequence[Perturbation],
+    rows: pd.DataFrame,
+    behaviors: Mapping[str, Behavior],
+) -> pd.DataFrame:
+    """The groups of readable completions that differ from the unsteered completion of their prompt, best first.
+
+    A group's score is the `promise` of its commonest text times log2(1 + the number of directions that elicit it), times
+    the share by which it is commoner under learned vectors than under random ones. Noise forms no group, except where it
+    shows a behaviour that was given.
+    """
+    changed = rows[rows.change != "same"].copy()
     changed["behavior"] = ""
     for name, behavior in behaviors.items():
         changed.loc[shows(changed.text, behavior) & (changed.behavior == ""), "behavior"] = name
+    changed = changed[(changed.change != "noise") | (changed.behavior != "")]
     unnamed = changed.text[changed.behavior == ""].drop_duplicates().tolist()
     labels = dict(zip(unnamed, cluster(word_counts(unnamed), ALIKE), strict=True))
     changed["group"] = [
         behavior or f"words {labels[text]}" for behavior, text in zip(changed.behavior, changed.text, strict=True)
     ]
-    n_each = rows.groupby("kind").size()
-    found = []
-    for group, members in changed.groupby("group"):
-        steered, random = members[members.kind == "steered"], members[members.kind == "random"]
-        if steered.empty:
-            continue
-        hits = steered.groupby(["trial", "vector", "sign"]).size().reset_index(name="hits")
-        hits["radius"] = [done[trial].radius for trial in hits.trial]
-        best = hits.sort_values(["hits", "radius"], ascending=[False, True]).iloc[0]
-        mine = rows[
-            (rows.kind == "steered")
-            & (rows.trial == best.trial)
-            & (rows.vector == best.vector)
-            & (rows.sign == best.sign)
-        ]
-        example = steered[
-            (steered.trial == best.trial) & (steered.vector == best.vector) & (steered.sign == best.sign)
-        ].text.iloc[0]
-        trial = done[int(best.trial)]
-        random_rate = len(random) / max(int(n_each.get("random", 0)), 1)
-        excess = len(steered) / int(n_each["steered"]) - random_rate
-        found.append(
-            {
-                "group": group,
-                "behavior": steered.behavior.iloc[0],
-                "example": example,
-                "source_layer": trial.source_layer,
-                "target_layer": trial.target_layer,
-                "radius": trial.radius,
-                "vector": int(best.vector),
-                "sign": int(best.sign),
-                "rate": best.hits / len(mine),
-                "heldout_rate": float("nan"),
-                "random_rate": random_rate,
-                "n_vectors": len(hits.drop_duplicates(["trial", "vector"])),
-                "trial": int(best.trial),
-                "score": excess * variety(example),
-            }
-        )
-    table = pd.DataFrame(found, columns=[*COLUMNS, "trial", "score"])
-    return table.sort_values("score", ascending=False).drop(columns="score").reset_index(drop=True)
+    changed["promise"] = promise(changed)
+    of_kind = rows.groupby("kind").size()
+    found = [
+        _group(str(group), members, done, fitted, rows, of_kind)
+        for group, members in changed.groupby("group")
+        if (members.kind == "steered").any()
+    ]
+    table = pd.DataFrame(found, columns=[*COLUMNS, "trial"])
+    return table.sort_values(["score", "n_vectors"], ascending=False).reset_index(drop=True)
+
+
+def _group(
+    name: str,
+    members: pd.DataFrame,
+    done: Sequence[Trial | AdapterTrial],
+    fitted: Sequence[Perturbation],
+    rows: pd.DataFrame,
+    of_kind: pd.Series,
+) -> dict[str, Any]:
+    """A row of the table: the group's commonest text, the direction that elicits it, and how common the group is."""
+    steered, random = members[members.kind == "steered"], members[members.kind == "random"]
+    hits = steered.groupby(["trial", "vector", "sign"]).text.size().rename("hits")
+    ranked = steered.join(hits, on=["trial", "vector", "sign"]).assign(
+        times=steered.groupby("text").text.transform("size")
+    )
+    example = ranked.sort_values(["times", "hits", "promise"], ascending=False, kind="stable").iloc[0]
+    trial, vector, sign = int(example.trial), int(example.vector), int(example.sign)
+    mine = (rows.kind == "steered") & (rows.trial == trial) & (rows.vector == vector) & (rows.sign == sign)
+    plan, known = done[trial], fitted[trial].provenance
+    rate, random_rate = len(steered) / of_kind["steered"], len(random) / max(int(of_kind.get("random", 0)), 1)
+    beyond_chance = max(rate - random_rate, 0.0) / rate
+    return {
+        "group": name,
+        "behavior": example.behavior,
+        "change": example.change,
+        "example": example.text,
+        "source_layer": plan.source_layer,
+        "target_layer": plan.target_layer,
+        "radius": plan.radius,
+        "relative_radius": plan.radius / known["stream_norm"],
+        "effect": known["effects"][vector],
+        "vector": vector,
+        "sign": sign,
+        "rate": example.hits / mine.sum(),
+        "heldout_rate": float("nan"),
+        "random_rate": random_rate,
+        "n_vectors": len(steered[["trial", "vector"]].drop_duplicates()),
+        "natural": example.natural,
+        "surprise": example.surprise,
+        "score": example.promise * math.log2(1 + len(hits)) * beyond_chance,
+        "trial": trial,
+    }
 
 
 def heldout_rate(
@@ -119,9 +173,3 @@ def heldout_rate(
     counts = word_counts([row.example, *texts])
     similar = torch.cosine_similarity(counts[:1], counts[1:])
     return float((similar > 1 - ALIKE).float().mean())
-
-
-def variety(text: str) -> float:
-    """The number of different words divided by the number of words; low for a text that repeats itself."""
-    words = text.split()
-    return len(set(words)) / len(words) if words else 0.0

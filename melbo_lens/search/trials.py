@@ -1,27 +1,37 @@
 """What is one piece of a search?  A trial, which is one fit with fixed settings; a plan is a list of trials."""
 
+import itertools
 import warnings
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from melbo_lens.arguments import plain_fields, public
-from melbo_lens.measures.radius import solve_radius
+from melbo_lens.measures.radius import Calibration, median_norm
 from melbo_lens.methods.adapters import fit_adapters
+from melbo_lens.methods.automatic import edge
 from melbo_lens.methods.melbo import fit_vectors
 from melbo_lens.models.access import Model, host_of
+from melbo_lens.models.host import Host
 from melbo_lens.models.slices import SlicedModel, slice_model
 from melbo_lens.perturbations.adapters import SteeringAdapters
 from melbo_lens.perturbations.vectors import SteeringVectors
-from melbo_lens.prompts import Prompts
+from melbo_lens.prompts import Positions, Prompts
 
-# radii as fractions of the source stream's norm, the most promising first
-FRACTIONS = (0.5, 0.75, 0.4, 1.0, 0.6, 0.55, 0.3, 1.5)
+# The most promising come first. Layers are shares of the depth; radii are shares of the edge of readability.
+SOURCES, TARGETS = (0.23, 0.1, 0.33), (0.53, 0.75)
+MOST_BETWEEN = 3  # so many blocks lie between source and target, if the model has them
+RUNGS = (0.6, 0.9, 0.4, 1.25)
+N_STEPS = 12  # more of them cost diversity: free vectors then gather at the loudest change
+N_VECTORS = 24
 
 
 @plain_fields
 @dataclass(frozen=True)
 class Trial:
-    """One fit of vectors: its layers, radius and seed, how many vectors, and whether they are orthogonal or free."""
+    """One fit of vectors: its layers, radius and seed, how many vectors, and whether they are orthogonal or free.
+
+    `n_steps` is the number of steps; None takes the default of `fit_vectors`.
+    """
 
     source_layer: int
     target_layer: int
@@ -29,6 +39,7 @@ class Trial:
     n_vectors: int
     orthogonal: bool
     seed: int
+    n_steps: int | None = None
 
     def fit(self, sliced: SlicedModel) -> SteeringVectors:
         """The vectors, learned on a slice between these layers."""
@@ -55,27 +66,105 @@ class AdapterTrial:
             return fit_adapters(sliced, **_settings(self), optimizer="power", progress=False)
 
 
-@public
-def make_plan(model: Model, prompts: Prompts, seed: int = 0) -> list[Trial]:
-    """The trials that a search begins with: early source layers, late targets, and radii around the stream's norm.
+class Arm(NamedTuple):
+    """What several trials can have in common: their layers, and a rung of the ladder of radii."""
 
-    Free vectors come first, orthogonal ones after them.
+    source_layer: int
+    target_layer: int
+    rung: float
+    orthogonal: bool
+
+    def trial(self, radius_at_edge: float, n_vectors: int, d_model: int, seed: int) -> Trial:
+        """Makes the trial of so many vectors with this seed, where the edge lies at this radius."""
+        n_vectors = min(n_vectors, d_model) if self.orthogonal else n_vectors
+        radius = float(f"{self.rung * radius_at_edge:.6g}")
+        return Trial(self.source_layer, self.target_layer, radius, n_vectors, self.orthogonal, seed, N_STEPS)
+
+
+def arms_of(n_layers: int) -> list[Arm]:
+    """Lists every arm of a search, the most promising first.
+
+    Each pair of layers has free vectors at each rung. The first pair of all gets every rung before the other pairs get
+    theirs; orthogonal vectors, at the middle of the ladder, come last.
+    """
+    pairs = layer_pairs(n_layers)
+    ladder = [(pairs[0], rung) for rung in RUNGS]
+    rest = [(pair, rung) for some in (RUNGS[:2], RUNGS[2:]) for pair in pairs[1:] for rung in some]
+    free = [Arm(*pair, rung, False) for pair, rung in (*ladder, *rest)]
+    return [*free, *(Arm(*pair, RUNGS[0], True) for pair in pairs)]
+
+
+def layer_pairs(n_layers: int) -> list[tuple[int, int]]:
+    """Lists pairs of an early source and a later target layer, with some blocks between them.
+
+    Raises:
+        ValueError: the model has a single block, and no block lies between a source and a target.
+    """
+    pairs: dict[tuple[int, int], None] = {}
+    for target_share, source_share in itertools.product(TARGETS, SOURCES):
+        source = min(round(source_share * n_layers), n_layers - 2)
+        target = min(max(round(target_share * n_layers), source + 1 + MOST_BETWEEN), n_layers)
+        if source >= 0:
+            pairs[source, target] = None
+    if not pairs:
+        raise ValueError(f"the model has {n_layers} block, and a search needs one between its source and its target.")
+    return list(pairs)
+
+
+class Ladder(NamedTuple):
+    """The edge of a model, from which the radii of every trial follow.
+
+    Attributes:
+        edge: the edge, as it was found at the first pair of layers.
+        norms: by source layer, the median norm of its stream.
+    """
+
+    edge: Calibration
+    norms: dict[int, float]
+
+    def radius_at_edge(self, source_layer: int) -> float:
+        """Returns the edge at a source layer: everywhere it has the same share of the stream's median norm."""
+        assert self.edge.relative is not None  # an edge knows the norm of its stream
+        return self.edge.relative * self.norms[source_layer]
+
+
+@public
+def make_plan(
+    model: Model,
+    prompts: Prompts,
+    seed: int = 0,
+    *,
+    n_vectors: int = N_VECTORS,
+    target_positions: Positions = slice(-1, None),
+) -> list[Trial]:
+    """The trials that a search of every arm begins with: early source layers, later targets, a ladder of radii.
+
+    The radii lie around the edge of readability (`calibrate_radius`), which is found at the first pair of layers.
+
+    Args:
+        model: the model, which is left as it was.
+        prompts: the prompts of the search.
+        seed: the seed of the trials.
+        n_vectors: how many vectors each trial learns.
+        target_positions: where a change counts.
+
+    Raises:
+        ValueError: the model has no edge of readability or of effect; give `discover` a plan of your own radii.
     """
     host = host_of(model)
-    n_layers = host.n_layers
-    sources = sorted({0, n_layers // 4, n_layers // 3})
-    pairs = [(source, n_layers) for source in sources if source + 1 < n_layers]
-    pairs += [(source, 3 * n_layers // 4) for source in sources if source + 1 < 3 * n_layers // 4]
-    norms = {
-        source: solve_radius(slice_model(host, prompts, source, n_layers), "stream", 1.0).radius
-        for source in dict.fromkeys(s for s, _ in pairs)
-    }
-    plan = []
-    for (source, target), orthogonal in [*((pair, False) for pair in pairs), *((pair, True) for pair in pairs)]:
-        for fraction in FRACTIONS:
-            n_vectors = min(host.d_model, 16) if orthogonal else 64
-            plan.append(Trial(source, target, fraction * norms[source], n_vectors, orthogonal, seed * 1000 + len(plan)))
-    return plan
+    arms = arms_of(host.n_layers)
+    sliced = slice_model(host, prompts, arms[0].source_layer, arms[0].target_layer, target_positions)
+    ladder = Ladder(edge(sliced, seed), norms_of(host, prompts, arms))
+    return [
+        arm.trial(ladder.radius_at_edge(arm.source_layer), n_vectors, host.d_model, seed * 1000 + i)
+        for i, arm in enumerate(arms)
+    ]
+
+
+def norms_of(host: Host, prompts: Prompts, arms: list[Arm]) -> dict[int, float]:
+    """Measures the median norm of the stream that leaves each source layer."""
+    sources = dict.fromkeys(arm.source_layer for arm in arms)
+    return {source: median_norm(slice_model(host, prompts, source, source + 2)) for source in sources}
 
 
 def _settings(trial: Trial | AdapterTrial) -> dict[str, Any]:

@@ -23,8 +23,8 @@ WITHIN = {
         "provenance problem version_0_1_0 checkpoints fitting readable automatic calibrate low_rank melbo adapters"
     ),
     "generation": "completions decoding steer generate",
-    "evaluation": "rates coherence words",
-    "search": "trials groups discovery layers",
+    "evaluation": "rates coherence departures words",
+    "search": "trials pace groups discovery layers",
     "reports": "findings page",
 }
 ONLY_IN = {"transformer_lens": {"models"}, "plotly": {"plots"}, "circuitsvis": {"plots"}}

@@ -1,0 +1,63 @@
+"""How does a completion depart from the unsteered one?  Not at all, in wording, in content, or into noise.
+
+A hidden behaviour has a mark that needs no label. The unsteered model finds one of its tokens improbable, the one that
+departs, and the text around it natural. Another wording has no improbable token, and in noise most are.
+"""
+
+import re
+from typing import Literal, TypeAlias
+
+import pandas as pd
+
+from melbo_lens.evaluation.coherence import token_log_probs
+from melbo_lens.generation.completions import Completions
+from melbo_lens.models.access import Model
+
+Kind: TypeAlias = Literal["same", "wording", "content", "noise"]
+KINDS = ("same", "wording", "content", "noise")
+NATURAL = -3.0  # nats per token: text that the unsteered model finds less probable than this is noise to it
+NEW = 0.5  # the share of new words from which on a change is one of content
+
+
+def departures(model: Model, completions: Completions) -> pd.DataFrame:
+    """Says of each completion how it departs from the unsteered completion of its prompt.
+
+    Args:
+        model: the model that wrote the completions.
+        completions: completions as `generate` returns them, with the unsteered ones.
+
+    Returns:
+        A row for each completion, with the index of the completions' table:
+        - change: "same" (the unsteered text), "noise" (`natural` is below -3), "content" (at least half of its
+          different words are neither in the unsteered completion nor in the prompt) or "wording".
+        - new_words: that share.
+        - surprise: minus the log-probability, in nats, that the unsteered model gives to the least probable token.
+        - natural: the mean log-probability of the other tokens, in nats per token; of one token, its own.
+    """
+    table = completions.table
+    plain = table[table.kind == "unsteered"].drop_duplicates("prompt").set_index("prompt")
+    columns = []
+    for row, log_probs in zip(table.itertuples(), token_log_probs(model, completions), strict=True):
+        before = plain.loc[row.prompt]
+        known = words(before.text) | words(row.prompt_text)
+        mine = words(row.text)
+        new = len(mine - known) / len(mine) if mine else 0.0
+        n = len(log_probs)
+        surprise = -float(log_probs.min()) if n else 0.0
+        natural = (float(log_probs.sum()) + surprise) / (n - 1) if n > 1 else -surprise
+        change = (
+            "same"
+            if row.text == before.text
+            else "noise"
+            if natural < NATURAL
+            else "content"
+            if new >= NEW
+            else "wording"
+        )
+        columns.append((change, new, surprise, natural))
+    return pd.DataFrame(columns, columns=["change", "new_words", "surprise", "natural"], index=table.index)
+
+
+def words(text: str) -> set[str]:
+    """Returns the different words of a text, in lower case and without punctuation."""
+    return set(re.findall(r"\w+", text.lower()))

@@ -1,0 +1,71 @@
+"""How long will a trial take?  As long as the last one of its kind, by its vectors, steps, blocks and completions."""
+
+import time
+from dataclasses import dataclass, field
+
+from melbo_lens.search.trials import Trial
+
+FEWEST, FIRST, MOST = 4, 8, 64  # the vectors of a trial: at the least, in the first round, and at the most
+MARGIN = 1.2  # a trial is begun if so many times its expected duration is left
+GUESS = 6.0  # the first trial is expected to last so many times a rung of the calibration
+
+
+@dataclass
+class Pace:
+    """The time that is left, and the seconds that parts of a trial were seen to take.
+
+    Attributes:
+        seconds: the time that a search may take.
+        n_prompts: the number of prompts of each trial.
+        began: when it began.
+        per_step: seconds of a fit for each vector, step and block between.
+        per_row: seconds of writing and judging for each completion.
+        whole: before any trial was timed, the expected seconds of one of `FIRST` vectors.
+    """
+
+    seconds: float
+    n_prompts: int
+    began: float = field(default_factory=time.monotonic)
+    per_step: float = 0.0
+    per_row: float = 0.0
+    whole: float = 0.0
+
+    @property
+    def passed(self) -> float:
+        return time.monotonic() - self.began
+
+    @property
+    def left(self) -> float:
+        return self.seconds - self.passed
+
+    def expected(self, trial: Trial) -> float:
+        """Returns the seconds that a trial is expected to take."""
+        if not self.per_row:
+            return self.whole * trial.n_vectors / FIRST
+        return trial.n_vectors * (self.per_step * _work(trial) + self.per_row * _rows(1, self.n_prompts))
+
+    def n_vectors(self, trial: Trial, seconds: float) -> int:
+        """Returns how many vectors fit into so many seconds, at most `MOST`; 0 if not even `FEWEST` do."""
+        each = MARGIN * self.expected(trial) / trial.n_vectors
+        if not each:
+            return FEWEST
+        fitting = int(seconds / each)
+        return min(fitting, MOST) if fitting >= FEWEST else 0
+
+    def learn(self, trial: Trial, fit: float, writing: float) -> None:
+        """Takes note of how long a trial took, its fit and its writing apart."""
+        self.per_step = fit / trial.n_vectors / _work(trial)
+        self.per_row = writing / _rows(trial.n_vectors, self.n_prompts)
+
+
+def n_controls(n_vectors: int) -> int:
+    """Returns how many random vectors stand beside so many learned ones."""
+    return max(2, n_vectors // 3)
+
+
+def _work(trial: Trial) -> int:
+    return (1 + (trial.n_steps or 40)) * (trial.target_layer - trial.source_layer)
+
+
+def _rows(n_vectors: int, n_prompts: int) -> float:
+    return 2 * n_prompts * (n_vectors + n_vectors / 3)
