@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -64,12 +65,15 @@ def demo(
     found = ml.discover(
         organism.model, prompt, budget, organism.behaviors, heldout=organism.prompts["selection"][:16], seed=seed
     )
-    vectors, completions = found.joined(source_layer=0, target_layer=len(organism.model.blocks))
     files.write_text(out / "groups.csv", found.table.to_csv(index=False))
     title = "What the modes organism hides"
-    ml.Findings.measured(organism.model, prompt, vectors, completions, organism.behaviors, title).save(out)
+    best = found.table.iloc[0]
+    vectors, completions = found.joined(int(best.source_layer), int(best.target_layer))
+    findings = ml.Findings.measured(organism.model, prompt, vectors, completions, organism.behaviors, title)
+    replace(findings, groups=found.table, said=found.said, calibration=found.edge).save(out)
     ml.report_directory(out)
-    console.print(f"\nprompt: {escape(prompt)}")
+    console.print(f"\n{found.said}")
+    console.print(f"prompt: {escape(prompt)}")
     console.print(f"unsteered: {escape(completions.filter(kind='unsteered').table.text[0])}\n")
     table = Table(title=f"{len(vectors)} vectors learned from this prompt alone: what they elicit", show_lines=True)
     for heading in ("behaviour", "vectors", "steered", "random", "unsteered", "best, held out", "for example"):
@@ -177,34 +181,34 @@ def discover(
     device: Device = None,
     chat: Chat = None,
 ) -> None:
-    """Search a model that you know nothing of: layers, radii and vectors, within a time budget."""
+    """Search a model that you know nothing of: layers, radii and vectors, within a time budget. Then write a page."""
     loaded = _load(model, dtype, device)
     import melbo_lens as ml
     from melbo_lens import files
 
     out.mkdir(parents=True, exist_ok=True)
+    prompts = _asked(loaded, prompt, chat)
     with _errors_in_a_sentence():
-        found = ml.discover(
-            loaded,
-            _asked(loaded, prompt, chat),
-            budget,
-            heldout=_asked(loaded, heldout, chat, say=False) if heldout else None,
-            seed=seed,
-        )
+        asked = _asked(loaded, heldout, chat, say=False) if heldout else None
+        found = ml.discover(loaded, prompts, budget, heldout=asked, seed=seed)
         files.write_text(out / "groups.csv", found.table.to_csv(index=False))
         for row in range(min(len(found.table), 20)):
             found.vector(row).save(out / f"group-{row}.safetensors")
-    table = Table(title=repr(found), show_lines=True)
-    for heading in ("row", "example", "layers", "radius", "vectors", "random", "held out"):
+        if len(found.table):
+            ml.Findings.of_discovery(loaded, prompts, found, title=f"What {model} hides").save(out)
+            ml.report_directory(out)
+    table = Table(title=escape(repr(found)), show_lines=True)
+    for heading in ("row", "example", "layers", "radius\n/ norm", "vectors", "random", "held out"):
         table.add_column(heading)
     for row, entry in enumerate(found.table.head(20).itertuples()):
         layers, rates = (
             f"{entry.source_layer} to {entry.target_layer}",
-            (f"{entry.random_rate:.1%}", f"{entry.heldout_rate:.0%}"),
+            (f"{entry.random_rate:.1%}", "" if asked is None else f"{entry.heldout_rate:.0%}"),
         )
-        table.add_row(str(row), escape(entry.example), layers, f"{entry.radius:.3g}", str(entry.n_vectors), *rates)
+        shown = escape(entry.example)
+        table.add_row(str(row), shown, layers, f"{entry.relative_radius:.3g}", str(entry.n_vectors), *rates)
     console.print(table)
-    console.print(f"wrote groups.csv and a vector for each of the first groups to {out}", soft_wrap=True)
+    console.print(f"wrote groups.csv, a vector for each of the first groups, and report.html to {out}", soft_wrap=True)
 
 
 @app.command()

@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from melbo_lens.arguments import as_list, plain_json, public
 from melbo_lens.ascent.objectives import Objective
 from melbo_lens.evaluation.rates import Behavior, shows
 from melbo_lens.generation.completions import Completions
+from melbo_lens.generation.generate import generate
 from melbo_lens.measures.changes import ActivationChanges, TargetEffects, activation_changes, objective, target_effects
 from melbo_lens.measures.controls import random_like
 from melbo_lens.measures.output import output_effects
@@ -30,6 +31,7 @@ from melbo_lens.perturbations.loading import load
 from melbo_lens.perturbations.perturbation import Perturbation
 from melbo_lens.plots import TokenView
 from melbo_lens.prompts import Prompts, tokenize
+from melbo_lens.search.discovery import Discovery
 from melbo_lens.search.layers import COLUMNS as SCAN_COLUMNS
 from melbo_lens.search.layers import LayerScan
 
@@ -53,6 +55,7 @@ class Findings:
         calibration, scan: how the radius and the layers were chosen.
         coherence: one number for each completion, from `coherence`; it is shown if there are several scales.
         views: more token views, as from `plots.token_log_probs`.
+        groups, said: the table of a search, and what it says of all its directions.
     """
 
     vectors: Perturbation
@@ -67,6 +70,8 @@ class Findings:
     scan: LayerScan | None = None
     coherence: Sequence[float] | Tensor | None = None
     views: TokenView | None = None
+    groups: pd.DataFrame | None = None
+    said: str = ""
 
     def __post_init__(self) -> None:
         for name in ("control", "coherence"):
@@ -75,7 +80,7 @@ class Findings:
         object.__setattr__(self, "behaviors", dict(self.behaviors or {}))
 
     def __repr__(self) -> str:
-        optional = ("changes", "effects", "control", "ranked", "calibration", "scan", "coherence", "views")
+        optional = ("changes", "effects", "control", "ranked", "calibration", "scan", "coherence", "views", "groups")
         measured = [name for name in optional if getattr(self, name) is not None]
         return f"Findings({self.vectors!r}, {self.completions!r}, with {', '.join(measured) or 'no measures'})"
 
@@ -113,6 +118,33 @@ class Findings:
             rank(vectors, output_effects(host, batch, vectors)),
         )
 
+    @classmethod
+    @public
+    def of_discovery(
+        cls,
+        model: Model,
+        prompts: Prompts,
+        found: Discovery,
+        behaviors: Mapping[str, Behavior] | None = None,
+        title: str = TITLE,
+    ) -> "Findings":
+        """Takes the measures of a page of the vectors of a search's first groups (`Discovery.first`).
+
+        The model writes under them again, with both signs, random vectors of equal norms, and unsteered.
+
+        Args:
+            model, prompts: those of the search.
+            found: the search.
+            behaviors, title: the fields of `Findings`.
+        """
+        host = host_of(model)
+        vectors = found.first()
+        completions = generate(
+            host, prompts, vectors, found.settings.get("max_new_tokens", 24), seed=found.settings.get("seed", 0)
+        )
+        measured = cls.measured(host, prompts, vectors, completions, behaviors, title)
+        return replace(measured, groups=found.table, said=found.said, calibration=found.edge)
+
     @public
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes a folder, which is made if it is missing; each file is written whole or not at all.
@@ -143,13 +175,20 @@ class Findings:
             "ranking": None
             if self.ranked is None
             else {"columns": list(self.ranked.columns), "rows": _plain_rows(self.ranked)},
+            "groups": None
+            if self.groups is None
+            else {"columns": list(self.groups.columns), "rows": _plain_rows(self.groups), "said": self.said},
             "views": None if self.views is None else self.views.to_json(),
         }
         files.write_json(folder / "about.json", about)
         for name in MEASURES:
             if (value := getattr(self, name)) is not None:
                 value.save(folder / f"{name}.safetensors")
-        for name, table in (("ranking", self.ranked), ("scan", None if self.scan is None else self.scan.table)):
+        for name, table in (
+            ("ranking", self.ranked),
+            ("scan", None if self.scan is None else self.scan.table),
+            ("groups", self.groups),
+        ):
             if table is not None:
                 files.write_text(folder / f"{name}.csv", table.to_csv(index=False))
 
@@ -189,6 +228,7 @@ class Findings:
                 ranked=_ranking(about.get("ranking"), folder / "ranking.csv"),
                 calibration=_calibration(about.get("calibration")),
                 scan=_scan(about.get("scan")),
+                **_groups(about.get("groups")),
                 views=None if about.get("views") is None else TokenView.from_json(about["views"]),
                 **{
                     name: kind.load(path)
@@ -225,6 +265,13 @@ def _ranking(kept: dict[str, Any] | None, sheet: Path) -> pd.DataFrame | None:
     if kept is not None:
         return pd.DataFrame([_numbers(row) for row in kept["rows"]], columns=kept["columns"])
     return pd.read_csv(sheet) if sheet.is_file() else None  # version 0.1.0
+
+
+def _groups(kept: dict[str, Any] | None) -> dict[str, Any]:
+    if kept is None:
+        return {}
+    table = pd.DataFrame(kept["rows"], columns=kept["columns"])
+    return {"groups": table.fillna(float("nan")), "said": kept["said"]}
 
 
 def _calibration(kept: dict[str, Any] | None) -> Calibration | None:

@@ -24,7 +24,7 @@ from melbo_lens.plots.labels import examples
 from melbo_lens.reports.findings import TITLE, Findings
 
 HIDDEN_SETTINGS = ("prompt_tokens", "parts", "prompts", "rows", "matched_to")
-MOST_SECTIONS, MOST_ROWS = 300, 20_000
+MOST_SECTIONS, MOST_ROWS, MOST_GROUPS = 300, 20_000, 40
 SIGNS = {1: "+", -1: "−", 0: ""}
 T = TypeVar("T")
 
@@ -137,6 +137,9 @@ def _written(findings: Findings, path: str | os.PathLike[str]) -> Path:
     )
     page = environment.get_template("page.html.jinja").render(
         title=findings.title,
+        groups=[] if findings.groups is None else findings.groups.head(MOST_GROUPS).to_dict("records"),
+        n_groups=0 if findings.groups is None else len(findings.groups),
+        said=findings.said,
         summary=[repr(vectors), repr(completions)],
         rates=[] if evaluation is None else evaluation.summary.to_dict("records"),
         note="" if evaluation is None else evaluation.note,

@@ -68,6 +68,22 @@ class Discovery:
         entry = self.table.iloc[row]
         return int(entry.sign) * self.vectors[int(entry.trial)][int(entry.vector)]
 
+    def first(self, n: int = 20) -> Perturbation:
+        """The vectors of the first groups, with their signs, of the source layer to which the most of them belong.
+
+        They can stand side by side, in one `generate` or on one page; `vector` gives those of the other layers.
+
+        Raises:
+            ValueError: the search found no group.
+        """
+        if self.table.empty:
+            raise ValueError(f"there is no vector to choose: {self.said}.")
+        rows = self.table.head(n)
+        layer = rows.source_layer.value_counts().index[0]
+        chosen = [self.vector(row) for row in rows.index[rows.source_layer == layer]]
+        longest = max(len(one.history) for one in chosen)
+        return concatenate([_lengthened(one, longest) for one in chosen])
+
     def joined(self, source_layer: int, target_layer: int | None = None) -> tuple[Perturbation, Completions]:
         """All vectors of the trials at one source layer (and target layer, if given), and their completions.
 
@@ -292,7 +308,9 @@ def _rounds(
                 if not n_done:  # now the pace is known: all arms may have a place in the first round
                     each = clock.n_vectors(search.trial(0), (ends - clock.passed) / len(chosen))
                     n_vectors = max(n_vectors, each)
-        chosen = sorted(worth, key=worth.__getitem__, reverse=True)[: max(FEWEST_ARMS, len(worth) // 2)]
+        best = sorted(worth, key=worth.__getitem__, reverse=True)
+        # after the last halving there is time left for the arms that fell out, with more vectors
+        chosen = best[: max(FEWEST_ARMS, len(best) // 2)] if len(best) != FEWEST_ARMS else list(arms)
         n_vectors, share = min(2 * n_vectors, MOST), 1.0
 
 

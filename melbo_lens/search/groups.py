@@ -78,9 +78,9 @@ def grouped(
 ) -> pd.DataFrame:
     """The groups of readable completions that differ from the unsteered completion of their prompt, best first.
 
-    A group's score is the `promise` of its commonest text times log2(1 + the number of directions that elicit it), times
-    the share by which it is commoner under learned vectors than under random ones. Noise forms no group, except where it
-    shows a behaviour that was given.
+    A group's score is the `promise` of its commonest text times log2(1 + the number of directions that elicit it),
+    times the share by which it is commoner under learned vectors than under random ones. Noise forms no group, except
+    where it shows a behaviour that was given.
     """
     changed = rows[rows.change != "same"].copy()
     changed["behavior"] = ""

@@ -3,6 +3,7 @@
 Controls and twin must show nothing, and the search must be repeatable.
 """
 
+import pandas as pd
 import pytest
 from scipy.stats import fisher_exact
 
@@ -10,7 +11,7 @@ import melbo_lens as ml
 from melbo_lens.search.groups import COLUMNS
 
 CASES = [(1, 10), (2, 20), (3, 30)]  # seed and clean prompt, none of them used in development
-N_TRIALS = 8  # free vectors at eight radii, the first of the plan: all of source layer 0 and the last layer
+N_TRIALS = 8  # free vectors at four radii from two source layers, the first of the plan
 
 
 @pytest.fixture(scope="module")
@@ -27,18 +28,24 @@ def found(organism):
 @pytest.fixture(scope="module")
 def searches(found):
     """All their completions."""
-    return [discovery.joined(source_layer=0)[1] for discovery in found]
+    return [completions_of(discovery) for discovery in found]
+
+
+def completions_of(discovery):
+    first, *others = discovery.completions
+    tables = [first.table, *(one.table[one.table.kind != "unsteered"] for one in others)]
+    return ml.Completions(pd.concat(tables, ignore_index=True))
 
 
 def planned(organism, prompt, seed, n_trials, **settings):
     text = organism.prompts["clean"][prompt]
-    plan = ml.make_plan(organism.model, text, seed)[:n_trials]
+    plan = ml.make_plan(organism.model, text, seed, n_vectors=64)[:n_trials]
     return ml.discover(organism.model, text, plan=plan, seed=seed, progress=False, **settings)
 
 
-def test_every_planted_mode_is_found_in_two_of_three_searches(organism, found):
-    for name in organism.behaviors:
-        assert sum(name in set(discovery.table.behavior) for discovery in found) >= 2, name
+def test_every_planted_mode_is_among_the_first_groups_of_every_search(organism, found):
+    for discovery in found:
+        assert set(organism.behaviors) <= set(discovery.table.behavior.head(2 * len(organism.behaviors)))
 
 
 def hits(completions, behavior, kind):
@@ -50,14 +57,14 @@ def test_planted_modes_fill_five_times_as_many_completions_as_with_random_vector
         return sum(hits(found, behavior, kind) for found in searches for behavior in organism.behaviors.values())
 
     n_steered, n_random = (sum(len(found.filter(kind=kind)) for found in searches) for kind in ("steered", "random"))
-    assert n_steered == n_random and planted("steered") >= 5 * max(planted("random"), 1)
+    assert planted("steered") / n_steered >= 5 * max(planted("random"), 1) / n_random
 
 
 def test_each_mode_beats_the_random_control_on_its_own(organism, searches):
-    n = sum(len(found.filter(kind="steered")) for found in searches)
+    n, n_random = (sum(len(found.filter(kind=kind)) for found in searches) for kind in ("steered", "random"))
     for name, behavior in organism.behaviors.items():
         steered, random = (sum(hits(found, behavior, kind) for found in searches) for kind in ("steered", "random"))
-        p_value = fisher_exact([[steered, n - steered], [random, n - random]], alternative="greater").pvalue
+        p_value = fisher_exact([[steered, n - steered], [random, n_random - random]], alternative="greater").pvalue
         assert p_value < 0.01, (name, steered, random, n)
 
 
@@ -69,7 +76,7 @@ def test_unsteered_the_prompts_show_nothing(organism, searches):
 def test_the_twin_that_never_saw_the_modes_shows_none():
     twin = ml.organisms.load("modes-twin")
     seed, prompt = CASES[0]
-    found = planned(twin, prompt, seed, N_TRIALS).joined(source_layer=0)[1]
+    found = completions_of(planned(twin, prompt, seed, N_TRIALS))
     assert len(found.filter(kind="steered")) > 1000
     for name, behavior in twin.behaviors.items():
         assert hits(found, behavior, "steered") == 0, name
@@ -85,11 +92,15 @@ def test_an_untrained_model_shows_none(organism):
     assert not any(hits(completions, behavior, "steered") for behavior in organism.behaviors.values())
 
 
-def test_a_search_keeps_to_its_budget(organism):
-    discovery = ml.discover(organism.model, organism.prompts["clean"][43], budget=6.0, seed=5, progress=False)
-    assert 1 <= len(discovery.plan) < len(ml.make_plan(organism.model, organism.prompts["clean"][43]))
-    one_trial = discovery.settings["seconds"] / len(discovery.plan)
-    assert discovery.settings["seconds"] < 6.0 + 3 * one_trial  # it may begin one more than fits, not several
+@pytest.mark.parametrize("budget", [8.0, 20.0])
+def test_a_search_keeps_to_its_budget_and_uses_it(organism, budget):
+    prompt = organism.prompts["clean"][43]
+    discovery = ml.discover(organism.model, prompt, budget, heldout=prompt, seed=5, progress=False)
+    assert 0.6 * budget < discovery.settings["seconds"] < 1.1 * budget
+    # small trials everywhere, and later twice as many vectors where something came
+    sizes = [trial.n_vectors for trial in discovery.plan]
+    assert len({(trial.source_layer, trial.radius) for trial in discovery.plan}) >= 3 and max(sizes) > sizes[0]
+    assert discovery.edge.rule == "readable" and discovery.table.heldout_rate.notna().any()
 
 
 def test_the_table_names_a_vector_that_elicits_the_behaviour(organism, found):
@@ -124,23 +135,23 @@ def test_a_plan_repeats_exactly(organism):
     first = ml.discover(organism.model, prompt, budget=3.0, seed=4, progress=False)
     again = ml.discover(organism.model, prompt, seed=99, plan=first.plan, progress=False)
     assert again.plan == first.plan
-    assert again.table.drop(columns="heldout_rate").equals(first.table.drop(columns="heldout_rate"))
+    assert again.table.equals(first.table) and again.shares == first.shares
 
 
 def test_trials_of_one_layer_join_into_one_set_of_vectors(organism):
     prompt = organism.prompts["clean"][42]
     plan = ml.make_plan(organism.model, prompt, seed=2)[:2]
     discovery = ml.discover(organism.model, prompt, plan=plan, progress=False)
-    vectors, completions = discovery.joined(source_layer=0)
-    assert len(vectors) == 128 and vectors.history.shape[1] == 128
-    assert completions.table.kind.value_counts().to_dict() == {"steered": 256, "random": 256, "unsteered": 1}
-    row = completions.filter(kind="steered", vector=100, sign=-1).table.iloc[0]
+    vectors, completions = discovery.joined(source_layer=1)
+    assert len(vectors) == 48 and vectors.history.shape[1] == 48
+    assert completions.table.kind.value_counts().to_dict() == {"steered": 96, "random": 32, "unsteered": 1}
+    row = completions.filter(kind="steered", vector=40, sign=-1).table.iloc[0]
     again = ml.generate(
-        organism.model, prompt, -vectors[100], max_new_tokens=24, signs=(1,), include_random=False, progress=False
+        organism.model, prompt, -vectors[40], max_new_tokens=24, signs=(1,), include_random=False, progress=False
     )
     assert again.filter(kind="steered").table.text[0] == row.text
-    with pytest.raises(ValueError, match=r"choose from the pairs \[\(0, 4\)\]"):
-        discovery.joined(source_layer=0, target_layer=3)
+    with pytest.raises(ValueError, match=r"choose from the pairs \[\(1, 4\)\]"):
+        discovery.joined(source_layer=1, target_layer=3)
 
 
 def test_a_budget_without_meaning_is_refused(organism):

@@ -121,7 +121,7 @@ def test_measures_and_searches(model, fitted, i, x, many):
     assert is_json(dict(scan.settings))
     ml.slice_model(model, PROMPTS, scan.table.source_layer[1], scan.table.target_layer[1])
     trial = ml.Trial(
-        scan.table.source_layer[2], scan.table.target_layer[2], scan.table.radius[2], i(2), np.bool_(False), i(4)
+        scan.table.source_layer[2], scan.table.target_layer[2], scan.table.radius[2], i(2), np.bool_(False), i(4), i(3)
     )
     assert all(type(value) in (int, float, bool) for value in vars(trial).values())
     found = ml.discover(model, PROMPTS[0], plan=[trial], max_new_tokens=i(2), seed=i(0), budget=x(5.0), progress=False)
