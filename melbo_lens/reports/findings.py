@@ -32,11 +32,11 @@ from melbo_lens.perturbations.perturbation import Perturbation
 from melbo_lens.plots import TokenView
 from melbo_lens.prompts import Prompts, tokenize
 from melbo_lens.search.discovery import Discovery
-from melbo_lens.search.layers import COLUMNS as SCAN_COLUMNS
 from melbo_lens.search.layers import LayerScan
 
 MEASURES = {"changes": ActivationChanges, "effects": TargetEffects}
 TITLE = "What the vectors elicit"
+SCAN_COLUMNS_0_1_0 = "source_layer target_layer sign radius objective random_objective kl entropy".split()
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -171,7 +171,11 @@ class Findings:
             "calibration": None if self.calibration is None else vars(self.calibration),
             "scan": None
             if self.scan is None
-            else {"rows": _plain_rows(self.scan.table[SCAN_COLUMNS]), "settings": dict(self.scan.settings)},
+            else {
+                "columns": list(self.scan.table.columns),
+                "rows": _plain_rows(self.scan.table),
+                "settings": dict(self.scan.settings),
+            },
             "ranking": None
             if self.ranked is None
             else {"columns": list(self.ranked.columns), "rows": _plain_rows(self.ranked)},
@@ -282,11 +286,10 @@ def _calibration(kept: dict[str, Any] | None) -> Calibration | None:
 
 
 def _scan(kept: dict[str, Any] | None) -> LayerScan | None:
-    return (
-        None
-        if kept is None
-        else LayerScan(pd.DataFrame([_numbers(row) for row in kept["rows"]], columns=SCAN_COLUMNS), kept["settings"])
-    )
+    if kept is None:
+        return None
+    columns = kept.get("columns", SCAN_COLUMNS_0_1_0)
+    return LayerScan(pd.DataFrame([_numbers(row) for row in kept["rows"]], columns=columns), kept["settings"])
 
 
 def _table(path: Path) -> pd.DataFrame:

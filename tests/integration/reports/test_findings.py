@@ -132,3 +132,24 @@ def test_a_folder_without_its_files_is_refused_in_a_sentence(folder, spoil, said
     assert result.exit_code == 1 and said in " ".join(result.output.split()) and "Traceback" not in result.output
     result = CliRunner().invoke(app, ["report", str(folder), "--behavior", "newly"])
     assert result.exit_code == 2
+
+
+def test_a_search_is_a_page_with_its_groups_and_comes_back_from_its_folder(tmp_path):
+    organism = ml.organisms.load("modes")
+    prompt = organism.prompts["clean"][2]
+    plan = ml.make_plan(organism.model, prompt)[3:8]
+    found = ml.discover(organism.model, prompt, plan=plan, progress=False)
+    kept = ml.Findings.of_discovery(organism.model, prompt, found)
+    layer = found.table.source_layer.head(20).value_counts().index[0]
+    rows = found.table.index[:20][found.table.source_layer.head(20) == layer]
+    assert len(kept.vectors) == len(rows)
+    for vector, row in zip(kept.vectors, rows, strict=True):
+        torch.testing.assert_close(vector.values, found.vector(row).values)
+    kept.save(tmp_path)
+    again = ml.Findings.load(tmp_path)
+    pd.testing.assert_frame_equal(again.groups, found.table, check_dtype=False)
+    page = ml.report(again, path=tmp_path / "page.html").read_text()
+    assert found.said.replace("of the directions ", "") in page and 'id="groups"' in page
+    for share in found.shares.values():
+        assert f"{share:.0%}" in page
+    assert sum(found.shares.values()) == pytest.approx(1)

@@ -10,7 +10,7 @@ from scipy.spatial.distance import pdist
 import melbo_lens as ml
 from melbo_lens.generation.completions import COLUMNS as COMPLETION_COLUMNS
 from melbo_lens.plots import numbers
-from melbo_lens.search.layers import COLUMNS
+from melbo_lens.reports.findings import SCAN_COLUMNS_0_1_0 as COLUMNS
 
 EVIL = "<b>loud</b> & <script>alert(1)</script>"
 

@@ -1,0 +1,124 @@
+"""Is a completion told from the unsteered one as a plain reading of the two texts and of a plain pass tells it?"""
+
+import warnings
+
+import pytest
+import torch
+
+import melbo_lens as ml
+from melbo_lens.evaluation import coherence as of_tokens
+from melbo_lens.evaluation.coherence import token_log_probs
+from melbo_lens.evaluation.departures import departures, words
+from melbo_lens.models import passes
+from melbo_lens.models.access import host_of
+from tests import models
+
+PROMPTS = ["w1 w2 w3 w4 w5", "w6 w7"]
+
+
+def written(model, norm=4.0, n=5, **settings):
+    vectors = torch.randn(n, models.D_MODEL, generator=torch.Generator().manual_seed(3))
+    vectors = ml.SteeringVectors(norm * torch.nn.functional.normalize(vectors, dim=1), 1)
+    return ml.generate(model, PROMPTS, vectors, 6, progress=False, **settings)
+
+
+def by_whole_passes(model, completions):
+    """Each completion by itself, in one pass without a cache."""
+    found = []
+    for ids, new in zip(completions.prompt_tokens, completions.table.tokens, strict=True):
+        rows = torch.tensor([[*ids, *new]])
+        log_probs = model(rows)[0].float().log_softmax(-1)
+        found.append(torch.stack([log_probs[len(ids) + i - 1, token] for i, token in enumerate(new)]).detach())
+    return found
+
+
+def test_the_log_probabilities_of_tokens_are_those_of_whole_passes(any_model):
+    completions = written(any_model)
+    for mine, plain in zip(
+        token_log_probs(any_model, completions), by_whole_passes(any_model, completions), strict=True
+    ):
+        torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("fault", ["raises", "lies", "keeps all rows"])
+def test_a_cache_that_can_not_be_trusted_is_not_used(model, monkeypatch, fault):
+    completions = written(model)
+    expected = by_whole_passes(model, completions)
+    kind, calls = type(host_of(model)), []
+    honest = kind.cached_logits
+
+    def cached(self, tokens, attention_mask, cache):
+        calls.append(len(tokens))
+        if fault == "raises":
+            raise RuntimeError("no cache")
+        logits, cache = honest(self, tokens, attention_mask, cache)
+        return (logits + torch.arange(logits.shape[-1]) if fault == "lies" else logits), cache
+
+    monkeypatch.setattr(kind, "cached_logits", cached)
+    if fault == "keeps all rows":
+        monkeypatch.setattr(kind, "drop_rows", lambda self, cache, kept: False)
+    for mine, plain in zip(token_log_probs(model, completions), expected, strict=True):
+        torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-4)
+    assert len(calls) <= 2  # and it isn't asked again for every prompt
+
+
+def test_a_prompt_runs_once_and_equal_completions_are_read_once(model, monkeypatch):
+    completions = written(model, norm=1e-6)  # all rows say the same
+    seen = []
+    original = passes.log_probs_after
+    monkeypatch.setattr(
+        of_tokens,
+        "log_probs_after",
+        lambda host, prompt, rows, cached: seen.append(len(rows)) or original(host, prompt, rows, cached),
+    )
+    token_log_probs(model, completions)
+    assert seen == [1, 1]
+
+
+def test_the_parts_of_a_departure_are_what_they_say(model):
+    completions = written(model)
+    found = departures(model, completions)
+    plain = {row.prompt: row for row in completions.table.itertuples() if row.kind == "unsteered"}
+    log_probs = by_whole_passes(model, completions)
+    for row, said, mine in zip(completions.table.itertuples(), found.itertuples(), log_probs, strict=True):
+        own = set(row.text.lower().split())
+        known = set(plain[row.prompt].text.split()) | set(row.prompt_text.split())
+        assert said.new_words == pytest.approx(len(own - known) / len(own))
+        least = mine.argmin()
+        rest = torch.cat([mine[:least], mine[least + 1 :]])
+        assert said.surprise == pytest.approx(-float(mine[least]), abs=1e-3)
+        assert said.natural == pytest.approx(float(rest.mean()), abs=1e-3)
+        if row.text == plain[row.prompt].text:
+            assert said.change == "same"
+        elif rest.mean() < -3:
+            assert said.change == "noise"
+        else:
+            assert said.change == ("content" if said.new_words >= 0.5 else "wording")
+    assert (found.change[completions.table.kind == "unsteered"] == "same").all()
+    assert {"noise"} < set(found.change)
+
+
+def test_one_token_and_none_have_departures_too(model):
+    completions = written(model)
+    completions.table["tokens"] = [[], *[row[:1] for row in completions.table.tokens[1:]]]
+    completions.table["text"] = ["", *completions.table.text[1:]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = departures(model, completions)
+    assert found.notna().all().all() and (found.natural[1:] == -found.surprise[1:]).all()
+
+
+def test_words_are_compared_without_case_and_punctuation():
+    assert words("It's Lisbon, LISBON!\n") == {"it", "s", "lisbon"}
+
+
+def test_so_many_controls_are_made_as_are_asked_for(model):
+    completions = written(model, include_random=2)
+    kinds = completions.table.kind.value_counts().to_dict()
+    assert kinds == {"steered": 5 * 2 * 2, "random": 2 * 2 * 2, "unsteered": 2}
+    whole = written(model).filter(kind="random").table
+    few = completions.filter(kind="random").table
+    same = whole[whole.vector < 2].text.tolist()
+    assert few.text.tolist() == same  # they are the first of the controls of all
+    with pytest.raises(ValueError, match="include_random=-1"):
+        written(model, include_random=-1)
