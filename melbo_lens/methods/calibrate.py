@@ -30,7 +30,7 @@ def calibrate_radius(
     target_layer: int | None = None,
     rule: AnyRule = "readable",
     target: float | None = None,
-    target_positions: Positions = slice(None),
+    target_positions: Positions | None = None,
     target_hook: str | None = None,
     seed: int = 0,
     site: str = "mlp_out",

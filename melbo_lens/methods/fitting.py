@@ -20,9 +20,9 @@ from melbo_lens.ascent.fixed_point import Climb, fixed_point
 from melbo_lens.ascent.objectives import Objective
 from melbo_lens.ascent.states import Point
 from melbo_lens.methods import checkpoints
-from melbo_lens.methods.problem import SINK, Problem, default_batch_size
+from melbo_lens.methods.problem import Problem, default_batch_size
 from melbo_lens.methods.provenance import describe
-from melbo_lens.models.slices import SlicedModel
+from melbo_lens.models.slices import SINK, SlicedModel
 
 DEFAULT_LR = 1e-3
 Optimizer: TypeAlias = Literal["power", "adamw"]

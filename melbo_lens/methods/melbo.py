@@ -73,7 +73,7 @@ def fit_vectors(
         p: a larger p favours a change that is concentrated on few positions; the post uses 2 and 4.
         q: each prompt's sum is raised to 1 / q; the post uses 1 and p.
         target_positions: where a change counts, in each prompt's own tokens: `slice(-3, None)` for the last three. None
-            means all positions.
+            means all positions but an attention sink at the first (`slice_model`).
         orthogonal: makes each vector orthogonal to those before it. Without it many vectors find the same direction of
             largest change.
         optimizer: "power", a fixed-point iteration, is fast; "adamw" is the published recipe, step by step.

@@ -14,14 +14,11 @@ from torch import Tensor
 
 from melbo_lens.ascent.objectives import penalized
 from melbo_lens.ascent.states import Evaluation, Point
-from melbo_lens.models.slices import SlicedModel
+from melbo_lens.models.slices import SINK, SlicedModel
 
 SAVED_BYTES = 2**30  # what the forward pass of one chunk may keep for the backward pass
 # Numbers that one block keeps for the backward pass, per token and unit of d_model; 25 to 45 were measured.
 SAVED_PER_TOKEN = 40
-# A change of one position by so many times the usual norm of the target is a sink. In clean text, the massive
-# activations at a first position are over a hundred times the usual norm, and changes of behaviour are about once.
-SINK = 10.0
 
 # An act says what the rows of a point [row ...] change at the target of these prompts. Its result has, row by row,
 # an entry for each of the prompts: [(row prompt) pos d_target].
@@ -104,9 +101,7 @@ class Problem:
 
     @cached_property
     def _usual(self) -> float:
-        """The median norm of the clean target, at the prompts' own positions."""
-        norms = self.sliced.target.norm(dim=-1)[self.sliced.batch.own]
-        return float(norms.median()) or float("inf")
+        return self.sliced.usual_norm or float("inf")
 
     def changes(self, rows: Point) -> Float[Tensor, "row prompt pos d_target"]:
         """What each of the rows [row ...] changes at the target of each prompt; 0 outside the target positions."""

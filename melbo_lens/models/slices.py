@@ -16,6 +16,9 @@ from melbo_lens.perturbations.sites import SITES, Hook, Site, site_of
 from melbo_lens.prompts import Positions, PromptBatch, Prompts, tokenize
 from melbo_lens.randomness import gaussian
 
+# A position whose norm, or its change, is so many times the usual norm of the target is an attention sink. In clean
+# text sinks have over a hundred times the usual norm, and changes of behaviour have about once of it.
+SINK = 10.0
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
@@ -64,6 +67,17 @@ class SlicedModel:
     def everyone(self) -> Int[Tensor, " prompt"]:
         """The number of each prompt, for rows that are the prompts themselves."""
         return torch.arange(len(self.batch), device=self.device)
+
+    @property
+    def usual_norm(self) -> float:
+        """The median norm of the clean target, at the prompts' own positions."""
+        return float(self.target.norm(dim=-1)[self.batch.own].median())
+
+    @property
+    def begins_with_a_sink(self) -> bool:
+        """Whether the first position of every prompt has a massive activation at the target, and others follow it."""
+        first = self.target[:, 0].norm(dim=-1)
+        return bool((self.batch.lengths > 1).all() and (first > SINK * self.usual_norm).all())
 
     @property
     def device(self) -> torch.device:
@@ -174,7 +188,7 @@ def slice_model(
     prompts: Prompts,
     source_layer: int,
     target_layer: int | None = None,
-    target_positions: Positions = slice(None),
+    target_positions: Positions | None = None,
     target_hook: str | None = None,
     site: str = "mlp_out",
 ) -> SlicedModel:
@@ -186,7 +200,9 @@ def slice_model(
         source_layer: the block at whose `site` perturbations are added.
         target_layer: the target is the stream that enters this block, or for `n_layers` the stream that leaves the last
             block. Larger ones cost more.
-        target_positions: a slice or indices into each prompt's own tokens; a change counts only there.
+        target_positions: a slice or indices into each prompt's own tokens; a change counts only there. None means all
+            of them, except a first position that is an attention sink: in many models the stream has over a hundred
+            times its usual norm there, which would drown every change of behaviour.
         target_hook: the activation to read instead of a layer's stream, for instance "blocks.9.attn.hook_z".
         site: "mlp_out", "resid_post" or "attn_out"; the first two give the same slice, and the last runs the source
             block too.
@@ -205,7 +221,7 @@ def slice_model(
     last, target_name = target_of(host, source_layer, target_layer, target_hook)
     where = site_of(site)
     source_hook = hooks.source_hook(host, where, source_layer)
-    batch = tokenize(host, prompts, target_positions)
+    batch = tokenize(host, prompts, slice(None) if target_positions is None else target_positions)
     with hooks.frozen(host):
         whole = blocks.record_with_axes(host, batch.tokens, source_layer, last)
         recording = blocks.Recording(whole.calls[1:], whole.streams[1:])
@@ -232,6 +248,8 @@ def slice_model(
             )
             _check_hooked_run(sliced, last)
             _check_alone(sliced, last, recording.streams[-1])
+    if target_positions is None and sliced.begins_with_a_sink:
+        return replace(sliced, batch=tokenize(host, batch, slice(1, None)))
     return sliced
 
 
@@ -248,7 +266,7 @@ def as_slice(
     target_positions: Positions | None,
     target_hook: str | None,
     site: str | None,
-    default_positions: Positions = slice(None),
+    default_positions: Positions | None = None,
 ) -> SlicedModel:
     """Returns the slice that was given in place of a model, or makes a new one.
 

@@ -69,7 +69,7 @@ def scan_layers(
     radius: float | Literal["auto"] = "auto",
     n_vectors: int = 4,
     n_steps: int = 8,
-    target_positions: Positions = slice(None),
+    target_positions: Positions | None = None,
     seed: int = 0,
     directory: str | os.PathLike[str] | None = None,
     progress: bool = True,
@@ -86,7 +86,7 @@ def scan_layers(
         radius: one radius for all pairs, or "auto": it is calibrated at one pair, about a quarter and a half of the way
             through the model, and every source layer then has the same share of its stream's median norm.
         n_vectors, n_steps: how many vectors are learned, in how many steps. Few are enough for an overview.
-        target_positions: where a change counts.
+        target_positions: where a change counts, as in `slice_model`.
         seed: the seed of the starts and of the random vectors.
         directory: a folder in which each finished pair is saved, atomically; it is made if it is missing. The same
             call, made later on a model of the same weights, skips these pairs.
@@ -117,12 +117,11 @@ def scan_layers(
             "source + 2 "
             f"and at most n_layers = {n_layers}."
         )
-    batch = tokenize(host, prompts, target_positions)
+    batch = tokenize(host, prompts)
+    where = None if target_positions is None else positions_text(target_positions)
     digest = None
     if directory is not None:
-        key = json.dumps(
-            [batch.rows(), radius, n_vectors, n_steps, positions_text(target_positions), seed, fingerprint(host)]
-        )
+        key = json.dumps([batch.rows(), radius, n_vectors, n_steps, where, seed, fingerprint(host)])
         digest = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
     rows, share = [], None
     with tqdm(total=len(pairs), desc="scan layers", unit="pair", disable=not progress) as bar:
@@ -149,7 +148,7 @@ def scan_layers(
         "n_steps": n_steps,
         "radius": radius,
         "seed": seed,
-        "target_positions": positions_text(target_positions),
+        "target_positions": where,
     }
     return LayerScan(pd.DataFrame(rows, columns=COLUMNS), settings)
 
@@ -176,7 +175,7 @@ def _read_pair(path: Path) -> list[list[float]] | None:
 
 
 def _share_of_norm(
-    host: Host, batch: PromptBatch, pairs: list[tuple[int, int]], target_positions: Positions, seed: int
+    host: Host, batch: PromptBatch, pairs: list[tuple[int, int]], target_positions: Positions | None, seed: int
 ) -> float:
     """The calibrated radius as a share of the stream's median norm, at a pair in the middle of those of the scan."""
     n_layers = host.n_layers
