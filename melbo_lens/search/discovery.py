@@ -281,6 +281,11 @@ class _Search:
         """Returns a completed trial of vectors."""
         return cast(Trial, self.done[number])
 
+    def readable(self, number: int) -> float:
+        """Returns the share of a completed trial's learned completions that are not noise."""
+        steered = (self.written[number].table.kind == "steered").to_numpy()
+        return float((self.judged[number].change[steered] != "noise").mean())
+
     def worth(self, number: int) -> float:
         """Scores a completed trial: the mean promise of its learned vectors' completions."""
         steered = (self.written[number].table.kind == "steered").to_numpy()
@@ -294,7 +299,7 @@ def _rounds(
     chosen, n_vectors, number, share = list(arms), FIRST, seed * 1000, SHARE_OF_FIRST_ROUND
     while chosen:
         ends, worth = clock.passed + share * clock.left, dict[Arm, float]()
-        for arm in chosen:
+        for place, arm in enumerate(chosen):  # it may grow on the way
             radius = ladder.radius_at_edge(arm.source_layer)
             until = ends if worth else clock.seconds  # a round has one trial at least, if there is time
             fitting = clock.n_vectors(arm.trial(radius, FEWEST, d_model, number), until - clock.passed)
@@ -305,6 +310,8 @@ def _rounds(
             number += 1
             if len(search.done) > n_done:
                 worth[arm] = search.worth(n_done)
+                if (beyond := arm.beyond(search.readable(n_done))) and beyond not in chosen:
+                    chosen.insert(place + 1, beyond)
                 if not n_done:  # now the pace is known: all arms may have a place in the first round
                     each = clock.n_vectors(search.trial(0), (ends - clock.passed) / len(chosen))
                     n_vectors = max(n_vectors, each)

