@@ -27,7 +27,8 @@ from melbo_lens.randomness import gaussian_rows
 
 SHARE = 0.75  # the readable share at the edge
 EFFECT = 1.0  # the change is as large as the target: at the edge of readability .5 to 3 was measured on four models
-N_VECTORS, N_STEPS, N_TOKENS = 6, 5, 10
+N_VECTORS, N_STEPS, N_TOKENS = 6, 5, 8
+FURTHER_STEPS = 3  # at each radius after the first, from where the vectors ended at the radius before
 FIRST = 0.1  # the first radius that is tried, as a share of the stream's norm
 BISECTIONS = 2
 LEAST, MOST = 1e-3, 1e2  # shares of the stream's norm between which an edge is looked for
@@ -145,7 +146,7 @@ class _Climber:
     """Learns the vectors of each radius from those of the radius before."""
 
     def __init__(self, sliced: SlicedModel, seed: int) -> None:
-        self.sliced = sliced
+        self.sliced, self.n_steps = sliced, N_STEPS
         self.problem = Problem(sliced, bias(sliced), Objective().value, default_batch_size(sliced))
         self.directions = unit(gaussian_rows(N_VECTORS, sliced.d_model, "readable", seed)).to(sliced.device)
         self.control = unit(gaussian_rows(N_VECTORS, sliced.d_model, "readable control", seed)).to(sliced.device)
@@ -154,7 +155,8 @@ class _Climber:
         radii = self.directions.new_full((N_VECTORS,), radius)
         with hooks.frozen(self.sliced.host):
             start = to_sphere(self.directions, radii)
-            *_, climb = fixed_point(self.problem, (start[None],), Sphere(radii), N_STEPS)
+            *_, climb = fixed_point(self.problem, (start[None],), Sphere(radii), self.n_steps)
+            self.n_steps = FURTHER_STEPS
             effect, random = self._effect(climb.point[0]), self._effect(radius * self.control)
         vectors = SteeringVectors(climb.point[0], self.sliced.source_layer, site=self.sliced.site.name)
         if effect < float("inf"):  # else the model overflowed, and what was learned there leads nowhere

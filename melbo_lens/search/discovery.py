@@ -287,9 +287,14 @@ class _Search:
         return float((self.judged[number].change[steered] != "noise").mean())
 
     def worth(self, number: int) -> float:
-        """Scores a completed trial: the mean promise of its learned vectors' completions."""
-        steered = (self.written[number].table.kind == "steered").to_numpy()
-        return float(promise(self.judged[number][steered]).mean())
+        """Scores a completed trial: the promise of its different texts, over the number of its completions.
+
+        A text that many vectors elicit counts once, since more of it is not what a search is for.
+        """
+        table, judged = self.written[number].table, self.judged[number]
+        steered = table.kind == "steered"
+        first = steered & ~table[steered].text.duplicated().reindex(table.index, fill_value=True)
+        return float(promise(judged[first]).sum() / steered.sum())
 
 
 def _rounds(
@@ -297,6 +302,7 @@ def _rounds(
 ) -> Iterator[Trial]:
     """Yields trials until the time is used: first small ones everywhere, then larger ones where something came."""
     chosen, n_vectors, number, share = list(arms), FIRST, seed * 1000, SHARE_OF_FIRST_ROUND
+    tried: set[Arm] = set()
     while chosen:
         ends, worth = clock.passed + share * clock.left, dict[Arm, float]()
         for place, arm in enumerate(chosen):  # it may grow on the way
@@ -308,6 +314,7 @@ def _rounds(
             n_done = len(search.done)
             yield arm.trial(radius, max(FEWEST, min(n_vectors, fitting)), d_model, number)
             number += 1
+            tried.add(arm)
             if len(search.done) > n_done:
                 worth[arm] = search.worth(n_done)
                 if (beyond := arm.beyond(search.readable(n_done))) and beyond not in chosen:
@@ -315,9 +322,13 @@ def _rounds(
                 if not n_done:  # now the pace is known: all arms may have a place in the first round
                     each = clock.n_vectors(search.trial(0), (ends - clock.passed) / len(chosen))
                     n_vectors = max(n_vectors, each)
+        if not worth:
+            return
         best = sorted(worth, key=worth.__getitem__, reverse=True)
-        # after the last halving there is time left for the arms that fell out, with more vectors
-        chosen = best[: max(FEWEST_ARMS, len(best) // 2)] if len(best) != FEWEST_ARMS else list(arms)
+        untried = [arm for arm in arms if arm not in tried]
+        # when the halving has come to its end, there is time left for the arms that fell out, with more vectors
+        ended = len(best) <= FEWEST_ARMS and not untried
+        chosen = list(arms) if ended else best[: max(FEWEST_ARMS, len(best) // 2)] + untried
         n_vectors, share = min(2 * n_vectors, MOST), 1.0
 
 
