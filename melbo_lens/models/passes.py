@@ -154,7 +154,7 @@ class Decoder:
 
     @property
     def _allowed(self) -> float:
-        return TOLERANCES.get(self.host.dtype, 1e-3)
+        return _closeness(self.host.dtype)
 
     @staticmethod
     def _error(found: Tensor, expected: Tensor) -> float:
@@ -227,6 +227,7 @@ def log_probs_after(
 
 
 def _closeness(dtype: torch.dtype) -> float:
+    """How far a pass with a cache may differ from one without, in this precision."""
     return TOLERANCES.get(dtype, 1e-3)
 
 

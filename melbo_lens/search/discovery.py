@@ -4,7 +4,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import pandas as pd
 import torch
@@ -277,10 +277,6 @@ class _Search:
         self.judged.append(judged)
         return fitted - began, time.monotonic() - fitted
 
-    def trial(self, number: int) -> Trial:
-        """Returns a completed trial of vectors."""
-        return cast(Trial, self.done[number])
-
     def readable(self, number: int) -> float:
         """Returns the share of a completed trial's learned completions that are not noise."""
         steered = (self.written[number].table.kind == "steered").to_numpy()
@@ -308,7 +304,8 @@ def _rounds(
         for place, arm in enumerate(chosen):  # it may grow on the way
             radius = ladder.radius_at_edge(arm.source_layer)
             until = ends if worth else clock.seconds  # a round has one trial at least, if there is time
-            fitting = clock.n_vectors(arm.trial(radius, FEWEST, d_model, number), until - clock.passed)
+            small = arm.trial(radius, FEWEST, d_model, number)
+            fitting = clock.n_vectors(small, until - clock.passed)
             if search.done and not fitting:
                 break
             n_done = len(search.done)
@@ -320,8 +317,7 @@ def _rounds(
                 if (beyond := arm.beyond(search.readable(n_done))) and beyond not in chosen:
                     chosen.insert(place + 1, beyond)
                 if not n_done:  # now the pace is known: all arms may have a place in the first round
-                    each = clock.n_vectors(search.trial(0), (ends - clock.passed) / len(chosen))
-                    n_vectors = max(n_vectors, each)
+                    n_vectors = max(n_vectors, clock.n_vectors(small, (ends - clock.passed) / len(chosen)))
         if not worth:
             return
         best = sorted(worth, key=worth.__getitem__, reverse=True)
