@@ -39,8 +39,8 @@ def run(
     saved = time.monotonic()
     try:
         for state in states:
-            bar.update()
-            bar.set_postfix_str(f"objective {_mean_objective(state):.4g}", refresh=False)
+            if bar.update():  # the bar was drawn; between two drawings nobody reads the mean
+                bar.set_postfix_str(f"objective {_mean_objective(state):.4g}", refresh=False)
             if checkpoint is not None and time.monotonic() - saved > interval:
                 files.write(checkpoint, KIND, state.tensors(), settings)
                 saved = time.monotonic()
