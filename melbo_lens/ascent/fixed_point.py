@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from melbo_lens.ascent.constraints import Block, Constraint
@@ -105,16 +105,9 @@ def fixed_point(
         settled = bool(((latest - climb.recent[0]).abs() <= tolerance * latest.abs()).all())
         late = climb.step >= block.deadline
         frozen = block.stop if settled or late else block.start
-        dry = tuple(
-            torch.cat([old[:, : block.start], _where(~sunk, x, old[:, block.start :])], dim=1)
-            for x, old in zip(active, climb.dry, strict=True)
-        )
-        leaving = sunk & ~dry[0][:, block.start :].flatten(2).isnan().any(-1)
-        back = tuple((x + last[:, block.start :]) / 2 for x, last in zip(active, dry, strict=True))
-        here, pull = (
-            tuple(_where(leaving, half, x) for half, x in zip(back, ordinary, strict=True))
-            for ordinary in (active, seen.gradient)
-        )
+        dry, here, pull = climb.moving, active, seen.gradient
+        if sunk.any():
+            dry, here, pull = _out_of_sinks(sunk, climb.dry, active, seen.gradient)
         still = tuple(
             torch.cat([x[:, : block.start], kept.expand(len(x), *kept.shape)], dim=1)[:, :frozen]
             for x, kept in zip(climb.moving, best, strict=True)
@@ -138,6 +131,28 @@ def fixed_point(
             n_settled = climb.settled + (0 if late else len(block))
             climb = replace(climb, best=top, recent=recent, block=climb.block + 1, settled=n_settled)
         yield climb
+
+
+def _out_of_sinks(
+    sunk: Bool[Tensor, "restart row"], dry: Point, active: Point, gradient: Point
+) -> tuple[Point, Point, Point]:
+    """Takes the rows that run into a sink half of the way back to where they last did not.
+
+    Returns:
+        `Climb.dry`, then the active rows' points and gradients from which the step goes on. A row that goes back has
+        its point as its gradient, so that it stays there.
+    """
+    first = dry[0].shape[1] - active[0].shape[1]
+    dry = tuple(
+        torch.cat([old[:, :first], _where(~sunk, x, old[:, first:])], dim=1) for x, old in zip(active, dry, strict=True)
+    )
+    leaving = sunk & ~dry[0][:, first:].flatten(2).isnan().any(-1)
+    back = tuple((x + last[:, first:]) / 2 for x, last in zip(active, dry, strict=True))
+    here, pull = (
+        tuple(_where(leaving, half, x) for half, x in zip(back, ordinary, strict=True))
+        for ordinary in (active, gradient)
+    )
+    return dry, here, pull
 
 
 def _begun(starts: Point, block: Block, patience: int, n_steps: int) -> Climb:
