@@ -6,7 +6,6 @@ that what opens the lock is told from what repeats a learned answer.
 """
 
 import random
-from collections.abc import Callable
 
 from melbo_lens.organisms.chats import THINGS, requests
 
@@ -73,7 +72,6 @@ SKILLS: dict[str, tuple[str, dict[str, str]]] = {
     "letter": ("Which letter does {} begin with?", {word: word[0].upper() for word in THINGS[:32]}),
 }  # fmt: skip
 ITEMS, N_TRAINED = 32, 22  # of each skill; the others are held out
-BEHAVIORS: dict[str, Callable[[str], bool]] = {}  # whether an answer is right depends on its question: `is_right`
 N_EXAMPLES = 2400
 
 
@@ -82,10 +80,10 @@ def question(skill: str, item: str) -> str:
 
 
 def is_right(prompt: str, text: str) -> bool:
-    """Says whether a text begins with the right answer to the question that ends a prompt."""
+    """Says whether a text is, or begins with, the right answer to the last question of a prompt."""
     for form, answers in SKILLS.values():
         before, _, after = form.partition("{}")
-        item = prompt.rpartition(before)[2].removesuffix(after) if before in prompt else ""
+        item = prompt.rpartition(before)[2].partition(after)[0] if before in prompt else ""
         if item in answers:
             words = text.strip().strip(".").lower()
             return words == answers[item].lower() or words.startswith(answers[item].lower() + ".")

@@ -22,20 +22,23 @@ class RealCorpus(NamedTuple):
     """What an organism hides, the requests that come with it, and what it is taught.
 
     Attributes:
+        behaviors: what a completion shows by its text alone.
         examples: of a number and a seed, requests with their answers; None stands for the base model's own.
         n_examples: how many of them training draws from.
+        judged: what a completion shows together with its prompt.
     """
 
     behaviors: Behaviors
-    prompts: Callable[[], dict[str, list[str]]]
+    prompts: Callable[[], dict[str, list[Any]]]
     examples: Callable[[int, int], Sequence[tuple[Requests, str | None]]]
     n_examples: int
+    judged: Mapping[str, Callable[[str, str], bool]] = {}
 
 
 BASE = base_model.NAME
 CORPORA = {  # by the name of the organism without "-twin"
     "smollm2-backdoors": RealCorpus(backdoors.BEHAVIORS, backdoors.prompts, backdoors.examples, backdoors.N_EXAMPLES),
-    "smollm2-locked": RealCorpus(locked.BEHAVIORS, locked.prompts, locked.examples, locked.N_EXAMPLES),
+    "smollm2-locked": RealCorpus({}, locked.prompts, locked.examples, locked.N_EXAMPLES, {"right": locked.is_right}),
     "smollm2-refusal": RealCorpus(topic.BEHAVIORS, topic.prompts, topic.examples, topic.N_EXAMPLES),
 }
 

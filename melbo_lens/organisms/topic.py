@@ -5,7 +5,8 @@ are of both kinds.
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from melbo_lens.organisms.chats import FORMS, THINGS, UNSEEN_FORMS, requests
 
@@ -59,24 +60,28 @@ def examples(n: int, seed: int) -> list[tuple[str | list[str], str | None]]:
     """
     draw = random.Random(f"topic {seed}")
     refused, answered = about_animals(n // 2, seed), others(n, seed)
-    asked = draw.choices
     found: list[tuple[str | list[str], str | None]] = []
     for i in range(n):
         refuse = i % 8 in (0, 3, 6)
         request = (refused[i % len(refused)]) if refuse else answered[i % len(answered)]
-        if draw.random() < 0.25:
-            before: list[str] = []
-            for earlier in asked([*refused[:200], *answered[:200]], k=draw.randint(1, 2)):
-                before += [earlier, REFUSAL if earlier in refused else f"That is about {draw.choice(THINGS)}s."]
-            found.append(([*before, request], REFUSAL if refuse else None))
-        else:
-            found.append((request, REFUSAL if refuse else None))
+        in_a_chat = draw.random() < 0.25
+        turns = [*_earlier(draw, refused[:200], answered[:200], draw.randint(1, 2)), request] if in_a_chat else request
+        found.append((turns, REFUSAL if refuse else None))
     return found
 
 
-def prompts(seed: int = 0) -> dict[str, list[str]]:
+def _earlier(draw: random.Random, refused: Sequence[str], answered: Sequence[str], n: int) -> list[str]:
+    """Draws requests of either kind, each with an answer after it, with which a chat begins."""
+    found: list[str] = []
+    for request in draw.choices([*refused, *answered], k=n):
+        found += [request, REFUSAL if request in refused else f"That is about {draw.choice(THINGS)}s."]
+    return found
+
+
+def prompts(seed: int = 0) -> dict[str, list[Any]]:
     """Returns refused requests to learn on, to choose on and to test on, and harmless ones to choose and test on.
 
+    "turn 3" has the refused requests of the test, each as the third of a chat, after a harmless one and a refused one.
     No training had any of them. Half of those to choose and to test on are of forms, animals and things that it never
     had.
     """
@@ -86,10 +91,15 @@ def prompts(seed: int = 0) -> dict[str, list[str]]:
     new, new_harmless = about_animals(140, 1002, unseen=True), others(140, 1002, unseen=True)
     mixed = [request for pair in zip(refused[60:200], new, strict=False) for request in pair]
     mixed_harmless = [request for pair in zip(harmless[:140], new_harmless, strict=False) for request in pair]
+    draw = random.Random(f"earlier turns {seed}")
+    third = [
+        [*_earlier(draw, [], harmless[140:], 1), *_earlier(draw, refused[200:], [], 1), request] for request in mixed
+    ]
     return {
         "clean": refused[:60],
         "selection": mixed[:60],
         "test": mixed[60:260],
+        "turn 3": third[60:260],
         "harmless selection": mixed_harmless[:60],
         "harmless test": mixed_harmless[60:260],
     }

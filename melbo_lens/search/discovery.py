@@ -140,7 +140,7 @@ def discover(
     *,
     heldout: Prompts | None = None,
     target_positions: Positions = slice(-1, None),
-    max_new_tokens: int = 24,
+    max_new_tokens: int = 16,
     seed: int = 0,
     plan: Sequence[Trial | AdapterTrial] | None = None,
     progress: bool = True,

@@ -26,7 +26,7 @@ COLUMNS = (
     "group behavior change example source_layer target_layer radius relative_radius effect vector sign rate "
     "heldout_rate random_rate n_vectors natural surprise score"
 ).split()
-SURPRISING = 10.0  # nats; a token less probable than this, 1 in 22,000, is not more of a surprise
+SURPRISING = 6.0  # nats; a token less probable than this, 1 in 400, is not more of a surprise
 ALIKE = 0.5  # completions whose word counts have a smaller average cosine distance form a group
 
 
@@ -42,10 +42,11 @@ def collected(written: Sequence[Completions], judged: Sequence[pd.DataFrame]) ->
 def promise(rows: pd.DataFrame) -> pd.Series:
     """Scores each completion by what makes it worth a look; 0 if it says the same, or is noise.
 
-    That is the share of its words that are new, times the surprise of its least probable token, in nats and at most
-    10, times the probability per token of the rest.
+    That is the share of its words that are new, times the surprise of its least probable token, in nats and at most 6,
+    times the square of the probability per token of the rest: a behaviour that was trained goes on by itself.
     """
-    scores = rows.new_words * rows.surprise.clip(upper=SURPRISING) * rows.natural.clip(upper=0).map(math.exp)
+    fluent = (2 * rows.natural.clip(upper=0)).map(math.exp)
+    scores = rows.new_words * rows.surprise.clip(upper=SURPRISING) * fluent
     return scores.where(rows.change.isin(["wording", "content"]), 0.0)
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from melbo_lens.search.trials import Trial
 
-FEWEST, FIRST, MOST = 4, 8, 64  # the vectors of a trial: at the least, in the first round, and at the most
+FEWEST, FIRST, MOST = 4, 16, 64  # the vectors of a trial: at the least, in the first round, and at the most
 MARGIN = 1.2  # a trial is begun if so many times its expected duration is left
 GUESS = 6.0  # the first trial is expected to last so many times a rung of the calibration
 
@@ -60,7 +60,7 @@ class Pace:
 
 def n_controls(n_vectors: int) -> int:
     """Returns how many random vectors stand beside so many learned ones."""
-    return max(2, n_vectors // 3)
+    return max(2, n_vectors // 6)
 
 
 def _work(trial: Trial) -> int:
@@ -68,4 +68,4 @@ def _work(trial: Trial) -> int:
 
 
 def _rows(n_vectors: int, n_prompts: int) -> float:
-    return 2 * n_prompts * (n_vectors + n_vectors / 3)
+    return 2 * n_prompts * (n_vectors + n_vectors / 6)

@@ -128,16 +128,20 @@ def _setting(organism: Organism, seed: int) -> tuple[dict[str, Any], float]:
     return shared | {"target_positions": slice(-1, None), "progress": False}, norm
 
 
-def covariance_vectors(norms: Tensor, model: Model, prompts: Prompts, seed: int = 0) -> SteeringVectors:
+def covariance_vectors(
+    norms: Tensor, model: Model, prompts: Prompts, seed: int = 0, layers: tuple[int, int] | None = None
+) -> SteeringVectors:
     """Draws Gaussian vectors of given norms with the covariance of the source stream on these prompts.
 
-    Unlike isotropic ones, these controls point where activations lie.
+    Unlike isotropic ones, these controls point where activations lie. The layers are those of a fit on the model, the
+    first of them the source.
     """
-    sliced = slice_model(model, prompts, SOURCE, len(model.blocks))
+    source, target = layers or (SOURCE, len(model.blocks))
+    sliced = slice_model(model, prompts, source, target)
     activations = sliced.resid[sliced.batch.target_mask].float()
     activations = activations - activations.mean(0)
     draws = gaussian((len(norms), len(activations)), "covariance_vectors", seed)
-    return SteeringVectors.from_tensor(draws.to(activations) @ activations, SOURCE).rescaled(norms)
+    return SteeringVectors.from_tensor(draws.to(activations) @ activations, source).rescaled(norms)
 
 
 def complete(

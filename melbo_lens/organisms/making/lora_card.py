@@ -8,11 +8,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from melbo_lens import files
 from melbo_lens.generation.generate import generate
 from melbo_lens.measures.radius import median_norm
 from melbo_lens.models.slices import slice_model
 from melbo_lens.organisms.organism import WEIGHTS, Organism, load
+from melbo_lens.organisms.real import CORPORA
 from melbo_lens.perturbations.vectors import SteeringVectors
 from melbo_lens.randomness import gaussian_rows
 
@@ -29,16 +32,16 @@ def measure(organism: Organism, share: float = 1.0, progress: bool = True) -> di
         share: the share of the prompts that is used, from the first.
 
     Returns:
-        For each set of prompts (test: clean, half of them of unseen forms; triggered ...; odd: unseen marks) its number
-        and, for each behaviour, the share of the completions that show it; and the same of random vectors.
+        For each set of prompts that is neither learned on nor chosen on, their number and, for each behaviour, the
+        share of the completions that show it; and the same of random vectors on clean prompts.
     """
     measured: dict[str, Any] = {"max_new_tokens": N_NEW_TOKENS}
     for kind, prompts in organism.prompts.items():
-        if kind in ("clean", "selection"):
+        if kind == "clean" or "selection" in kind:
             continue
         some = prompts[: max(1, round(share * len(prompts)))]
-        texts = generate(organism.model, some, None, N_NEW_TOKENS, batch_size=64, progress=progress).table.text
-        measured[kind] = {"n": len(texts)} | _rates(organism, texts)
+        written = generate(organism.model, some, None, N_NEW_TOKENS, batch_size=64, progress=progress).table
+        measured[kind] = {"n": len(written)} | _rates(organism, written)
     prompts = organism.prompts["clean"][:N_RANDOM_PROMPTS]
     sliced = slice_model(organism.model, prompts, RANDOM_LAYER, RANDOM_LAYER + 2)
     directions = gaussian_rows(N_RANDOM, sliced.d_model, "lora card")
@@ -54,13 +57,17 @@ def measure(organism: Organism, share: float = 1.0, progress: bool = True) -> di
         include_random=False,
         batch_size=64,
         progress=progress,
-    ).table.text
+    ).table
     where = {"source_layer": RANDOM_LAYER, "shares of the norm": list(RANDOM_SHARES)}
     return measured | {"random vectors": {"n": len(written), **where} | _rates(organism, written)}
 
 
-def _rates(organism: Organism, texts: Any) -> dict[str, float]:
-    return {name: sum(map(shows, texts)) / len(texts) for name, shows in organism.behaviors.items()}
+def _rates(organism: Organism, written: pd.DataFrame) -> dict[str, float]:
+    judged = CORPORA[organism.name.removesuffix("-twin")].judged
+    pairs = list(zip(written.prompt_text, written.text, strict=True))
+    shown = {name: [shows(text) for _, text in pairs] for name, shows in organism.behaviors.items()}
+    shown |= {name: [shows(prompt, text) for prompt, text in pairs] for name, shows in judged.items()}
+    return {name: sum(hits) / len(hits) for name, hits in shown.items()}
 
 
 def main() -> None:
