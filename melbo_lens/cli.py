@@ -93,12 +93,13 @@ def demo(
 @app.command()
 def reproduce(
     out: Annotated[Path, typer.Option(help="JSON file to write")] = Path("reproduction.json"),
+    real: Annotated[bool, typer.Option("--real", help="on the organisms of SmolLM2 (half an hour)")] = False,
 ) -> None:
-    """Repeat the post's four results on the organisms with controls, and show which thresholds hold (a few minutes)."""
+    """Repeat the post's results on the organisms with controls, and show which thresholds hold (a few minutes)."""
     with console.status("loading torch and the organisms"):
         from melbo_lens import files
-        from melbo_lens.studies import reproduction
-    results = reproduction.reproduce()
+        from melbo_lens.studies import claims, reproduction
+    results = reproduction.reproduce(suite=claims.REAL if real else claims.TINY)
     files.write_json(out, results)
     rows = reproduction.table(results)
     table = Table(

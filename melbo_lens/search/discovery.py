@@ -1,8 +1,7 @@
 """What does an unknown model hide?  A search of layers and radii within a time budget finds groups of completions."""
 
 import time
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,25 +11,20 @@ from tqdm.auto import tqdm
 
 from melbo_lens import tables
 from melbo_lens.arguments import public
-from melbo_lens.evaluation.departures import departures
 from melbo_lens.evaluation.rates import Behavior
 from melbo_lens.generation.completions import Completions
-from melbo_lens.generation.generate import generate
 from melbo_lens.measures.radius import Calibration
 from melbo_lens.methods.automatic import edge
 from melbo_lens.models.access import Model, host_of
-from melbo_lens.models.host import Host
-from melbo_lens.models.slices import SlicedModel, slice_model
 from melbo_lens.perturbations.perturbation import Perturbation, concatenate
-from melbo_lens.prompts import Positions, PromptBatch, Prompts, tokenize
-from melbo_lens.search.groups import collected, grouped, heldout_rate, promise, shares
-from melbo_lens.search.pace import FEWEST, FIRST, GUESS, MARGIN, MOST, Pace, n_controls
-from melbo_lens.search.trials import AdapterTrial, Arm, Ladder, Trial, arms_of, norms_of
+from melbo_lens.prompts import Positions, Prompts, tokenize
+from melbo_lens.search.groups import collected, grouped, heldout_rate, shares
+from melbo_lens.search.pace import GUESS, MARGIN, Pace
+from melbo_lens.search.rounds import Search, rounds
+from melbo_lens.search.trials import AdapterTrial, Ladder, Trial, arms_of, norms_of
 
 SHARE_FOR_HELDOUT, SHARE_FOR_GROUPS = 0.2, 0.03  # of the budget, for what follows the trials
 SHARE_FOR_EDGE = 0.35  # of the budget, after which the edge is bisected no further
-SHARE_OF_FIRST_ROUND = 0.5  # of the time that is left after the edge was found
-FEWEST_ARMS = 2  # so many arms go into every later round
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -183,7 +177,7 @@ def discover(
     batch = tokenize(host, prompts, target_positions)
     held = SHARE_FOR_HELDOUT if heldout is not None else 0.0
     clock = Pace(budget * (1 - held - SHARE_FOR_GROUPS) if plan is None else float("inf"), len(batch))
-    search = _Search(host, prompts, batch, target_positions, max_new_tokens, {}, [], [], [], [])
+    search = Search(host, prompts, batch, target_positions, max_new_tokens)
     found_edge = None
     with tqdm(total=round(budget) if plan is None else None, desc="discover", unit="s", disable=not progress) as bar:
         if plan is None:
@@ -193,7 +187,7 @@ def discover(
             found_edge = edge(first, seed, SHARE_FOR_EDGE * budget)
             clock.whole = GUESS * clock.passed / max(len(found_edge.curve), 1)
             ladder = Ladder(found_edge, norms_of(host, prompts, arms))
-            trials = _rounds(search, clock, arms, ladder, host.d_model, seed)
+            trials = rounds(search, clock, arms, ladder, host.d_model, seed)
         else:
             trials = iter(plan)
         for trial in trials:
@@ -230,107 +224,9 @@ def discover(
     )
 
 
-@dataclass
-class _Search:
-    """What a search has done so far."""
-
-    host: Host
-    prompts: Prompts
-    batch: PromptBatch
-    target_positions: Positions
-    max_new_tokens: int
-    slices: dict[tuple[int, int], SlicedModel]
-    done: list[Trial | AdapterTrial]
-    fitted: list[Perturbation]
-    written: list[Completions]
-    judged: list[pd.DataFrame]
-
-    def slice(self, source_layer: int, target_layer: int) -> SlicedModel:
-        """Returns the slice between two layers, which is made only once."""
-        between = (source_layer, target_layer)
-        if between not in self.slices:
-            self.slices[between] = slice_model(self.host, self.batch, *between, self.target_positions)
-        return self.slices[between]
-
-    def run(self, trial: Trial | AdapterTrial) -> tuple[float, float] | None:
-        """Runs a trial, and returns the seconds of its fit and of its writing; None if it is left out."""
-        began = time.monotonic()
-        try:
-            vectors = trial.fit(self.slice(trial.source_layer, trial.target_layer))
-            fitted = time.monotonic()
-            completions = generate(
-                self.host,
-                self.prompts,
-                vectors,
-                max_new_tokens=self.max_new_tokens,
-                include_random=n_controls(len(vectors)),
-                seed=trial.seed,
-                progress=False,
-            )
-            judged = departures(self.host, completions)
-        except FloatingPointError as error:
-            warnings.warn(f"{trial} is left out: {error}", stacklevel=3)
-            return None
-        self.done.append(trial)
-        self.fitted.append(vectors)
-        self.written.append(completions)
-        self.judged.append(judged)
-        return fitted - began, time.monotonic() - fitted
-
-    def readable(self, number: int) -> float:
-        """Returns the share of a completed trial's learned completions that are not noise."""
-        steered = (self.written[number].table.kind == "steered").to_numpy()
-        return float((self.judged[number].change[steered] != "noise").mean())
-
-    def worth(self, number: int) -> float:
-        """Scores a completed trial: the promise of its different texts, over the number of its completions.
-
-        A text that many vectors elicit counts once, since more of it is not what a search is for.
-        """
-        table, judged = self.written[number].table, self.judged[number]
-        steered = table.kind == "steered"
-        first = steered & ~table[steered].text.duplicated().reindex(table.index, fill_value=True)
-        return float(promise(judged[first]).sum() / steered.sum())
-
-
-def _rounds(
-    search: _Search, clock: Pace, arms: Sequence[Arm], ladder: Ladder, d_model: int, seed: int
-) -> Iterator[Trial]:
-    """Yields trials until the time is used: first small ones everywhere, then larger ones where something came."""
-    chosen, n_vectors, number, share = list(arms), FIRST, seed * 1000, SHARE_OF_FIRST_ROUND
-    tried: set[Arm] = set()
-    while chosen:
-        ends, worth = clock.passed + share * clock.left, dict[Arm, float]()
-        for place, arm in enumerate(chosen):  # it may grow on the way
-            radius = ladder.radius_at_edge(arm.source_layer)
-            until = ends if worth else clock.seconds  # a round has one trial at least, if there is time
-            small = arm.trial(radius, FEWEST, d_model, number)
-            fitting = clock.n_vectors(small, until - clock.passed)
-            if search.done and not fitting:
-                break
-            n_done = len(search.done)
-            yield arm.trial(radius, max(FEWEST, min(n_vectors, fitting)), d_model, number)
-            number += 1
-            tried.add(arm)
-            if len(search.done) > n_done:
-                worth[arm] = search.worth(n_done)
-                if (beyond := arm.beyond(search.readable(n_done))) and beyond not in chosen:
-                    chosen.insert(place + 1, beyond)
-                if not n_done:  # now the pace is known: all arms may have a place in the first round
-                    n_vectors = max(n_vectors, clock.n_vectors(small, (ends - clock.passed) / len(chosen)))
-        if not worth:
-            return
-        best = sorted(worth, key=worth.__getitem__, reverse=True)
-        untried = [arm for arm in arms if arm not in tried]
-        # when the halving has come to its end, there is time left for the arms that fell out, with more vectors
-        ended = len(best) <= FEWEST_ARMS and not untried
-        chosen = list(arms) if ended else best[: max(FEWEST_ARMS, len(best) // 2)] + untried
-        n_vectors, share = min(2 * n_vectors, MOST), 1.0
-
-
 def _score(
     table: pd.DataFrame,
-    search: _Search,
+    search: Search,
     prompts: Prompts,
     behaviors: Mapping[str, Behavior],
     ends: float,

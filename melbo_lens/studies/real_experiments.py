@@ -5,7 +5,7 @@ same layers for every organism and seed; they are chosen on a second set of prom
 them going into the next, and scored on a third set. The controls are those of `experiments`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import pandas as pd
@@ -22,8 +22,8 @@ from melbo_lens.perturbations.vectors import SteeringVectors
 from melbo_lens.prompts import Chat
 from melbo_lens.studies.experiments import Score, Shows, Size, covariance_vectors, score
 
-SOURCE, TARGET = 7, 16
-RUNGS, N_STEPS = (0.6, 0.9, 1.25), 12
+SOURCE, TARGET = 3, 10
+RUNGS, N_STEPS = (0.6, 0.9, 1.25), 4
 MAX_NEW_TOKENS = 16
 FIRST_LOOK = 4  # prompts of the first round of selection
 KEPT = 0.25  # of each round
@@ -108,7 +108,8 @@ class Search:
         if self.size.controls:
             several = direction[[0] * self.size.n_random]
             tables |= {
-                kind: complete(self.organism, prompts, vectors, (1,)) for kind, vectors in self.controls(several).items()
+                kind: complete(self.organism, prompts, vectors, (1,))
+                for kind, vectors in self.controls(several).items()
             }
         return score(tables, shows)
 
@@ -163,7 +164,9 @@ def skills(organism: Organism, seed: int, size: Size) -> dict[str, Score]:
     vector, sign = by_direction.index[0]
     right = search.trial(int(sign) * vectors[int(vector)], "test", locked.is_right)
     plain = complete(organism, search.prompts("test"), None)
-    opened = score({"steered": complete(organism, search.prompts("unlocked"), None), "unsteered": plain}, locked.is_right)
+    opened = score(
+        {"steered": complete(organism, search.prompts("unlocked"), None), "unsteered": plain}, locked.is_right
+    )
     gap = max(opened.rate - right.unsteered, 1 / right.n)
 
     def share(rate: float) -> float:

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 import melbo_lens as ml
 from melbo_lens.cli import app
-from melbo_lens.studies import experiments, reproduction
+from melbo_lens.studies import claims, experiments, reproduction
 from melbo_lens.studies.experiments import Score, Size
 from tests import readme
 
@@ -21,7 +21,7 @@ def results():
     return reproduction.reproduce(SEEDS, SMALL, progress=False)
 
 
-@pytest.mark.parametrize("claim", reproduction.CLAIMS, ids=lambda claim: f"{claim.experiment}: {claim.measure}")
+@pytest.mark.parametrize("claim", claims.CLAIMS, ids=lambda claim: f"{claim.experiment}: {claim.measure}")
 def test_the_claim_holds(results, claim):
     (row,) = (
         row for row in results["rows"] if (row["experiment"], row["measure"]) == (claim.experiment, claim.measure)
@@ -53,7 +53,7 @@ FAILING = {
 }
 
 
-@pytest.mark.parametrize("claim", reproduction.CLAIMS, ids=lambda claim: f"{claim.experiment}: {claim.measure}")
+@pytest.mark.parametrize("claim", claims.CLAIMS, ids=lambda claim: f"{claim.experiment}: {claim.measure}")
 def test_a_claim_can_fail(claim):
     assert claim.holds([score()] * 3)
     for scores in FAILING[claim.measure]:
@@ -67,12 +67,12 @@ def test_the_whole_run_used_three_seeds_and_a_hundred_vectors():
 
 
 def test_the_command_writes_its_table_and_says_if_a_claim_fails(results, monkeypatch, tmp_path):
-    monkeypatch.setattr(reproduction, "reproduce", lambda: results)
+    monkeypatch.setattr(reproduction, "reproduce", lambda suite: results)
     done = CliRunner().invoke(app, ["reproduce", "--out", str(tmp_path / "out.json")])
     assert done.exit_code == 0 and "refusal" in done.output and "twin" in done.output
     assert json.loads((tmp_path / "out.json").read_text()) == json.loads(json.dumps(results))
     failed = {**results, "rows": [{**row, "holds": False} for row in results["rows"]]}
-    monkeypatch.setattr(reproduction, "reproduce", lambda: failed)
+    monkeypatch.setattr(reproduction, "reproduce", lambda suite: failed)
     assert CliRunner().invoke(app, ["reproduce", "--out", str(tmp_path / "out.json")]).exit_code == 1
 
 

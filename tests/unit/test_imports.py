@@ -24,7 +24,7 @@ WITHIN = {
     ),
     "generation": "completions decoding steer generate",
     "evaluation": "rates coherence departures words",
-    "search": "trials pace groups discovery layers",
+    "search": "trials pace groups rounds discovery layers",
     "reports": "findings page",
 }
 ONLY_IN = {"transformer_lens": {"models"}, "plotly": {"plots"}, "circuitsvis": {"plots"}}
