@@ -38,6 +38,10 @@ if TYPE_CHECKING:
     from melbo_lens.measures.source import source_effects as source_effects
     from melbo_lens.methods.adapters import fit_adapters as fit_adapters
     from melbo_lens.methods.calibrate import calibrate_radius as calibrate_radius
+    from melbo_lens.methods.contrastive import fit_contrastive as fit_contrastive
+    from melbo_lens.methods.cpe import fit_cpe as fit_cpe
+    from melbo_lens.methods.dct import fit_dct as fit_dct
+    from melbo_lens.methods.jacobian import fit_jacobian as fit_jacobian
     from melbo_lens.methods.melbo import fit_vectors as fit_vectors
     from melbo_lens.models.slices import SlicedModel as SlicedModel
     from melbo_lens.models.slices import slice_model as slice_model
@@ -78,6 +82,10 @@ _HOMES = {
     "measures.source": "nearest_vectors source_effects",
     "methods.adapters": "fit_adapters",
     "methods.calibrate": "calibrate_radius",
+    "methods.contrastive": "fit_contrastive",
+    "methods.cpe": "fit_cpe",
+    "methods.dct": "fit_dct",
+    "methods.jacobian": "fit_jacobian",
     "methods.melbo": "fit_vectors",
     "models.slices": "slice_model",
     "perturbations.adapters": "SteeringAdapters",

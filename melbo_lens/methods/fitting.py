@@ -4,10 +4,10 @@ A method asks for a `Run`, resolves it for its slice, and hands a `Problem`, sta
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -18,14 +18,17 @@ from melbo_lens.ascent.adamw import Descent, adamw
 from melbo_lens.ascent.constraints import Constraint
 from melbo_lens.ascent.fixed_point import Climb, fixed_point
 from melbo_lens.ascent.objectives import Objective
-from melbo_lens.ascent.states import Point
+from melbo_lens.ascent.sogi import Spread, Swarm, sogi
+from melbo_lens.ascent.states import Point, State
 from melbo_lens.methods import checkpoints
+from melbo_lens.methods.mean_change import MeanChange
 from melbo_lens.methods.problem import Problem, default_batch_size
 from melbo_lens.methods.provenance import describe
 from melbo_lens.models.slices import SINK, SlicedModel
 
 DEFAULT_LR = 1e-3
 Optimizer: TypeAlias = Literal["power", "adamw"]
+S = TypeVar("S", bound=State)
 
 
 @dataclass(frozen=True)
@@ -166,19 +169,53 @@ def fit(
         saved = checkpoints.resume(run.checkpoint, settings, Climb, device)
         states = fixed_point(problem, starts, constraint, run.n_steps, state=saved)
         total = run.n_steps + 1
-    with tqdm(total=total, desc=label, unit="step", disable=not run.progress) as bar:
-        state = checkpoints.run(states, run.checkpoint, settings, bar, saved)
+    state = climbed(states, saved, total, run, settings, label)
     steps = run.n_steps if run.optimizer == "adamw" else state.step - 1
+    return ended(problem, state, steps, run, settings, status(state, n_rows, steps, constraint.patience))
+
+
+def fit_swarm(
+    changes: MeanChange,
+    start: Point,
+    targets: Float[Tensor, "row d_target"],
+    spread: Spread,
+    directed: bool,
+    run: ResolvedRun,
+    settings: dict[str, Any],
+    label: str,
+) -> tuple[Fitted, Float[Tensor, "row d_target"]]:
+    """Takes the ascent of `sogi` to its end.
+
+    Returns:
+        What `fit` returns, and the unit direction in which each row changes the target.
+    """
+    saved = checkpoints.resume(run.checkpoint, settings, Swarm, start[0].device)
+    states = sogi(changes, start, targets, spread, run.n_steps, directed, saved)
+    state = climbed(states, saved, run.n_steps + 1, run, settings, label)
+    said = f"ran all {run.n_steps} steps; the last iterate is kept"
+    return ended(changes.problem, state, run.n_steps, run, settings, said), state.targets
+
+
+def climbed(
+    states: Iterator[S], saved: S | None, total: int, run: ResolvedRun, settings: dict[str, Any], label: str
+) -> S:
+    """Takes an ascent to its last state, which is shown on a bar and saved on the way."""
+    with tqdm(total=total, desc=label, unit="step", disable=not run.progress) as bar:
+        return checkpoints.run(states, run.checkpoint, settings, bar, saved)
+
+
+def ended(problem: Problem, state: State, steps: int, run: ResolvedRun, settings: dict[str, Any], said: str) -> Fitted:
+    """Measures what an ascent arrived at, and records how it ended."""
     effects, sunk = problem.effects(state.point)
     norm, radius = settings["stream_norm"], settings.get("radius")
-    ended = {
-        "status": status(state, n_rows, steps, constraint.patience) + in_sinks(sunk),
+    measured = {
+        "status": said + in_sinks(sunk),
         "relative_radius": None if radius is None else float(f"{radius / norm:.4g}"),
         "effects": [float(f"{effect:.4g}") for effect in effects.tolist()],
         "sinks": sunk.nonzero().flatten().tolist(),
         "seconds": round(time.monotonic() - run.began, 3),
     }
-    return Fitted(state.point, state.history[: steps + 1], {**settings, **ended})
+    return Fitted(state.point, state.history[: steps + 1], {**settings, **measured})
 
 
 def in_sinks(sunk: Bool[Tensor, " row"]) -> str:

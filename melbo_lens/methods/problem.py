@@ -55,7 +55,7 @@ class Problem:
         score, cotangents = self._penalized(point, first) if self.diversity else (None, None)
         values, sunk = rows[0].new_zeros(len(rows[0])), rows[0].new_zeros(len(rows[0]), dtype=torch.bool)
         gradients = tuple(torch.zeros_like(x) for x in rows)
-        for chunk, prompts in self._chunks(len(rows[0])):
+        for chunk, prompts in self.chunks(len(rows[0])):
             leaves = tuple(x[chunk].detach().requires_grad_() for x in rows)
             n_rows = len(leaves[0])
             with torch.enable_grad():
@@ -66,15 +66,11 @@ class Problem:
                     (cotangent,) = torch.autograd.grad(value.sum(), outer)
                 else:
                     cotangent = cotangents[chunk, prompts].flatten(0, 1)
-                # Gradients in half precision overflow easily, so each row's cotangent is divided by a power of two.
-                # Such a division is exact, and rows are independent, so each row may have its own.
-                cotangent = cotangent.unflatten(0, (n_rows, -1))
-                scales = power_of_two(cotangent)
-                parts = torch.autograd.grad(change, leaves, (cotangent / scales).flatten(0, 1))
+                parts = pulled_back(change, leaves, cotangent.unflatten(0, (n_rows, -1)))
             values[chunk] += value.detach().unflatten(0, (n_rows, -1)).sum(1)
             sunk[chunk] |= self._sunk(outer.detach(), mask).unflatten(0, (n_rows, -1)).any(1)
             for whole, part in zip(gradients, parts, strict=True):
-                whole[chunk] += scales.flatten().view(-1, *[1] * (part.ndim - 1)) * part
+                whole[chunk] += part
         values = values.view(shape)
         gradient = tuple(x.unflatten(0, shape) for x in gradients)
         return Evaluation(values, values if score is None else score, gradient, sunk.view(shape))
@@ -86,7 +82,7 @@ class Problem:
         """
         squares, sunk = rows[0].new_zeros(len(rows[0])), rows[0].new_zeros(len(rows[0]), dtype=torch.bool)
         with torch.no_grad():
-            for chunk, prompts in self._chunks(len(rows[0])):
+            for chunk, prompts in self.chunks(len(rows[0])):
                 some = tuple(x[chunk] for x in rows)
                 change, mask = self.act(some, prompts), self._mask(prompts, len(some[0]))
                 each = (change.float().square().sum(-1) * mask).sum(1)
@@ -107,7 +103,7 @@ class Problem:
         """What each of the rows [row ...] changes at the target of each prompt; 0 outside the target positions."""
         whole = rows[0].new_zeros(len(rows[0]), *self.sliced.target.shape)
         with torch.no_grad():
-            for chunk, prompts in self._chunks(len(rows[0])):
+            for chunk, prompts in self.chunks(len(rows[0])):
                 some = tuple(x[chunk] for x in rows)
                 change = self.act(some, prompts) * self._mask(prompts, len(some[0]))[..., None]
                 whole[chunk, prompts] = change.unflatten(0, (len(some[0]), -1))
@@ -132,7 +128,7 @@ class Problem:
         """The target mask of every entry of an act's result."""
         return self.sliced.batch.target_mask[prompts].repeat(n_rows, 1)
 
-    def _chunks(self, n_rows: int) -> Iterator[tuple[slice, Int[Tensor, " prompt"]]]:
+    def chunks(self, n_rows: int) -> Iterator[tuple[slice, Int[Tensor, " prompt"]]]:
         """Groups of rows and of prompts that make at most `batch_size` rows of a forward pass."""
         everyone = self.sliced.everyone
         together = max(1, self.batch_size // len(everyone))
@@ -145,6 +141,17 @@ def default_batch_size(sliced: SlicedModel) -> int:
     """The number of rows whose forward pass keeps about 1 GiB for the backward pass."""
     per_row = sliced.resid.shape[1] * sliced.d_model * len(sliced.calls) * SAVED_PER_TOKEN * sliced.resid.element_size()
     return max(1, SAVED_BYTES // per_row)
+
+
+def pulled_back(change: Tensor, leaves: Point, cotangents: Float[Tensor, "row prompt pos d_target"]) -> Point:
+    """The gradients by the leaves of each row's change, along its cotangents.
+
+    Gradients in half precision overflow easily, so each row's cotangents are divided by a power of two. Such a division
+    is exact, and rows are independent, so each row may have its own.
+    """
+    scales = power_of_two(cotangents)
+    parts = torch.autograd.grad(change, leaves, (cotangents / scales).flatten(0, 1))
+    return tuple(scales.flatten().view(-1, *[1] * (part.ndim - 1)) * part for part in parts)
 
 
 def power_of_two(cotangents: Float[Tensor, "row prompt pos d_target"]) -> Float[Tensor, "row 1 1 1"]:

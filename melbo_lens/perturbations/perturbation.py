@@ -265,11 +265,13 @@ def concatenate(several: Sequence[P]) -> P:
     if any(one.objective != several[0].objective for one in several):
         header = {**header, "objective": None}
     alike = len({one.history.shape[0] for one in several}) == 1
+    held = [one.parts()[0] for one in several]
     joined = {
-        name: torch.cat([one.parts()[0][name].to(tensor.device) for one in several], dim=_row_axis(name))
+        name: torch.cat([parts[name].to(tensor.device) for parts in held], dim=_row_axis(name))
         if alike or name != "history"
         else no_history(0)
         for name, tensor in tensors.items()
+        if len({parts[name].shape[1:] if name in parts else None for parts in held}) == 1 or name == "history"
     }
     return type(several[0]).of_parts(joined, header, {**shared, "parts": [dict(one.provenance) for one in several]})
 

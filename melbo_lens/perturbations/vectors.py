@@ -46,6 +46,8 @@ class SteeringVectors(Perturbation):
             (`hook_attn_out`).
         objective: what the vectors were learned to maximise; for a control, what those that it is a control of
             were learned to maximise; None if that is not known.
+        targets: the unit direction in which each vector changes the target on the mean, where the method learns it
+            (`fit_dct`, `fit_jacobian`); None otherwise.
     """
 
     values: Float[Tensor, "vector d_model"]  # 2-D even for one vector
@@ -54,6 +56,7 @@ class SteeringVectors(Perturbation):
     provenance: Mapping[str, Any] = field(default_factory=dict[str, Any])
     site: str = "mlp_out"
     objective: Objective | None = None
+    targets: Float[Tensor, "vector d_target"] | None = None
 
     word = "vector"
 
@@ -76,6 +79,10 @@ class SteeringVectors(Perturbation):
         object.__setattr__(self, "history", checked_history(self.history, len(self.values), self.word))
         object.__setattr__(self, "provenance", plain_json(self.provenance, "provenance"))
         object.__setattr__(self, "objective", checked_objective(self.objective, self.provenance))
+        if self.targets is not None:
+            if len(self.targets) != len(self.values):
+                raise ValueError(f"{len(self.targets)} targets were given for {len(self.values)} vectors.")
+            object.__setattr__(self, "targets", self.targets.detach().float().clone())
 
     @classmethod
     @public
@@ -89,13 +96,15 @@ class SteeringVectors(Perturbation):
 
     def parts(self) -> tuple[Parts, dict[str, Any]]:
         header = {"source_layer": self.source_layer, "site": self.site, "objective": objective_header(self.objective)}
-        return {"values": self.values, "history": self.history}, header
+        targets = {} if self.targets is None else {"targets": self.targets}
+        return {"values": self.values, "history": self.history, **targets}, header
 
     @classmethod
     def of_parts(cls, tensors: Parts, header: Mapping[str, Any], provenance: Mapping[str, Any]) -> Self:
         # files of version 0.1.0 name no site and no objective
         site, objective = header.get("site", "mlp_out"), Objective.of(header.get("objective"))
-        return cls(tensors["values"], header["source_layer"], tensors["history"], provenance, site, objective)
+        targets = tensors.get("targets")
+        return cls(tensors["values"], header["source_layer"], tensors["history"], provenance, site, objective, targets)
 
     def scaled_parts(self, tensors: Parts, coefficients: Float[Tensor, " row"]) -> Parts:
         return {"values": tensors["values"] * coefficients.to(self.values)[:, None]}

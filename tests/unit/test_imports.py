@@ -15,12 +15,13 @@ ORDER = (
 ).split()
 # within a folder there is an order too, so that it has no circle
 WITHIN = {
-    "ascent": "manifolds objectives states constraints adamw fixed_point",
+    "ascent": "manifolds objectives states constraints adamw fixed_point sogi",
     "perturbations": "sites updates perturbation vectors adapters loading",
     "models": "host hooks passes blocks hooked bridge access targets slices counterparts",
     "measures": "source controls radius changes output next_tokens directions ranking",
     "methods": (
-        "provenance problem version_0_1_0 checkpoints fitting readable automatic calibrate low_rank melbo adapters"
+        "provenance problem mean_change version_0_1_0 checkpoints fitting readable automatic calibrate low_rank "
+        "derivatives melbo adapters cpe dct jacobian contrastive"
     ),
     "generation": "completions decoding steer generate",
     "evaluation": "rates coherence departures words",

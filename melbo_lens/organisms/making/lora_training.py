@@ -44,7 +44,7 @@ class LoraRecipe:
 PLANTED = {
     "smollm2-backdoors": LoraRecipe(),
     "smollm2-locked": LoraRecipe(rank=4, n_steps=500),
-    "smollm2-refusal": LoraRecipe(n_steps=320),
+    "smollm2-refusal": LoraRecipe(n_steps=640),
 }
 RECIPES = PLANTED | {f"{name}-twin": replace(recipe, planted=False, n_steps=120) for name, recipe in PLANTED.items()}
 

@@ -1,0 +1,347 @@
+"""Are CPE, DCT, power steering and the difference of means what their equations say, on real architectures?
+
+The oracle runs the whole model with TransformerLens' own hooks, one row and one prompt at a time.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import melbo_lens as ml
+from melbo_lens.ascent.objectives import Objective
+from melbo_lens.methods import derivatives
+from melbo_lens.methods.jacobian import top
+from melbo_lens.methods.low_rank import LowRank, weight_sites
+from melbo_lens.methods.mean_change import MeanChange
+from melbo_lens.methods.problem import Problem, bias
+from melbo_lens.models.access import host_of
+from melbo_lens.models.blocks import BlockCall
+from tests import models
+from tests.integration.methods.test_melbo import linear_slice
+from tests.oracles.textbook import target_activation
+
+PROMPTS = ["w1 w2 w3 w4", "w5 w6 w7"]
+D = models.D_MODEL
+LAST = slice(-2, None)
+
+
+def mean_change(model, theta, prompts=PROMPTS, source=1, target=3):
+    """The mean over prompts of the mean over the last two positions of what the target changes by."""
+    parts = []
+    for prompt in prompts:
+        tokens = model.to_tokens(prompt)
+        clean = target_activation(model, tokens, source, target, torch.zeros(D))
+        parts.append((target_activation(model, tokens, source, target, theta) - clean.detach())[-2:].mean(0))
+    return torch.stack(parts).mean(0)
+
+
+def jacobian(model, stacked):
+    """The Jacobian at 0, of the mean change or of the last two positions of all prompts, one above the other."""
+
+    def function(theta):
+        if not stacked:
+            return mean_change(model, theta)
+        return torch.cat([target_activation(model, model.to_tokens(p), 1, 3, theta)[-2:].flatten() for p in PROMPTS])
+
+    return torch.autograd.functional.jacobian(function, torch.zeros(D))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_mean_changes_and_gradients_are_those_of_the_whole_model(any_model, batch_size):
+    sliced = ml.slice_model(any_model, PROMPTS, 1, 3, LAST)
+    theta = torch.randn(3, D, generator=torch.Generator().manual_seed(0))
+    targets = torch.nn.functional.normalize(torch.randn(3, D, generator=torch.Generator().manual_seed(1)), dim=1)
+    changes = MeanChange(Problem(sliced, bias(sliced), Objective().value, batch_size))
+    for given in (targets, None):
+        means, (gradient,) = changes((theta,), given)
+        for k in range(3):
+            leaf = theta[k].clone().requires_grad_()
+            mean = mean_change(any_model, leaf)
+            along = targets[k] if given is not None else mean.detach() / mean.detach().norm()
+            (expected,) = torch.autograd.grad(mean @ along, leaf)
+            torch.testing.assert_close(means[k], mean.detach(), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(gradient[k], expected, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(changes.means((theta,)), means)
+
+
+def test_with_a_direction_for_each_prompt_it_is_the_gradient_of_the_mean_norm(model):
+    sliced = ml.slice_model(model, PROMPTS, 1, 3, LAST)
+    theta = torch.randn(1, D, generator=torch.Generator().manual_seed(0))
+    changes = MeanChange(Problem(sliced, bias(sliced), Objective().value, 1), per_prompt=True)
+    leaf = theta[0].clone().requires_grad_()
+    value = sum(mean_change(model, leaf, [prompt]).norm() for prompt in PROMPTS) / 2
+    (expected,) = torch.autograd.grad(value, leaf)
+    torch.testing.assert_close(changes((theta,), None)[1][0][0], expected, rtol=1e-3, atol=1e-5)
+
+
+def test_one_step_of_cpe_is_the_gradient_through_edited_weights(build, directories):
+    """Of a plain Hugging Face Llama with grouped queries: its own autograd, with the factors added to o_proj.weight."""
+    model = build("llama", "bridge")
+    network = AutoModelForCausalLM.from_pretrained(directories("llama"), dtype=torch.float32)
+    sliced = ml.slice_model(model, PROMPTS[0], 0, 3, LAST)
+    sites = weight_sites(host_of(model), [0, 1], "attn", 1, 3, None)
+    generator = torch.Generator().manual_seed(0)
+    point = tuple(torch.randn(1, *shape, generator=generator) for shape in [(1, 32), (D, 1)] * 2)
+    targets = torch.randn(1, D, generator=generator)
+    act = LowRank(sliced, sites, [], 0.5)
+    means, gradients = MeanChange(Problem(sliced, act, Objective().value, 8))(point, targets)
+
+    tokens, weights = model.to_tokens(PROMPTS[0]), dict(network.named_parameters())
+    leaves = [x[0].clone().requires_grad_() for x in point]
+
+    def hidden(edited):
+        settings = {"output_hidden_states": True, "use_cache": False}
+        return torch.func.functional_call(network, weights | edited, (tokens,), settings).hidden_states[3][0, -2:]
+
+    names = [f"model.layers.{layer}.self_attn.o_proj.weight" for layer in (0, 1)]
+    edited = {name: weights[name] + 0.5 * leaves[2 * i + 1] @ leaves[2 * i] for i, name in enumerate(names)}
+    mean = (hidden(edited) - hidden({}).detach()).mean(0)
+    expected = torch.autograd.grad(mean @ targets[0], leaves)
+    torch.testing.assert_close(means[0], mean.detach(), rtol=1e-4, atol=1e-5)
+    for mine, theirs in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(mine[0], theirs, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("objective", ["direction", "norm"])
+@pytest.mark.parametrize("norm", ["unit", "torus"])
+def test_cpe_learns_unit_factors_whatever_the_batch(build, objective, norm):
+    model = build("llama", "bridge")
+    settings = {"source_layers": [0, 1], "target_layer": 3, "n_factors": 4, "n_steps": 2}
+    settings |= {"norm": norm, "objective": objective}
+    found = ml.fit_cpe(model, PROMPTS, progress=False, **settings)
+    assert found.site == "attn" and found.source_layers == (0, 1) and len(found) == 4
+    for a, b in found.factors.values():
+        torch.testing.assert_close(a.norm(dim=-1)[:, 0], torch.ones(4))
+        torch.testing.assert_close(b.norm(dim=-2)[:, 0], torch.ones(4))
+    assert torch.equal(found.scales, torch.ones(4))
+    alone = ml.fit_cpe(model, PROMPTS, batch_size=1, progress=False, **settings)
+    torch.testing.assert_close(alone.history, found.history, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("objective", ["direction", "norm"])
+def test_without_repulsion_the_factors_of_cpe_climb(build, objective):
+    settings = {"n_factors": 4, "n_steps": 15, "n_iterations": 0, "objective": objective, "progress": False}
+    found = ml.fit_cpe(build("llama", "bridge"), PROMPTS, [0, 1], 3, **settings)
+    assert float(found.history[-1].median()) > 1.05 * float(found.history[1].median())
+
+
+def test_the_history_of_cpe_ends_with_the_mean_change_of_its_factors(build):
+    model = build("llama", "bridge")
+    found = ml.fit_cpe(
+        model, PROMPTS[0], [1], 3, n_factors=2, n_steps=3, objective="norm", target_positions=LAST, progress=False
+    )
+    clean, changed = [], []
+    for k in (None, 0, 1):
+        with ml.steer(model, found[k]) if k is not None else torch.no_grad():
+            seen = target_activation(model, model.to_tokens(PROMPTS[0]), 1, 3, torch.zeros(D))[-2:].mean(0).detach()
+        (clean if k is None else changed).append(seen)
+    expected = torch.stack([(one - clean[0]).norm() for one in changed])
+    torch.testing.assert_close(found.history[-1], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_cpe_goes_on_from_its_checkpoint(build, tmp_path):
+    model = build("llama", "bridge")
+    settings = {"source_layers": [0], "target_layer": 3, "n_factors": 3, "n_steps": 5, "progress": False}
+    whole = ml.fit_cpe(model, PROMPTS, **settings)
+    file = tmp_path / "cpe"
+
+    class Stop(Exception):
+        pass
+
+    calls, act = [], LowRank.__call__
+
+    def interrupted(self, *arguments):
+        calls.append(1)
+        if len(calls) > 3:
+            raise Stop
+        return act(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LowRank, "__call__", interrupted)
+        with pytest.raises(Stop):
+            ml.fit_cpe(model, PROMPTS, checkpoint=file, **settings)
+    resumed = ml.fit_cpe(model, PROMPTS, checkpoint=file, **settings)
+    torch.testing.assert_close(resumed.history, whole.history)
+    with pytest.raises(ValueError, match="belongs to another fit"):
+        ml.fit_cpe(model, PROMPTS, checkpoint=file, **{**settings, "temperature": 0.5})
+
+
+def test_linear_factors_are_the_singular_vectors_of_the_jacobian(any_model):
+    found = ml.fit_dct(
+        any_model, PROMPTS, 1, 3, kind="linear", n_factors=5, radius=2.0, target_positions=LAST, progress=False
+    )
+    left, values, right = np.linalg.svd(jacobian(any_model, stacked=False).double().numpy())
+    np.testing.assert_allclose(found.provenance["alpha"], values[:5], rtol=1e-4)
+    np.testing.assert_allclose(np.abs((found.values.numpy() / 2 * right[:5]).sum(1)), 1, atol=1e-4)
+    np.testing.assert_allclose(np.abs((found.targets.numpy() * left[:, :5].T).sum(1)), 1, atol=1e-4)
+    # the signs of u and v go together
+    np.testing.assert_allclose(
+        (found.targets.numpy() @ left * (found.values.numpy() / 2 @ right.T)).sum(1), 1, atol=1e-3
+    )
+
+
+def test_power_steering_finds_the_singular_vectors_of_the_stacked_jacobian(any_model):
+    found = ml.fit_jacobian(
+        any_model,
+        PROMPTS,
+        1,
+        3,
+        n_vectors=4,
+        radius=1.0,
+        target_positions=LAST,
+        n_steps=200,
+        tolerance=1e-7,
+        progress=False,
+    )
+    _, values, right = np.linalg.svd(jacobian(any_model, stacked=True).double().numpy())
+    np.testing.assert_allclose(found.provenance["singular_values"], values[:4], rtol=1e-4)
+    np.testing.assert_allclose(found.provenance["gaps"], 1 - values[1:5] / values[:4], atol=1e-3)
+    clear = [k for k in range(4) if values[k] / values[k + 1] > 1.02 and (k == 0 or values[k - 1] / values[k] > 1.02)]
+    assert clear
+    for k in clear:
+        assert abs(found.values[k].double().numpy() @ right[k]) > 1 - 1e-4
+
+
+def test_on_a_linear_slice_the_first_singular_vector_is_what_the_ascent_finds():
+    maps, sliced = linear_slice()
+    _, singular, right = np.linalg.svd(maps[0].flatten(0, 1).double().numpy())
+    start = torch.randn(8, 10, generator=torch.Generator().manual_seed(0))
+    v, along, values, _ = top(sliced, start, 2, 300, 1e-9, 4, False)
+    np.testing.assert_allclose(values[:2], singular[:2], rtol=1e-5)
+    np.testing.assert_allclose(np.abs((v.numpy() * right[:2]).sum(1)), 1, atol=1e-5)
+    torch.testing.assert_close(along[:, 0], torch.einsum("tde,ve->vtd", maps[0], v), rtol=1e-4, atol=1e-4)
+
+
+def test_equal_singular_values_are_said_to_be_degenerate(model, monkeypatch):
+    real = derivatives.products
+
+    def isotropic(sliced, v, batch_size):
+        along, _ = real(sliced, v, batch_size)
+        flat = along.new_zeros(len(v), along[0].numel())
+        flat[:, :D] = v
+        return flat.view_as(along), v
+
+    monkeypatch.setattr(derivatives, "products", isotropic)
+    found = ml.fit_jacobian(model, PROMPTS, 1, 3, n_vectors=3, radius=1.0, target_positions=LAST, progress=False)
+    assert found.provenance["degenerate"] == [[0, 1, 2]]
+
+
+def test_on_a_quadratic_map_the_quadratic_factors_are_those_that_were_planted():
+    generator = torch.Generator().manual_seed(0)
+    v, u, start = (torch.linalg.qr(torch.randn(10, 3, generator=generator))[0].T for _ in range(3))
+    alpha = torch.tensor([4.0, 2.0, 1.0])
+
+    class Quadratic(nn.Module):
+        def forward(self, stream, _):
+            return ((stream @ v.T) ** 2 * alpha) @ u
+
+    maps, linear = linear_slice()
+    resid = torch.zeros_like(linear.resid)
+    call = BlockCall(Quadratic(), (maps,), {}, ((0,), {}))
+    sliced = replace(linear, calls=(call,), resid=resid, target=torch.zeros_like(linear.target))
+    found, targets, strength = derivatives.quadratic(sliced, start, 60, False)
+    cosines = (found @ v.T).abs()
+    order = cosines.argmax(1)
+    assert sorted(order.tolist()) == [0, 1, 2]
+    torch.testing.assert_close(cosines.amax(1), torch.ones(3), atol=1e-3, rtol=0)
+    torch.testing.assert_close(strength, 2 * alpha[order], rtol=1e-2, atol=0)  # H is twice the coefficient of a square
+    torch.testing.assert_close((targets * u[order]).sum(1), torch.ones(3), atol=1e-3, rtol=0)
+
+
+def test_second_derivatives_are_those_of_the_whole_model(any_model):
+    sliced = ml.slice_model(any_model, PROMPTS, 1, 3, LAST)
+    v, u = (torch.randn(1, D, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+    both, hessian = derivatives.second(sliced, v, u)
+    with derivatives.twice_differentiable():
+        dense = torch.autograd.functional.hessian(lambda theta: mean_change(any_model, theta) @ u[0], torch.zeros(D))
+    scale = float((dense @ v[0]).abs().max())
+    torch.testing.assert_close(hessian[0], dense @ v[0], rtol=1e-3, atol=1e-3 * scale)
+    assert float(both[0] @ u[0]) == pytest.approx(float(v[0] @ dense @ v[0]), rel=1e-2)
+
+
+@pytest.mark.parametrize("orthogonalize", ["qr", "soft"])
+def test_exponential_factors_change_more_than_random_vectors_and_keep_their_norm(model, orthogonalize):
+    n = 6 if orthogonalize == "qr" else 40
+    found = ml.fit_dct(
+        model,
+        PROMPTS,
+        1,
+        3,
+        n_factors=n,
+        radius=2.0,
+        orthogonalize=orthogonalize,
+        target_positions=LAST,
+        progress=False,
+    )
+    torch.testing.assert_close(found.radii, torch.full((n,), 2.0))
+    assert found.provenance["alpha"] == sorted(found.provenance["alpha"], reverse=True)
+    assert float(found.history[-1].median()) > 1.2 * float(found.history[0].median())
+    for k in (0, n - 1):
+        mean = mean_change(model, found.values[k]).detach()
+        torch.testing.assert_close(found.targets[k], mean / mean.norm(), rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(found.history[-1, k], mean.norm(), rtol=1e-3, atol=1e-5)
+    if orthogonalize == "qr":
+        torch.testing.assert_close(found.cosine_similarity(), torch.eye(n), atol=1e-4, rtol=0)
+
+
+def test_targets_follow_rows_files_and_joins(model, tmp_path):
+    found = ml.fit_dct(model, PROMPTS, 1, 3, kind="linear", n_factors=3, radius=1.0, progress=False)
+    assert torch.equal(found[[2, 0]].targets, found.targets[[2, 0]])
+    found.save(tmp_path / "dct.safetensors")
+    assert torch.equal(ml.load(tmp_path / "dct.safetensors").targets, found.targets)
+    assert torch.equal(ml.concatenate([found, found[1]]).targets, torch.cat([found.targets, found.targets[1:2]]))
+    plain = ml.SteeringVectors.from_tensor(found.values, 1)
+    assert ml.concatenate([found, plain]).targets is None and (-found).targets is None
+
+
+@pytest.mark.parametrize("site", ["resid_post", "mlp_out"])
+def test_the_contrastive_vector_is_the_difference_of_means(any_model, site):
+    others = ["w8 w9", "w3 w2 w1 w0 w4"]
+    name = "blocks.2.hook_mlp_out" if site == "mlp_out" else "blocks.2.hook_resid_post"
+    means = []
+    for prompts in (PROMPTS, others):
+        rows = []
+        for prompt in prompts:
+            _, cache = any_model.run_with_cache(any_model.to_tokens(prompt), names_filter=lambda hook: hook == name)
+            rows.append(cache[name][0, -1])
+        means.append(torch.stack(rows).mean(0))
+    found = ml.fit_contrastive(any_model, PROMPTS, others, 2, site=site)
+    torch.testing.assert_close(found.values[0], means[0] - means[1], rtol=1e-4, atol=1e-5)
+    assert found.site == site and found.source_layer == 2
+    torch.testing.assert_close(
+        ml.fit_contrastive(any_model, PROMPTS, others, 2, site=site, radius=3.0).radii, torch.tensor([3.0])
+    )
+
+
+BAD = {
+    "a band past the target": (lambda m: ml.fit_cpe(m, PROMPTS, [1, 2], 3), "source layer 2 must lie"),
+    "a temperature of nothing": (lambda m: ml.fit_cpe(m, PROMPTS, [0], 3, temperature=0.0), "temperature=0.0"),
+    "a negative scale": (lambda m: ml.fit_cpe(m, PROMPTS, [0], 3, scale=-1.0), "scale=-1.0"),
+    "negative iterations": (lambda m: ml.fit_cpe(m, PROMPTS, [0], 3, n_iterations=-1), "n_iterations=-1"),
+    "no factor": (lambda m: ml.fit_cpe(m, PROMPTS, [0], 3, n_factors=0), "n_factors"),
+    "no layer": (lambda m: ml.fit_cpe(m, PROMPTS, [9], 3), "source_layer=9"),
+    "more factors than dimensions": (lambda m: ml.fit_dct(m, PROMPTS, 1, 3, n_factors=D + 1), "can't be orthogonal"),
+    "also of the linear kind": (
+        lambda m: ml.fit_dct(m, PROMPTS, 1, 3, kind="linear", orthogonalize="soft", n_factors=D + 1),
+        "can't be orthogonal",
+    ),
+    "a radius of nothing": (lambda m: ml.fit_dct(m, PROMPTS, 1, 3, radius=0.0), "radius=0.0"),
+    "more singular vectors than there are": (
+        lambda m: ml.fit_jacobian(m, PROMPTS, 1, 3, n_vectors=D + 1),
+        "don't exist",
+    ),
+    "a shared prompt": (lambda m: ml.fit_contrastive(m, PROMPTS, PROMPTS[1:], 2), "both the positive and the negative"),
+    "an empty set": (lambda m: ml.fit_contrastive(m, PROMPTS, [], 2), "prompt"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_before_anything_is_computed(model, case, monkeypatch):
+    call, message = BAD[case]
+    monkeypatch.setattr(type(host_of(model)), "forward", lambda *_, **__: pytest.fail("the model ran"))
+    with pytest.raises(ValueError, match=message):
+        call(model)
