@@ -26,9 +26,10 @@ def rank(vectors: Perturbation, measured: Effects, clusters: Sequence[int] | Non
         clusters: a label for each vector, as from `cluster_by_effect`; only the best of each cluster and sign is kept.
 
     Returns:
-        One row for each vector and sign that is kept, the highest kl first: vector, sign, kl and entropy_change (means
-        over prompts, nats), objective (NaN without a history), cluster, and near_duplicates (how many others of its
-        cluster and sign the row stands for).
+        One row for each vector and sign that is kept, the highest kl first, but those that ran into an attention sink
+        last, since they write noise: vector, sign, kl and entropy_change (means over prompts, nats), objective (NaN
+        without a history), effect (``||change|| / ||target||`` at the fit, NaN if that is not known), sink, cluster,
+        and near_duplicates (how many others of its cluster and sign the row stands for).
 
     Raises:
         ValueError: there isn't one label for each vector.
@@ -39,13 +40,32 @@ def rank(vectors: Perturbation, measured: Effects, clusters: Sequence[int] | Non
     labels = list(clusters) if clusters is not None else list(range(len(vectors)))
     if len(labels) != len(vectors):
         raise ValueError(f"{len(labels)} cluster labels were given for {len(vectors)} vectors: give one for each.")
-    table = table.assign(objective=[final[k] for k in table.vector], cluster=[labels[k] for k in table.vector])
-    table = table.sort_values("kl", ascending=False)
+    effects, sunk = _at_the_fit(vectors)
+    columns = {"objective": final, "effect": effects, "sink": sunk, "cluster": labels}
+    table = table.assign(**{name: [values[k] for k in table.vector] for name, values in columns.items()})
+    table = table.sort_values(["sink", "kl"], ascending=[True, False])
     sizes = table.groupby(["cluster", "sign"]).size()
     best = table.drop_duplicates(["cluster", "sign"])
     return best.assign(
         near_duplicates=[int(sizes[key]) - 1 for key in zip(best.cluster, best.sign, strict=True)]
     ).reset_index(drop=True)
+
+
+def _at_the_fit(vectors: Perturbation) -> tuple[list[float], list[bool]]:
+    """The effect of each row when it was fitted, and whether it had run into a sink; derived rows know neither."""
+    known, n = vectors.provenance, len(vectors)
+    parts = list(known.get("parts", [known]))
+    effects, sunk = list[float](), list[bool]()
+    for part in parts:
+        if "effects" not in part or "derived" in part:
+            return [float("nan")] * n, [False] * n
+        numbers = part["rows"] if part is not known and "rows" in part else range(len(part["effects"]))
+        effects += [part["effects"][i] for i in numbers]
+        sunk += [i in part.get("sinks", []) for i in numbers]
+    rows = known.get("rows", range(n))
+    if not effects or "derived" in known or max(rows, default=0) >= len(effects):
+        return [float("nan")] * n, [False] * n
+    return [effects[i] for i in rows], [sunk[i] for i in rows]
 
 
 def target_changes(sliced: SlicedModel, perturbations: Perturbation) -> Float[Tensor, "perturbation change"]:

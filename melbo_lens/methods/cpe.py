@@ -21,19 +21,20 @@ from melbo_lens.methods.mean_change import MeanChange
 from melbo_lens.methods.problem import Problem
 from melbo_lens.methods.provenance import remembered
 from melbo_lens.models import hooks
-from melbo_lens.models.access import Model, host_of
-from melbo_lens.models.slices import slice_model
+from melbo_lens.models.access import Model
+from melbo_lens.models.slices import SlicedModel, as_slice, opened
 from melbo_lens.perturbations.adapters import SteeringAdapters
 from melbo_lens.prompts import Positions, Prompts
 from melbo_lens.randomness import gaussian_rows
 
+POSITIONS = slice(-3, None)
 BAND, TARGET = (0.15, 0.3), 0.53  # shares of the depth: the published bands lie from a tenth to a third of it
 
 
 @public
 def fit_cpe(
-    model: Model,
-    prompts: Prompts,
+    model: Model | SlicedModel,
+    prompts: Prompts | None = None,
     source_layers: Sequence[int] | None = None,
     target_layer: int | None = None,
     *,
@@ -44,7 +45,7 @@ def fit_cpe(
     norm: Literal["unit", "torus"] = "unit",
     temperature: float = 1.0,
     n_iterations: int = 10,
-    target_positions: Positions = slice(-3, None),
+    target_positions: Positions | None = None,
     batch_size: int | None = None,
     seed: int = 0,
     checkpoint: str | Path | None = None,
@@ -62,10 +63,11 @@ def fit_cpe(
     norms at R = 1 act at the scale of the weights themselves.
 
     Args:
-        model: a `HookedTransformer` or `TransformerBridge`; it is left as it was.
+        model: a `HookedTransformer` or `TransformerBridge`, which is left as it was, or a slice of `slice_model` that
+            begins at the first source layer.
         prompts: text, chat messages, a list of either, or token ids [prompt pos]. One prompt is enough.
         source_layers: the blocks whose attention output weights are updated; None takes those from .15 to .3 of the
-            depth.
+            depth, or with a slice the block where it begins.
         target_layer: the change is measured in the stream that enters this block; None takes .53 of the depth.
         n_factors: how many factors to learn; published runs take 256 to 512.
         n_steps: the number of steps, each a forward and a backward pass of the slice for every factor and prompt.
@@ -76,7 +78,8 @@ def fit_cpe(
             a_l and b_l, as the paper does, so that only near duplicates repel each other.
         temperature: of the repulsion; lower ones concentrate on the most similar factors.
         n_iterations: of the repulsion, in each step; 0 turns it off.
-        target_positions: where a change counts, in each prompt's own tokens.
+        target_positions: where a change counts, in each prompt's own tokens. None means the last three positions, or
+            the positions of the slice.
         batch_size: the number of rows (factor x prompt) in one forward pass; None takes about 1 GiB.
         seed: the seed of the starting factors; those of factor i depend on (seed, i) alone.
         checkpoint: a file to which the state is saved twice a minute and on an interrupt.
@@ -102,13 +105,22 @@ def fit_cpe(
     one_of("norm", norm, ("unit", "torus"))
     if isinstance(n_iterations, bool) or not isinstance(n_iterations, int) or n_iterations < 0:
         raise ValueError(f"n_iterations={n_iterations!r} must be a whole number, 0 for no repulsion.")
-    host = host_of(model)
-    low, high = (round(share * host.n_layers) for share in BAND)
-    layers = sorted(set(range(low, high) if source_layers is None else source_layers)) or [low]
-    if target_layer is None:
-        target_layer = min(max(round(TARGET * host.n_layers), layers[-1] + 2), host.n_layers)
-    sites = weight_sites(host, layers, "attn", 1, target_layer, None)
-    sliced = slice_model(host, prompts, layers[0], target_layer, target_positions)
+    model = opened(model)
+    if isinstance(model, SlicedModel):
+        host, usual, target = model.host, [model.source_layer], (model.target_layer, model.target_hook)
+    else:
+        host, n = model, model.n_layers
+        usual = list(range(round(BAND[0] * n), round(BAND[1] * n))) or [round(BAND[0] * n)]
+        last = max(usual if source_layers is None else source_layers, default=0)
+        target = (min(max(round(TARGET * n), last + 2), n) if target_layer is None else target_layer, None)
+    layers = sorted(set(usual if source_layers is None else source_layers))
+    sites = weight_sites(host, layers, "attn", 1, *target)
+    if isinstance(model, SlicedModel):
+        if layers[0] != model.source_layer:
+            raise ValueError(f"source_layers={layers} must begin at layer {model.source_layer}, as the slice does.")
+        sliced = as_slice(model, prompts, None, target_layer, target_positions, None, None)
+    else:
+        sliced = as_slice(model, prompts, layers[0], target[0], target_positions, None, None, POSITIONS)
     sliced.check_source()
     run = asked.resolved(sliced, {})
     aim = objective_at(sliced, p=1, q=1)

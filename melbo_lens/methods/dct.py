@@ -21,21 +21,22 @@ from melbo_lens.methods.fitting import Run, ended, fit_swarm, objective_at, sett
 from melbo_lens.methods.mean_change import MeanChange
 from melbo_lens.methods.problem import Problem, bias
 from melbo_lens.models import hooks
-from melbo_lens.models.access import Model, host_of
-from melbo_lens.models.slices import slice_model
+from melbo_lens.models.access import Model
+from melbo_lens.models.slices import SlicedModel, as_slice, opened
 from melbo_lens.perturbations.vectors import SteeringVectors
 from melbo_lens.prompts import Positions, Prompts
 from melbo_lens.randomness import gaussian_rows
 
 Kind = Literal["exponential", "linear", "quadratic"]
+POSITIONS = slice(-3, None)
 STEPS = {"exponential": 10, "linear": 0, "quadratic": 20}
 
 
 @public
 def fit_dct(
-    model: Model,
-    prompts: Prompts,
-    source_layer: int,
+    model: Model | SlicedModel,
+    prompts: Prompts | None = None,
+    source_layer: int | None = None,
     target_layer: int | None = None,
     *,
     kind: Kind = "exponential",
@@ -45,9 +46,9 @@ def fit_dct(
     prompt_reduction: Literal["mean_change", "sum_norms"] = "mean_change",
     n_steps: int | None = None,
     temperature: float = 1.0,
-    target_positions: Positions = slice(-3, None),
+    target_positions: Positions | None = None,
     target_hook: str | None = None,
-    site: str = "mlp_out",
+    site: str | None = None,
     batch_size: int | None = None,
     seed: int = 0,
     checkpoint: str | Path | None = None,
@@ -65,7 +66,7 @@ def fit_dct(
     ``alpha = K^-1 c`` with ``K = (U^T U) * (exp(V^T V) - 1)`` and ``c_l = <u_l, Delta(R v_l)>``.
 
     Args:
-        model: a `HookedTransformer` or `TransformerBridge`; it is left as it was.
+        model: a `HookedTransformer` or `TransformerBridge`, or a slice of `slice_model`, as in `fit_vectors`.
         prompts: text, chat messages, a list of either, or token ids [prompt pos].
         source_layer: the block at whose `site` the vectors are added, at every position.
         target_layer: the change is measured in the stream that enters this block.
@@ -78,7 +79,8 @@ def fit_dct(
             "sum_norms" one u for each prompt, as `fit_vectors` does.
         n_steps: 10 for the exponential and 20 for the quadratic by default.
         temperature: of "soft".
-        target_positions, target_hook, site, batch_size, seed, checkpoint, progress: as in `fit_vectors`.
+        target_positions: as in `fit_vectors`, but the last three by default.
+        target_hook, site, batch_size, seed, checkpoint, progress: as in `fit_vectors`.
 
     Returns:
         The vectors, the strongest first, with `targets` u and, in the provenance, their strengths "alpha".
@@ -98,16 +100,16 @@ def fit_dct(
     positive("temperature", temperature, ": lower ones concentrate on the most similar factors")
     if radius != "auto":
         positive("radius", radius, ', or "auto" to calibrate one')
-    host = host_of(model)
-    if n_factors > host.d_model and not (kind == "exponential" and orthogonalize == "soft"):
+    model = opened(model)
+    if n_factors > model.d_model and not (kind == "exponential" and orthogonalize == "soft"):
         raise ValueError(
-            f"n_factors={n_factors} can't be orthogonal in d_model={host.d_model} dimensions: ask for at most "
-            f'{host.d_model}, or kind="exponential", orthogonalize="soft".'
+            f"n_factors={n_factors} can't be orthogonal in d_model={model.d_model} dimensions: ask for at most "
+            f'{model.d_model}, or kind="exponential", orthogonalize="soft".'
         )
-    sliced = slice_model(host, prompts, source_layer, target_layer, target_positions, target_hook, site)
+    sliced = as_slice(model, prompts, source_layer, target_layer, target_positions, target_hook, site, POSITIONS)
     run = asked.resolved(sliced, {"power": STEPS[kind] or 1})
     aim = objective_at(sliced, p=1, q=1)
-    with hooks.frozen(host):
+    with hooks.frozen(sliced.host):
         R = float(radius) if radius != "auto" else solve_radius(sliced, "nonlinearity", seed=seed).radius
         settings = settings_of("fit_dct", sliced, aim, run) | {
             "optimizer": "sogi" if kind == "exponential" else "derivatives",
@@ -121,11 +123,11 @@ def fit_dct(
         }
         problem = Problem(sliced, bias(sliced), Objective(p=1, q=1).value, run.batch_size)
         changes = MeanChange(problem, prompt_reduction == "sum_norms")
-        start = orthonormal_or_unit(gaussian_rows(n_factors, host.d_model, "fit_dct", seed).to(sliced.device))
+        start = orthonormal_or_unit(gaussian_rows(n_factors, model.d_model, "fit_dct", seed).to(sliced.device))
         if kind == "exponential":
             spread = spread_of(orthogonalize, temperature, R)
             targets = start.new_zeros(n_factors, sliced.target.shape[-1])
-            label = f"layer {source_layer}, radius {R:.3g}"
+            label = f"layer {sliced.source_layer}, radius {R:.3g}"
             found, u = fit_swarm(changes, (R * start,), targets, spread, False, run, settings, label)
             alpha = strengths(unit(found.point[0]), u, changes.means(found.point))
             values = found.point[0]
@@ -145,7 +147,7 @@ def fit_dct(
     sinks = sorted(places[i] for i in found.provenance["sinks"])
     provenance = {**found.provenance, "alpha": listed, "effects": effects, "sinks": sinks}
     history = found.history[:, order] if len(found.history) else found.history
-    return SteeringVectors(values[order], source_layer, history, provenance, sliced.site.name, aim, u[order])
+    return SteeringVectors(values[order], sliced.source_layer, history, provenance, sliced.site.name, aim, u[order])
 
 
 def spread_of(orthogonalize: str, temperature: float, radius: float) -> Spread:

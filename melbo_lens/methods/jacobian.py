@@ -16,27 +16,28 @@ from melbo_lens.methods.automatic import automatic
 from melbo_lens.methods.fitting import Run, ended, objective_at, settings_of
 from melbo_lens.methods.problem import Problem, bias
 from melbo_lens.models import hooks
-from melbo_lens.models.access import Model, host_of
-from melbo_lens.models.slices import SlicedModel, slice_model
+from melbo_lens.models.access import Model
+from melbo_lens.models.slices import SlicedModel, as_slice, opened
 from melbo_lens.perturbations.vectors import SteeringVectors
 from melbo_lens.prompts import Positions, Prompts
 from melbo_lens.randomness import gaussian_rows
 
+POSITIONS = slice(-3, None)
 SPARE = 8  # so many more rows are iterated than asked for, since the last ones converge slowly
 
 
 @public
 def fit_jacobian(
-    model: Model,
-    prompts: Prompts,
-    source_layer: int,
+    model: Model | SlicedModel,
+    prompts: Prompts | None = None,
+    source_layer: int | None = None,
     target_layer: int | None = None,
     *,
     n_vectors: int = 12,
     radius: float | Literal["auto"] = "auto",
-    target_positions: Positions = slice(-3, None),
+    target_positions: Positions | None = None,
     target_hook: str | None = None,
-    site: str = "mlp_out",
+    site: str | None = None,
     n_steps: int = 30,
     tolerance: float = 1e-4,
     batch_size: int | None = None,
@@ -50,7 +51,7 @@ def fit_jacobian(
     V the eigenvectors of ``(J V)^T (J V)`` are exact.
 
     Args:
-        model: a `HookedTransformer` or `TransformerBridge`; it is left as it was.
+        model: a `HookedTransformer` or `TransformerBridge`, or a slice of `slice_model`, as in `fit_vectors`.
         prompts: text, chat messages, a list of either, or token ids [prompt pos].
         source_layer: the block at whose `site` the vectors are added, at every position.
         target_layer: the change is measured in the stream that enters this block.
@@ -58,7 +59,8 @@ def fit_jacobian(
         radius: the norm at which the vectors are returned; "auto" as in `fit_vectors`.
         n_steps: the largest number of steps, each three passes back through the slice.
         tolerance: the iteration ends when no singular value that is asked for changes by more than this share.
-        target_positions, target_hook, site, batch_size, seed, progress: as in `fit_vectors`.
+        target_positions: as in `fit_vectors`, but the last three by default.
+        target_hook, site, batch_size, seed, progress: as in `fit_vectors`.
 
     Returns:
         The vectors, the largest singular value first, with `targets`, the unit mean change that each makes to first
@@ -75,18 +77,18 @@ def fit_jacobian(
     positive("tolerance", tolerance, "")
     if radius != "auto":
         positive("radius", radius, ', or "auto" to calibrate one')
-    host = host_of(model)
-    if n_vectors > host.d_model:
+    model = opened(model)
+    if n_vectors > model.d_model:
         raise ValueError(
-            f"n_vectors={n_vectors} singular vectors don't exist: the Jacobian has d_model={host.d_model} columns."
+            f"n_vectors={n_vectors} singular vectors don't exist: the Jacobian has d_model={model.d_model} columns."
         )
-    sliced = slice_model(host, prompts, source_layer, target_layer, target_positions, target_hook, site)
+    sliced = as_slice(model, prompts, source_layer, target_layer, target_positions, target_hook, site, POSITIONS)
     run = asked.resolved(sliced, {})
     aim = objective_at(sliced)
-    with hooks.frozen(host):
+    with hooks.frozen(sliced.host):
         exact = sliced.in_float32()
-        n = min(n_vectors + SPARE, host.d_model)
-        start = gaussian_rows(n, host.d_model, "fit_jacobian", seed).to(sliced.device)
+        n = min(n_vectors + SPARE, model.d_model)
+        start = gaussian_rows(n, model.d_model, "fit_jacobian", seed).to(sliced.device)
         v, along, values, steps = top(exact, start, n_vectors, n_steps, tolerance, run.batch_size, progress)
         R = automatic(sliced, seed).radius if radius == "auto" else float(radius)
         settings = settings_of("fit_jacobian", sliced, aim, run) | {
@@ -114,7 +116,7 @@ def fit_jacobian(
     mask = sliced.batch.target_mask
     weights = (mask / mask.sum(1, keepdim=True) / len(mask))[None, ..., None]
     targets = unit((along * weights).sum((1, 2)))
-    return SteeringVectors(R * v, source_layer, found.history, provenance, sliced.site.name, aim, targets)
+    return SteeringVectors(R * v, sliced.source_layer, found.history, provenance, sliced.site.name, aim, targets)
 
 
 def top(

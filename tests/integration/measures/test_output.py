@@ -1,5 +1,7 @@
 """Are effects what one gets by running the steered model and computing them by hand?"""
 
+from dataclasses import replace
+
 import pandas as pd
 import pytest
 import torch
@@ -126,7 +128,7 @@ def test_the_ranking_keeps_the_best_of_each_cluster_and_gives_its_reasons(model)
     steering = vectors(3)
     measured = ml.output_effects(model, PROMPTS, steering)
     table = ml.rank(steering, measured, clusters=[0, 1, 0])
-    assert list(table.columns) == ["vector", "sign", "kl", "entropy_change", "objective", "cluster", "near_duplicates"]
+    assert " ".join(table.columns) == "vector sign kl entropy_change objective effect sink cluster near_duplicates"
     assert len(table) == 4 and table.kl.is_monotonic_decreasing and sorted(table.near_duplicates) == [0, 0, 1, 1]
     means = measured.table.groupby(["vector", "sign"]).kl.mean()
     for row in table.itertuples():
@@ -192,3 +194,20 @@ def test_changes_that_overflow_are_an_error_for_clusters_and_tokens_too(director
         ml.cluster_by_effect(ml.slice_model(model, PROMPTS, 1, 3), loud)
     with pytest.raises(FloatingPointError, match="vector 0 makes the logits NaN or infinite in float16"):
         ml.top_tokens(model, loud, prompts=PROMPTS)
+
+
+def test_a_ranking_shows_the_effects_of_the_fit_and_puts_rows_in_sinks_last(model):
+    fitted = ml.fit_vectors(model, PROMPTS, 1, 3, n_vectors=3, radius=2.0, n_steps=2, progress=False)
+    effects = fitted.provenance["effects"]
+    measured = ml.output_effects(model, PROMPTS, fitted)
+    loudest = int(ml.rank(fitted, measured).vector[0])
+    marked = replace(fitted, provenance={**fitted.provenance, "sinks": [loudest]})
+    table = ml.rank(marked, measured)
+    assert table.effect.tolist() == [effects[k] for k in table.vector]
+    assert not table.sink[:4].any() and table.vector[4:].tolist() == [loudest] * 2 and table.sink[4:].all()
+    # through rows and joins; what was derived has another effect
+    some = ml.concatenate([marked[[2, 0]], marked[1]])[[1, 2]]
+    table = ml.rank(some, ml.output_effects(model, PROMPTS, some))
+    assert {int(k): e for k, e in zip(table.vector, table.effect, strict=True)} == {0: effects[0], 1: effects[1]}
+    assert {int(k): bool(s) for k, s in zip(table.vector, table.sink, strict=True)} == {k: k == loudest for k in (0, 1)}
+    assert ml.rank(2 * marked, measured).effect.isna().all() and not ml.rank(2 * marked, measured).sink.any()

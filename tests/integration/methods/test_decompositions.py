@@ -288,6 +288,18 @@ def test_exponential_factors_change_more_than_random_vectors_and_keep_their_norm
         torch.testing.assert_close(found.cosine_similarity(), torch.eye(n), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("fit", [ml.fit_cpe, ml.fit_dct, ml.fit_jacobian], ids=["cpe", "dct", "jacobian"])
+def test_a_slice_stands_for_its_model_prompts_and_layers(model, fit):
+    number = {"n_vectors": 2, "radius": 1.0} if fit is ml.fit_jacobian else {"n_factors": 2, "n_steps": 2}
+    where = [1] if fit is ml.fit_cpe else 1
+    whole = fit(model, PROMPTS, where, 3, target_positions=LAST, progress=False, **number)
+    sliced = fit(ml.slice_model(model, PROMPTS, 1, 3, LAST), progress=False, **number)
+    for name, tensor in whole.parts()[0].items():
+        torch.testing.assert_close(sliced.parts()[0][name], tensor)
+    with pytest.raises(TypeError, match="a slice was given"):
+        fit(ml.slice_model(model, PROMPTS, 1, 3, LAST), PROMPTS, progress=False, **number)
+
+
 def test_targets_follow_rows_files_and_joins(model, tmp_path):
     found = ml.fit_dct(model, PROMPTS, 1, 3, kind="linear", n_factors=3, radius=1.0, progress=False)
     assert torch.equal(found[[2, 0]].targets, found.targets[[2, 0]])
