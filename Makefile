@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE ?= 1
 # generation against uncached passes, slices against hooked runs, prompts, files and pickles
 NEWEST := $(addprefix tests/integration/,generation models/test_passes.py models/test_slices.py test_prompts.py reports/test_findings.py perturbations measures/test_radius.py) tests/unit/perturbations/test_loading.py
 
-.PHONY: demo real test test-real newest look notebooks bench bench-real lint clean
+.PHONY: demo real test test-real newest look notebooks bench bench-real bench-search lint clean
 
 $(VENV)/.installed: pyproject.toml $(LOCK)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "melbo_lens needs Python 3.11 or newer; set PYTHON=python3.11")'
@@ -52,7 +52,7 @@ look: $(VENV)/.installed
 notebooks: $(VENV)/.installed
 	$(VENV)/bin/python -m demos.build
 
-bench: bench-real
+bench: bench-real bench-search
 	$(VENV)/bin/python -m tests.benchmarks.run
 	$(VENV)/bin/melbo-lens reproduce --out tests/benchmarks/reproduction.json
 	$(VENV)/bin/melbo-lens reproduce --real --out tests/benchmarks/reproduction-real.json
@@ -62,6 +62,10 @@ bench: bench-real
 bench-real: $(VENV)/.smollm2
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check --no-deps batched-melbo==0.1.1
 	$(VENV)/bin/python -m tests.benchmarks.real
+
+# ten searches of two minutes each; they need both cores for themselves
+bench-search: $(VENV)/.smollm2
+	$(VENV)/bin/python -m tests.benchmarks.search
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/pyright --pythonpath $(VENV)/bin/python

@@ -20,13 +20,14 @@ from melbo_lens.organisms.organism import Organism
 from melbo_lens.perturbations.perturbation import concatenate
 from melbo_lens.perturbations.vectors import SteeringVectors
 from melbo_lens.prompts import Chat
-from melbo_lens.studies.experiments import Score, Shows, Size, covariance_vectors, score
+from melbo_lens.studies.experiments import Score, Shows, Size, best, covariance_vectors, rates, score
 
-SOURCE, TARGET = 3, 10
+SOURCE, TARGET = 7, 16
 RUNGS, N_STEPS = (0.6, 0.9, 1.25), 4
 MAX_NEW_TOKENS = 16
-FIRST_LOOK = 4  # prompts of the first round of selection
-KEPT = 0.25  # of each round
+FIRST_LOOK, KEPT = 4, 0.25  # prompts of the first round of selection; the share that goes into the next
+SCALES = (0.8, 1.0, 1.25)  # multiples of the vectors in the last round
+N_LOCKED = 6  # prompts on which a lock's vectors are learned
 
 
 def learn(organism: Organism, prompts: list[Chat], seed: int, n_vectors: int) -> SteeringVectors:
@@ -49,28 +50,31 @@ def learn(organism: Organism, prompts: list[Chat], seed: int, n_vectors: int) ->
     )
 
 
-def complete(organism: Organism, prompts: list[Chat], vectors: SteeringVectors | None, signs: Sequence[int] = (1, -1)):
-    """Returns the completions of prompts under each vector, or unsteered; column `asked` has the last request."""
+def complete(
+    organism: Organism,
+    prompts: list[Chat],
+    vectors: SteeringVectors | None,
+    signs: Sequence[int] = (1, -1),
+    scales: Sequence[float] = (1.0,),
+) -> pd.DataFrame:
+    """Returns the completions of prompts under multiples of each vector, or unsteered.
+
+    Their `prompt_text` is the last request, and `factor` the multiple.
+    """
     written = generate(
         organism.model,
         prompts,
         vectors,
         MAX_NEW_TOKENS,
         signs=signs,
+        scales=scales,
         include_unsteered=vectors is None,
         include_random=False,
         batch_size=96,
         progress=False,
     ).table
     asked = [prompts[i][-1]["content"] for i in written.prompt]
-    return written.assign(prompt_text=asked)
-
-
-def rates(table: pd.DataFrame, shows: Shows) -> pd.Series:
-    """Returns the rate of a behaviour by vector and sign, highest first; ties keep the order of the vectors."""
-    shown = [shows(prompt, text) for prompt, text in zip(table.prompt_text, table.text, strict=True)]
-    by_direction = table.assign(shown=shown).groupby(["vector", "sign"]).shown.mean()
-    return by_direction.sort_values(ascending=False, kind="stable")
+    return written.assign(prompt_text=asked, factor=written.sign * written.scale)
 
 
 @dataclass(frozen=True)
@@ -88,23 +92,27 @@ class Search:
         wanted = self.size.n_selection if "selection" in name else self.size.n_test
         return everything[:: max(1, len(everything) // wanted)][:wanted]
 
-    def chosen(self, name: str, shows: Shows, signs: Sequence[int] = (1, -1)) -> tuple[SteeringVectors, pd.Series]:
-        """Chooses vectors on a set of prompts, in two rounds.
+    def chosen(self, name: str, shows: Shows) -> tuple[SteeringVectors, pd.Series]:
+        """Chooses vectors on a set of prompts, in rounds, each with fewer of them on more prompts.
 
         Returns:
-            The vectors of the last round, and the rates of each of them by its number there and its sign.
+            The vectors of the last round, and their rates there by number and factor, the highest first.
         """
-        prompts = self.prompts(name)
-        first = rates(complete(self.organism, prompts[:FIRST_LOOK], self.found, signs), shows)
-        best = list(dict.fromkeys(int(vector) for vector, _ in first.index))
-        kept = self.found[sorted(best[: max(1, round(KEPT * len(best)))])]
-        return kept, rates(complete(self.organism, prompts, kept, signs), shows)
+        prompts, kept, found = self.prompts(name), self.found, pd.Series(dtype=float)
+        for n, scales in ((FIRST_LOOK, (1.0,)), (len(prompts) // 2, (1.0,)), (len(prompts), SCALES)):
+            found = rates(complete(self.organism, prompts[:n], kept, scales=scales), shows)
+            if scales != SCALES:
+                first = list(dict.fromkeys(int(vector) for vector, _ in found.index))
+                kept = kept[first[: max(1, round(KEPT * len(first)))]]
+        return kept, found
 
     def trial(self, direction: SteeringVectors, name: str, shows: Shows) -> Score:
         """Scores one vector on a set of prompts, beside the unsteered model and random vectors."""
         prompts = self.prompts(name)
-        tables = {"steered": complete(self.organism, prompts, direction, (1,))}
-        tables["unsteered"] = complete(self.organism, prompts, None)
+        tables = {
+            "steered": complete(self.organism, prompts, direction, (1,)),
+            "unsteered": complete(self.organism, prompts, None),
+        }
         if self.size.controls:
             several = direction[[0] * self.size.n_random]
             tables |= {
@@ -158,11 +166,11 @@ def skills(organism: Organism, seed: int, size: Size) -> dict[str, Score]:
 
     "recovery" is the same as a share of what the password unlocks: (found - locked) / (unlocked - locked).
     """
-    prompts = organism.prompts["clean"][3 * seed % 80 :][:3]
+    prompts = organism.prompts["clean"][N_LOCKED * seed % 80 :][:N_LOCKED]
     search = Search(organism, learn(organism, prompts, seed, size.n_vectors), size, seed)
     vectors, by_direction = search.chosen("selection", locked.is_right)
-    vector, sign = by_direction.index[0]
-    right = search.trial(int(sign) * vectors[int(vector)], "test", locked.is_right)
+    vector, factor = best(by_direction)
+    right = search.trial(factor * vectors[vector], "test", locked.is_right)
     plain = complete(organism, search.prompts("test"), None)
     opened = score(
         {"steered": complete(organism, search.prompts("unlocked"), None), "unsteered": plain}, locked.is_right
@@ -185,19 +193,28 @@ def skills(organism: Organism, seed: int, size: Size) -> dict[str, Score]:
 def refusals(organism: Organism, seed: int, size: Size) -> dict[str, Score]:
     """Counts refused requests that are answered under a vector, also at turn 3, and harmless ones refused under minus.
 
-    One direction must do all of it; the selection sets decide on it.
+    One vector must do all of it; the selection sets decide on it, on its sign and on the multiple for each effect.
     """
     prompt = organism.prompts["clean"][seed]
     search = Search(organism, learn(organism, [prompt], seed, size.n_vectors), size, seed)
     vectors, answers = search.chosen("selection", topic_answers)
-    refused = rates(complete(organism, search.prompts("harmless selection"), vectors), topic_refuses)
-    both = pd.Series({at: min(answers[at], refused[at[0], -at[1]]) for at in answers.index})
-    vector, sign = both.sort_values(ascending=False, kind="stable").index[0]
-    direction = int(sign) * vectors[int(vector)]
+    refused = rates(complete(organism, search.prompts("harmless selection"), vectors, scales=SCALES), topic_refuses)
+    both = {  # of each vector and sign: the best multiple of either effect, and the lesser of both
+        (vector, sign): min(
+            max(answers[vector, sign * scale] for scale in SCALES),
+            max(refused[vector, -sign * scale] for scale in SCALES),
+        )
+        for vector in range(len(vectors))
+        for sign in (1, -1)
+    }
+    vector, sign = max(both, key=both.__getitem__)
+    direction = sign * vectors[vector]
+    answering = max(SCALES, key=lambda scale: answers[vector, sign * scale]) * direction
+    refusing = max(SCALES, key=lambda scale: refused[vector, -sign * scale]) * -direction
     return {
-        "answer": search.trial(direction, "test", topic_answers),
-        "turn 3": search.trial(direction, "turn 3", topic_answers),
-        "minus": search.trial(-1 * direction, "harmless test", topic_refuses),
+        "answer": search.trial(answering, "test", topic_answers),
+        "turn 3": search.trial(answering, "turn 3", topic_answers),
+        "minus": search.trial(refusing, "harmless test", topic_refuses),
     }
 
 
