@@ -58,6 +58,8 @@ if TYPE_CHECKING:
     from melbo_lens.search.layers import LayerScan as LayerScan
     from melbo_lens.search.layers import scan_layers as scan_layers
     from melbo_lens.search.trials import AdapterTrial as AdapterTrial
+    from melbo_lens.search.trials import CpeTrial as CpeTrial
+    from melbo_lens.search.trials import DctTrial as DctTrial
     from melbo_lens.search.trials import Trial as Trial
     from melbo_lens.search.trials import make_plan as make_plan
 
@@ -96,7 +98,7 @@ _HOMES = {
     "reports.page": "report report_directory save_results",
     "search.discovery": "discover",
     "search.layers": "scan_layers",
-    "search.trials": "AdapterTrial Trial make_plan",
+    "search.trials": "AdapterTrial CpeTrial DctTrial Trial make_plan",
 }
 # What calls return: here for `isinstance` and annotations.
 _RESULTS = {

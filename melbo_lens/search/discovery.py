@@ -21,7 +21,7 @@ from melbo_lens.prompts import Positions, Prompts, tokenize
 from melbo_lens.search.groups import collected, grouped, heldout_rate, shares
 from melbo_lens.search.pace import GUESS, MARGIN, Pace
 from melbo_lens.search.rounds import Search, rounds
-from melbo_lens.search.trials import AdapterTrial, Ladder, Trial, arms_of, norms_of
+from melbo_lens.search.trials import AnyTrial, Ladder, Method, arms_of, check_methods, norms_of
 
 SHARE_FOR_HELDOUT, SHARE_FOR_GROUPS = 0.2, 0.03  # of the budget, for what follows the trials
 SHARE_FOR_EDGE = 0.35  # of the budget, after which the edge is bisected no further
@@ -34,10 +34,10 @@ class Discovery:
     Attributes:
         table: one row for each group of readable completions that differ from the unsteered ones, ranked by its score:
             group, behavior (its name, if behaviours were given), change ("content" or "wording", see `departures`),
-            example, source_layer, target_layer, radius, relative_radius (as a share of the stream's median norm),
-            effect (``||change|| / ||target||``), vector (the number, within its trial, of the vector that elicits the
-            group most), sign, rate (of that vector on the prompts), heldout_rate, random_rate, n_vectors (how many
-            vectors elicit it), and of the example natural and surprise (nats).
+            example, method, source_layer, target_layer, radius, relative_radius (as a share of the stream's median
+            norm), effect (``||change|| / ||target||``), vector (the number, within its trial, of the vector that
+            elicits the group most), sign, rate (of that vector on the prompts), heldout_rate, random_rate, n_vectors
+            (how many vectors elicit it), and of the example natural and surprise (nats).
         shares: the share of all directions, vectors with a sign, that do nothing (no completion changed), and of those
             that change the wording, the content, or write noise.
         rows: every completion but the unsteered ones, with the number of its trial and how it departs.
@@ -51,7 +51,7 @@ class Discovery:
     table: pd.DataFrame
     shares: Mapping[str, float]
     rows: pd.DataFrame
-    plan: tuple[Trial | AdapterTrial, ...]
+    plan: tuple[AnyTrial, ...]
     vectors: tuple[Perturbation, ...]
     completions: tuple[Completions, ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -136,7 +136,8 @@ def discover(
     target_positions: Positions = slice(-1, None),
     max_new_tokens: int = 16,
     seed: int = 0,
-    plan: Sequence[Trial | AdapterTrial] | None = None,
+    plan: Sequence[AnyTrial] | None = None,
+    methods: Sequence[Method] = ("melbo",),
     progress: bool = True,
 ) -> Discovery:
     """Searches a model of which nothing is known, from one prompt or a few.
@@ -157,7 +158,10 @@ def discover(
         target_positions: where a change counts; by default the last position, where the style of an answer is decided.
         max_new_tokens: the length of the completions.
         seed: the seed of the starts and the controls.
-        plan: trials of vectors (`Trial`) or adapters (`AdapterTrial`), all of which are run whatever the budget.
+        plan: trials of vectors (`Trial`), adapters (`AdapterTrial`), CPE (`CpeTrial`) or DCT (`DctTrial`), all of which
+            are run whatever the budget.
+        methods: what a search without a plan tries in turns: "melbo" (`fit_vectors`), "cpe" (`fit_cpe`) and "dct"
+            (`fit_dct`).
         progress: whether to show a progress bar with the seconds.
 
     Returns:
@@ -173,6 +177,7 @@ def discover(
     """
     if plan is None and not 0 < budget < float("inf"):
         raise ValueError(f"budget={budget} must be a positive number of seconds.")
+    check_methods(methods)
     host = host_of(model)
     batch = tokenize(host, prompts, target_positions)
     held = SHARE_FOR_HELDOUT if heldout is not None else 0.0
@@ -181,7 +186,7 @@ def discover(
     found_edge = None
     with tqdm(total=round(budget) if plan is None else None, desc="discover", unit="s", disable=not progress) as bar:
         if plan is None:
-            arms = arms_of(host.n_layers)
+            arms = arms_of(host.n_layers, methods)
             bar.set_postfix_str("the edge of readability", refresh=True)
             first = search.slice(arms[0].source_layer, arms[0].target_layer)
             found_edge = edge(first, seed, SHARE_FOR_EDGE * budget)
@@ -192,7 +197,7 @@ def discover(
             trials = iter(plan)
         for trial in trials:
             timed = search.run(trial)
-            if timed and isinstance(trial, Trial):
+            if timed:
                 clock.learn(trial, *timed)
             bar.set_postfix_str(f"{len(search.done)} trials", refresh=False)
             bar.update(round(clock.passed) - bar.n)

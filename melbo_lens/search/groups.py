@@ -20,10 +20,10 @@ from melbo_lens.measures.ranking import cluster
 from melbo_lens.models.access import Model
 from melbo_lens.perturbations.perturbation import Perturbation
 from melbo_lens.prompts import Prompts
-from melbo_lens.search.trials import AdapterTrial, Trial
+from melbo_lens.search.trials import AnyTrial
 
 COLUMNS = (
-    "group behavior change example source_layer target_layer radius relative_radius effect vector sign rate "
+    "group behavior change example method source_layer target_layer radius relative_radius effect vector sign rate "
     "heldout_rate random_rate n_vectors natural surprise score"
 ).split()
 SURPRISING = 6.0  # nats; a token less probable than this, 1 in 400, is not more of a surprise
@@ -72,7 +72,7 @@ def shares(rows: pd.DataFrame) -> dict[str, float]:
 
 
 def grouped(
-    done: Sequence[Trial | AdapterTrial],
+    done: Sequence[AnyTrial],
     fitted: Sequence[Perturbation],
     rows: pd.DataFrame,
     behaviors: Mapping[str, Behavior],
@@ -107,7 +107,7 @@ def grouped(
 def _group(
     name: str,
     members: pd.DataFrame,
-    done: Sequence[Trial | AdapterTrial],
+    done: Sequence[AnyTrial],
     fitted: Sequence[Perturbation],
     rows: pd.DataFrame,
     of_kind: pd.Series,
@@ -129,6 +129,7 @@ def _group(
         "behavior": example.behavior,
         "change": example.change,
         "example": example.text,
+        "method": plan.method,
         "source_layer": plan.source_layer,
         "target_layer": plan.target_layer,
         "radius": plan.radius,

@@ -3,7 +3,7 @@
 import time
 from dataclasses import dataclass, field
 
-from melbo_lens.search.trials import Trial
+from melbo_lens.search.trials import AnyTrial
 
 FEWEST, FIRST, MOST = 4, 16, 64  # the vectors of a trial: at the least, in the first round, and at the most
 MARGIN = 1.2  # a trial is begun if so many times its expected duration is left
@@ -18,7 +18,7 @@ class Pace:
         seconds: the time that a search may take.
         n_prompts: the number of prompts of each trial.
         began: when it began.
-        per_step: seconds of a fit for each vector, step and block between.
+        per_step: by method, seconds of a fit for each vector, step and block between.
         per_row: seconds of writing and judging for each completion.
         whole: before any trial was timed, the expected seconds of one of `FIRST` vectors.
     """
@@ -26,7 +26,7 @@ class Pace:
     seconds: float
     n_prompts: int
     began: float = field(default_factory=time.monotonic)
-    per_step: float = 0.0
+    per_step: dict[str, float] = field(default_factory=dict)
     per_row: float = 0.0
     whole: float = 0.0
 
@@ -38,13 +38,14 @@ class Pace:
     def left(self) -> float:
         return self.seconds - self.passed
 
-    def expected(self, trial: Trial) -> float:
+    def expected(self, trial: AnyTrial) -> float:
         """Returns the seconds that a trial is expected to take."""
         if not self.per_row:
             return self.whole * trial.n_vectors / FIRST
-        return trial.n_vectors * (self.per_step * _work(trial) + self.per_row * _rows(1, self.n_prompts))
+        per_step = self.per_step.get(trial.method, max(self.per_step.values(), default=0.0))
+        return trial.n_vectors * (per_step * _work(trial) + self.per_row * _rows(1, self.n_prompts))
 
-    def n_vectors(self, trial: Trial, seconds: float) -> int:
+    def n_vectors(self, trial: AnyTrial, seconds: float) -> int:
         """Returns how many vectors fit into so many seconds, at most `MOST`; 0 if not even `FEWEST` do."""
         each = MARGIN * self.expected(trial) / trial.n_vectors
         if not each:
@@ -52,9 +53,9 @@ class Pace:
         fitting = int(seconds / each)
         return min(fitting, MOST) if fitting >= FEWEST else 0
 
-    def learn(self, trial: Trial, fit: float, writing: float) -> None:
+    def learn(self, trial: AnyTrial, fit: float, writing: float) -> None:
         """Takes note of how long a trial took, its fit and its writing apart."""
-        self.per_step = fit / trial.n_vectors / _work(trial)
+        self.per_step[trial.method] = fit / trial.n_vectors / _work(trial)
         self.per_row = writing / _rows(trial.n_vectors, self.n_prompts)
 
 
@@ -63,8 +64,8 @@ def n_controls(n_vectors: int) -> int:
     return max(2, n_vectors // 6)
 
 
-def _work(trial: Trial) -> int:
-    return (1 + (trial.n_steps or 40)) * (trial.target_layer - trial.source_layer)
+def _work(trial: AnyTrial) -> int:
+    return (1 + (getattr(trial, "n_steps", None) or 40)) * (trial.target_layer - trial.source_layer)
 
 
 def _rows(n_vectors: int, n_prompts: int) -> float:

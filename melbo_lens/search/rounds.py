@@ -16,7 +16,7 @@ from melbo_lens.perturbations.perturbation import Perturbation
 from melbo_lens.prompts import Positions, PromptBatch, Prompts
 from melbo_lens.search.groups import promise
 from melbo_lens.search.pace import FEWEST, FIRST, MOST, Pace, n_controls
-from melbo_lens.search.trials import AdapterTrial, Arm, Ladder, Trial
+from melbo_lens.search.trials import AnyTrial, Arm, Ladder
 
 SHARE_OF_FIRST_ROUND = 0.5  # of the time that is left after the edge was found
 FEWEST_ARMS = 2  # so many arms go into every later round
@@ -32,7 +32,7 @@ class Search:
     target_positions: Positions
     max_new_tokens: int
     slices: dict[tuple[int, int], SlicedModel] = field(default_factory=dict)
-    done: list[Trial | AdapterTrial] = field(default_factory=list)
+    done: list[AnyTrial] = field(default_factory=list)
     fitted: list[Perturbation] = field(default_factory=list)
     written: list[Completions] = field(default_factory=list)
     judged: list[pd.DataFrame] = field(default_factory=list)
@@ -44,7 +44,7 @@ class Search:
             self.slices[between] = slice_model(self.host, self.batch, *between, self.target_positions)
         return self.slices[between]
 
-    def run(self, trial: Trial | AdapterTrial) -> tuple[float, float] | None:
+    def run(self, trial: AnyTrial) -> tuple[float, float] | None:
         """Runs a trial, and returns the seconds of its fit and of its writing; None if it is left out."""
         began = time.monotonic()
         try:
@@ -87,7 +87,7 @@ class Search:
 
 def rounds(
     search: Search, clock: Pace, arms: Sequence[Arm], ladder: Ladder, d_model: int, seed: int
-) -> Iterator[Trial]:
+) -> Iterator[AnyTrial]:
     """Yields trials until the time is used: first small ones everywhere, then larger ones where something came."""
     chosen, n_vectors, number, share = list(arms), FIRST, seed * 1000, SHARE_OF_FIRST_ROUND
     tried: set[Arm] = set()

@@ -17,7 +17,7 @@ class Experiment:
     title: str
     organism: str
     run: Callable[[Organism, int, Size], Mapping[str, Score]]
-    has_twin: bool = True  # an unlocked model answers rightly by itself, so that it is no control of a lock
+    has_twin: bool = True  # a model without a lock or refusals answers by itself, so that it is no control of them
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ REAL = Suite(
     (
         Experiment("backdoors", "smollm2-backdoors", real_experiments.backdoor),
         Experiment("locked skills", "smollm2-locked", real_experiments.skills, has_twin=False),
-        Experiment("refusal, real", "smollm2-refusal", real_experiments.refusals),
+        Experiment("refusal, real", "smollm2-refusal", real_experiments.refusals, has_twin=False),
     ),
     (
         Claim(
@@ -230,7 +230,7 @@ REAL = Suite(
         ),
     ),
     (24, 25, 26),
-    Size(n_vectors=96, n_selection=12, n_test=48, n_random=2),
+    Size(n_vectors=64, n_selection=12, n_test=48, n_random=2),
     {
         "source_layer": real_experiments.SOURCE,
         "target_layer": real_experiments.TARGET,

@@ -113,7 +113,8 @@ def table(results: Mapping[str, Any]) -> pd.DataFrame:
                     f"({show(row['least'])} to {show(row['most'])})"
                 ),
                 "95 % interval": f"{show(row['interval'][0])} to {show(row['interval'][1])}",
-                **{control: f"{row[control]:.1%}" for control in CONTROLS},
+                # NaN is a control that there is not
+                **{control: f"{row[control]:.1%}" if row[control] == row[control] else "" for control in CONTROLS},
                 "seconds": f"{row['seconds']:.0f}",
                 "holds": "yes" if row["holds"] else "NO",
             }

@@ -68,7 +68,9 @@ def main():
     by_random = sum(found["random"] for one in results for found in one["behaviors"].values())
     print(f"both behaviours among the first {FIRST} groups: {both} of {len(results)}")
     print(f"at least one: {sum(among_the_first(one) > 0 for one in results)} of {len(results)}")
-    print(f"random vectors: {by_random} of {n_random}; readable: at least {min(one['readable'] for one in results):.0%}")
+    print(
+        f"random vectors: {by_random} of {n_random}; readable: at least {min(one['readable'] for one in results):.0%}"
+    )
     print(f"seconds: at most {max(one['seconds'] for one in results):.0f} of {BUDGET:.0f}")
 
 
