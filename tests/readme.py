@@ -13,7 +13,9 @@ README = ROOT / "README.md"
 RESULTS = ROOT / "tests" / "benchmarks" / "results.json"
 BLOCK = re.compile(r"```python\n(.*?)```\n\n<!-- output -->\n```text\n(.*?)```", re.DOTALL)
 REPRODUCTION = ROOT / "tests" / "benchmarks" / "reproduction.json"
+REPRODUCTION_REAL = ROOT / "tests" / "benchmarks" / "reproduction-real.json"
 REPRODUCED = re.compile(r"<!-- reproduction -->\n(?:.*?)(?=\n`melbo-lens reproduce`)", re.DOTALL)
+REPRODUCED_REAL = re.compile(r"<!-- reproduction-real -->\n(?:.*?)(?=\n`melbo-lens reproduce --real`)", re.DOTALL)
 ARCHITECTURES = ROOT / "tests" / "architectures.json"
 TRIED = re.compile(r"<!-- architectures -->\n(?:.*?)(?=\n`python -m tests.architectures`)", re.DOTALL)
 REASONS = {
@@ -106,9 +108,9 @@ def benchmark() -> str:
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
-def reproduction() -> str:
+def reproduction(file: Path = REPRODUCTION) -> str:
     """The table of the post's results."""
-    results = json.loads(REPRODUCTION.read_text())
+    results = json.loads(file.read_text())
     rows = table(results)
     lines = [
         f"| {' | '.join(row)} |" for row in (rows.columns, ["---"] * len(rows.columns), *rows.itertuples(index=False))
@@ -152,7 +154,9 @@ def filled(text: str) -> str:
     )
     text = BENCHMARK.sub(lambda _: "<!-- benchmark -->\n" + benchmark() + "\n", text)
     text = TRIED.sub(lambda _: "<!-- architectures -->\n" + architectures() + "\n", text)
-    return REPRODUCED.sub(lambda _: "<!-- reproduction -->\n" + reproduction() + "\n", text)
+    text = REPRODUCED.sub(lambda _: "<!-- reproduction -->\n" + reproduction() + "\n", text)
+    real = reproduction(REPRODUCTION_REAL)
+    return REPRODUCED_REAL.sub(lambda _: "<!-- reproduction-real -->\n" + real + "\n", text)
 
 
 if __name__ == "__main__":

@@ -129,18 +129,29 @@ def test_without_repulsion_the_factors_of_cpe_climb(build, objective):
     assert float(found.history[-1].median()) > 1.05 * float(found.history[1].median())
 
 
-def test_the_history_of_cpe_ends_with_the_mean_change_of_its_factors(build):
-    model = build("llama", "bridge")
-    found = ml.fit_cpe(
-        model, PROMPTS[0], [1], 3, n_factors=2, n_steps=3, objective="norm", target_positions=LAST, progress=False
-    )
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen2", "neox", "gemma2", "mixtral"])
+def test_the_history_of_cpe_ends_with_the_mean_change_of_its_factors(build, name):
+    """Also with grouped queries, a norm after the attention, and experts in place of one MLP."""
+    model = build(name, "bridge")
+    settings = {"n_factors": 2, "n_steps": 3, "objective": "norm", "target_positions": LAST, "progress": False}
+    found = ml.fit_cpe(model, PROMPTS[0], [0, 1], 3, **settings)
     clean, changed = [], []
     for k in (None, 0, 1):
         with ml.steer(model, found[k]) if k is not None else torch.no_grad():
-            seen = target_activation(model, model.to_tokens(PROMPTS[0]), 1, 3, torch.zeros(D))[-2:].mean(0).detach()
+            tokens = model.to_tokens(PROMPTS[0])
+            _, cache = model.run_with_cache(tokens, names_filter=lambda hook: hook == "blocks.3.hook_in")
+            seen = next(iter(cache.values()))[0, -2:].mean(0)
         (clean if k is None else changed).append(seen)
     expected = torch.stack([(one - clean[0]).norm() for one in changed])
     torch.testing.assert_close(found.history[-1], expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("fit", [ml.fit_cpe, ml.fit_dct, ml.fit_jacobian], ids=["cpe", "dct", "jacobian"])
+def test_in_half_precision_what_is_learned_is_finite(directories, fit):
+    model = models.bridge(directories("llama"), dtype=torch.bfloat16)
+    number = {"n_vectors": 2} if fit is ml.fit_jacobian else {"n_factors": 2, "n_steps": 2}
+    found = fit(model, PROMPTS, [1] if fit is ml.fit_cpe else 1, 3, progress=False, **number)
+    assert all(torch.isfinite(tensor).all() for tensor in found.parts()[0].values()) and len(found) == 2
 
 
 def test_cpe_goes_on_from_its_checkpoint(build, tmp_path):
