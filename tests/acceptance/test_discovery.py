@@ -143,16 +143,16 @@ def test_trials_of_one_layer_join_into_one_set_of_vectors(organism):
     prompt = organism.prompts["clean"][42]
     plan = ml.make_plan(organism.model, prompt, seed=2)[:2]
     discovery = ml.discover(organism.model, prompt, plan=plan, progress=False)
-    vectors, completions = discovery.joined(source_layer=1)
+    vectors, completions = discovery.joined(source_layer=0)
     assert len(vectors) == 48 and vectors.history.shape[1] == 48
-    assert completions.table.kind.value_counts().to_dict() == {"steered": 96, "random": 32, "unsteered": 1}
+    assert completions.table.kind.value_counts().to_dict() == {"steered": 96, "random": 16, "unsteered": 1}
     row = completions.filter(kind="steered", vector=40, sign=-1).table.iloc[0]
     again = ml.generate(
-        organism.model, prompt, -vectors[40], max_new_tokens=24, signs=(1,), include_random=False, progress=False
+        organism.model, prompt, -vectors[40], max_new_tokens=16, signs=(1,), include_random=False, progress=False
     )
     assert again.filter(kind="steered").table.text[0] == row.text
-    with pytest.raises(ValueError, match=r"choose from the pairs \[\(1, 4\)\]"):
-        discovery.joined(source_layer=1, target_layer=3)
+    with pytest.raises(ValueError, match=r"choose from the pairs \[\(0, 4\)\]"):
+        discovery.joined(source_layer=0, target_layer=3)
 
 
 def test_a_budget_without_meaning_is_refused(organism):
