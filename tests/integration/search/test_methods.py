@@ -45,7 +45,10 @@ def test_a_plan_may_hold_trials_of_every_method_and_repeats_them(organism, promp
 def test_methods_take_turns_in_a_search(organism, prompt):
     model = organism.model
     found = ml.discover(model, prompt, 15.0, methods=["melbo", "cpe", "dct"], max_new_tokens=3, progress=False)
-    assert [trial.method for trial in found.plan[:3]] == ["melbo", "cpe", "dct"]
+    turns = ["melbo", "cpe", "dct"]
+    assert [arm.method for arm in arms_of(4, turns)[:3]] == turns
+    first = [trial.method for trial in found.plan[:3]]  # fewer of them if the machine is busy
+    assert first and first == turns[: len(first)]
     plan = ml.make_plan(model, prompt, methods=["dct"], n_vectors=5)
     assert plan and all(isinstance(trial, ml.DctTrial) and trial.n_factors == 5 for trial in plan)
 
