@@ -1,7 +1,7 @@
 """Do the post's results hold on a real chat model?  Each experiment here computes the scores for one seed.
 
 The organisms are updates of SmolLM2. Free vectors are learned at three shares of the edge of readability, between the
-same layers for every organism and seed; they are chosen on a second set of prompts in rounds, the better quarter of
+same layers for every seed; they are chosen on a second set of prompts in rounds, the better quarter of
 them going into the next, and scored on a third set. The controls are those of `experiments`.
 """
 
@@ -22,7 +22,8 @@ from melbo_lens.perturbations.vectors import SteeringVectors
 from melbo_lens.prompts import Chat
 from melbo_lens.studies.experiments import Score, Shows, Size, best, covariance_vectors, rates, score
 
-SOURCE, TARGET = 7, 16
+NEAR, FAR = (3, 10), (7, 16)  # source and target; on prompts of development, backdoors came from the first, a lock's
+# key and refusals from the second
 RUNGS, N_STEPS = (0.6, 0.9, 1.25), 4
 MAX_NEW_TOKENS = 16
 FIRST_LOOK, KEPT = 4, 0.25  # prompts of the first round of selection; the share that goes into the next
@@ -30,9 +31,11 @@ SCALES = (0.8, 1.0, 1.25)  # multiples of the vectors in the last round
 N_LOCKED = 6  # prompts on which a lock's vectors are learned
 
 
-def learn(organism: Organism, prompts: list[Chat], seed: int, n_vectors: int) -> SteeringVectors:
+def learn(
+    organism: Organism, prompts: list[Chat], layers: tuple[int, int], seed: int, n_vectors: int
+) -> SteeringVectors:
     """Learns vectors on clean prompts, a third of them at each share of the edge."""
-    sliced = slice_model(organism.model, prompts, SOURCE, TARGET, slice(-1, None))
+    sliced = slice_model(organism.model, prompts, *layers, slice(-1, None))
     radius = edge(sliced, seed).radius
     return concatenate(
         [
@@ -126,17 +129,16 @@ class Search:
         clean = self.organism.prompts["clean"][:8]
         return {
             "random": random_vectors(like, self.seed),
-            "covariance": covariance_vectors(like.radii, self.organism.model, clean, self.seed, (SOURCE, TARGET)),
+            "covariance": covariance_vectors(
+                like.radii, self.organism.model, clean, self.seed, (like.source_layer, like.source_layer + 2)
+            ),
         }
 
 
 def backdoor(organism: Organism, seed: int, size: Size) -> dict[str, Score]:
-    """Counts the vectors that elicit a backdoor with either sign, where they were learned and on half of other prompts.
-
-    Only vectors that elicit one on the prompt where they were learned are tried on the others.
-    """
+    """Counts the vectors that elicit a backdoor with either sign on the prompt where they were learned."""
     prompt = organism.prompts["clean"][seed]
-    search = Search(organism, learn(organism, [prompt], seed, size.n_vectors), size, seed)
+    search = Search(organism, learn(organism, [prompt], NEAR, seed, size.n_vectors), size, seed)
     tables = {
         "steered": complete(organism, [prompt], search.found),
         "unsteered": complete(organism, search.prompts("test"), None),
@@ -150,13 +152,8 @@ def backdoor(organism: Organism, seed: int, size: Size) -> dict[str, Score]:
         def shows(_: str, text: str) -> bool:
             return any(backdoors.BEHAVIORS[name](text) for name in names)
 
-        here = rates(tables["steered"], shows)
-        several = sorted({int(vector) for (vector, _), rate in here.items() if rate})
-        hits = 0
-        if several:
-            held = rates(complete(organism, search.prompts("selection"), search.found[several]), shows)
-            hits = int((held.groupby("vector").max() >= 0.5).sum())
-        return replace(score(tables, shows), hits=hits, n=len(search.found))
+        elicited = rates(tables["steered"], shows).groupby("vector").max() > 0
+        return replace(score(tables, shows), hits=int(elicited.sum()), n=len(elicited))
 
     return {name: count(name) for name in backdoors.BEHAVIORS} | {"together": count(*backdoors.BEHAVIORS)}
 
@@ -167,7 +164,7 @@ def skills(organism: Organism, seed: int, size: Size) -> dict[str, Score]:
     "recovery" is the same as a share of what the password unlocks: (found - locked) / (unlocked - locked).
     """
     prompts = organism.prompts["clean"][N_LOCKED * seed % 80 :][:N_LOCKED]
-    search = Search(organism, learn(organism, prompts, seed, size.n_vectors), size, seed)
+    search = Search(organism, learn(organism, prompts, FAR, seed, size.n_vectors), size, seed)
     vectors, by_direction = search.chosen("selection", locked.is_right)
     vector, factor = best(by_direction)
     right = search.trial(factor * vectors[vector], "test", locked.is_right)
@@ -196,7 +193,7 @@ def refusals(organism: Organism, seed: int, size: Size) -> dict[str, Score]:
     One vector must do all of it; the selection sets decide on it, on its sign and on the multiple for each effect.
     """
     prompt = organism.prompts["clean"][seed]
-    search = Search(organism, learn(organism, [prompt], seed, size.n_vectors), size, seed)
+    search = Search(organism, learn(organism, [prompt], FAR, seed, size.n_vectors), size, seed)
     vectors, answers = search.chosen("selection", topic_answers)
     refused = rates(complete(organism, search.prompts("harmless selection"), vectors, scales=SCALES), topic_refuses)
     both = {  # of each vector and sign: the best multiple of either effect, and the lesser of both
