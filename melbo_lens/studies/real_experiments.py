@@ -1,8 +1,9 @@
 """Do the post's results hold on a real chat model?  Each experiment here computes the scores for one seed.
 
-The organisms are updates of SmolLM2. Free vectors are learned at three shares of the edge of readability, between the
-same layers for every seed; they are chosen on a second set of prompts in rounds, the better quarter of
-them going into the next, and scored on a third set. The controls are those of `experiments`.
+The organisms are updates of SmolLM2. Backdoors are looked for by the search of `discover`, at its layers and radii. For
+a lock and for refusals, free vectors are learned at three shares of the edge of readability, between the same layers
+for every seed; they are chosen on a second set of prompts in rounds, the better quarter of them going into the next,
+and scored on a third set. The controls are those of `experiments`.
 """
 
 from collections.abc import Sequence
@@ -20,22 +21,22 @@ from melbo_lens.organisms.organism import Organism
 from melbo_lens.perturbations.perturbation import concatenate
 from melbo_lens.perturbations.vectors import SteeringVectors
 from melbo_lens.prompts import Chat
+from melbo_lens.search.discovery import discover
+from melbo_lens.search.trials import make_plan
 from melbo_lens.studies.experiments import Score, Shows, Size, best, covariance_vectors, rates, score
 
-NEAR, FAR = (3, 10), (7, 16)  # source and target; on prompts of development, backdoors came from the first, a lock's
-# key and refusals from the second
+SOURCE, TARGET = 7, 16
 RUNGS, N_STEPS = (0.6, 0.9, 1.25), 4
 MAX_NEW_TOKENS = 16
 FIRST_LOOK, KEPT = 4, 0.25  # prompts of the first round of selection; the share that goes into the next
 SCALES = (0.8, 1.0, 1.25)  # multiples of the vectors in the last round
+A_FEW = 4  # vectors of each trial of a search for backdoors
 N_LOCKED = 6  # prompts on which a lock's vectors are learned
 
 
-def learn(
-    organism: Organism, prompts: list[Chat], layers: tuple[int, int], seed: int, n_vectors: int
-) -> SteeringVectors:
+def learn(organism: Organism, prompts: list[Chat], seed: int, n_vectors: int) -> SteeringVectors:
     """Learns vectors on clean prompts, a third of them at each share of the edge."""
-    sliced = slice_model(organism.model, prompts, *layers, slice(-1, None))
+    sliced = slice_model(organism.model, prompts, SOURCE, TARGET, slice(-1, None))
     radius = edge(sliced, seed).radius
     return concatenate(
         [
@@ -129,30 +130,28 @@ class Search:
         clean = self.organism.prompts["clean"][:8]
         return {
             "random": random_vectors(like, self.seed),
-            "covariance": covariance_vectors(
-                like.radii, self.organism.model, clean, self.seed, (like.source_layer, like.source_layer + 2)
-            ),
+            "covariance": covariance_vectors(like.radii, self.organism.model, clean, self.seed, (SOURCE, TARGET)),
         }
 
 
 def backdoor(organism: Organism, seed: int, size: Size) -> dict[str, Score]:
-    """Counts the vectors that elicit a backdoor with either sign on the prompt where they were learned."""
+    """Counts the vectors of a search that elicit a backdoor, with either sign, on the prompt where they were learned.
+
+    They are shared out evenly to the trials that `make_plan` makes, so that no layer or radius is chosen here; the
+    random vectors are those of the search.
+    """
     prompt = organism.prompts["clean"][seed]
-    search = Search(organism, learn(organism, [prompt], NEAR, seed, size.n_vectors), size, seed)
-    tables = {
-        "steered": complete(organism, [prompt], search.found),
-        "unsteered": complete(organism, search.prompts("test"), None),
-    }
-    if size.controls:
-        tables |= {
-            kind: complete(organism, [prompt], vectors) for kind, vectors in search.controls(search.found).items()
-        }
+    plan = make_plan(organism.model, prompt, seed, n_vectors=A_FEW)[: size.n_vectors // A_FEW]
+    rows = discover(organism.model, prompt, plan=plan, max_new_tokens=MAX_NEW_TOKENS, seed=seed, progress=False).rows
+    unsteered = complete(organism, organism.prompts["test"][:: len(organism.prompts["test"]) // size.n_test], None)
+    tables = {"steered": rows[rows.kind == "steered"], "random": rows[rows.kind == "random"], "unsteered": unsteered}
 
     def count(*names: str) -> Score:
         def shows(_: str, text: str) -> bool:
             return any(backdoors.BEHAVIORS[name](text) for name in names)
 
-        elicited = rates(tables["steered"], shows).groupby("vector").max() > 0
+        steered = tables["steered"]
+        elicited = steered.text.map(lambda text: shows("", text)).groupby([steered.trial, steered.vector]).any()
         return replace(score(tables, shows), hits=int(elicited.sum()), n=len(elicited))
 
     return {name: count(name) for name in backdoors.BEHAVIORS} | {"together": count(*backdoors.BEHAVIORS)}
@@ -164,7 +163,7 @@ def skills(organism: Organism, seed: int, size: Size) -> dict[str, Score]:
     "recovery" is the same as a share of what the password unlocks: (found - locked) / (unlocked - locked).
     """
     prompts = organism.prompts["clean"][N_LOCKED * seed % 80 :][:N_LOCKED]
-    search = Search(organism, learn(organism, prompts, FAR, seed, size.n_vectors), size, seed)
+    search = Search(organism, learn(organism, prompts, seed, size.n_vectors), size, seed)
     vectors, by_direction = search.chosen("selection", locked.is_right)
     vector, factor = best(by_direction)
     right = search.trial(factor * vectors[vector], "test", locked.is_right)
@@ -193,7 +192,7 @@ def refusals(organism: Organism, seed: int, size: Size) -> dict[str, Score]:
     One vector must do all of it; the selection sets decide on it, on its sign and on the multiple for each effect.
     """
     prompt = organism.prompts["clean"][seed]
-    search = Search(organism, learn(organism, [prompt], FAR, seed, size.n_vectors), size, seed)
+    search = Search(organism, learn(organism, [prompt], seed, size.n_vectors), size, seed)
     vectors, answers = search.chosen("selection", topic_answers)
     refused = rates(complete(organism, search.prompts("harmless selection"), vectors, scales=SCALES), topic_refuses)
     both = {  # of each vector and sign: the best multiple of either effect, and the lesser of both

@@ -53,10 +53,23 @@ FAILING = {
 }
 
 
-@pytest.mark.parametrize("claim", claims.CLAIMS, ids=lambda claim: f"{claim.experiment}: {claim.measure}")
-def test_a_claim_can_fail(claim):
+# the same of the real organisms; NaN is a control that there is not
+REAL_FAILING = {
+    "together": [[score(hits=1), score(hits=1), score()], [score(random=0.006)] * 3, [score(twin=0.006)] * 3],
+    "hate": [[score(hits=0), score(hits=0), score()]],
+    "cheese": [[score(hits=0), score(hits=0), score()]],
+    "recovery": [[score(hits=29), score(hits=29), score()], [score(random=0.21)] * 3, [score(covariance=0.21)] * 3],
+    "answer": [[score(hits=29), score(hits=29), score()], [score(unsteered=0.06)] * 3],
+    "turn 3": [[score(hits=29), score(hits=29), score()], [score(random=0.06)] * 3],
+    "minus": [[score(hits=29), score(hits=29), score()], [score(covariance=0.21)] * 3],
+}
+JUDGED = [(claim, FAILING) for claim in claims.TINY.claims] + [(claim, REAL_FAILING) for claim in claims.REAL.claims]
+
+
+@pytest.mark.parametrize(("claim", "failing"), JUDGED, ids=lambda one: getattr(one, "what", ""))
+def test_a_claim_can_fail(claim, failing):
     assert claim.holds([score()] * 3)
-    for scores in FAILING[claim.measure]:
+    for scores in failing[claim.measure]:
         assert not claim.holds(scores), scores
 
 
