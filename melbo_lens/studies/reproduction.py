@@ -113,10 +113,14 @@ def table(results: Mapping[str, Any]) -> pd.DataFrame:
                     f"({show(row['least'])} to {show(row['most'])})"
                 ),
                 "95 % interval": f"{show(row['interval'][0])} to {show(row['interval'][1])}",
-                # NaN is a control that there is not
-                **{control: f"{row[control]:.1%}" if row[control] == row[control] else "" for control in CONTROLS},
+                **{control: _share(row[control]) for control in CONTROLS},
                 "seconds": f"{row['seconds']:.0f}",
                 "holds": "yes" if row["holds"] else "NO",
             }
         )
     return pd.DataFrame(rows)
+
+
+def _share(rate: float | None) -> str:
+    """A control's rate; NaN, or null in a file, is a control that there is not."""
+    return "" if rate is None or rate != rate else f"{rate:.1%}"

@@ -99,3 +99,7 @@ def test_random_vectors_with_the_covariance_of_the_activations_have_it_and_the_n
     top = torch.linalg.eigh(wanted)[1][:, -8:]
     share = [float((top.T @ matrix @ top).trace() / matrix.trace()) for matrix in (wanted, found, torch.eye(64))]
     assert abs(share[1] - share[0]) < 0.1 and share[0] > 2 * share[2]
+
+
+def test_a_control_that_there_is_not_is_an_empty_cell():
+    assert [reproduction._share(rate) for rate in (None, float("nan"), 0.0, 0.125)] == ["", "", "0.0%", "12.5%"]
