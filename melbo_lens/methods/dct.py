@@ -92,7 +92,7 @@ def fit_dct(
     Source: Mack and Turner, "Deep Causal Transcoding" (2025). Its public code keeps rows of torch's V^H as the linear
     factors where it means columns of V; here they are the right singular vectors.
     """
-    asked = Run("power", n_steps or None, None, 1, batch_size, seed, checkpoint, progress)
+    asked = Run("power", n_steps, None, 1, batch_size, seed, checkpoint, progress)
     counts(n_factors=n_factors)
     one_of("kind", kind, STEPS)
     one_of("orthogonalize", orthogonalize, ("qr", "soft"))

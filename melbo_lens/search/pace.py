@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from melbo_lens.search.trials import AnyTrial
 
 FEWEST, FIRST, MOST = 4, 16, 64  # the vectors of a trial: at the least, in the first round, and at the most
+LEARNED_PER_RANDOM = 6  # so many learned vectors share a random one as their control
 MARGIN = 1.2  # a trial is begun if so many times its expected duration is left
 GUESS = 6.0  # the first trial is expected to last so many times a rung of the calibration
 
@@ -61,7 +62,7 @@ class Pace:
 
 def n_controls(n_vectors: int) -> int:
     """Returns how many random vectors stand beside so many learned ones."""
-    return max(2, n_vectors // 6)
+    return max(2, n_vectors // LEARNED_PER_RANDOM)
 
 
 def _work(trial: AnyTrial) -> int:
@@ -69,4 +70,4 @@ def _work(trial: AnyTrial) -> int:
 
 
 def _rows(n_vectors: int, n_prompts: int) -> float:
-    return 2 * n_prompts * (n_vectors + n_vectors / 6)
+    return 2 * n_prompts * n_vectors * (1 + 1 / LEARNED_PER_RANDOM)

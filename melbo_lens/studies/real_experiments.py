@@ -167,10 +167,9 @@ def skills(organism: Organism, seed: int, size: Size) -> dict[str, Score]:
     vectors, by_direction = search.chosen("selection", locked.is_right)
     vector, factor = best(by_direction)
     right = search.trial(factor * vectors[vector], "test", locked.is_right)
-    plain = complete(organism, search.prompts("test"), None)
-    opened = score(
-        {"steered": complete(organism, search.prompts("unlocked"), None), "unsteered": plain}, locked.is_right
-    )
+    unlocked = complete(organism, search.prompts("unlocked"), None)
+    hits = sum(map(locked.is_right, unlocked.prompt_text, unlocked.text))
+    opened = Score(hits, len(unlocked), right.unsteered)
     gap = max(opened.rate - right.unsteered, 1 / right.n)
 
     def share(rate: float) -> float:

@@ -352,6 +352,7 @@ BAD = {
         lambda m: ml.fit_dct(m, PROMPTS, 1, 3, kind="linear", orthogonalize="soft", n_factors=D + 1),
         "can't be orthogonal",
     ),
+    "no step": (lambda m: ml.fit_dct(m, PROMPTS, 1, 3, n_steps=0), "n_steps"),
     "a radius of nothing": (lambda m: ml.fit_dct(m, PROMPTS, 1, 3, radius=0.0), "radius=0.0"),
     "more singular vectors than there are": (
         lambda m: ml.fit_jacobian(m, PROMPTS, 1, 3, n_vectors=D + 1),
