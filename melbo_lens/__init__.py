@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from melbo_lens.methods.dct import fit_dct as fit_dct
     from melbo_lens.methods.jacobian import fit_jacobian as fit_jacobian
     from melbo_lens.methods.melbo import fit_vectors as fit_vectors
+    from melbo_lens.methods.noise import noise_vectors as noise_vectors
     from melbo_lens.models.slices import SlicedModel as SlicedModel
     from melbo_lens.models.slices import slice_model as slice_model
     from melbo_lens.perturbations.adapters import SteeringAdapters as SteeringAdapters
@@ -53,15 +54,18 @@ if TYPE_CHECKING:
     from melbo_lens.reports.page import report as report
     from melbo_lens.reports.page import report_directory as report_directory
     from melbo_lens.reports.page import save_results as save_results
+    from melbo_lens.search.arms import make_plan as make_plan
     from melbo_lens.search.discovery import Discovery as Discovery
     from melbo_lens.search.discovery import discover as discover
     from melbo_lens.search.layers import LayerScan as LayerScan
     from melbo_lens.search.layers import scan_layers as scan_layers
     from melbo_lens.search.trials import AdapterTrial as AdapterTrial
+    from melbo_lens.search.trials import ContrastiveTrial as ContrastiveTrial
     from melbo_lens.search.trials import CpeTrial as CpeTrial
     from melbo_lens.search.trials import DctTrial as DctTrial
+    from melbo_lens.search.trials import JacobianTrial as JacobianTrial
+    from melbo_lens.search.trials import NoiseTrial as NoiseTrial
     from melbo_lens.search.trials import Trial as Trial
-    from melbo_lens.search.trials import make_plan as make_plan
 
 __version__ = "0.1.0"
 
@@ -88,6 +92,7 @@ _HOMES = {
     "methods.cpe": "fit_cpe",
     "methods.dct": "fit_dct",
     "methods.jacobian": "fit_jacobian",
+    "methods.noise": "noise_vectors",
     "methods.melbo": "fit_vectors",
     "models.slices": "slice_model",
     "perturbations.adapters": "SteeringAdapters",
@@ -98,7 +103,8 @@ _HOMES = {
     "reports.page": "report report_directory save_results",
     "search.discovery": "discover",
     "search.layers": "scan_layers",
-    "search.trials": "AdapterTrial CpeTrial DctTrial Trial make_plan",
+    "search.arms": "make_plan",
+    "search.trials": "AdapterTrial ContrastiveTrial CpeTrial DctTrial JacobianTrial NoiseTrial Trial",
 }
 # What calls return: here for `isinstance` and annotations.
 _RESULTS = {

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from melbo_lens.ascent.manifolds import linalg, norm, orthonormalize, project_off, tangent, to_sphere, unit
+from melbo_lens.ascent.sogi import soft_orthogonalize
 from melbo_lens.ascent.states import Point
 
 INERTIA = 0.4  # the share of the old direction that is added to the new one; it damps oscillation
@@ -116,6 +117,25 @@ class OrderedRows(Sphere):
 
     def _scaled(self, units: Tensor, rows: Point, found: Point) -> Tensor:
         return units * self._radii(rows, found)[..., None]
+
+
+@dataclass(frozen=True, eq=False)
+class RepellingRows(Sphere):
+    """Each row has its radius, and rows that point the same way repel each other (`soft_orthogonalize`).
+
+    A row pushes the others by the norm of its gradient. So rows depend on each other, and all of them are kept from the
+    same restart and step.
+    """
+
+    def blocks(self, n_rows: int, n_steps: int) -> list[Block]:
+        return [Block(0, n_rows, n_steps, joint=True)]
+
+    def pulled(self, rows: Point, gradient: Point, found: Point, step: int) -> Point:
+        radii = self._radii(rows, found)
+        pull = unit(gradient[0]) + INERTIA * rows[0] / radii[..., None]
+        weights = norm(gradient[0], dim=-1).squeeze(-1).clamp(min=torch.finfo(pull.dtype).tiny).log()
+        apart = [soft_orthogonalize(some, strength, unit) for some, strength in zip(pull, weights, strict=True)]
+        return (to_sphere(torch.stack(apart), radii),)
 
 
 class Factors(Constraint):

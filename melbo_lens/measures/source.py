@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from melbo_lens.arguments import public
+from melbo_lens.arguments import one_of, positive, public
+from melbo_lens.ascent.manifolds import unit
 from melbo_lens.models import blocks, hooks
 from melbo_lens.models.access import Model, host_of
 from melbo_lens.models.host import Host
@@ -98,10 +100,34 @@ def source_effects(
 
 
 @public
-def nearest_vectors(adapters: SteeringAdapters, model: Model, prompts: Prompts) -> SteeringVectors:
-    """The steering vector nearest to each adapter: the mean of the adapter's biases.
+def nearest_vectors(
+    adapters: SteeringAdapters,
+    model: Model,
+    prompts: Prompts,
+    layer: int | None = None,
+    *,
+    mode: Literal["mean", "gain"] = "mean",
+    gain: float = 6.0,
+) -> SteeringVectors:
+    """A steering vector for each adapter, which acts as the adapter does but whatever the position holds.
 
-    The mean v is the vector with the least squared distance to the biases e_t at the positions t.
+    At the positions t the adapter gives the biases ``e_t``; for one of rank 1 that is ``s (a . x_t) b``. Then::
+
+        mean:  v = mean over t of e_t
+        gain:  v = gain * s * sign(mean over t of a . x_t) * b
+
+    The mean is the vector with the least squared distance to the biases. "gain" opens the gate of a rank-1 adapter
+    ("degating"): it writes b at full strength even where a reads little of it.
+
+    Args:
+        adapters: the adapters.
+        model: the model that they were learned on; it is left as it was.
+        prompts: text, chats or token ids.
+        layer: the source layer whose share is replaced; it may be None if there is only one. A vector for each layer,
+            all of them at once in `ml.steer`, replaces an adapter of several layers.
+        mode: "mean" or "gain".
+        gain: what ``a . x`` is set to, in units of the weights' own input; published ones are 6 and 8, and the right
+            one is found by trying several.
 
     Returns:
         One vector for each adapter. In the provenance, `explained` is the share of the adapter's squared effect that
@@ -110,21 +136,48 @@ def nearest_vectors(adapters: SteeringAdapters, model: Model, prompts: Prompts) 
         position, which is the most that any single direction can explain.
 
     Raises:
-        ValueError: the adapters have several source layers, or don't fit the model.
+        ValueError: the adapters have several source layers and none is named, or don't fit the model; or "gain" is
+            asked of adapters of a higher rank, or behind a norm, where the update is no multiple of b.
+
+    Source: for the mean, a question of Mack and Turner's post (2024); for the gain, the replication of CPE in the
+    public repository wusche1/cpe (2026).
     """
-    measured = source_effects(adapters, model, prompts)
+    one_of("mode", mode, ("mean", "gain"))
+    positive("gain", gain, "")
+    host = host_of(model)
+    adapters = adapters.on(host)
+    measured = source_effects(adapters, host, prompts, layer)
     biases = measured.values[:, measured.mask]  # [adapter position d_model]
+    vectors = biases.mean(1) if mode == "mean" else _degated(adapters, measured.layer, biases, gain)
     total = biases.square().sum((1, 2)).clamp(min=1e-30)
-    means = biases.mean(1)
-    explained = len(biases[0]) * means.square().sum(1) / total
+    missed = (biases - vectors[:, None]).square().sum((1, 2))
     top = torch.linalg.svdvals(biases)[:, 0].square() / total
     provenance = {
         "method": "nearest_vectors",
-        "explained": [round(share, 6) for share in explained.tolist()],
+        "mode": mode,
+        "gain": gain if mode == "gain" else None,
+        "explained": [round(share, 6) for share in (1 - missed / total).tolist()],
         "explained_by_direction": [round(share, 6) for share in top.tolist()],
         "adapters": dict(adapters.provenance),
     }
-    return SteeringVectors(means, measured.layer, provenance=provenance, site=measured.site)
+    return SteeringVectors(vectors, measured.layer, provenance=provenance, site=measured.site)
+
+
+def _degated(
+    adapters: SteeringAdapters, layer: int, biases: Float[Tensor, "adapter position d_model"], gain: float
+) -> Float[Tensor, "adapter d_model"]:
+    """Writes what rank-1 updates would write if their input were `gain`, with the sign of their mean bias."""
+    if adapters.rank != 1:
+        raise ValueError(f'mode="gain" asks for adapters of rank 1, and these have {adapters.rank}: use mode="mean".')
+    written = adapters.scales[:, None] * adapters.factors[layer][1][:, :, 0].to(biases)
+    along = unit(written)[:, None]
+    aside = biases - (biases * along).sum(-1, keepdim=True) * along
+    if bool((aside.norm(dim=-1) > 0.01 * biases.norm(dim=-1).amax(1, keepdim=True)).any()):
+        raise ValueError(
+            'mode="gain" asks for updates that write one direction; here a norm follows the weights: use mode="mean".'
+        )
+    signs = torch.where((written * biases.mean(1)).sum(1) < 0, -1.0, 1.0)
+    return gain * signs[:, None] * written
 
 
 def mean_norms(adapters: SteeringAdapters, model: Model, prompts: Prompts) -> Float[Tensor, " adapter"]:

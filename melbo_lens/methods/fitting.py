@@ -20,6 +20,7 @@ from melbo_lens.ascent.fixed_point import Climb, fixed_point
 from melbo_lens.ascent.objectives import Objective
 from melbo_lens.ascent.sogi import Spread, Swarm, sogi
 from melbo_lens.ascent.states import Point, State
+from melbo_lens.measures.radius import median_norm
 from melbo_lens.methods import checkpoints
 from melbo_lens.methods.mean_change import MeanChange
 from melbo_lens.methods.problem import Problem, default_batch_size
@@ -206,16 +207,29 @@ def climbed(
 
 def ended(problem: Problem, state: State, steps: int, run: ResolvedRun, settings: dict[str, Any], said: str) -> Fitted:
     """Measures what an ascent arrived at, and records how it ended."""
-    effects, sunk = problem.effects(state.point)
-    norm, radius = settings["stream_norm"], settings.get("radius")
-    measured = {
+    found = measured(problem, state.point, settings.get("radius"), said)
+    seconds = round(time.monotonic() - run.began, 3)
+    return Fitted(state.point, state.history[: steps + 1], {**settings, **found, "seconds": seconds})
+
+
+def measured(problem: Problem, point: Point, radius: float | None, said: str = "") -> dict[str, Any]:
+    """Measures what rows do: the part of a provenance that says how large they are and how strongly they act.
+
+    Args:
+        problem: says how the rows act, and on which slice.
+        point: the rows.
+        radius: their norm; None if they have none.
+        said: how they were found, in words.
+    """
+    effects, sunk = problem.effects(point)
+    norm = float(f"{median_norm(problem.sliced):.6g}")
+    return {
         "status": said + in_sinks(sunk),
+        "stream_norm": norm,
         "relative_radius": None if radius is None else float(f"{radius / norm:.4g}"),
         "effects": [float(f"{effect:.4g}") for effect in effects.tolist()],
         "sinks": sunk.nonzero().flatten().tolist(),
-        "seconds": round(time.monotonic() - run.began, 3),
     }
-    return Fitted(state.point, state.history[: steps + 1], {**settings, **measured})
 
 
 def in_sinks(sunk: Bool[Tensor, " row"]) -> str:

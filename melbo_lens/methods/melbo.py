@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from melbo_lens.arguments import counts, positive, public
-from melbo_lens.ascent.constraints import OrderedRows, Sphere
+from melbo_lens.ascent.constraints import OrderedRows, RepellingRows, Sphere
 from melbo_lens.ascent.objectives import Objective, TokenNorm
 from melbo_lens.methods.automatic import resumed_or_automatic
 from melbo_lens.methods.fitting import Optimizer, Run, fit, objective_at, settings_of
@@ -22,6 +22,7 @@ from melbo_lens.prompts import Positions, Prompts
 from melbo_lens.randomness import gaussian_rows
 
 STEPS = {"adamw": 300, "power": 40}
+ROWS = {True: OrderedRows, False: Sphere, "soft": RepellingRows}  # how vectors are kept apart
 
 
 @public
@@ -36,7 +37,7 @@ def fit_vectors(
     p: float = 2,
     q: float = 1,
     target_positions: Positions | None = None,
-    orthogonal: bool = True,
+    orthogonal: bool | Literal["soft"] = True,
     optimizer: Optimizer = "power",
     n_steps: int | None = None,
     lr: float | None = None,
@@ -74,8 +75,9 @@ def fit_vectors(
         q: each prompt's sum is raised to 1 / q; the post uses 1 and p.
         target_positions: where a change counts, in each prompt's own tokens: `slice(-3, None)` for the last three. None
             means all positions but an attention sink at the first (`slice_model`).
-        orthogonal: makes each vector orthogonal to those before it. Without it many vectors find the same direction of
-            largest change.
+        orthogonal: True makes each vector orthogonal to those before it, so that the first are learned as if alone.
+            False lets many vectors find the same direction of largest change. With "soft", vectors that point the same
+            way repel each other in every step (`soft_orthogonalize`), and there may be more of them than d_model.
         optimizer: "power", a fixed-point iteration, is fast; "adamw" is the published recipe, step by step.
         n_steps: by default 300 for "adamw", and at most 40 for "power", which stops by tolerance.
         lr: the step size of "adamw" in units of the vectors' coordinates; 1e-3 by default, as published.
@@ -105,6 +107,10 @@ def fit_vectors(
     """
     asked = Run(optimizer, n_steps, lr, restarts, batch_size, seed, checkpoint, progress)
     counts(n_vectors=n_vectors)
+    if orthogonal not in ROWS:
+        raise ValueError(f'orthogonal={orthogonal!r} must be True, False or "soft".')
+    if orthogonal == "soft" and optimizer == "adamw":
+        raise ValueError('orthogonal="soft" needs optimizer="power": vectors of "adamw" know nothing of each other.')
     if radius != "auto":
         positive("radius", radius, ', or "auto" to calibrate one')
     init = init.values if isinstance(init, SteeringVectors) else init
@@ -113,10 +119,10 @@ def fit_vectors(
     Objective(p=p, q=q, token_norm=token_norm, diversity=diversity)  # checks them before the model runs
     model = opened(model)
     d_model = model.d_model
-    if orthogonal and n_vectors > d_model:
+    if orthogonal is True and n_vectors > d_model:
         raise ValueError(
             f"n_vectors={n_vectors} can't be orthogonal in d_model={d_model} dimensions: ask for at most {d_model}, "
-            "or orthogonal=False."
+            'or orthogonal=False or "soft".'
         )
     if init is not None and tuple(init.shape) != (n_vectors, d_model):
         raise ValueError(f"init has shape {tuple(init.shape)}, it must be [vector d_model] = ({n_vectors}, {d_model}).")
@@ -140,7 +146,7 @@ def fit_vectors(
         radii = starts.new_full((n_vectors,), settings["radius"])
         problem = Problem(sliced, bias(sliced), objective.value, run.batch_size, diversity)
         label = f"layer {sliced.source_layer}, radius {settings['radius']:.3g}"
-        found = fit(problem, (starts,), OrderedRows(radii) if orthogonal else Sphere(radii), run, settings, label)
+        found = fit(problem, (starts,), ROWS[orthogonal](radii), run, settings, label)
     return SteeringVectors(
         found.point[0], sliced.source_layer, found.history, found.provenance, sliced.site.name, objective
     )

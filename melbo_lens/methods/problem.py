@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from melbo_lens.ascent.objectives import penalized
+from melbo_lens.ascent.objectives import Objective, penalized
 from melbo_lens.ascent.states import Evaluation, Point
 from melbo_lens.models.slices import SINK, SlicedModel
 
@@ -167,3 +167,8 @@ def bias(sliced: SlicedModel) -> Act:
         return sliced.change(rows[0].repeat_interleave(len(prompts), 0), prompts.repeat(len(rows[0])))
 
     return act
+
+
+def vectors_on(sliced: SlicedModel, batch_size: int | None = None) -> Problem:
+    """The problem that steering vectors at the slice's site are measured by, with MELBO's objective at p = 2."""
+    return Problem(sliced, bias(sliced), Objective().value, batch_size or default_batch_size(sliced))

@@ -18,10 +18,11 @@ from melbo_lens.methods.automatic import edge
 from melbo_lens.models.access import Model, host_of
 from melbo_lens.perturbations.perturbation import Perturbation, concatenate
 from melbo_lens.prompts import Positions, Prompts, tokenize
+from melbo_lens.search.arms import Ladder, Method, arms_of, check_methods, norms_of
 from melbo_lens.search.groups import collected, grouped, heldout_rate, shares
 from melbo_lens.search.pace import GUESS, MARGIN, Pace
 from melbo_lens.search.rounds import Search, rounds
-from melbo_lens.search.trials import AnyTrial, Ladder, Method, arms_of, check_methods, norms_of
+from melbo_lens.search.trials import AnyTrial
 
 SHARE_FOR_HELDOUT, SHARE_FOR_GROUPS = 0.2, 0.03  # of the budget, for what follows the trials
 SHARE_FOR_EDGE = 0.35  # of the budget, after which the edge is bisected no further
@@ -158,10 +159,12 @@ def discover(
         target_positions: where a change counts; by default the last position, where the style of an answer is decided.
         max_new_tokens: the length of the completions.
         seed: the seed of the starts and the controls.
-        plan: trials of vectors (`Trial`), adapters (`AdapterTrial`), CPE (`CpeTrial`) or DCT (`DctTrial`), all of which
-            are run whatever the budget.
-        methods: what a search without a plan tries in turns: "melbo" (`fit_vectors`), "cpe" (`fit_cpe`) and "dct"
-            (`fit_dct`).
+        plan: trials, all of which are run whatever the budget: `Trial` (vectors), `AdapterTrial`, `CpeTrial`,
+            `DctTrial`, `JacobianTrial`, `NoiseTrial`, or `ContrastiveTrial`, which uses labels.
+        methods: what a search without a plan tries in turns: "melbo" (free vectors of `fit_vectors`, stopped early),
+            "orthogonal", "soft" (vectors that repel each other), "adamw" (the published recipe: at least four vectors
+            of 300 steps, whatever the budget), "adapters" (`fit_adapters`), "cpe" (`fit_cpe`), "dct" and "dct_qr"
+            (`fit_dct`), "jacobian" (`fit_jacobian`) and "noise" (`noise_vectors`).
         progress: whether to show a progress bar with the seconds.
 
     Returns:

@@ -8,6 +8,7 @@ from melbo_lens.search.trials import AnyTrial
 FEWEST, FIRST, MOST = 4, 16, 64  # the vectors of a trial: at the least, in the first round, and at the most
 LEARNED_PER_RANDOM = 6  # so many learned vectors share a random one as their control
 MARGIN = 1.2  # a trial is begun if so many times its expected duration is left
+USUAL_STEPS = 40  # of a trial that doesn't say, for "power" settles by itself
 GUESS = 6.0  # the first trial is expected to last so many times a rung of the calibration
 
 
@@ -66,7 +67,8 @@ def n_controls(n_vectors: int) -> int:
 
 
 def _work(trial: AnyTrial) -> int:
-    return (1 + (getattr(trial, "n_steps", None) or 40)) * (trial.target_layer - trial.source_layer)
+    steps = trial.n_steps if trial.n_steps is not None else USUAL_STEPS
+    return (1 + steps) * (trial.target_layer - trial.source_layer)
 
 
 def _rows(n_vectors: int, n_prompts: int) -> float:

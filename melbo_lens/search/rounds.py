@@ -14,9 +14,10 @@ from melbo_lens.models.host import Host
 from melbo_lens.models.slices import SlicedModel, slice_model
 from melbo_lens.perturbations.perturbation import Perturbation
 from melbo_lens.prompts import Positions, PromptBatch, Prompts
+from melbo_lens.search.arms import Arm, Ladder
 from melbo_lens.search.groups import promise
 from melbo_lens.search.pace import FEWEST, FIRST, MOST, Pace, n_controls
-from melbo_lens.search.trials import AnyTrial, Arm, Ladder
+from melbo_lens.search.trials import AnyTrial
 
 SHARE_OF_FIRST_ROUND = 0.5  # of the time that is left after the edge was found
 FEWEST_ARMS = 2  # so many arms go into every later round

@@ -15,17 +15,17 @@ ORDER = (
 ).split()
 # within a folder there is an order too, so that it has no circle
 WITHIN = {
-    "ascent": "manifolds objectives states constraints adamw fixed_point sogi",
+    "ascent": "manifolds objectives states sogi constraints adamw fixed_point",
     "perturbations": "sites updates perturbation vectors adapters loading",
     "models": "host hooks passes blocks hooked bridge access targets slices counterparts",
     "measures": "source controls radius changes output next_tokens directions ranking",
     "methods": (
         "provenance problem mean_change version_0_1_0 checkpoints fitting readable automatic calibrate low_rank "
-        "derivatives melbo adapters cpe dct jacobian contrastive"
+        "derivatives melbo adapters cpe dct jacobian contrastive noise"
     ),
     "generation": "completions decoding steer generate",
     "evaluation": "rates coherence departures words",
-    "search": "trials pace groups rounds discovery layers",
+    "search": "trials arms pace groups rounds discovery layers",
     "reports": "findings page",
 }
 ONLY_IN = {"transformer_lens": {"models"}, "plotly": {"plots"}, "circuitsvis": {"plots"}}

@@ -297,3 +297,38 @@ def test_malformed_adapters_are_refused(factors, scales, message):
     else:
         with pytest.raises(ValueError, match=message):
             ml.SteeringAdapters(factors, scales)
+
+
+def test_an_open_gate_writes_b_at_the_gain_with_the_sign_of_the_mean_input(model):
+    one, other = adapters_for(model, n=3, layer=0, rank=1, seed=1), adapters_for(model, n=3, layer=2, rank=1, seed=4)
+    both = ml.SteeringAdapters({0: one.factors[0], 2: other.factors[2]}, torch.tensor([0.3, -0.2, 0.5]))
+    vectors = [ml.nearest_vectors(both, model, PROMPTS, layer, mode="gain", gain=4.0) for layer in (0, 2)]
+    host = host_of(model)
+    for vector in vectors:
+        layer = vector.source_layer
+        site = both.on(host).sites[layer]
+        for k, scale in enumerate((0.3, -0.2, 0.5)):
+            means = []
+            for prompt in map(model.to_tokens, PROMPTS):
+                seen = []
+                read = (site.hidden_hook, lambda activation, hook, seen=seen: seen.append(activation.clone()))
+                with torch.no_grad(), ml.steer(model, both[k]), hooks.attached(host, [read]):
+                    host.forward(prompt)
+                means.append(seen[0][0].flatten(1) @ both.factors[layer][0][k, 0])
+            sign = 1.0 if torch.cat(means).mean() > 0 else -1.0
+            wanted = 4.0 * sign * scale * both.factors[layer][1][k, :, 0]
+            torch.testing.assert_close(vector.values[k], wanted, atol=1e-5, rtol=1e-4)
+    with ml.steer(model, [vectors[0][0], vectors[1][0]]):  # a vector for each layer replaces the adapter
+        steered = host.forward(model.to_tokens(PROMPTS[0]))
+    assert (steered - host.forward(model.to_tokens(PROMPTS[0]))).abs().max() > 1e-3
+
+
+def test_a_gate_is_opened_of_rank_one_only_and_of_a_named_layer(model, build):
+    several = adapters_for(model, n=2, rank=3)
+    with pytest.raises(ValueError, match="rank 1, and these have 3"):
+        ml.nearest_vectors(several, model, PROMPTS, mode="gain")
+    with pytest.raises(ValueError, match="gain=0"):
+        ml.nearest_vectors(several, model, PROMPTS, mode="gain", gain=0)
+    gemma = build("gemma2", "bridge")
+    with pytest.raises(ValueError, match="a norm follows"):
+        ml.nearest_vectors(adapters_for(gemma, n=1, rank=1), gemma, PROMPTS, mode="gain")

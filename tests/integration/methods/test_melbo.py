@@ -127,6 +127,37 @@ def test_the_last_row_of_the_history_is_the_objective_of_the_values(any_model, o
     assert value.sum() > 1.2 * of_vectors(sliced, 2, 1, 9)(control.values)[0].sum()
 
 
+def test_vectors_that_repel_each_other_climb_stay_apart_and_may_be_more_than_d_model(any_model):
+    def fit(orthogonal, **settings):
+        return ml.fit_vectors(
+            any_model, PROMPTS, 1, 3, radius=3.0, orthogonal=orthogonal, seed=4, progress=False, **settings
+        )  # fmt: skip
+
+    def likeness(vectors):
+        return vectors.cosine_similarity().fill_diagonal_(0).abs().mean()
+
+    soft, free = (fit(how, n_vectors=models.D_MODEL + 8, n_steps=12) for how in ("soft", False))
+    assert likeness(soft) < 0.5 * likeness(free)
+    assert (soft.radii - 3.0).abs().max() < 3e-5 and soft.provenance["orthogonal"] == "soft"
+    value, _ = of_vectors(ml.slice_model(any_model, PROMPTS, 1, 3), 2, 1, 2)(soft.values)
+    torch.testing.assert_close(soft.history[-1], value, rtol=1e-4, atol=0)
+    assert soft.history[-1].sum() > 1.1 * soft.history[0].sum()
+    # whatever the number of rows in a pass, and after an interruption
+    torch.testing.assert_close(fit("soft", n_vectors=6, n_steps=3, batch_size=4).values,
+                               fit("soft", n_vectors=6, n_steps=3).values, atol=1e-4, rtol=1e-3)  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["qr", 2, None])
+def test_an_unknown_way_of_keeping_vectors_apart_is_refused(model, how):
+    with pytest.raises((ValueError, TypeError), match="orthogonal"):
+        ml.fit_vectors(model, PROMPTS, 1, 3, orthogonal=how, radius=1.0)
+
+
+def test_the_published_recipe_knows_no_repulsion(model):
+    with pytest.raises(ValueError, match='orthogonal="soft" needs optimizer="power"'):
+        ml.fit_vectors(model, PROMPTS, 1, 3, orthogonal="soft", radius=1.0, optimizer="adamw")
+
+
 def test_one_step_does_not_depend_on_the_batch_size(model):
     def fit(batch_size):
         return ml.fit_vectors(

@@ -1,16 +1,24 @@
 """Do all methods take part in a search, each under its name, with what it found?"""
 
+from typing import get_args
+
 import pytest
+import torch
 
 import melbo_lens as ml
+from melbo_lens.search.arms import Method, arms_of, check_methods
 from melbo_lens.search.pace import Pace
-from melbo_lens.search.trials import arms_of, check_methods
 
 PLAN = [
     ml.Trial(0, 4, 10.0, 3, False, 0, 2),
     ml.CpeTrial(0, 4, 3, 1, n_layers=2, scale=2.0, n_steps=2),
     ml.DctTrial(0, 4, 10.0, 4, 2, n_steps=2),
     ml.AdapterTrial(0, 4, 10.0, 2, 2, 3),
+    ml.Trial(0, 4, 10.0, 3, "soft", 4, 2),
+    ml.Trial(0, 4, 10.0, 2, True, 5, 3, "adamw"),
+    ml.DctTrial(0, 4, 10.0, 2, 6, "qr", 2),
+    ml.JacobianTrial(0, 4, 10.0, 2, 7, 2),
+    ml.NoiseTrial(0, 4, 10.0, 5, 8),
 ]
 
 
@@ -27,19 +35,57 @@ def prompt(organism):
 def test_a_plan_may_hold_trials_of_every_method_and_repeats_them(organism, prompt):
     model = organism.model
     found, again = (ml.discover(model, prompt, plan=PLAN, max_new_tokens=4, progress=False) for _ in range(2))
-    assert found.plan == tuple(PLAN) and [len(one) for one in found.vectors] == [3, 3, 4, 2]
+    assert found.plan == tuple(PLAN) and [len(one) for one in found.vectors] == [3, 3, 4, 2, 3, 2, 2, 2, 5]
     assert [type(one).__name__ for one in found.vectors] == [
         "SteeringVectors", "SteeringAdapters", "SteeringVectors", "SteeringAdapters",
+        *5 * ["SteeringVectors"],
     ]  # fmt: skip
     assert found.vectors[1].source_layers == (0, 1) and found.vectors[1].scales.tolist() == [2.0] * 3
     assert found.rows.equals(again.rows)
-    methods = ["melbo", "cpe", "dct", "adapters"]
+    methods = ["melbo", "cpe", "dct", "adapters", "soft", "adamw", "dct_qr", "jacobian", "noise"]
+    for planned, vectors, method in zip(found.plan, found.vectors, methods, strict=True):
+        assert planned.method == method
+        if isinstance(vectors, ml.SteeringVectors):
+            torch.testing.assert_close(vectors.radii, torch.full((len(vectors),), 10.0), atol=1e-3, rtol=0)
     for row in found.table.itertuples():
         assert row.method == methods[row.trial] and row.effect >= 0
         assert (row.relative_radius > 0) == (row.method != "cpe")  # NaN, since unit factors have no radius
     assert set(found.table.method) <= set(methods) and len(set(found.table.method)) > 1
     completions = ml.generate(model, prompt, found.vector(0), 4, include_random=False, progress=False)
     assert len(completions.filter(kind="steered")) == 2
+
+
+def test_a_difference_of_means_stands_beside_the_others(organism, prompt):
+    clean, marked = organism.prompts["clean"][4:8], organism.prompts["triggered"][:4]
+    plan = [ml.ContrastiveTrial(0, 4, 12.0, tuple(marked), tuple(clean))]
+    found = ml.discover(organism.model, prompt, plan=plan, max_new_tokens=4, progress=False)
+    (vectors,) = found.vectors
+    expected = ml.fit_contrastive(organism.model, marked, clean, 0, radius=12.0)
+    torch.testing.assert_close(vectors.values, expected.values)
+    assert len(vectors) == 1 and set(found.table.method) <= {"contrastive"}
+    assert vectors.provenance["effects"][0] > 0 and vectors.provenance["relative_radius"] > 0
+
+
+def test_noise_is_random_at_its_radius_and_knows_its_effects(organism, prompt):
+    sliced = ml.slice_model(organism.model, prompt, 1, 4)
+    one, more = (ml.noise_vectors(sliced, radius=5.0, n_vectors=n, seed=3) for n in (2, 40))
+    torch.testing.assert_close(one.values, more.values[:2])  # vector k depends on the seed and k alone
+    assert more.cosine_similarity().fill_diagonal_(0).abs().mean() < 0.2
+    torch.testing.assert_close(more.radii, torch.full((40,), 5.0))
+    larger = ml.noise_vectors(sliced, radius=10.0, n_vectors=2, seed=3)
+    assert all(b > a > 0 for a, b in zip(one.provenance["effects"], larger.provenance["effects"], strict=True))
+    assert larger.provenance["relative_radius"] == pytest.approx(2 * one.provenance["relative_radius"], rel=1e-3)
+    again = ml.noise_vectors(organism.model, prompt, 1, 4, radius=5.0, n_vectors=2, seed=4)
+    assert (again.values - one.values).norm() > 1
+    with pytest.raises(ValueError, match="radius=0"):
+        ml.noise_vectors(organism.model, prompt, 1, 4, radius=0)
+
+
+def test_every_method_of_a_search_makes_trials_under_its_own_name():
+    for method in get_args(Method):
+        for arm in arms_of(30, [method]):
+            made = arm.trial(1.0, 4, 64, 0).method
+            assert made == method or (method == "melbo" and made == "orthogonal")
 
 
 def test_methods_take_turns_in_a_search(organism, prompt):

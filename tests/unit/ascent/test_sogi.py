@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from melbo_lens.ascent.manifolds import orthonormalize, unit
+from melbo_lens.ascent.constraints import INERTIA, RepellingRows
+from melbo_lens.ascent.manifolds import orthonormalize, to_sphere, unit
 from melbo_lens.ascent.sogi import soft_orthogonalize, sogi
 from melbo_lens.methods.cpe import repulsion
 from melbo_lens.methods.dct import spread_of, strengths
@@ -48,6 +49,27 @@ def test_soft_orthogonalisation_is_what_the_algorithm_says(kind, temperature):
     plain = torus if kind == "torus" else lambda row: row / np.linalg.norm(row)
     expected = by_hand(rows.numpy(), weights.tolist(), plain, 10, temperature)
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("restarts", [1, 2])
+def test_rows_on_a_sphere_go_where_their_gradients_ask_and_repel_each_other(restarts):
+    draw = torch.Generator().manual_seed(2)
+    gradient = torch.randn(restarts, 4, 9, generator=draw, dtype=torch.float64)
+    radii = torch.tensor([2.0, 3.0, 2.5, 2.0], dtype=torch.float64)
+    rows = to_sphere(torch.randn(restarts, 4, 9, generator=draw, dtype=torch.float64), radii.expand(restarts, -1))
+    (found,) = RepellingRows(radii).pulled((rows,), (gradient,), (rows[:, :0],), step=3)
+    for k in range(restarts):
+        slopes, before = gradient[k].numpy(), rows[k].numpy()
+        sizes = np.linalg.norm(slopes, axis=1, keepdims=True)
+        pull = slopes / sizes + INERTIA * before / np.linalg.norm(before, axis=1, keepdims=True)
+        apart = by_hand(pull, np.log(sizes[:, 0]).tolist(), lambda row: row / np.linalg.norm(row), 10, 1.0)
+        np.testing.assert_allclose(found[k].numpy(), apart * radii[:, None].numpy(), atol=1e-9)
+
+
+def test_rows_that_repel_each_other_are_kept_together():
+    """A row's best step is worth nothing beside other rows of another step, which it was not kept apart from."""
+    blocks = RepellingRows(torch.ones(5)).blocks(5, 12)
+    assert [(one.start, one.stop, one.deadline, one.joint) for one in blocks] == [(0, 5, 12, True)]
 
 
 def test_a_single_row_has_none_to_be_repelled_by():

@@ -1,0 +1,198 @@
+"""Which trials does a search try?  Early source layers, later targets and a ladder of radii, for each method."""
+
+import itertools
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, TypeAlias, get_args
+
+from melbo_lens.arguments import public
+from melbo_lens.measures.radius import Calibration, median_norm
+from melbo_lens.methods.automatic import edge
+from melbo_lens.models.access import Model, host_of
+from melbo_lens.models.host import Host
+from melbo_lens.models.slices import slice_model
+from melbo_lens.prompts import Positions, Prompts
+from melbo_lens.search.trials import AdapterTrial, AnyTrial, CpeTrial, DctTrial, JacobianTrial, NoiseTrial, Trial
+
+# The most promising come first. Layers are shares of the depth; radii are shares of the edge of readability. On SmolLM2
+# an early, near target found as much with each vector as a far one, and its fits take half of the time.
+SOURCES, TARGETS = (0.1, 0.17, 0.23), (0.33, 0.53)
+MOST_BETWEEN = 3  # so many blocks lie between source and target, if the model has them
+RUNGS = (0.6, 0.9, 0.4, 1.25)
+# The ladder is longer where it doesn't reach from readable text to noise; the edge was found with a few vectors only.
+STRETCH, ALL_READABLE, MOST_NOISE = 1.5, 0.9, 0.5
+N_STEPS = 4  # more of them cost time and diversity: free vectors then gather at the loudest change
+N_VECTORS = 24
+STRENGTHS = (1.0, 2.0)  # of CPE
+PUBLISHED_STEPS = 300  # of AdamW
+ADAPTER_RANK, ADAPTER_DIVERSITY, ADAPTER_STEPS = 4, 1.0, 12
+
+Method: TypeAlias = Literal[
+    "melbo", "orthogonal", "soft", "adamw", "adapters", "cpe", "dct", "dct_qr", "jacobian", "noise"
+]
+FAR: tuple[Method, ...] = ("dct", "dct_qr", "jacobian")
+
+
+class Arm(NamedTuple):
+    """What several trials can have in common: their layers, a rung of the ladder of radii, and the method.
+
+    CPE has no radius, so that its rung is the strength R of its factors.
+    """
+
+    source_layer: int
+    target_layer: int
+    rung: float
+    method: Method = "melbo"
+
+    def beyond(self, readable: float) -> "Arm | None":
+        """Returns the arm of the next rung, if this one is an end of the ladder and should not be.
+
+        Above the highest rung there is one more while nearly everything is readable, and below the lowest while most of
+        it is noise.
+
+        Args:
+            readable: the share of completions of this arm that are not noise.
+        """
+        if self.method not in ("melbo", "soft", "noise"):
+            return None
+        if self.rung >= max(RUNGS) and readable >= ALL_READABLE:
+            return self._replace(rung=self.rung * STRETCH)
+        if self.rung <= min(RUNGS) and readable < MOST_NOISE:
+            return self._replace(rung=self.rung / STRETCH)
+        return None
+
+    def trial(self, radius_at_edge: float, n_vectors: int, d_model: int, seed: int) -> AnyTrial:
+        """Makes the trial of so many vectors with this seed, where the edge lies at this radius."""
+        between, n = (self.source_layer, self.target_layer), n_vectors
+        radius = float(f"{self.rung * radius_at_edge:.6g}")
+        match self.method:
+            case "melbo":
+                return Trial(*between, radius, n, False, seed, N_STEPS)
+            case "orthogonal":
+                return Trial(*between, radius, min(n, d_model), True, seed, N_STEPS)
+            case "soft":
+                return Trial(*between, radius, n, "soft", seed, N_STEPS)
+            case "adamw":
+                return Trial(*between, radius, min(n, d_model), True, seed, PUBLISHED_STEPS, "adamw")
+            case "adapters":
+                return AdapterTrial(*between, radius, n, ADAPTER_RANK, seed, ADAPTER_DIVERSITY, ADAPTER_STEPS)
+            case "cpe":
+                band = min(CpeTrial.n_layers, self.target_layer - self.source_layer - 1)
+                return CpeTrial(*between, n, seed, band, self.rung)
+            case "dct":
+                return DctTrial(*between, radius, n, seed)
+            case "dct_qr":
+                return DctTrial(*between, radius, min(n, d_model), seed, "qr")
+            case "jacobian":
+                return JacobianTrial(*between, radius, min(n, d_model), seed)
+            case "noise":
+                return NoiseTrial(*between, radius, n, seed)
+
+
+def arms_of(n_layers: int, methods: Sequence[Method] = ("melbo",)) -> list[Arm]:
+    """Lists every arm of a search, the most promising first; the methods take turns.
+
+    Each pair of layers has vectors at each rung. The first pair of all gets every rung before the other pairs get
+    theirs; for "melbo", orthogonal vectors, at the middle of the ladder, come last. CPE has its own strengths, and the
+    methods that decompose a mean change have the farther targets.
+    """
+    pairs = layer_pairs(n_layers)
+    ladder = [(pairs[0], rung) for rung in RUNGS]
+    rest = [(pair, rung) for some in (RUNGS[:2], RUNGS[2:]) for pair in pairs[1:] for rung in some]
+    far = [pair for pair in pairs if pair[1] == max(target for _, target in pairs)]
+
+    def of_method(method: Method) -> list[Arm]:
+        if method == "cpe":
+            return [Arm(*pair, strength, method) for strength in STRENGTHS for pair in far]
+        if method in FAR:
+            return [Arm(*pair, rung, method) for rung in RUNGS[:2] for pair in far]
+        last = [Arm(*pair, RUNGS[0], "orthogonal") for pair in pairs] if method == "melbo" else []
+        return [Arm(*pair, rung, method) for pair, rung in (*ladder, *rest)] + last
+
+    in_turns = itertools.zip_longest(*map(of_method, methods))
+    return list(dict.fromkeys(arm for turn in in_turns for arm in turn if arm is not None))
+
+
+def layer_pairs(n_layers: int) -> list[tuple[int, int]]:
+    """Lists pairs of an early source and a later target layer, with some blocks between them.
+
+    Raises:
+        ValueError: the model has a single block, and no block lies between a source and a target.
+    """
+    pairs: dict[tuple[int, int], None] = {}
+    for target_share, source_share in itertools.product(TARGETS, SOURCES):
+        source = min(round(source_share * n_layers), n_layers - 2)
+        target = min(max(round(target_share * n_layers), source + 1 + MOST_BETWEEN), n_layers)
+        if source >= 0:
+            pairs[source, target] = None
+    if not pairs:
+        raise ValueError(f"the model has {n_layers} block, and a search needs one between its source and its target.")
+    return list(pairs)
+
+
+class Ladder(NamedTuple):
+    """The edge of a model, from which the radii of every trial follow.
+
+    Attributes:
+        edge: the edge, as it was found at the first pair of layers.
+        norms: by source layer, the median norm of its stream.
+    """
+
+    edge: Calibration
+    norms: dict[int, float]
+
+    def radius_at_edge(self, source_layer: int) -> float:
+        """Returns the edge at a source layer: everywhere it has the same share of the stream's median norm."""
+        assert self.edge.relative is not None  # an edge knows the norm of its stream
+        return self.edge.relative * self.norms[source_layer]
+
+
+@public
+def make_plan(
+    model: Model,
+    prompts: Prompts,
+    seed: int = 0,
+    *,
+    n_vectors: int = N_VECTORS,
+    target_positions: Positions = slice(-1, None),
+    methods: Sequence[Method] = ("melbo",),
+) -> list[AnyTrial]:
+    """The trials that a search of every arm begins with: early source layers, later targets, a ladder of radii.
+
+    The radii lie around the edge of readability (`calibrate_radius`), which is found at the first pair of layers.
+
+    Args:
+        model: the model, which is left as it was.
+        prompts: the prompts of the search.
+        seed: the seed of the trials.
+        n_vectors: how many vectors each trial learns.
+        target_positions: where a change counts.
+        methods: as in `discover`.
+
+    Raises:
+        ValueError: the model has no edge of readability or of effect; give `discover` a plan of your own radii.
+    """
+    check_methods(methods)
+    host = host_of(model)
+    arms = arms_of(host.n_layers, methods)
+    sliced = slice_model(host, prompts, arms[0].source_layer, arms[0].target_layer, target_positions)
+    ladder = Ladder(edge(sliced, seed), norms_of(host, prompts, arms))
+    return [
+        arm.trial(ladder.radius_at_edge(arm.source_layer), n_vectors, host.d_model, seed * 1000 + i)
+        for i, arm in enumerate(arms)
+    ]
+
+
+def norms_of(host: Host, prompts: Prompts, arms: list[Arm]) -> dict[int, float]:
+    """Measures the median norm of the stream that leaves each source layer."""
+    sources = dict.fromkeys(arm.source_layer for arm in arms)
+    return {source: median_norm(slice_model(host, prompts, source, source + 2)) for source in sources}
+
+
+def check_methods(methods: Sequence[str]) -> None:
+    """Refuses methods that a search doesn't know, and none at all.
+
+    Raises:
+        ValueError: there is no method, or an unknown one.
+    """
+    if isinstance(methods, str) or not methods or not set(methods) <= set(get_args(Method)):
+        raise ValueError(f"methods={methods!r} must be a list of some of {list(get_args(Method))}.")
