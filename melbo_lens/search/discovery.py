@@ -45,7 +45,7 @@ class Discovery:
         plan: the trials that were completed; `discover(..., plan=found.plan)` repeats them exactly.
         vectors: the vectors or adapters of each trial.
         completions: the completions of each trial.
-        settings: the settings of the search, and the seconds that it took.
+        settings: the settings of the search, the seconds that it took, and for each trial those after which it ended.
         edge: the edge of readability around which the radii lie; None if a plan was given.
     """
 
@@ -219,6 +219,7 @@ def discover(
         "seed": seed,
         "seconds": round(clock.passed, 1),
         "max_new_tokens": max_new_tokens,
+        "trials_ended": [round(ended - clock.began, 1) for ended in search.ended],
     }
     return Discovery(
         table,

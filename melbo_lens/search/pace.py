@@ -3,6 +3,7 @@
 import time
 from dataclasses import dataclass, field
 
+from melbo_lens.search.arms import N_STEPS
 from melbo_lens.search.trials import AnyTrial
 
 FEWEST, FIRST, MOST = 4, 16, 64  # the vectors of a trial: at the least, in the first round, and at the most
@@ -22,7 +23,7 @@ class Pace:
         began: when it began.
         per_step: by method, seconds of a fit for each vector, step and block between.
         per_row: seconds of writing and judging for each completion.
-        whole: before any trial was timed, the expected seconds of one of `FIRST` vectors.
+        whole: before any trial was timed, the expected seconds of one of `FIRST` vectors that makes `N_STEPS` steps.
     """
 
     seconds: float
@@ -43,7 +44,7 @@ class Pace:
     def expected(self, trial: AnyTrial) -> float:
         """Returns the seconds that a trial is expected to take."""
         if not self.per_row:
-            return self.whole * trial.n_vectors / FIRST
+            return self.whole * trial.n_vectors / FIRST * max(_steps(trial) / (1 + N_STEPS), 1.0)
         per_step = self.per_step.get(trial.method, max(self.per_step.values(), default=0.0))
         return trial.n_vectors * (per_step * _work(trial) + self.per_row * _rows(1, self.n_prompts))
 
@@ -67,8 +68,12 @@ def n_controls(n_vectors: int) -> int:
 
 
 def _work(trial: AnyTrial) -> int:
-    steps = trial.n_steps if trial.n_steps is not None else USUAL_STEPS
-    return (1 + steps) * (trial.target_layer - trial.source_layer)
+    return _steps(trial) * (trial.target_layer - trial.source_layer)
+
+
+def _steps(trial: AnyTrial) -> int:
+    """Returns how often a fit evaluates its vectors."""
+    return 1 + (trial.n_steps if trial.n_steps is not None else USUAL_STEPS)
 
 
 def _rows(n_vectors: int, n_prompts: int) -> float:

@@ -37,6 +37,7 @@ class Search:
     fitted: list[Perturbation] = field(default_factory=list)
     written: list[Completions] = field(default_factory=list)
     judged: list[pd.DataFrame] = field(default_factory=list)
+    ended: list[float] = field(default_factory=list)  # when each trial was over, by the monotonic clock
 
     def slice(self, source_layer: int, target_layer: int) -> SlicedModel:
         """Returns the slice between two layers, which is made only once."""
@@ -68,7 +69,8 @@ class Search:
         self.fitted.append(vectors)
         self.written.append(completions)
         self.judged.append(judged)
-        return fitted - began, time.monotonic() - fitted
+        self.ended.append(time.monotonic())
+        return fitted - began, self.ended[-1] - fitted
 
     def readable(self, number: int) -> float:
         """Returns the share of a completed trial's learned completions that are not noise."""
