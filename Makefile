@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE ?= 1
 # generation against uncached passes, slices against hooked runs, prompts, files and pickles
 NEWEST := $(addprefix tests/integration/,generation models/test_passes.py models/test_slices.py test_prompts.py reports/test_findings.py perturbations measures/test_radius.py) tests/unit/perturbations/test_loading.py
 
-.PHONY: demo real test test-real newest look notebooks bench bench-real bench-search lint clean
+.PHONY: demo real test test-real newest look notebooks bench bench-real bench-search bench-discovery bench-gpu lint clean
 
 $(VENV)/.installed: pyproject.toml $(LOCK)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "melbo_lens needs Python 3.11 or newer; set PYTHON=python3.11")'
@@ -66,6 +66,14 @@ bench-real: $(VENV)/.smollm2
 # ten searches of two minutes each; they need both cores for themselves
 bench-search: $(VENV)/.smollm2
 	$(VENV)/bin/python -m tests.benchmarks.search
+
+# every method on the same prompts for the same time; hours for all cases, which it goes on with where it was left
+bench-discovery: $(VENV)/.smollm2
+	$(VENV)/bin/python -m tests.benchmarks.discovery
+
+# published sizes on random weights; needs a GPU with about 40 GiB
+bench-gpu: $(VENV)/.installed
+	$(VENV)/bin/python -m tests.benchmarks.gpu
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/pyright --pythonpath $(VENV)/bin/python

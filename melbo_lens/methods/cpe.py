@@ -16,7 +16,7 @@ from melbo_lens.ascent.objectives import Objective
 from melbo_lens.ascent.sogi import Spread, soft_orthogonalize
 from melbo_lens.ascent.states import Point
 from melbo_lens.methods.fitting import Run, fit_swarm, objective_at, settings_of
-from melbo_lens.methods.low_rank import LowRank, starting_factors, weight_sites
+from melbo_lens.methods.low_rank import LowRank, layers_with, starting_factors, weight_sites
 from melbo_lens.methods.mean_change import MeanChange
 from melbo_lens.methods.problem import Problem
 from melbo_lens.methods.provenance import remembered
@@ -64,10 +64,11 @@ def fit_cpe(
 
     Args:
         model: a `HookedTransformer` or `TransformerBridge`, which is left as it was, or a slice of `slice_model` that
-            begins at the first source layer.
+            begins at the first source layer or before it.
         prompts: text, chat messages, a list of either, or token ids [prompt pos]. One prompt is enough.
         source_layers: the blocks whose attention output weights are updated; None takes those from .15 to .3 of the
-            depth, or with a slice the block where it begins.
+            depth, or with a slice the block where it begins. In a hybrid, only blocks with full attention have such
+            weights: None takes those among them, and others are refused.
         target_layer: the change is measured in the stream that enters this block; None takes .53 of the depth.
         n_factors: how many factors to learn; published runs take 256 to 512.
         n_steps: the number of steps, each a forward and a backward pass of the slice for every factor and prompt.
@@ -110,14 +111,18 @@ def fit_cpe(
         host, usual, target = model.host, [model.source_layer], (model.target_layer, model.target_hook)
     else:
         host, n = model, model.n_layers
-        usual = list(range(round(BAND[0] * n), round(BAND[1] * n))) or [round(BAND[0] * n)]
+        band = range(round(BAND[0] * n), max(round(BAND[1] * n), round(BAND[0] * n) + 1))
+        later = range(band.stop, round(TARGET * n))  # of a hybrid, whose band may be without attention
+        usual = layers_with(host, "attn", band) or layers_with(host, "attn", later)[:1] or [band.start]
         last = max(usual if source_layers is None else source_layers, default=0)
         target = (min(max(round(TARGET * n), last + 2), n) if target_layer is None else target_layer, None)
     layers = sorted(set(usual if source_layers is None else source_layers))
     sites = weight_sites(host, layers, "attn", 1, *target)
     if isinstance(model, SlicedModel):
-        if layers[0] != model.source_layer:
-            raise ValueError(f"source_layers={layers} must begin at layer {model.source_layer}, as the slice does.")
+        if layers[0] < model.source_layer:
+            raise ValueError(
+                f"source_layers={layers} must not lie before layer {model.source_layer}, where the slice begins."
+            )
         sliced = as_slice(model, prompts, None, target_layer, target_positions, None, None)
     else:
         sliced = as_slice(model, prompts, layers[0], target[0], target_positions, None, None, POSITIONS)

@@ -5,7 +5,8 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +28,7 @@ class LowRank:
     """Adapters that act on a slice: an `Act` whose points hold A [row rank d_in] and B [row d_model rank] of each site.
 
     Attributes:
-        sliced: the slice, which begins at the first of the sites.
+        sliced: the slice, which begins at the first of the sites or before it.
         sites: the weights that are updated, one entry for each source layer, in order.
         hidden: the clean hidden activation at each site, at the prompts' own positions.
         scale: the scale of every update. None solves each adapter's scale so that its update has the mean norm
@@ -127,6 +128,16 @@ def weight_sites(
                 "between."
             )
     return sites
+
+
+def layers_with(host: Host, name: str, layers: Iterable[int]) -> list[int]:
+    """Returns those of the layers that have such weights: in a hybrid, only full attention has output weights."""
+    found: list[int] = []
+    for layer in layers:
+        with suppress(ValueError):
+            host.weight_site(layer, name)
+            found.append(layer)
+    return found
 
 
 def starting_factors(

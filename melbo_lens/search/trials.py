@@ -11,6 +11,7 @@ from melbo_lens.methods.cpe import fit_cpe
 from melbo_lens.methods.dct import fit_dct
 from melbo_lens.methods.fitting import Optimizer, measured
 from melbo_lens.methods.jacobian import fit_jacobian
+from melbo_lens.methods.low_rank import layers_with
 from melbo_lens.methods.melbo import fit_vectors
 from melbo_lens.methods.noise import noise_vectors
 from melbo_lens.methods.problem import vectors_on
@@ -99,7 +100,8 @@ class CpeTrial:
         """The factors, learned on a slice that begins at the first source layer."""
         settings = {"n_factors": self.n_factors, "seed": self.seed, "scale": self.scale, "n_steps": self.n_steps}
         band = range(self.source_layer, self.source_layer + self.n_layers)
-        return fit_cpe(sliced, source_layers=[*band], progress=False, **settings)
+        layers = layers_with(sliced.host, "attn", band) or [*band]  # the fit says what is missing
+        return fit_cpe(sliced, source_layers=layers, progress=False, **settings)
 
 
 @plain_fields

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3Config
 
 import melbo_lens as ml
 from melbo_lens.ascent.objectives import Objective
@@ -20,7 +20,7 @@ from melbo_lens.methods.mean_change import MeanChange
 from melbo_lens.methods.problem import Problem, bias
 from melbo_lens.models.access import host_of
 from melbo_lens.models.blocks import BlockCall
-from tests import models
+from tests import architectures, models
 from tests.integration.methods.test_melbo import linear_slice
 from tests.oracles.textbook import target_activation
 
@@ -369,3 +369,33 @@ def test_bad_input_is_refused_before_anything_is_computed(model, case, monkeypat
     monkeypatch.setattr(type(host_of(model)), "forward", lambda *_, **__: pytest.fail("the model ran"))
     with pytest.raises(ValueError, match=message):
         call(model)
+
+
+def test_in_a_hybrid_cpe_updates_full_attention_only_and_says_so(tmp_path):
+    architectures.save("olmo_hybrid", tmp_path)  # linear attention in the even blocks
+    model = models.bridge(str(tmp_path))
+    settings = {"n_factors": 2, "n_steps": 1, "progress": False}
+    assert ml.fit_cpe(model, PROMPTS, target_layer=4, **settings).source_layers == (1,)
+    with pytest.raises(ValueError, match=r"The layers that have one are \[1, 3\]"):
+        ml.fit_cpe(model, PROMPTS, [0, 1], 4, **settings)
+    trial = ml.CpeTrial(0, 4, 2, 0, n_layers=2, n_steps=1)
+    assert trial.fit(ml.slice_model(model, PROMPTS, 0, 4)).source_layers == (1,)
+
+
+def test_heads_may_be_wider_than_the_stream(tmp_path):
+    """Four heads of 16 read a stream of 32; the factors are those of the weights, as edited weights show."""
+    config = Qwen3Config(num_key_value_heads=2, **{**models._wide, "head_dim": 16})
+    network = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    network.save_pretrained(tmp_path)
+    models.tokenizer().save_pretrained(tmp_path)
+    model = models.bridge(str(tmp_path))
+    found = ml.fit_cpe(model, PROMPTS[0], [0, 1], 3, n_factors=2, n_steps=2, progress=False)
+    assert found.factors[0][0].shape == (2, 1, 64) and found.factors[0][1].shape == (2, 32, 1)
+    tokens = model.to_tokens(PROMPTS[0])
+    network = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    with torch.no_grad():
+        for layer, (a, b) in found.factors.items():
+            network.model.layers[layer].self_attn.o_proj.weight += b[1] @ a[1]
+        expected = network(tokens).logits
+        with ml.steer(model, found[1]):
+            torch.testing.assert_close(host_of(model).forward(tokens), expected, atol=1e-4, rtol=1e-4)
