@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from melbo_lens.studies.reproduction import table
+from tests.benchmarks.discovery import summary
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -23,6 +24,8 @@ REASONS = {
     "without an MLP": "no MLP whose output is hooked",
     "forward pass": "this version of TransformerLens can't run it with transformers 5.23",
 }
+DISCOVERY = ROOT / "tests" / "benchmarks" / "results-discovery.json"
+COMPARED = re.compile(r"<!-- discovery -->\n(?:.*?)(?=\n`make bench-discovery`)", re.DOTALL)
 BENCHMARK = re.compile(r"<!-- benchmark -->\n(?:.*?)(?=\n`make bench`)", re.DOTALL)
 
 
@@ -118,6 +121,37 @@ def reproduction(file: Path = REPRODUCTION) -> str:
     return "\n".join(lines)
 
 
+def discovery() -> str:
+    """The table of what each method finds in equal time, the methods that find most first."""
+    rows = summary(json.loads(DISCOVERY.read_text()))
+    lines = [
+        "| organism | method | found | in the first ten groups | share of completions | random | readable "
+        "| do nothing | vectors | R / norm | first hit |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    order = ["organism", "budget", "found", "in_first_ten", "share"]
+    rows = rows.sort_values(order, ascending=[False, True, False, False, False], kind="stable")
+
+    def cell(value: float, form: str) -> str:
+        return "" if value != value else format(value, form)
+
+    for row in rows.itertuples():
+        cores = "one core" if row.threads == 1 else f"{row.threads} cores"
+        cells = [
+            f"{row.organism}, {row.budget:.0f} s on {cores}",
+            row.method,
+            f"{row.found} of {row.hidden}",
+            str(row.in_first_ten),
+            *(cell(value, ".1%") for value in (row.share, row.random_share)),
+            *(cell(value, ".0%") for value in (row.readable, row.nothing)),
+            f"{row.vectors:.0f}",
+            cell(row.relative_radius, ".2f"),
+            cell(row.first_hit, ".0f") and f"{row.first_hit:.0f} s",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def architectures() -> str:
     """The table of architectures, by what works with each version of TransformerLens."""
     results = json.loads(ARCHITECTURES.read_text())
@@ -154,6 +188,7 @@ def filled(text: str) -> str:
     )
     text = BENCHMARK.sub(lambda _: "<!-- benchmark -->\n" + benchmark() + "\n", text)
     text = TRIED.sub(lambda _: "<!-- architectures -->\n" + architectures() + "\n", text)
+    text = COMPARED.sub(lambda _: "<!-- discovery -->\n" + discovery() + "\n", text)
     text = REPRODUCED.sub(lambda _: "<!-- reproduction -->\n" + reproduction() + "\n", text)
     real = reproduction(REPRODUCTION_REAL)
     return REPRODUCED_REAL.sub(lambda _: "<!-- reproduction-real -->\n" + real + "\n", text)

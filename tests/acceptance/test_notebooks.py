@@ -23,6 +23,7 @@ EXPECTED = [
     "06_radius_and_layers",
     "07_your_own_model",
     "08_a_real_model",
+    "09_methods",
 ]
 REAL = "08_a_real_model.ipynb"
 PUBLIC = ["qwen_adapters", "qwen_backdoors", "qwen_chain_of_thought", "qwen_refusal"]
