@@ -4,10 +4,10 @@ import time
 from dataclasses import dataclass, field
 
 from melbo_lens.search.arms import N_STEPS
+from melbo_lens.search.running import LEARNED_PER_RANDOM
 from melbo_lens.search.trials import AnyTrial
 
 FEWEST, FIRST, MOST = 4, 16, 64  # the vectors of a trial: at the least, in the first round, and at the most
-LEARNED_PER_RANDOM = 6  # so many learned vectors share a random one as their control
 MARGIN = 1.2  # a trial is begun if so many times its expected duration is left
 USUAL_STEPS = 40  # of a trial that doesn't say, for "power" settles by itself
 GUESS = 6.0  # the first trial is expected to last so many times a rung of the calibration
@@ -60,11 +60,6 @@ class Pace:
         """Takes note of how long a trial took, its fit and its writing apart."""
         self.per_step[trial.method] = fit / trial.n_vectors / _work(trial)
         self.per_row = writing / _rows(trial.n_vectors, self.n_prompts)
-
-
-def n_controls(n_vectors: int) -> int:
-    """Returns how many random vectors stand beside so many learned ones."""
-    return max(2, n_vectors // LEARNED_PER_RANDOM)
 
 
 def _work(trial: AnyTrial) -> int:

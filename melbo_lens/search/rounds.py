@@ -7,16 +7,15 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 
-from melbo_lens.evaluation.departures import departures
 from melbo_lens.generation.completions import Completions
-from melbo_lens.generation.generate import generate
 from melbo_lens.models.host import Host
 from melbo_lens.models.slices import SlicedModel, slice_model
 from melbo_lens.perturbations.perturbation import Perturbation
 from melbo_lens.prompts import Positions, PromptBatch, Prompts
 from melbo_lens.search.arms import Arm, Ladder
 from melbo_lens.search.groups import promise
-from melbo_lens.search.pace import FEWEST, FIRST, MOST, Pace, n_controls
+from melbo_lens.search.pace import FEWEST, FIRST, MOST, Pace
+from melbo_lens.search.running import perform
 from melbo_lens.search.trials import AnyTrial
 
 SHARE_OF_FIRST_ROUND = 0.5  # of the time that is left after the edge was found
@@ -48,29 +47,18 @@ class Search:
 
     def run(self, trial: AnyTrial) -> tuple[float, float] | None:
         """Runs a trial, and returns the seconds of its fit and of its writing; None if it is left out."""
-        began = time.monotonic()
         try:
-            vectors = trial.fit(self.slice(trial.source_layer, trial.target_layer))
-            fitted = time.monotonic()
-            completions = generate(
-                self.host,
-                self.prompts,
-                vectors,
-                max_new_tokens=self.max_new_tokens,
-                include_random=n_controls(len(vectors)),
-                seed=trial.seed,
-                progress=False,
-            )
-            judged = departures(self.host, completions)
+            sliced = self.slice(trial.source_layer, trial.target_layer)
+            learned, completions, judged, fitting, writing = perform(trial, sliced, self.prompts, self.max_new_tokens)
         except FloatingPointError as error:
             warnings.warn(f"{trial} is left out: {error}", stacklevel=3)
             return None
         self.done.append(trial)
-        self.fitted.append(vectors)
+        self.fitted.append(learned)
         self.written.append(completions)
         self.judged.append(judged)
         self.ended.append(time.monotonic())
-        return fitted - began, self.ended[-1] - fitted
+        return fitting, writing
 
     def readable(self, number: int) -> float:
         """Returns the share of a completed trial's learned completions that are not noise."""

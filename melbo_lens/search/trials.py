@@ -1,10 +1,11 @@
 """What is one piece of a search?  A trial, which is one fit with fixed settings, whatever its method."""
 
 import warnings
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any, ClassVar, Literal, TypeAlias
 
-from melbo_lens.arguments import plain_fields
+from melbo_lens.arguments import plain_fields, plain_json
 from melbo_lens.methods.adapters import fit_adapters
 from melbo_lens.methods.contrastive import fit_contrastive
 from melbo_lens.methods.cpe import fit_cpe
@@ -44,9 +45,9 @@ class Trial:
             return "adamw"
         return "soft" if self.orthogonal == "soft" else "orthogonal" if self.orthogonal else "melbo"
 
-    def fit(self, sliced: SlicedModel) -> SteeringVectors:
+    def fit(self, sliced: SlicedModel, batch_size: int | None = None) -> SteeringVectors:
         """The vectors, learned on a slice between these layers."""
-        return fit_vectors(sliced, **_settings(self), progress=False)
+        return fit_vectors(sliced, **_settings(self), batch_size=batch_size, progress=False)
 
 
 @plain_fields
@@ -69,11 +70,11 @@ class AdapterTrial:
     def n_vectors(self) -> int:
         return self.n_adapters
 
-    def fit(self, sliced: SlicedModel) -> SteeringAdapters:
+    def fit(self, sliced: SlicedModel, batch_size: int | None = None) -> SteeringAdapters:
         """The adapters, learned on a slice between these layers."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # adapters with one effect show in the table
-            return fit_adapters(sliced, **_settings(self), optimizer="power", progress=False)
+            return fit_adapters(sliced, **_settings(self), optimizer="power", batch_size=batch_size, progress=False)
 
 
 @plain_fields
@@ -96,12 +97,12 @@ class CpeTrial:
     def n_vectors(self) -> int:
         return self.n_factors
 
-    def fit(self, sliced: SlicedModel) -> SteeringAdapters:
+    def fit(self, sliced: SlicedModel, batch_size: int | None = None) -> SteeringAdapters:
         """The factors, learned on a slice that begins at the first source layer."""
         settings = {"n_factors": self.n_factors, "seed": self.seed, "scale": self.scale, "n_steps": self.n_steps}
         band = range(self.source_layer, self.source_layer + self.n_layers)
         layers = layers_with(sliced.host, "attn", band) or [*band]  # the fit says what is missing
-        return fit_cpe(sliced, source_layers=layers, progress=False, **settings)
+        return fit_cpe(sliced, source_layers=layers, batch_size=batch_size, progress=False, **settings)
 
 
 @plain_fields
@@ -126,9 +127,9 @@ class DctTrial:
     def n_vectors(self) -> int:
         return self.n_factors
 
-    def fit(self, sliced: SlicedModel) -> SteeringVectors:
+    def fit(self, sliced: SlicedModel, batch_size: int | None = None) -> SteeringVectors:
         """The factors, learned on a slice between these layers."""
-        return fit_dct(sliced, **_settings(self), progress=False)
+        return fit_dct(sliced, **_settings(self), batch_size=batch_size, progress=False)
 
 
 @plain_fields
@@ -145,9 +146,9 @@ class JacobianTrial:
 
     method: ClassVar[str] = "jacobian"
 
-    def fit(self, sliced: SlicedModel) -> SteeringVectors:
+    def fit(self, sliced: SlicedModel, batch_size: int | None = None) -> SteeringVectors:
         """The singular vectors of the Jacobian of a slice between these layers."""
-        return fit_jacobian(sliced, **_settings(self), progress=False)
+        return fit_jacobian(sliced, **_settings(self), batch_size=batch_size, progress=False)
 
 
 @plain_fields
@@ -164,9 +165,9 @@ class NoiseTrial:
     method: ClassVar[str] = "noise"
     n_steps: ClassVar[int] = 0
 
-    def fit(self, sliced: SlicedModel) -> SteeringVectors:
+    def fit(self, sliced: SlicedModel, batch_size: int | None = None) -> SteeringVectors:
         """The vectors, with what they change on a slice between these layers."""
-        return noise_vectors(sliced, **_settings(self))
+        return noise_vectors(sliced, **_settings(self), batch_size=batch_size)
 
 
 @plain_fields
@@ -185,14 +186,56 @@ class ContrastiveTrial:
     n_vectors: ClassVar[int] = 1
     n_steps: ClassVar[int] = 0
 
-    def fit(self, sliced: SlicedModel) -> SteeringVectors:
+    def fit(self, sliced: SlicedModel, batch_size: int | None = None) -> SteeringVectors:
         """The vector, with what it changes on a slice between these layers."""
         found = fit_contrastive(sliced.host, [*self.positive], [*self.negative], self.source_layer, radius=self.radius)
-        provenance = {**found.provenance, **measured(vectors_on(sliced), (found.values,), self.radius)}
+        provenance = {**found.provenance, **measured(vectors_on(sliced, batch_size), (found.values,), self.radius)}
         return replace(found, provenance=provenance)
 
 
 AnyTrial: TypeAlias = Trial | AdapterTrial | CpeTrial | DctTrial | JacobianTrial | NoiseTrial | ContrastiveTrial
+
+
+TRIALS: dict[str, type[AnyTrial]] = {
+    "vectors": Trial,
+    "adapters": AdapterTrial,
+    "cpe": CpeTrial,
+    "dct": DctTrial,
+    "jacobian": JacobianTrial,
+    "noise": NoiseTrial,
+    "contrastive": ContrastiveTrial,
+}
+
+
+def trial_from(said: Mapping[str, Any]) -> AnyTrial:
+    """Makes the trial that a mapping describes, as `trial_as` writes it and people write it in a plan.
+
+    Args:
+        said: "kind", a name in `TRIALS`, beside the settings of that kind.
+
+    Raises:
+        ValueError: the kind is unknown, or its settings are not these.
+    """
+    kind = said.get("kind", "vectors")
+    if kind not in TRIALS:
+        raise ValueError(f"kind={kind!r} must be one of {sorted(TRIALS)}.")
+    known, settings = fields(TRIALS[kind]), {name: value for name, value in said.items() if name != "kind"}
+    unknown = sorted(set(settings) - {field.name for field in known})
+    missing = [field.name for field in known if field.default is MISSING and field.name not in settings]
+    if unknown or missing:
+        raise ValueError(
+            f"a trial of kind {kind!r} has no setting {unknown}: choose from {[field.name for field in known]}."
+            if unknown
+            else f"a trial of kind {kind!r} needs {missing}."
+        )
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+    return TRIALS[kind](**given)
+
+
+def trial_as(trial: AnyTrial) -> dict[str, Any]:
+    """Describes a trial in JSON's types."""
+    kind = next(name for name, cls in TRIALS.items() if type(trial) is cls)
+    return {"kind": kind, **plain_json(asdict(trial), "trial")}
 
 
 def _settings(trial: AnyTrial) -> dict[str, Any]:

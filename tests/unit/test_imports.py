@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[2] / "melbo_lens"
 # folders in the order of a perturbation's life, after the files that everything rests on and before the doors
 ORDER = (
     "arguments randomness files tables prompts ascent perturbations models measures generation evaluation methods "
-    "exports search plots organisms studies reports cli __main__ __init__"
+    "exports search plots organisms sweeps studies reports cli __main__ __init__"
 ).split()
 # within a folder there is an order too, so that it has no circle
 WITHIN = {
@@ -25,7 +25,7 @@ WITHIN = {
     ),
     "generation": "completions decoding steer generate",
     "evaluation": "rates coherence departures words",
-    "search": "trials arms pace groups rounds discovery layers",
+    "search": "trials running arms pace groups rounds discovery layers",
     "reports": "findings page",
 }
 ONLY_IN = {"transformer_lens": {"models"}, "plotly": {"plots"}, "circuitsvis": {"plots"}}
