@@ -66,6 +66,13 @@ if TYPE_CHECKING:
     from melbo_lens.search.trials import JacobianTrial as JacobianTrial
     from melbo_lens.search.trials import NoiseTrial as NoiseTrial
     from melbo_lens.search.trials import Trial as Trial
+    from melbo_lens.sweeps.jobs import Job as Job
+    from melbo_lens.sweeps.jobs import ModelKey as ModelKey
+    from melbo_lens.sweeps.jobs import plan_jobs as plan_jobs
+    from melbo_lens.sweeps.outcomes import Outcome as Outcome
+    from melbo_lens.sweeps.sweep import merge as merge
+    from melbo_lens.sweeps.sweep import status as status
+    from melbo_lens.sweeps.sweep import sweep as sweep
 
 __version__ = "0.1.0"
 
@@ -104,6 +111,8 @@ _HOMES = {
     "search.discovery": "discover",
     "search.layers": "scan_layers",
     "search.arms": "make_plan",
+    "sweeps.jobs": "Job ModelKey plan_jobs",
+    "sweeps.sweep": "merge status sweep",
     "search.trials": "AdapterTrial ContrastiveTrial CpeTrial DctTrial JacobianTrial NoiseTrial Trial",
 }
 # What calls return: here for `isinstance` and annotations.
@@ -113,6 +122,7 @@ _RESULTS = {
     "measures.next_tokens": "NextTokens",
     "measures.output": "Effects",
     "measures.radius": "Calibration",
+    "sweeps.outcomes": "Outcome",
     "measures.source": "AdapterEffect",
     "models.slices": "SlicedModel",
     "search.discovery": "Discovery",

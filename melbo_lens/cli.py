@@ -213,6 +213,53 @@ def discover(
 
 
 @app.command()
+def sweep(
+    plan: Annotated[Path, typer.Argument(help="YAML: model, prompts, and trials whose lists stand for combinations")],
+    out: Out,
+    engine: Annotated[str, typer.Option(help="here, or ray")] = "here",
+    shard: Annotated[
+        str | None, typer.Option(help="I/N runs every N-th trial from the I-th on; default: Slurm's array task, if any")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Ray's actors; default: one for each GPU or core")
+    ] = None,
+    retry: Annotated[bool, typer.Option("--retry", help="run trials that failed again")] = False,
+) -> None:
+    """Run the trials of a plan that the folder lacks. The same command, given again, goes on."""
+    import yaml
+
+    import melbo_lens as ml
+    from melbo_lens.sweeps.jobs import jobs_of
+
+    part = None
+    if shard is not None:
+        numbers = shard.split("/")
+        if len(numbers) != 2 or not all(number.isdigit() for number in numbers):
+            raise typer.BadParameter("a shard is I/N, as --shard 3/16.")
+        part = (int(numbers[0]), int(numbers[1]))
+    with _errors_in_a_sentence():
+        jobs = jobs_of(yaml.safe_load(plan.read_text(encoding="utf-8")))
+        for outcome in ml.sweep(jobs, out, cast(Any, engine), shard=part, n_workers=workers, retry=retry):
+            if outcome.failure is not None:
+                console.print(f"[red]failed:[/red] {escape(repr(outcome))}", soft_wrap=True)
+        table = ml.merge(out)
+        table.to_csv(out / "trials.csv", index=False)
+    console.print(f"{ml.status(out)!r}; wrote {out / 'trials.csv'}", soft_wrap=True)
+
+
+@app.command()
+def status(directory: Annotated[Path, typer.Argument(help="folder of a sweep")]) -> None:
+    """Say how far the sweeps of a folder are, and why trials failed."""
+    import melbo_lens as ml
+
+    with _errors_in_a_sentence():
+        found = ml.status(directory)
+    console.print(repr(found))
+    for digest, reason in found.failures.items():
+        console.print(f"{digest}: {escape(reason)}", soft_wrap=True)
+
+
+@app.command()
 def report(
     directory: Annotated[Path, typer.Argument(help="folder that `fit` or `demo` wrote")],
     behavior: Annotated[
@@ -243,17 +290,9 @@ def _load(model: str, dtype: str, device: str | None) -> Any:
     if dtype not in ("float32", "bfloat16", "float16"):
         raise typer.BadParameter(f"dtype {dtype!r} must be float32, bfloat16 or float16.")
     with _errors_in_a_sentence(), console.status("loading torch and the model"):
-        import torch
+        import melbo_lens as ml
 
-        from melbo_lens import organisms
-        from melbo_lens.models.access import boot
-
-        if model in organisms.names():
-            if dtype != "float32":
-                raise ValueError(f"dtype={dtype!r} is not offered for organisms, which are float32: leave it out.")
-            loaded: Any = organisms.load(model).model
-            return loaded if device is None else loaded.to(device)
-        return boot(model, device=device, dtype=getattr(torch, dtype))
+        return ml.ModelKey(model, dtype, device).load()
 
 
 @contextmanager

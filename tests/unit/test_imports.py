@@ -26,6 +26,7 @@ WITHIN = {
     "generation": "completions decoding steer generate",
     "evaluation": "rates coherence departures words",
     "search": "trials running arms pace groups rounds discovery layers",
+    "sweeps": "jobs outcomes engines sweep",
     "reports": "findings page",
 }
 ONLY_IN = {"transformer_lens": {"models"}, "plotly": {"plots"}, "circuitsvis": {"plots"}}

@@ -1,0 +1,165 @@
+"""What is one entry of a sweep?  A trial with its prompts and its model, as plain JSON, under a digest of its own."""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from melbo_lens import organisms
+from melbo_lens.arguments import count, plain_fields, plain_json, public
+from melbo_lens.ascent.objectives import positions_text
+from melbo_lens.models.access import boot
+from melbo_lens.prompts import Positions
+from melbo_lens.search.trials import AnyTrial, trial_as, trial_from
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@plain_fields
+@dataclass(frozen=True)
+class ModelKey:
+    """How a model is loaded, wherever a trial is run.
+
+    Attributes:
+        name: the name of an organism, a directory, or a name on the Hugging Face hub.
+        dtype: "float32", "bfloat16" or "float16"; organisms are float32.
+        device: as torch names it; None lets TransformerLens choose.
+    """
+
+    name: str
+    dtype: str = "float32"
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype={self.dtype!r} must be one of {list(DTYPES)}.")
+        if self.name in organisms.names() and self.dtype != "float32":
+            raise ValueError(f"dtype={self.dtype!r} is not offered for organisms, which are float32: leave it out.")
+
+    def load(self) -> Any:
+        """Loads the model."""
+        if self.name in organisms.names():
+            model: Any = organisms.load(self.name).model
+            return model if self.device is None else model.to(self.device)
+        return boot(self.name, device=self.device, dtype=getattr(torch, self.dtype))
+
+
+@plain_fields
+@dataclass(frozen=True)
+class Job:
+    """A trial on prompts and a model: all that decides its result but the model's weights.
+
+    Attributes:
+        trial: the trial.
+        prompts: the prompts that it learns and writes on, each text or a chat.
+        model: how the model is loaded.
+        target_positions: where a change counts, in each prompt's own tokens.
+        max_new_tokens: the length of the completions.
+    """
+
+    trial: AnyTrial
+    prompts: tuple[Any, ...]
+    model: ModelKey
+    target_positions: str = "slice(-1, None, None)"
+    max_new_tokens: int = 16
+
+    def as_json(self) -> dict[str, Any]:
+        """Describes the job in JSON's types; `job_from` makes it again."""
+        return {
+            "trial": trial_as(self.trial),
+            "prompts": plain_json(self.prompts, "prompts"),
+            "model": {"name": self.model.name, "dtype": self.model.dtype, "device": self.model.device},
+            "target_positions": self.target_positions,
+            "max_new_tokens": self.max_new_tokens,
+        }
+
+    def digest(self, fingerprint: str) -> str:
+        """Returns the name of the job's result: a digest of all that changes it, the model's weights included.
+
+        Where the model lies and from which place it was loaded changes nothing, and is left out.
+        """
+        said = self.as_json()
+        said["model"] = self.model.dtype
+        text = json.dumps([said, fingerprint], sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+
+
+def job_from(said: Mapping[str, Any]) -> Job:
+    """Makes the job that `Job.as_json` described."""
+    return Job(
+        trial_from(said["trial"]),
+        tuple(said["prompts"]),
+        ModelKey(**said["model"]),
+        said["target_positions"],
+        said["max_new_tokens"],
+    )
+
+
+@public
+def plan_jobs(
+    model: str | ModelKey,
+    trials: Sequence[AnyTrial],
+    prompts: Sequence[Any],
+    *,
+    together: bool = False,
+    target_positions: Positions = slice(-1, None),
+    max_new_tokens: int = 16,
+) -> list[Job]:
+    """Makes the plan of a sweep: every trial on every prompt.
+
+    Args:
+        model: the name of an organism, a directory, a name on the Hugging Face hub, or a `ModelKey`.
+        trials: what is tried.
+        prompts: texts or chats, each of which is a case of its own.
+        together: whether a trial learns on all prompts at once instead.
+        target_positions: where a change counts, in each prompt's own tokens.
+        max_new_tokens: the length of the completions.
+
+    Raises:
+        ValueError: there is no trial or no prompt, or a setting breaks a rule.
+    """
+    if not trials or not prompts:
+        raise ValueError("a sweep needs at least one trial and one prompt.")
+    count("max_new_tokens", max_new_tokens)
+    key = model if isinstance(model, ModelKey) else ModelKey(model)
+    cases = [tuple(prompts)] if together else [(prompt,) for prompt in prompts]
+    where = positions_text(target_positions)
+    return [Job(trial, case, key, where, max_new_tokens) for case in cases for trial in trials]
+
+
+def jobs_of(said: Mapping[str, Any]) -> list[Job]:
+    """Makes the plan that a file describes.
+
+    It has "model" (and "dtype", "device"), "prompts", "trials", and the settings of `plan_jobs`. Each entry of the
+    trials has a "kind" and its settings; a setting that is a list stands for a trial for each of its values, in every
+    combination.
+
+    Raises:
+        ValueError: the file lacks something, or says something unknown.
+    """
+    known = {"model", "dtype", "device", "prompts", "trials", "together", "target_positions", "max_new_tokens"}
+    unknown = sorted(set(said) - known)
+    missing = sorted({"model", "prompts", "trials"} - set(said))
+    if unknown or missing:
+        raise ValueError(
+            f"a plan knows no {unknown}: choose from {sorted(known)}." if unknown else f"the plan lacks {missing}."
+        )
+    trials = [trial_from(one) for entry in said["trials"] for one in _combinations(entry)]
+    key = ModelKey(said["model"], said.get("dtype", "float32"), said.get("device"))
+    settings = {name: said[name] for name in ("together", "max_new_tokens") if name in said}
+    if "target_positions" in said:
+        settings["target_positions"] = list(said["target_positions"])
+    return plan_jobs(key, trials, said["prompts"], **settings)
+
+
+def _combinations(entry: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Returns an entry for each combination of the values of its lists; sets of prompts stay whole."""
+    names = [name for name, value in entry.items() if isinstance(value, list) and name not in ("positive", "negative")]
+    return [
+        {**entry, **dict(zip(names, values, strict=True))}
+        for values in itertools.product(*(entry[name] for name in names))
+    ]

@@ -1,0 +1,200 @@
+"""How does a sweep go on where it stopped?  It runs what its folder lacks; any number of folders make one table."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pandas as pd
+from tqdm.auto import tqdm
+
+from melbo_lens import files
+from melbo_lens.arguments import counts, one_of, public
+from melbo_lens.models.access import Model
+from melbo_lens.sweeps.engines import LOCKS, Engine, Here, OnRay
+from melbo_lens.sweeps.jobs import Job
+from melbo_lens.sweeps.outcomes import Outcome, all_of, path_of, read
+
+MODEL, PLANS = "model.json", "plans"  # what a folder has beside the outcomes: of which model, and what was asked for
+
+
+@public
+def sweep(
+    plan: Sequence[Job],
+    directory: str | os.PathLike[str],
+    engine: Literal["here", "ray"] = "here",
+    *,
+    model: Model | None = None,
+    shard: tuple[int, int] | None = None,
+    n_workers: int | None = None,
+    retry: bool = False,
+    progress: bool = True,
+) -> Iterator[Outcome]:
+    """Runs the trials of a plan, each of which is kept in a file of its own, and goes on where an earlier call stopped.
+
+    A trial that fails (no memory even for one row, no radius, NaN) is an outcome with its reason, and the sweep goes
+    on. Where memory runs out, the trial is tried again with half of the rows in a pass. Several processes, also on
+    several machines, may share a folder: none runs what another one runs.
+
+    Args:
+        plan: the jobs, as `plan_jobs` makes them, all of one model.
+        directory: the folder of the outcomes; it is made if it is missing.
+        engine: "here" runs in this process; "ray" in Ray's actors (`pip install 'melbo-lens[sweep]'`), on this machine
+            or on the cluster that `ray.init` was given.
+        model: the model itself, if it is loaded already; only for "here".
+        shard: (i, n) runs every n-th job from the i-th on, i from 1 to n. None takes them from Slurm, if this is a task
+            of a job array.
+        n_workers: how many actors Ray gets; None takes one for each GPU, or for each core.
+        retry: whether trials that failed earlier are run again.
+        progress: whether to show a progress bar with the remaining time.
+
+    Returns:
+        An iterator of outcomes: first those that are there, then the others as they come. Nothing runs until it is
+        asked for; `list` asks for all.
+
+    Raises:
+        ValueError: the plan is empty or of several models, or the folder holds outcomes of another model.
+        ImportError: Ray is not installed.
+    """
+    one_of("engine", engine, ("here", "ray"))
+    counts(n_workers=n_workers)
+    keys = list(dict.fromkeys(job.model for job in plan))
+    if len(keys) != 1:
+        raise ValueError(f"a sweep is of one model, and this plan has {len(keys)}: run one sweep for each.")
+    if engine == "ray" and model is not None:
+        raise ValueError('engine="ray" loads the model in its actors: leave model out, its key is in the plan.')
+    mine = list(plan)[of_shard(shard)]
+    folder = Path(directory)
+    (folder / LOCKS).mkdir(parents=True, exist_ok=True)
+    (folder / PLANS).mkdir(exist_ok=True)
+    workers: Engine = Here(keys[0], str(folder), model) if engine == "here" else OnRay(keys[0], str(folder), n_workers)
+    fingerprint = workers.which_model()
+    _claim(folder, keys[0].name, fingerprint)
+    digests = {job.digest(fingerprint): job for job in mine}
+    asked = json.dumps(sorted(digests))
+    name = hashlib.blake2b(asked.encode(), digest_size=8).hexdigest()
+    files.write_json(folder / PLANS / f"{name}.json", sorted(digests))
+    return _outcomes(folder, digests, workers, fingerprint, retry, progress)
+
+
+def _outcomes(
+    folder: Path, digests: dict[str, Job], workers: Engine, fingerprint: str, retry: bool, progress: bool
+) -> Iterator[Outcome]:
+    with tqdm(total=len(digests), desc="sweep", unit="trial", disable=not progress) as bar:
+        missing: list[Job] = []
+        for digest, job in digests.items():
+            known = read(folder, digest)
+            if known is None or (retry and known.failure is not None):
+                path_of(folder, digest).unlink(missing_ok=True)  # damaged
+                missing.append(job)
+            else:
+                bar.update()
+                yield known
+        bar.unpause()
+        for job in workers.run(missing):
+            bar.update()
+            found = read(folder, job.digest(fingerprint))
+            if found is not None:
+                yield found
+
+
+def of_shard(shard: tuple[int, int] | None) -> slice:
+    """Returns which jobs of a plan a shard runs; all if there is none.
+
+    Raises:
+        ValueError: the shard's number doesn't lie within their count.
+    """
+    if shard is None:
+        if "SLURM_ARRAY_TASK_ID" not in os.environ:
+            return slice(None)
+        said = {name: int(os.environ.get(f"SLURM_ARRAY_TASK_{name}", 0)) for name in ("ID", "MIN", "MAX", "COUNT")}
+        shard = (said["ID"] - said["MIN"] + 1, said["COUNT"] or said["MAX"] - said["MIN"] + 1)
+    i, n = shard
+    if not 1 <= i <= n:
+        raise ValueError(f"shard={i}/{n} must have a number from 1 to {max(n, 1)}.")
+    return slice(i - 1, None, n)
+
+
+def _claim(folder: Path, name: str, fingerprint: str) -> None:
+    """Notes which model a folder is of.
+
+    Raises:
+        ValueError: it is of another one.
+    """
+    path = folder / MODEL
+    if path.is_file():
+        known = files.read_json(path)
+        if known["fingerprint"] != fingerprint:
+            raise ValueError(
+                f"{folder} holds outcomes of {known['name']!r} with other weights than {name!r} has now: choose "
+                "another folder."
+            )
+    else:
+        files.write_json(path, {"name": name, "fingerprint": fingerprint})
+
+
+@public
+def merge(directories: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> pd.DataFrame:
+    """Makes one table from the folders of any number of sweeps, with one row for each trial.
+
+    Args:
+        directories: the folders.
+
+    Returns:
+        The trials' settings, how many completions were written under learned vectors, which share of them is readable,
+        which share of the directions does nothing, changes the wording or the content, or writes noise, the seconds,
+        and for trials that failed the reason. A trial that is in several folders has one row, a finished one if any.
+
+    Warns:
+        UserWarning: a file is damaged; it is left out.
+    """
+    folders = [directories] if isinstance(directories, str | os.PathLike) else list(directories)
+    rows = [outcome.row() for folder in folders for outcome in all_of(folder)]
+    if not rows:
+        return pd.DataFrame(columns=["digest", "method", "failure"])
+    table = pd.DataFrame(rows).sort_values(["digest", "failure"], na_position="first", kind="stable")
+    return table.drop_duplicates("digest").reset_index(drop=True)
+
+
+@dataclass(frozen=True)
+class Status:
+    """How far the sweeps of a folder are.
+
+    Attributes:
+        n_done: how many trials are finished.
+        n_asked: how many were asked for.
+        failures: digest -> why the trial failed.
+        seconds_left: what the others will take one after another, if each takes as long as the finished ones; None
+            before one is finished.
+    """
+
+    n_done: int
+    n_asked: int
+    failures: dict[str, str]
+    seconds_left: float | None
+
+    def __repr__(self) -> str:
+        left = "" if self.seconds_left is None else f", about {self.seconds_left:.0f} s of work left"
+        return f"Status({self.n_done} of {self.n_asked} trials done, {len(self.failures)} failed{left})"
+
+
+@public
+def status(directory: str | os.PathLike[str]) -> Status:
+    """Says how far the sweeps of a folder are.
+
+    Raises:
+        ValueError: no sweep was begun there.
+    """
+    plans = sorted((Path(directory) / PLANS).glob("*.json"))
+    if not plans:
+        raise ValueError(f"no sweep was begun in {directory}.")
+    asked = {digest for plan in plans for digest in files.read_json(plan)}
+    known = [outcome for outcome in all_of(directory) if outcome.digest in asked]
+    done = [outcome for outcome in known if outcome.failure is None]
+    failures = {outcome.digest: outcome.failure for outcome in known if outcome.failure is not None}
+    left = len(asked) - len(known)
+    each = sum(outcome.seconds for outcome in done) / len(done) if done else None
+    return Status(len(done), len(asked), failures, None if each is None else round(left * each, 1))

@@ -1,0 +1,311 @@
+"""Does a sweep go on where it stopped, whatever stops it, and is each of its trials there once?"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+from filelock import FileLock
+from typer.testing import CliRunner
+
+import melbo_lens as ml
+from melbo_lens.cli import app
+from melbo_lens.search import running
+from melbo_lens.sweeps import engines
+from melbo_lens.sweeps.jobs import Job, job_from, jobs_of
+from melbo_lens.sweeps.sweep import of_shard
+from tests.integration.search.test_methods import PLAN
+
+PROMPTS = ["w1 w2 w3 w4", "w5 w6"]
+TRIALS = [ml.Trial(0, 3, 2.0, 2, False, seed, 2) for seed in range(3)]
+
+
+@pytest.fixture
+def plan():
+    return ml.plan_jobs("somewhere", TRIALS, PROMPTS, max_new_tokens=3)
+
+
+def run(plan, folder, model, **settings):
+    return list(ml.sweep(plan, folder, model=model, progress=False, **settings))
+
+
+def without_seconds(table):
+    return table.drop(columns="seconds").sort_values("digest").reset_index(drop=True)
+
+
+@pytest.mark.parametrize("trial", PLAN, ids=lambda trial: trial.method)
+def test_a_job_is_plain_json_and_comes_back_from_it(trial):
+    (job,) = ml.plan_jobs("modes", [trial], [[{"role": "user", "content": "w1"}]])
+    assert job_from(json.loads(json.dumps(job.as_json()))) == job
+
+
+def test_the_digest_changes_with_all_that_changes_the_result_and_with_nothing_else():
+    job = Job(TRIALS[0], ("w1",), ml.ModelKey("somewhere"))
+    others = [
+        replace(job, trial=replace(job.trial, **{name: value}))
+        for name, value in {
+            "source_layer": 1, "target_layer": 4, "radius": 3.0, "n_vectors": 3, "orthogonal": True, "seed": 9,
+            "n_steps": 3, "optimizer": "adamw",
+        }.items()
+    ]  # fmt: skip
+    others += [
+        replace(job, prompts=("w2",)),
+        replace(job, prompts=("w1", "w2")),
+        replace(job, target_positions="[0]"),
+        replace(job, max_new_tokens=5),
+        replace(job, model=ml.ModelKey("somewhere", "bfloat16")),
+        replace(job, trial=ml.NoiseTrial(0, 3, 2.0, 2, 0)),
+    ]
+    digests = {one.digest("these weights") for one in others} | {job.digest("these weights"), job.digest("others")}
+    assert len(digests) == len(others) + 2
+    assert replace(job, model=ml.ModelKey("elsewhere", device="cuda")).digest("a") == job.digest("a")
+
+
+def test_a_sweep_yields_what_each_trial_gives_and_its_folder_makes_a_table(plan, model, tmp_path):
+    found = run(plan, tmp_path, model)
+    assert [one.job for one in found] == plan and all(one.failure is None for one in found)
+    again = ml.Outcome.load(tmp_path / f"{found[1].digest}.safetensors")
+    expected = ml.fit_vectors(
+        model, PROMPTS[0], 0, 3, n_vectors=2, radius=2.0, orthogonal=False, n_steps=2, seed=1, progress=False,
+        target_positions=slice(-1, None),
+    )  # fmt: skip
+    torch.testing.assert_close(again.learned.values, expected.values)
+    written = ml.generate(model, PROMPTS[0], expected, 3, include_random=2, seed=1, progress=False)
+    assert again.completions.table.text.tolist() == written.table.text.tolist()
+    table = ml.merge(tmp_path)
+    assert len(table) == 6 and table.digest.is_unique and set(table.method) == {"melbo"}
+    assert (table[["nothing", "wording", "content", "noise"]].sum(axis=1) == 1).all()
+    said = ml.status(tmp_path)
+    assert (said.n_done, said.n_asked, said.failures, said.seconds_left) == (6, 6, {}, 0.0)
+
+
+def test_what_is_done_is_not_done_again(plan, model, tmp_path, monkeypatch):
+    run(plan[:4], tmp_path, model)
+    ran = []
+    monkeypatch.setattr(engines, "perform", lambda *a: ran.append(a[0]) or running.perform(*a))
+    found = run(plan, tmp_path, model)
+    assert ran == [job.trial for job in plan[4:]] and [one.job for one in found] == plan
+    assert run(plan, tmp_path, model)[0].learned.values.shape == (2, model.cfg.d_model) and len(ran) == 2
+
+
+def test_nothing_runs_until_it_is_asked_for(plan, model, tmp_path):
+    outcomes = ml.sweep(plan, tmp_path, model=model, progress=False)
+    assert not list(tmp_path.glob("*.safetensors"))
+    next(outcomes)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1
+    assert ml.status(tmp_path).n_asked == 6
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"{}" * 99])
+def test_a_damaged_file_is_named_and_its_trial_is_run_again(plan, model, tmp_path, damage):
+    found = run(plan[:2], tmp_path, model)
+    path = tmp_path / f"{found[0].digest}.safetensors"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.warns(UserWarning, match=path.name):
+        assert len(ml.merge(tmp_path)) == 1
+    with pytest.warns(UserWarning, match=path.name):
+        again = run(plan[:2], tmp_path, model)
+    torch.testing.assert_close(
+        {one.digest: one for one in again}[found[0].digest].learned.values, found[0].learned.values
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(ml.merge(tmp_path)) == 2
+
+
+def test_a_folder_of_another_model_is_refused(plan, build, tmp_path):
+    run(plan[:1], tmp_path, build("gpt2", "bridge"))
+    with pytest.raises(ValueError, match="holds outcomes of 'somewhere' with other weights"):
+        run(plan[:1], tmp_path, build("llama", "bridge"))
+
+
+def test_a_trial_that_fails_is_a_row_with_its_reason_and_the_sweep_goes_on(plan, model, tmp_path):
+    bad = ml.plan_jobs("somewhere", [ml.Trial(0, 99, 2.0, 2, False, 0, 2)], PROMPTS[:1], max_new_tokens=3)
+    found = run([*bad, *plan], tmp_path, model)
+    assert len(found) == 7 and "target_layer=99" in found[0].failure and found[1].failure is None
+    table = ml.merge(tmp_path)
+    assert table.failure.notna().sum() == 1 and list(ml.status(tmp_path).failures) == [found[0].digest]
+    again = run([*bad, *plan], tmp_path, model)  # it isn't tried again unless that is asked for
+    assert again[0].failure == found[0].failure
+
+
+def test_a_trial_that_failed_is_run_again_if_asked_for(plan, model, tmp_path, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("a cable was loose")
+
+    monkeypatch.setattr(engines, "perform", broken)
+    assert run(plan[:2], tmp_path, model)[0].failure == "RuntimeError: a cable was loose"
+    monkeypatch.undo()
+    assert run(plan[:2], tmp_path, model)[0].failure is not None
+    assert [one.failure for one in run(plan[:2], tmp_path, model, retry=True)] == [None, None]
+    assert ml.merge(tmp_path).failure.isna().all() and not list(tmp_path.glob("*.failed.json"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+    ids=["cuda", "machine", "cpu"],
+)
+def test_where_memory_runs_out_a_trial_is_tried_with_half_of_the_rows(plan, model, tmp_path, monkeypatch, error):
+    sizes = []
+
+    def hungry(trial, sliced, prompts, max_new_tokens, batch_size):
+        sizes.append(batch_size)
+        if batch_size is None or batch_size > 3:
+            raise error
+        return running.perform(trial, sliced, prompts, max_new_tokens, batch_size)
+
+    plain = run(plan[:1], tmp_path / "plain", model)
+    monkeypatch.setattr(engines, "perform", hungry)
+    monkeypatch.setattr(engines, "default_batch_size", lambda sliced: 20)
+    (found,) = run(plan[:1], tmp_path / "hungry", model)
+    assert sizes == [None, 10, 5, 2] and found.failure is None
+    torch.testing.assert_close(found.learned.values, plain[0].learned.values, rtol=1e-4, atol=1e-5)
+    sizes.clear()
+    monkeypatch.setattr(engines, "perform", lambda *a: sizes.append(a[-1]) or (_ for _ in ()).throw(error))
+    (failed,) = run(plan[:1], tmp_path / "starved", model)
+    assert sizes == [None, 10, 5, 2, 1] and type(error).__name__ in failed.failure
+
+
+def test_shards_share_out_a_plan_and_slurm_names_them(plan, monkeypatch):
+    parts = [plan[of_shard((i, 4))] for i in range(1, 5)]
+    assert sorted(map(repr, [job for part in parts for job in part])) == sorted(map(repr, plan))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    for name, value in {"ID": 7, "MIN": 5, "MAX": 8, "COUNT": 4}.items():
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
+    assert plan[of_shard(None)] == plan[2::4]
+    for wrong in ((0, 4), (5, 4), (1, 0)):
+        with pytest.raises(ValueError, match="must have a number from 1"):
+            of_shard(wrong)
+
+
+def test_a_trial_that_another_process_runs_is_waited_for_last(plan, model, tmp_path):
+    (first, *others) = plan[:3]
+    digests = [one.digest for one in run(plan[:3], tmp_path / "known", model)]
+    (tmp_path / engines.LOCKS).mkdir()
+    lock = FileLock(tmp_path / engines.LOCKS / digests[0])
+    lock.acquire()
+    release = threading.Timer(1.0, lock.release)
+    release.start()
+    assert [one.job for one in run(plan[:3], tmp_path, model)] == [*others, first]
+
+
+def test_a_plan_in_a_file_stands_for_every_combination():
+    said = yaml.safe_load(
+        """
+        model: modes
+        prompts: [w1, w2]
+        max_new_tokens: 4
+        target_positions: [-1]
+        trials:
+          - {kind: vectors, source_layer: [0, 1], target_layer: 4, radius: [2.0, 3.0], n_vectors: 4, orthogonal: soft,
+             seed: 0}
+          - {kind: contrastive, source_layer: 0, target_layer: 4, radius: 2.0, positive: [w1, w3], negative: [w2]}
+        """
+    )
+    jobs = jobs_of(said)
+    assert len(jobs) == 2 * (4 + 1) and {job.target_positions for job in jobs} == {"[-1]"}
+    assert {(job.trial.source_layer, job.trial.radius) for job in jobs if job.trial.method == "soft"} == {
+        (0, 2.0), (0, 3.0), (1, 2.0), (1, 3.0),
+    }  # fmt: skip
+    assert jobs[-1].trial.positive == ("w1", "w3")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": None}, r"lacks \['model'\]"),
+        ({"speed": 3}, r"knows no \['speed'\]"),
+        ({"trials": [{"kind": "sae"}]}, "kind='sae' must be one of"),
+        ({"trials": [{"kind": "noise", "rank": 3}]}, r"has no setting \['rank'\]"),
+        ({"trials": [{"kind": "noise", "seed": 3}]}, "needs"),
+        ({"trials": []}, "at least one trial"),
+        ({"dtype": "float64"}, "dtype='float64' must be"),
+    ],
+)
+def test_a_plan_that_says_something_unknown_is_refused(change, message):
+    said = {"model": "modes", "prompts": ["w1"], "trials": [{"kind": "noise"}], **change}
+    with pytest.raises(ValueError, match=message):
+        jobs_of({name: value for name, value in said.items() if value is not None})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"engine": "dask"}, "engine"), ({"engine": "ray"}, "leave model out"), ({"n_workers": 0}, "n_workers")],
+)
+def test_bad_settings_are_refused_before_anything_is_loaded(plan, model, tmp_path, settings, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        ml.sweep(plan, tmp_path / "new", model=model, **settings)
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(ValueError, match="this plan has 2"):
+        ml.sweep([*plan, replace(plan[0], model=ml.ModelKey("other"))], tmp_path / "new", model=model)
+    with pytest.raises(ValueError, match="no sweep was begun"):
+        ml.status(tmp_path)
+
+
+def command(folder):
+    return [sys.executable, "-m", "melbo_lens", "sweep", str(folder / "plan.yaml"), "--out", str(folder / "out")]
+
+
+def write_plan(folder, n):
+    text = ml.organisms.load("modes").prompts["clean"][0]
+    entry = {"kind": "vectors", "source_layer": 0, "target_layer": 4, "radius": [6.0, 12.0], "n_vectors": 8}
+    entry |= {"orthogonal": False, "seed": list(range(n // 2)), "n_steps": 6}
+    said = {"model": "modes", "prompts": [text], "max_new_tokens": 8, "trials": [entry]}
+    (folder / "plan.yaml").write_text(yaml.safe_dump(said))
+
+
+def killed(folder, n_kills, seed=0):
+    """Kills a sweep so many times at random moments, and then lets it end."""
+    draw, done = random.Random(seed), folder / "out"
+    for _ in range(n_kills):
+        before = len(list(done.glob("*.safetensors")))
+        process = subprocess.Popen(command(folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and len(list(done.glob("*.safetensors"))) <= before:
+            time.sleep(0.02)
+        time.sleep(draw.uniform(0, 0.3))
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    subprocess.run(command(folder), check=True, capture_output=True)
+    return ml.merge(done)
+
+
+@pytest.mark.timeout(300)
+def test_a_sweep_that_is_killed_ends_with_the_table_of_an_undisturbed_one(tmp_path):
+    for name in ("calm", "killed"):
+        (tmp_path / name).mkdir()
+        write_plan(tmp_path / name, 24)
+    calm = killed(tmp_path / "calm", 0)
+    other = killed(tmp_path / "killed", 3)
+    assert len(calm) == 24 and calm.failure.isna().all()
+    pd.testing.assert_frame_equal(without_seconds(other), without_seconds(calm))
+
+
+def test_the_commands_say_what_failed_and_how_far_a_sweep_is(tmp_path):
+    write_plan(tmp_path, 2)
+    said = yaml.safe_load((tmp_path / "plan.yaml").read_text())
+    said["trials"].append({**said["trials"][0], "target_layer": 77, "radius": 1.0})
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(said))
+    result = CliRunner().invoke(app, command(tmp_path)[3:])
+    assert result.exit_code == 0, result.output
+    assert "2 of 3 trials done, 1 failed" in result.output.replace("\n", " ")
+    assert len(pd.read_csv(tmp_path / "out" / "trials.csv")) == 3
+    shown = CliRunner().invoke(app, ["status", str(tmp_path / "out")])
+    assert "target_layer=77" in shown.output
+    wrong = CliRunner().invoke(app, [*command(tmp_path)[3:], "--shard", "x"])
+    assert wrong.exit_code == 2 and Path(tmp_path / "out").is_dir()
