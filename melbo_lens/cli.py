@@ -220,9 +220,7 @@ def sweep(
     shard: Annotated[
         str | None, typer.Option(help="I/N runs every N-th trial from the I-th on; default: Slurm's array task, if any")
     ] = None,
-    workers: Annotated[
-        int | None, typer.Option(help="Ray's actors; default: one for each GPU or core")
-    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Ray's actors; default: one for each GPU or core")] = None,
     retry: Annotated[bool, typer.Option("--retry", help="run trials that failed again")] = False,
 ) -> None:
     """Run the trials of a plan that the folder lacks. The same command, given again, goes on."""

@@ -1,6 +1,7 @@
 """Where may a point live?  On spheres, on spheres and orthogonal in order, or among normalised low-rank factors."""
 
 import itertools
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
@@ -14,6 +15,7 @@ from melbo_lens.ascent.sogi import soft_orthogonalize
 from melbo_lens.ascent.states import Point
 
 INERTIA = 0.4  # the share of the old direction that is added to the new one; it damps oscillation
+LOUDEST = math.log(2)  # a row repels the others by at most this much more than the median row
 Normalization: TypeAlias = Literal["column", "frobenius", "spectral"]
 Matrices: TypeAlias = Float[Tensor, "*batch row column"]
 
@@ -123,8 +125,9 @@ class OrderedRows(Sphere):
 class RepellingRows(Sphere):
     """Each row has its radius, and rows that point the same way repel each other (`soft_orthogonalize`).
 
-    A row pushes the others by the norm of its gradient. So rows depend on each other, and all of them are kept from the
-    same restart and step.
+    A row pushes the others by the norm of its gradient, but counts at most twice and at least half as much as the
+    median row: otherwise a single loud row would turn all others into its opposite. Rows depend on each other, so all
+    of them are kept from the same restart and step.
     """
 
     def blocks(self, n_rows: int, n_steps: int) -> list[Block]:
@@ -134,6 +137,8 @@ class RepellingRows(Sphere):
         radii = self._radii(rows, found)
         pull = unit(gradient[0]) + INERTIA * rows[0] / radii[..., None]
         weights = norm(gradient[0], dim=-1).squeeze(-1).clamp(min=torch.finfo(pull.dtype).tiny).log()
+        usual = weights.median(-1, keepdim=True).values
+        weights = weights.clamp(usual - LOUDEST, usual + LOUDEST)
         apart = [soft_orthogonalize(some, strength, unit) for some, strength in zip(pull, weights, strict=True)]
         return (to_sphere(torch.stack(apart), radii),)
 

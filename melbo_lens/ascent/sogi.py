@@ -56,6 +56,9 @@ def sogi(
         The state after each evaluation. Its history has ``<u, Delta>`` with that u, and after the last step its
         targets belong to its point.
 
+    Raises:
+        FloatingPointError: a row changes the target by NaN or infinity.
+
     Source: Mack, Panickssery and Turner, "Causal Perturbative Elicitation" (2026), algorithm 1, and its public code.
     """
     if state is None:
@@ -63,11 +66,28 @@ def sogi(
         state = Swarm(start, history, 0, targets)
     for step in range(state.step, n_steps + 1):
         means, gradient = changes(state.point, state.targets if directed else None)
+        _check_finite(step, means, gradient)
         new_targets, history = unit(means), state.history.clone()
         history[step] = (means * (state.targets if directed else new_targets)).sum(-1)
         point = spread(gradient) if step < n_steps else state.point
         state = replace(state, point=point, history=history, step=step + 1, targets=new_targets)
         yield state
+
+
+def _check_finite(step: int, means: Tensor, gradient: Point) -> None:
+    """Stops at the first row that isn't finite, since rows that repel each other would all become so.
+
+    Raises:
+        FloatingPointError: a mean change or a gradient is NaN or infinite.
+    """
+    finite = torch.isfinite(means).all(1)
+    for x in gradient:
+        finite &= torch.isfinite(x).flatten(1).all(1)
+    if not finite.all():
+        raise FloatingPointError(
+            f"row {int((~finite).nonzero()[0])} changes the target by NaN or infinity in step {step}: use a smaller "
+            "radius or scale, or load the model in bfloat16 or float32."
+        )
 
 
 def soft_orthogonalize(
@@ -82,6 +102,8 @@ def soft_orthogonalize(
     An iteration projects the rows and then computes, with S_ii = -infinity::
 
         S_ij = <row_i, row_j> / temperature + log_weights_j,    row_i <- row_i - sum_j softmax_j(S_i)_j row_j
+
+    Of two rows each has the other as its mean, so that they end as opposites.
 
     Args:
         rows: the rows.

@@ -54,7 +54,7 @@ def resumed_or_automatic(
         rule: the name of the setting that holds the rule in words.
     """
     kept = checkpoints.settings(checkpoint)
-    if kept.get("radius") is not None and "given" not in kept[rule]:
+    if kept.get("radius") is not None and "given" not in kept.get(rule, "given"):
         return kept["radius"], kept[rule]
     found = automatic(sliced, seed)
     return found.radius, found.why

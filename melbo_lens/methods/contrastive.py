@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from melbo_lens.arguments import positive, public
+from melbo_lens.arguments import count, positive, public
 from melbo_lens.ascent.manifolds import to_sphere
 from melbo_lens.models import blocks, hooks
 from melbo_lens.models.access import Model, host_of
@@ -58,6 +58,9 @@ def fit_contrastive(
     if radius is not None:
         positive("radius", radius, ", or None to keep the norm of the difference")
     host = host_of(model)
+    count("source_layer", source_layer, 0)
+    if source_layer >= host.n_layers:
+        raise ValueError(f"source_layer={source_layer} must be below {host.n_layers}: the model has so many blocks.")
     name = hooks.source_hook(host, site_of(site), source_layer)
     sides = [tokenize(host, prompts, positions) for prompts in (positive_prompts, negative_prompts)]
     shared = set(map(tuple, sides[0].rows())) & set(map(tuple, sides[1].rows()))

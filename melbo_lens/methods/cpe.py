@@ -15,6 +15,7 @@ from melbo_lens.ascent.manifolds import unit
 from melbo_lens.ascent.objectives import Objective
 from melbo_lens.ascent.sogi import Spread, soft_orthogonalize
 from melbo_lens.ascent.states import Point
+from melbo_lens.methods import checkpoints
 from melbo_lens.methods.fitting import Run, fit_swarm, objective_at, settings_of
 from melbo_lens.methods.low_rank import LowRank, layers_with, starting_factors, weight_sites
 from melbo_lens.methods.mean_change import MeanChange
@@ -23,11 +24,13 @@ from melbo_lens.methods.provenance import remembered
 from melbo_lens.models import hooks
 from melbo_lens.models.access import Model
 from melbo_lens.models.slices import SlicedModel, as_slice, opened
+from melbo_lens.models.targets import target_of
 from melbo_lens.perturbations.adapters import SteeringAdapters
 from melbo_lens.prompts import Positions, Prompts
 from melbo_lens.randomness import gaussian_rows
 
 POSITIONS = slice(-3, None)
+STEPS = {"power": 30}
 BAND, TARGET = (0.15, 0.3), 0.53  # shares of the depth: the published bands lie from a tenth to a third of it
 
 
@@ -35,11 +38,11 @@ BAND, TARGET = (0.15, 0.3), 0.53  # shares of the depth: the published bands lie
 def fit_cpe(
     model: Model | SlicedModel,
     prompts: Prompts | None = None,
-    source_layers: Sequence[int] | None = None,
+    source_layers: int | Sequence[int] | None = None,
     target_layer: int | None = None,
     *,
     n_factors: int = 64,
-    n_steps: int = 30,
+    n_steps: int | None = None,
     scale: float = 1.0,
     objective: Literal["direction", "norm"] = "direction",
     norm: Literal["unit", "torus"] = "unit",
@@ -71,13 +74,15 @@ def fit_cpe(
             weights: None takes those among them, and others are refused.
         target_layer: the change is measured in the stream that enters this block; None takes .53 of the depth.
         n_factors: how many factors to learn; published runs take 256 to 512.
-        n_steps: the number of steps, each a forward and a backward pass of the slice for every factor and prompt.
+        n_steps: the number of steps, 30 by default; each is a forward and a backward pass of the slice for every factor
+            and prompt.
         scale: R; published strengths peak at 1.
         objective: "direction" takes each gradient along the u of the step before, as published; "norm" along the
             present change, which makes it MELBO's objective of the mean change.
         norm: how factors are compared: "unit" scales the whole factor to norm 1, as the public code does; "torus" every
             a_l and b_l, as the paper does, so that only near duplicates repel each other.
-        temperature: of the repulsion; lower ones concentrate on the most similar factors.
+        temperature: of the repulsion; lower ones concentrate on the most similar factors. Of two factors each is the
+            other's whole neighbourhood, and they end as one and the same update: ask for one, or for three and more.
         n_iterations: of the repulsion, in each step; 0 turns it off.
         target_positions: where a change counts, in each prompt's own tokens. None means the last three positions, or
             the positions of the slice.
@@ -107,6 +112,7 @@ def fit_cpe(
     if isinstance(n_iterations, bool) or not isinstance(n_iterations, int) or n_iterations < 0:
         raise ValueError(f"n_iterations={n_iterations!r} must be a whole number, 0 for no repulsion.")
     model = opened(model)
+    source_layers = [source_layers] if isinstance(source_layers, int) else source_layers
     if isinstance(model, SlicedModel):
         host, usual, target = model.host, [model.source_layer], (model.target_layer, model.target_hook)
     else:
@@ -114,7 +120,7 @@ def fit_cpe(
         band = range(round(BAND[0] * n), max(round(BAND[1] * n), round(BAND[0] * n) + 1))
         later = range(band.stop, round(TARGET * n))  # of a hybrid, whose band may be without attention
         usual = layers_with(host, "attn", band) or layers_with(host, "attn", later)[:1] or [band.start]
-        last = max(usual if source_layers is None else source_layers, default=0)
+        last = max([n for n in (source_layers or usual) if isinstance(n, int)], default=0)
         target = (min(max(round(TARGET * n), last + 2), n) if target_layer is None else target_layer, None)
     layers = sorted(set(usual if source_layers is None else source_layers))
     sites = weight_sites(host, layers, "attn", 1, *target)
@@ -123,11 +129,12 @@ def fit_cpe(
             raise ValueError(
                 f"source_layers={layers} must not lie before layer {model.source_layer}, where the slice begins."
             )
+        target_of(host, layers[-1], *target)  # refuses a band that reaches past the target
         sliced = as_slice(model, prompts, None, target_layer, target_positions, None, None)
     else:
         sliced = as_slice(model, prompts, layers[0], target[0], target_positions, None, None, POSITIONS)
     sliced.check_source()
-    run = asked.resolved(sliced, {})
+    run = asked.resolved(sliced, STEPS)
     aim = objective_at(sliced, p=1, q=1)
     settings = settings_of("fit_cpe", sliced, aim, run) | {
         "optimizer": "sogi",
@@ -141,15 +148,17 @@ def fit_cpe(
         "norm": norm,
         "temperature": temperature,
         "n_iterations": n_iterations,
-        "normalization": "column",
+        "normalization": "frobenius",  # of matrices of rank 1: unit vectors
     }
     with hooks.frozen(host):
         problem = Problem(sliced, LowRank(sliced, sites, [], scale), Objective(p=1, q=1).value, run.batch_size)
         changes = MeanChange(problem)
         random = tuple(x[0].to(sliced.device) for x in starting_factors(host, sites, None, n_factors, 1, seed, 1))
         targets = unit(gaussian_rows(n_factors, sliced.target.shape[-1], "fit_cpe", seed).to(sliced.device))
-        _, gradient = changes(_unit_vectors(random), targets)
-        start = _unit_vectors(gradient)
+        start = _unit_vectors(random)
+        if not checkpoints.settings(checkpoint):  # otherwise the ascent goes on from its own point
+            _, gradient = changes(start, targets)
+            start = _unit_vectors(gradient)
         spread = repulsion(norm, temperature, n_iterations)
         label = f"layers {layers[0]} to {layers[-1]}"
         found, _ = fit_swarm(changes, start, targets, spread, objective == "direction", run, settings, label)
@@ -172,7 +181,9 @@ def repulsion(norm: str, temperature: float, n_iterations: int) -> Spread:
 
         if not n_iterations:
             return point
-        rows = soft_orthogonalize(_flat(point), log_weights, project, n_iterations, temperature)
+        rows = soft_orthogonalize(
+            _flat(gradient if norm == "unit" else point), log_weights, project, n_iterations, temperature
+        )
         return _unit_vectors(_shaped(rows, point))
 
     return spread

@@ -16,7 +16,7 @@ from melbo_lens.ascent.objectives import Objective
 from melbo_lens.ascent.sogi import Spread, soft_orthogonalize
 from melbo_lens.ascent.states import Point
 from melbo_lens.measures.radius import solve_radius
-from melbo_lens.methods import derivatives
+from melbo_lens.methods import checkpoints, derivatives
 from melbo_lens.methods.fitting import Run, ended, fit_swarm, objective_at, settings_of
 from melbo_lens.methods.mean_change import MeanChange
 from melbo_lens.methods.problem import Problem, bias
@@ -73,14 +73,16 @@ def fit_dct(
         kind: which decomposition. The linear and the quadratic one say nothing of signs: use both.
         n_factors: how many vectors; at most d_model, except for the exponential with `orthogonalize="soft"`.
         radius: R, the norm of the vectors. "auto" is where random directions bend the slice: where the change departs
-            from its linear part by half (`calibrate_radius(rule="nonlinearity")`), as published.
-        orthogonalize: "qr" keeps the v orthogonal in order, "soft" lets them repel each other (`soft_orthogonalize`).
+            from its linear part by half (`calibrate_radius(rule="nonlinearity")`), by the published rule.
+        orthogonalize: of the exponential: "qr" keeps the v orthogonal in order, "soft" lets them repel each other
+            (`soft_orthogonalize`).
         prompt_reduction: of the exponential: "mean_change" takes u from the mean over the prompts, as published, and
             "sum_norms" one u for each prompt, as `fit_vectors` does.
-        n_steps: 10 for the exponential and 20 for the quadratic by default.
+        n_steps: 10 for the exponential and 20 for the quadratic by default; the linear one takes none.
         temperature: of "soft".
         target_positions: as in `fit_vectors`, but the last three by default.
-        target_hook, site, batch_size, seed, checkpoint, progress: as in `fit_vectors`.
+        checkpoint: as in `fit_vectors`; of the exponential alone.
+        target_hook, site, batch_size, seed, progress: as in `fit_vectors`.
 
     Returns:
         The vectors, the strongest first, with `targets` u and, in the provenance, their strengths "alpha".
@@ -100,6 +102,8 @@ def fit_dct(
     positive("temperature", temperature, ": lower ones concentrate on the most similar factors")
     if radius != "auto":
         positive("radius", radius, ', or "auto" to calibrate one')
+    if kind != "exponential" and checkpoint is not None:
+        raise ValueError(f"checkpoint={str(checkpoint)!r} has no meaning for kind={kind!r}: leave it out.")
     model = opened(model)
     if n_factors > model.d_model and not (kind == "exponential" and orthogonalize == "soft"):
         raise ValueError(
@@ -109,17 +113,20 @@ def fit_dct(
     sliced = as_slice(model, prompts, source_layer, target_layer, target_positions, target_hook, site, POSITIONS)
     run = asked.resolved(sliced, {"power": STEPS[kind] or 1})
     aim = objective_at(sliced, p=1, q=1)
+    of_exponential = {
+        "orthogonalize": orthogonalize,
+        "prompt_reduction": prompt_reduction,
+        "temperature": temperature,
+    }
     with hooks.frozen(sliced.host):
-        R = float(radius) if radius != "auto" else solve_radius(sliced, "nonlinearity", seed=seed).radius
+        R, why = (float(radius), "given") if radius != "auto" else _resumed_or_solved(sliced, seed, checkpoint)
         settings = settings_of("fit_dct", sliced, aim, run) | {
             "optimizer": "sogi" if kind == "exponential" else "derivatives",
             "kind": kind,
             "n_factors": n_factors,
             "radius": R,
-            "radius_rule": "nonlinearity 0.5" if radius == "auto" else "given",
-            "orthogonalize": orthogonalize,
-            "prompt_reduction": prompt_reduction,
-            "temperature": temperature,
+            "radius_rule": why,
+            **(of_exponential if kind == "exponential" else dict.fromkeys(of_exponential)),
         }
         problem = Problem(sliced, bias(sliced), Objective(p=1, q=1).value, run.batch_size)
         changes = MeanChange(problem, prompt_reduction == "sum_norms")
@@ -135,7 +142,7 @@ def fit_dct(
             v, u, alpha = (
                 derivatives.singular(sliced, n_factors, run.batch_size)
                 if kind == "linear"
-                else derivatives.quadratic(sliced, start, run.n_steps, run.progress)
+                else derivatives.quadratic(sliced, start, run.n_steps, run.batch_size, run.progress)
             )
             values = R * v
             said = "exact" if kind == "linear" else f"ran all {run.n_steps} steps; the last iterate is kept"
@@ -148,6 +155,15 @@ def fit_dct(
     provenance = {**found.provenance, "alpha": listed, "effects": effects, "sinks": sinks}
     history = found.history[:, order] if len(found.history) else found.history
     return SteeringVectors(values[order], sliced.source_layer, history, provenance, sliced.site.name, aim, u[order])
+
+
+def _resumed_or_solved(sliced: SlicedModel, seed: int, checkpoint: str | Path | None) -> tuple[float, str]:
+    """Returns the radius of "auto" and its rule in words: those of the checkpoint, if there is one, else new ones."""
+    kept = checkpoints.settings(checkpoint)
+    if kept.get("radius") is not None and kept.get("radius_rule", "given") != "given":
+        return kept["radius"], kept["radius_rule"]
+    found = solve_radius(sliced, "nonlinearity", seed=seed)
+    return found.radius, found.why
 
 
 def spread_of(orthogonalize: str, temperature: float, radius: float) -> Spread:

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from melbo_lens.ascent.manifolds import linalg, orthonormalize, unit
 from melbo_lens.ascent.objectives import Objective
 from melbo_lens.ascent.states import State
-from melbo_lens.methods.mean_change import MeanChange
+from melbo_lens.methods.mean_change import MeanChange, mean_weights
 from melbo_lens.methods.problem import Problem, bias
 from melbo_lens.models.slices import SlicedModel
 
@@ -36,12 +36,12 @@ def singular(
     changes = MeanChange(Problem(exact, bias(exact), Objective().value, batch_size))
     every = torch.eye(exact.target.shape[-1], dtype=torch.float32, device=exact.device)
     _, (jacobian,) = changes((every.new_zeros(len(every), exact.d_model),), every)  # row i is J^T e_i
-    left, values, right = linalg.svd(jacobian, full_matrices=False)
+    left, values, right = linalg.svd(_finite(jacobian), full_matrices=False)
     return right[:n], left[:, :n].mT, values[:n]
 
 
 def quadratic(
-    sliced: SlicedModel, start: Float[Tensor, "factor d_model"], n_steps: int, progress: bool
+    sliced: SlicedModel, start: Float[Tensor, "factor d_model"], n_steps: int, batch_size: int, progress: bool
 ) -> tuple[Float[Tensor, "factor d_model"], Float[Tensor, "factor d_target"], Float[Tensor, " factor"]]:
     """Finds factors of the second derivative H of the mean change, ``H(v, v) ~ sum_l alpha_l <v_l, v>^2 u_l``.
 
@@ -51,34 +51,35 @@ def quadratic(
         The v, the u, and the strengths ``<u, H(v, v)>``, which are not negative.
     """
     exact, v = sliced.in_float32(), start
-    u = second(exact, v, v.new_zeros(len(v), exact.target.shape[-1]))[0]
+    u = second(exact, v, v.new_zeros(len(v), exact.target.shape[-1]), batch_size)[0]
     for _ in tqdm(range(n_steps), desc="second derivatives", unit="step", disable=not progress):
-        v = orthonormalize(second(exact, v, unit(u))[1])
-        u = second(exact, v, u)[0]
+        v = orthonormalize(second(exact, v, unit(u), batch_size)[1])
+        u = second(exact, v, u, batch_size)[0]
     return v, unit(u), u.norm(dim=1)
 
 
 def second(
-    sliced: SlicedModel, v: Float[Tensor, "row d_model"], u: Float[Tensor, "row d_target"]
+    sliced: SlicedModel, v: Float[Tensor, "row d_model"], u: Float[Tensor, "row d_target"], batch_size: int
 ) -> tuple[Float[Tensor, "row d_target"], Float[Tensor, "row d_model"]]:
     """Computes H(v, v) and H_u v of each row, one row at a time, since third derivatives keep much.
 
     With g(theta) the gradient of <u, Delta(theta)>, H_u v is the gradient of <g, v>; and <H_u v, v> is linear in u, so
-    that its gradient by u is H(v, v).
+    that its gradient by u is H(v, v). Both are sums over the prompts, of which `batch_size` run at once.
     """
-    mask, everyone = sliced.batch.target_mask, sliced.everyone
-    weights = (mask / mask.sum(1, keepdim=True) / len(mask))[..., None]
-    along, curved = [], []
-    for direction, target in zip(v, u, strict=True):
-        with twice_differentiable():
-            theta, leaf = torch.zeros_like(direction).requires_grad_(), target.clone().requires_grad_()
-            mean = (sliced.change(theta.expand(len(everyone), -1), everyone) * weights).sum((0, 1))
-            (first,) = torch.autograd.grad(mean @ leaf, theta, create_graph=True)
-            (hessian,) = torch.autograd.grad(first @ direction, theta, create_graph=True)
-            (both,) = torch.autograd.grad(hessian @ direction, leaf)
-        along.append(both.detach())
-        curved.append(hessian.detach())
-    return torch.stack(along), torch.stack(curved)
+    weights = mean_weights(sliced)[..., None]
+    along, curved = v.new_zeros(len(v), u.shape[1]), torch.zeros_like(v)
+    for k, (direction, target) in enumerate(zip(v, u, strict=True)):
+        for prompts in sliced.everyone.split(max(1, batch_size)):
+            with twice_differentiable():
+                theta, leaf = torch.zeros_like(direction).requires_grad_(), target.clone().requires_grad_()
+                change = sliced.change(theta.expand(len(prompts), -1), prompts)
+                mean = (change * weights[prompts]).sum((0, 1))
+                (first,) = torch.autograd.grad(mean @ leaf, theta, create_graph=True)
+                (hessian,) = torch.autograd.grad(first @ direction, theta, create_graph=True)
+                (both,) = torch.autograd.grad(hessian @ direction, leaf)
+            along[k] += both.detach()
+            curved[k] += hessian.detach()
+    return _finite(along), _finite(curved)
 
 
 def products(
@@ -86,23 +87,39 @@ def products(
 ) -> tuple[Float[Tensor, "row prompt pos d_target"], Float[Tensor, "row d_model"]]:
     """Computes J v and J^T J v of each row, J the Jacobian at the target positions of all prompts.
 
-    J^T w is the gradient of <w, change>, and <J^T w, v> is linear in w, so that its gradient by w is J v.
+    J^T w is the gradient of <w, change>, and <J^T w, v> is linear in w, so that its gradient by w is J v. J^T J v is a
+    sum over the prompts. At most `batch_size` rows, of a vector and a prompt each, run at once.
     """
     mask = sliced.batch.target_mask[..., None]
-    n, everyone = max(1, batch_size // len(mask)), sliced.everyone
-    forward, back = [], []
-    for rows in v.split(n):
-        with twice_differentiable():
-            theta = torch.zeros_like(rows).requires_grad_()
-            change = sliced.change(theta.repeat_interleave(len(mask), 0), everyone.repeat(len(rows)))
-            change = change.unflatten(0, (len(rows), -1)) * mask
-            w = torch.zeros_like(change).requires_grad_()
-            (pulled,) = torch.autograd.grad(change, theta, w, create_graph=True)
-            (along,) = torch.autograd.grad(pulled, w, rows, retain_graph=True)
-            (again,) = torch.autograd.grad(change, theta, along)
-        forward.append(along.detach())
-        back.append(again.detach())
-    return torch.cat(forward), torch.cat(back)
+    at_once = max(1, batch_size)
+    forward, back = [], torch.zeros_like(v)
+    for prompts in sliced.everyone.split(at_once):
+        parts: list[Tensor] = []
+        for k in range(0, len(v), max(1, at_once // len(prompts))):
+            rows = v[k : k + max(1, at_once // len(prompts))]
+            with twice_differentiable():
+                theta = torch.zeros_like(rows).requires_grad_()
+                change = sliced.change(theta.repeat_interleave(len(prompts), 0), prompts.repeat(len(rows)))
+                change = change.unflatten(0, (len(rows), -1)) * mask[prompts]
+                w = torch.zeros_like(change).requires_grad_()
+                (pulled,) = torch.autograd.grad(change, theta, w, create_graph=True)
+                (along,) = torch.autograd.grad(pulled, w, rows, retain_graph=True)
+                (again,) = torch.autograd.grad(change, theta, along)
+            parts.append(along.detach())
+            back[k : k + len(rows)] += again.detach()
+        forward.append(torch.cat(parts))
+    return _finite(torch.cat(forward, dim=1)), _finite(back)
+
+
+def _finite(found: Tensor) -> Tensor:
+    """Returns derivatives that are finite.
+
+    Raises:
+        FloatingPointError: one is NaN or infinite.
+    """
+    if not torch.isfinite(found).all():
+        raise FloatingPointError("a derivative of the slice is NaN or infinite: load the model in float32.")
+    return found
 
 
 def reached(values: Float[Tensor, "row d_model"]) -> State:

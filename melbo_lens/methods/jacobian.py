@@ -14,6 +14,7 @@ from melbo_lens.ascent.objectives import Objective
 from melbo_lens.methods import derivatives
 from melbo_lens.methods.automatic import automatic
 from melbo_lens.methods.fitting import Run, ended, objective_at, settings_of
+from melbo_lens.methods.mean_change import mean_weights
 from melbo_lens.methods.problem import Problem, bias
 from melbo_lens.models import hooks
 from melbo_lens.models.access import Model
@@ -38,7 +39,7 @@ def fit_jacobian(
     target_positions: Positions | None = None,
     target_hook: str | None = None,
     site: str | None = None,
-    n_steps: int = 30,
+    n_steps: int | None = None,
     tolerance: float = 1e-4,
     batch_size: int | None = None,
     seed: int = 0,
@@ -57,7 +58,7 @@ def fit_jacobian(
         target_layer: the change is measured in the stream that enters this block.
         n_vectors: how many singular vectors, at most d_model.
         radius: the norm at which the vectors are returned; "auto" as in `fit_vectors`.
-        n_steps: the largest number of steps, each three passes back through the slice.
+        n_steps: the largest number of steps, 30 by default, each three passes back through the slice.
         tolerance: the iteration ends when no singular value that is asked for changes by more than this share.
         target_positions: as in `fit_vectors`, but the last three by default.
         target_hook, site, batch_size, seed, progress: as in `fit_vectors`.
@@ -83,14 +84,14 @@ def fit_jacobian(
             f"n_vectors={n_vectors} singular vectors don't exist: the Jacobian has d_model={model.d_model} columns."
         )
     sliced = as_slice(model, prompts, source_layer, target_layer, target_positions, target_hook, site, POSITIONS)
-    run = asked.resolved(sliced, {})
+    run = asked.resolved(sliced, {"power": 30})
     aim = objective_at(sliced)
     with hooks.frozen(sliced.host):
         exact = sliced.in_float32()
         n = min(n_vectors + SPARE, model.d_model)
         start = gaussian_rows(n, model.d_model, "fit_jacobian", seed).to(sliced.device)
-        v, along, values, steps = top(exact, start, n_vectors, n_steps, tolerance, run.batch_size, progress)
         R = automatic(sliced, seed).radius if radius == "auto" else float(radius)
+        v, along, values, steps = top(exact, start, n_vectors, run.n_steps, tolerance, run.batch_size, progress)
         settings = settings_of("fit_jacobian", sliced, aim, run) | {
             "optimizer": "rayleigh-ritz",
             "n_vectors": n_vectors,
@@ -113,8 +114,7 @@ def fit_jacobian(
         "degenerate": [group for group in groups if len(group) > 1],
     }
     provenance = {**found.provenance, **measured}
-    mask = sliced.batch.target_mask
-    weights = (mask / mask.sum(1, keepdim=True) / len(mask))[None, ..., None]
+    weights = mean_weights(sliced)[None, ..., None]
     targets = unit((along * weights).sum((1, 2)))
     return SteeringVectors(R * v, sliced.source_layer, found.history, provenance, sliced.site.name, aim, targets)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from melbo_lens.ascent.manifolds import unit
 from melbo_lens.ascent.states import Point
 from melbo_lens.methods.problem import Problem, pulled_back
+from melbo_lens.models.slices import SlicedModel
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +67,10 @@ class MeanChange:
 
     @property
     def _weights(self) -> Float[Tensor, "prompt pos"]:
-        """The weight of each position in the mean; all of them sum to 1."""
-        mask = self.problem.sliced.batch.target_mask
-        return mask / mask.sum(1, keepdim=True) / len(mask)
+        return mean_weights(self.problem.sliced)
+
+
+def mean_weights(sliced: SlicedModel) -> Float[Tensor, "prompt pos"]:
+    """Returns the weight of each position in the mean over target positions and prompts; all of them sum to 1."""
+    mask = sliced.batch.target_mask.float()
+    return mask / mask.sum(1, keepdim=True) / len(mask)

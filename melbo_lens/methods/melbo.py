@@ -109,6 +109,7 @@ def fit_vectors(
     counts(n_vectors=n_vectors)
     if orthogonal not in ROWS:
         raise ValueError(f'orthogonal={orthogonal!r} must be True, False or "soft".')
+    orthogonal = orthogonal if orthogonal == "soft" else bool(orthogonal)
     if orthogonal == "soft" and optimizer == "adamw":
         raise ValueError('orthogonal="soft" needs optimizer="power": vectors of "adamw" know nothing of each other.')
     if radius != "auto":

@@ -169,7 +169,7 @@ class SlicedModel:
         It serves derivatives, which half precision drowns in rounding errors. A slice that needs a hook, to read a
         `target_hook` or within the source block, is returned unchanged, since copies don't have the model's hooks.
         """
-        if self.resid.dtype == torch.float32 or self.target_layer is None or not self.site.after_block:
+        if self.resid.dtype in (torch.float32, torch.float64) or self.target_layer is None or not self.site.after_block:
             return self
         calls = tuple(blocks.in_float32(call) for call in self.calls)
         resid = self.resid.float()

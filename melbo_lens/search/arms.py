@@ -98,7 +98,7 @@ def arms_of(n_layers: int, methods: Sequence[Method] = ("melbo",)) -> list[Arm]:
     pairs = layer_pairs(n_layers)
     ladder = [(pairs[0], rung) for rung in RUNGS]
     rest = [(pair, rung) for some in (RUNGS[:2], RUNGS[2:]) for pair in pairs[1:] for rung in some]
-    far = [pair for pair in pairs if pair[1] == max(target for _, target in pairs)]
+    far = [pair for pair in pairs if pair[1] == max(target for source, target in pairs if source == pair[0])]
 
     def of_method(method: Method) -> list[Arm]:
         if method == "cpe":

@@ -1,6 +1,7 @@
 """What does an unknown model hide?  A search of layers and radii within a time budget finds groups of completions."""
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,39 +65,46 @@ class Discovery:
         return int(entry.sign) * self.vectors[int(entry.trial)][int(entry.vector)]
 
     def first(self, n: int = 20) -> Perturbation:
-        """The vectors of the first groups, with their signs, of the source layer to which the most of them belong.
+        """The vectors of the first groups, with their signs, of the layer and form to which the most of them belong.
 
-        They can stand side by side, in one `generate` or on one page; `vector` gives those of the other layers.
+        They can stand side by side, in one `generate` or on one page; `vector` gives the others.
 
         Raises:
             ValueError: the search found no group.
         """
         if self.table.empty:
             raise ValueError(f"there is no vector to choose: {self.said}.")
-        rows = self.table.head(n)
-        layer = rows.source_layer.value_counts().index[0]
-        chosen = [self.vector(row) for row in rows.index[rows.source_layer == layer]]
+        found = [self.vector(row) for row in self.table.head(n).index]
+        (form, _), *_ = Counter(map(_form, found)).most_common()
+        chosen = [one for one in found if _form(one) == form]
         longest = max(len(one.history) for one in chosen)
         return concatenate([_lengthened(one, longest) for one in chosen])
 
-    def joined(self, source_layer: int, target_layer: int | None = None) -> tuple[Perturbation, Completions]:
-        """All vectors of the trials at one source layer (and target layer, if given), and their completions.
+    def joined(
+        self, source_layer: int, target_layer: int | None = None, method: str | None = None
+    ) -> tuple[Perturbation, Completions]:
+        """All vectors of the trials at one source layer (and target layer and method, if given), and their completions.
 
         The column `vector` of the completions numbers the joined vectors.
 
         Raises:
-            ValueError: no trial was at these layers.
+            ValueError: no trial was at these layers, or vectors and adapters of several forms were.
         """
         chosen = [
             i
             for i, t in enumerate(self.plan)
-            if t.source_layer == source_layer and target_layer in (None, t.target_layer)
+            if t.source_layer == source_layer and target_layer in (None, t.target_layer) and method in (None, t.method)
         ]
         if not chosen:
             pairs = sorted({(trial.source_layer, trial.target_layer) for trial in self.plan})
             raise ValueError(
                 f"no trial was at source_layer={source_layer}, target_layer={target_layer}: choose from the pairs "
                 f"{pairs}."
+            )
+        if len({_form(self.vectors[i]) for i in chosen}) > 1:
+            raise ValueError(
+                f"the trials at source_layer={source_layer} learned vectors and adapters of several forms: name one of "
+                f"the methods {sorted({self.plan[i].method for i in chosen})}."
             )
         longest = max(len(self.vectors[i].history) for i in chosen)
         tables, known, first = [], [], 0
@@ -173,10 +181,11 @@ def discover(
     Raises:
         ValueError: the budget is not a positive number of seconds, the model has no edge, or another argument breaks a
             rule.
-        FloatingPointError: no trial could be completed.
+        FloatingPointError, ValueError: no trial could be completed; it is the error of the last one.
 
     Warns:
-        UserWarning: a trial was left out, since activations or logits were NaN or infinite.
+        UserWarning: a trial was left out, since activations or logits were NaN or infinite, or since its method doesn't
+            suit the model.
     """
     if plan is None and not 0 < budget < float("inf"):
         raise ValueError(f"budget={budget} must be a positive number of seconds.")
@@ -205,10 +214,8 @@ def discover(
             bar.set_postfix_str(f"{len(search.done)} trials", refresh=False)
             bar.update(round(clock.passed) - bar.n)
     if not search.done:
-        raise FloatingPointError(
-            "no trial could be completed, see the warnings: use smaller radii, or load the model in bfloat16 or "
-            "float32."
-        )
+        why = f"no trial could be completed: {search.failure}"
+        raise (ValueError if isinstance(search.failure, ValueError) else FloatingPointError)(why) from search.failure
     rows = collected(search.written, search.judged)
     table = grouped(search.done, search.fitted, rows, behaviors or {})
     if heldout is not None:
@@ -254,8 +261,16 @@ def _score(
         longest = max(longest, time.monotonic() - began)
 
 
+def _form(vectors: Perturbation) -> tuple[Any, ...]:
+    """Returns what vectors or adapters must have in common to stand side by side."""
+    tensors, _ = vectors.parts()
+    shapes = [(name, tuple(x.shape[1:])) for name, x in sorted(tensors.items()) if name not in ("history", "targets")]
+    return type(vectors).__name__, getattr(vectors, "site", None), vectors.source_layers, tuple(shapes)
+
+
 def _lengthened(vectors: Perturbation, n_rows: int) -> Perturbation:
     """Repeats the last row of a history that settled early, so that histories can stand side by side."""
-    history = torch.cat([vectors.history, vectors.history[-1:].expand(n_rows - len(vectors.history), -1)])
+    last = vectors.history[-1:] if len(vectors.history) else vectors.history.new_full((1, len(vectors)), float("nan"))
+    history = torch.cat([vectors.history, last.expand(n_rows - len(vectors.history), -1)])
     tensors, header = vectors.parts()
     return type(vectors).of_parts({**tensors, "history": history}, header, vectors.provenance)

@@ -36,6 +36,7 @@ class Search:
     fitted: list[Perturbation] = field(default_factory=list)
     written: list[Completions] = field(default_factory=list)
     judged: list[pd.DataFrame] = field(default_factory=list)
+    failure: Exception | None = None
     ended: list[float] = field(default_factory=list)  # when each trial was over, by the monotonic clock
 
     def slice(self, source_layer: int, target_layer: int) -> SlicedModel:
@@ -50,8 +51,9 @@ class Search:
         try:
             sliced = self.slice(trial.source_layer, trial.target_layer)
             learned, completions, judged, fitting, writing = perform(trial, sliced, self.prompts, self.max_new_tokens)
-        except FloatingPointError as error:
+        except (FloatingPointError, ValueError) as error:  # of a single trial: what others found is not to be lost
             warnings.warn(f"{trial} is left out: {error}", stacklevel=3)
+            self.failure = error
             return None
         self.done.append(trial)
         self.fitted.append(learned)
@@ -81,7 +83,7 @@ def rounds(
 ) -> Iterator[AnyTrial]:
     """Yields trials until the time is used: first small ones everywhere, then larger ones where something came."""
     chosen, n_vectors, number, share = list(arms), FIRST, seed * 1000, SHARE_OF_FIRST_ROUND
-    tried: set[Arm] = set()
+    tried, failed = set[Arm](), set[Arm]()
     while chosen:
         ends, worth = clock.passed + share * clock.left, dict[Arm, float]()
         for place, arm in enumerate(chosen):  # it may grow on the way
@@ -101,8 +103,11 @@ def rounds(
                     chosen.insert(place + 1, beyond)
                 if not n_done:  # now the pace is known: all arms may have a place in the first round
                     n_vectors = max(n_vectors, clock.n_vectors(small, (ends - clock.passed) / len(chosen)))
+            else:
+                failed.add(arm)
         if not worth:
             return
+        arms = [arm for arm in arms if arm not in failed]
         best = sorted(worth, key=worth.__getitem__, reverse=True)
         untried = [arm for arm in arms if arm not in tried]
         # when the halving has come to its end, there is time left for the arms that fell out, with more vectors

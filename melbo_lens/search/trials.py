@@ -100,8 +100,10 @@ class CpeTrial:
     def fit(self, sliced: SlicedModel, batch_size: int | None = None) -> SteeringAdapters:
         """The factors, learned on a slice that begins at the first source layer."""
         settings = {"n_factors": self.n_factors, "seed": self.seed, "scale": self.scale, "n_steps": self.n_steps}
-        band = range(self.source_layer, self.source_layer + self.n_layers)
-        layers = layers_with(sliced.host, "attn", band) or [*band]  # the fit says what is missing
+        most = self.target_layer - 1
+        band = range(self.source_layer, min(self.source_layer + self.n_layers, most))
+        later = range(band.stop, most)  # of a hybrid, whose band may be without attention
+        layers = layers_with(sliced.host, "attn", band) or layers_with(sliced.host, "attn", later)[:1] or [*band]
         return fit_cpe(sliced, source_layers=layers, batch_size=batch_size, progress=False, **settings)
 
 
@@ -185,6 +187,10 @@ class ContrastiveTrial:
     method: ClassVar[str] = "contrastive"
     n_vectors: ClassVar[int] = 1
     n_steps: ClassVar[int] = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.positive, str) or isinstance(self.negative, str):
+            raise ValueError("positive and negative are sets of prompts: give tuples of texts or chats.")
 
     def fit(self, sliced: SlicedModel, batch_size: int | None = None) -> SteeringVectors:
         """The vector, with what it changes on a slice between these layers."""

@@ -323,6 +323,14 @@ def test_an_open_gate_writes_b_at_the_gain_with_the_sign_of_the_mean_input(model
     assert (steered - host.forward(model.to_tokens(PROMPTS[0]))).abs().max() > 1e-3
 
 
+def test_a_gate_is_opened_in_half_precision_too(directories):
+    model = models.bridge(directories("llama"), dtype=torch.bfloat16)
+    adapters = adapters_for(model, n=2, layer=1, rank=1)
+    found = ml.nearest_vectors(adapters, model, PROMPTS, mode="gain", gain=3.0)
+    written = adapters.scales[:, None] * adapters.B[:, :, 0]
+    torch.testing.assert_close(found.values.abs(), (3.0 * written).abs(), atol=1e-3, rtol=1e-2)
+
+
 def test_a_gate_is_opened_of_rank_one_only_and_of_a_named_layer(model, build):
     several = adapters_for(model, n=2, rank=3)
     with pytest.raises(ValueError, match="rank 1, and these have 3"):

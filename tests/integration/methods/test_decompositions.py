@@ -254,7 +254,7 @@ def test_on_a_quadratic_map_the_quadratic_factors_are_those_that_were_planted():
     resid = torch.zeros_like(linear.resid)
     call = BlockCall(Quadratic(), (maps,), {}, ((0,), {}))
     sliced = replace(linear, calls=(call,), resid=resid, target=torch.zeros_like(linear.target))
-    found, targets, strength = derivatives.quadratic(sliced, start, 60, False)
+    found, targets, strength = derivatives.quadratic(sliced, start, 60, 64, False)
     cosines = (found @ v.T).abs()
     order = cosines.argmax(1)
     assert sorted(order.tolist()) == [0, 1, 2]
@@ -266,7 +266,7 @@ def test_on_a_quadratic_map_the_quadratic_factors_are_those_that_were_planted():
 def test_second_derivatives_are_those_of_the_whole_model(any_model):
     sliced = ml.slice_model(any_model, PROMPTS, 1, 3, LAST)
     v, u = (torch.randn(1, D, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
-    both, hessian = derivatives.second(sliced, v, u)
+    both, hessian = derivatives.second(sliced, v, u, 1)
     with derivatives.twice_differentiable():
         dense = torch.autograd.functional.hessian(lambda theta: mean_change(any_model, theta) @ u[0], torch.zeros(D))
     scale = float((dense @ v[0]).abs().max())
@@ -359,6 +359,17 @@ BAD = {
         "don't exist",
     ),
     "a shared prompt": (lambda m: ml.fit_contrastive(m, PROMPTS, PROMPTS[1:], 2), "both the positive and the negative"),
+    "a slice's band past the target": (
+        lambda m: ml.fit_cpe(ml.slice_model(m, PROMPTS, 0, 3), source_layers=[2]),
+        "target_layer=3",
+    ),
+    "a layer that isn't there": (lambda m: ml.fit_contrastive(m, PROMPTS, ["w9"], 99), "source_layer=99"),
+    "a layer before the first": (lambda m: ml.fit_contrastive(m, PROMPTS, ["w9"], -1), "source_layer=-1"),
+    "a checkpoint of no ascent": (
+        lambda m: ml.fit_dct(m, PROMPTS, 1, 3, kind="quadratic", checkpoint="x"),
+        "checkpoint='x' has no meaning",
+    ),
+    "letters as prompts": (lambda m: ml.ContrastiveTrial(0, 3, 1.0, "w1", ("w2",)), "sets of prompts"),
     "an empty set": (lambda m: ml.fit_contrastive(m, PROMPTS, [], 2), "prompt"),
 }
 
@@ -369,6 +380,56 @@ def test_bad_input_is_refused_before_anything_is_computed(model, case, monkeypat
     monkeypatch.setattr(type(host_of(model)), "forward", lambda *_, **__: pytest.fail("the model ran"))
     with pytest.raises(ValueError, match=message):
         call(model)
+
+
+def test_derivatives_run_so_many_rows_at_once_and_no_more(model):
+    """A row is a vector and a prompt; what they find doesn't depend on it, nor on the default dtype."""
+    sliced = ml.slice_model(model, [*PROMPTS, "w1 w9 w3"], 1, 3, LAST)
+    v = torch.randn(3, D, generator=torch.Generator().manual_seed(0))
+    u = torch.randn(3, D, generator=torch.Generator().manual_seed(1))
+    sizes = []
+
+    class Watched(type(sliced)):
+        def change(self, rows, prompts):
+            sizes.append(len(prompts))
+            return super().change(rows, prompts)
+
+    watched = Watched(**{name: getattr(sliced, name) for name in sliced.__dataclass_fields__})
+    whole = (*derivatives.products(sliced, v, 99), *derivatives.second(sliced, v, u, 99))
+    try:
+        torch.set_default_dtype(torch.float64)
+        for most in (1, 2, 4):
+            sizes.clear()
+            found = (*derivatives.products(watched, v, most), *derivatives.second(watched, v, u, most))
+            assert max(sizes) <= most
+            for one, expected in zip(found, whole, strict=True):
+                torch.testing.assert_close(one, expected, rtol=1e-3, atol=1e-5)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_cpe_takes_one_layer_and_its_control_has_unit_factors_too(model):
+    found = ml.fit_cpe(model, PROMPTS, 1, 3, n_factors=3, n_steps=None, progress=False)
+    assert found.source_layers == (1,) and found.provenance["n_steps"] == 30
+    for factor in ml.random_adapters(found, model, PROMPTS).factors[1]:
+        torch.testing.assert_close(factor.flatten(1).norm(dim=1), torch.ones(3))
+        assert factor.abs().flatten(1).std(dim=1).min() > 0.05  # no vector of signs
+
+
+def test_settings_without_a_meaning_are_not_said_to_have_been_used(model):
+    settings = {"radius": 1.0, "n_factors": 2, "progress": False}
+    for kind in ("linear", "quadratic"):
+        said = ml.fit_dct(model, PROMPTS, 1, 3, kind=kind, orthogonalize="soft", **settings).provenance
+        assert said["orthogonalize"] is said["temperature"] is said["prompt_reduction"] is None
+    assert ml.fit_dct(model, PROMPTS, 1, 3, n_steps=1, **settings).provenance["orthogonalize"] == "qr"
+
+
+def test_a_checkpoint_of_another_method_is_refused_in_a_sentence(model, tmp_path):
+    path = tmp_path / "state"
+    ml.fit_dct(model, PROMPTS, 1, 3, n_factors=2, n_steps=1, checkpoint=path, progress=False)
+    for fit in (ml.fit_vectors, ml.fit_adapters):
+        with pytest.raises(ValueError, match="another"):
+            fit(model, PROMPTS, 1, 3, checkpoint=path, progress=False)
 
 
 def test_in_a_hybrid_cpe_updates_full_attention_only_and_says_so(tmp_path):

@@ -147,6 +147,11 @@ def test_vectors_that_repel_each_other_climb_stay_apart_and_may_be_more_than_d_m
                                fit("soft", n_vectors=6, n_steps=3).values, atol=1e-4, rtol=1e-3)  # fmt: skip
 
 
+def test_a_one_for_true_is_as_true(model):
+    with pytest.raises((ValueError, TypeError), match="orthogonal"):
+        ml.fit_vectors(model, PROMPTS, 1, 3, orthogonal=1, radius=1.0, n_vectors=models.D_MODEL + 1)
+
+
 @pytest.mark.parametrize("how", ["qr", 2, None])
 def test_an_unknown_way_of_keeping_vectors_apart_is_refused(model, how):
     with pytest.raises((ValueError, TypeError), match="orthogonal"):

@@ -1,12 +1,13 @@
 """Do all methods take part in a search, each under its name, with what it found?"""
 
+from dataclasses import replace
 from typing import get_args
 
 import pytest
 import torch
 
 import melbo_lens as ml
-from melbo_lens.search.arms import Method, arms_of, check_methods
+from melbo_lens.search.arms import Method, arms_of, check_methods, layer_pairs
 from melbo_lens.search.pace import Pace
 
 PLAN = [
@@ -86,6 +87,38 @@ def test_every_method_of_a_search_makes_trials_under_its_own_name():
         for arm in arms_of(30, [method]):
             made = arm.trial(1.0, 4, 64, 0).method
             assert made == method or (method == "melbo" and made == "orthogonal")
+
+
+@pytest.mark.parametrize("n_layers", [8, 10, 12, 24, 32])
+def test_every_method_begins_at_every_source_layer(n_layers):
+    sources = {pair[0] for pair in layer_pairs(n_layers)}
+    for method in get_args(Method):
+        assert {arm.source_layer for arm in arms_of(n_layers, [method])} == sources
+
+
+def test_what_methods_of_several_forms_found_stands_side_by_side_by_form(organism, prompt):
+    plan = [PLAN[0], PLAN[1], PLAN[-1], ml.Trial(0, 4, 12.0, 4, False, 3, 2)]
+    found = ml.discover(organism.model, prompt, plan=plan, max_new_tokens=4, progress=False)
+    assert isinstance(found.first(50), (ml.SteeringVectors, ml.SteeringAdapters))
+    with pytest.raises(ValueError, match=r"name one of the methods \['cpe', 'melbo', 'noise'\]"):
+        found.joined(0)
+    vectors, completions = found.joined(0, method="noise")
+    assert len(vectors) == 5 and completions.table.vector.max() == 4
+    vectors, completions = found.joined(0, method="melbo")
+    assert len(vectors) == 7 and vectors.history.isfinite().all()
+    rest = replace(found, plan=found.plan[2:], vectors=found.vectors[2:], completions=found.completions[2:])
+    vectors, _ = rest.joined(0)  # random ones have no history, and stand beside learned ones
+    assert len(vectors) == 9 and vectors.history[:, :5].isnan().all() and vectors.history[:, 5:].isfinite().all()
+
+
+def test_a_method_that_does_not_suit_a_model_costs_nothing_that_others_found(build):
+    model = build("mixtral", "bridge")  # without an MLP that adapters could update
+    plan = [ml.Trial(0, 3, 2.0, 2, False, 0, 2), ml.AdapterTrial(0, 3, 2.0, 2, 2, 0), ml.NoiseTrial(0, 3, 2.0, 2, 0)]
+    with pytest.warns(UserWarning, match="AdapterTrial.* is left out"):
+        found = ml.discover(model, "w1 w2", plan=plan, max_new_tokens=2, progress=False)
+    assert [trial.method for trial in found.plan] == ["melbo", "noise"]
+    with pytest.warns(UserWarning, match="left out"), pytest.raises(ValueError, match="no trial could be completed"):
+        ml.discover(model, "w1 w2", plan=plan[1:2], max_new_tokens=2, progress=False)
 
 
 def test_methods_take_turns_in_a_search(organism, prompt):

@@ -55,6 +55,7 @@ def test_soft_orthogonalisation_is_what_the_algorithm_says(kind, temperature):
 def test_rows_on_a_sphere_go_where_their_gradients_ask_and_repel_each_other(restarts):
     draw = torch.Generator().manual_seed(2)
     gradient = torch.randn(restarts, 4, 9, generator=draw, dtype=torch.float64)
+    gradient[:, 1] *= 300  # no row repels the others by more than twice as much as is usual
     radii = torch.tensor([2.0, 3.0, 2.5, 2.0], dtype=torch.float64)
     rows = to_sphere(torch.randn(restarts, 4, 9, generator=draw, dtype=torch.float64), radii.expand(restarts, -1))
     (found,) = RepellingRows(radii).pulled((rows,), (gradient,), (rows[:, :0],), step=3)
@@ -62,7 +63,9 @@ def test_rows_on_a_sphere_go_where_their_gradients_ask_and_repel_each_other(rest
         slopes, before = gradient[k].numpy(), rows[k].numpy()
         sizes = np.linalg.norm(slopes, axis=1, keepdims=True)
         pull = slopes / sizes + INERTIA * before / np.linalg.norm(before, axis=1, keepdims=True)
-        apart = by_hand(pull, np.log(sizes[:, 0]).tolist(), lambda row: row / np.linalg.norm(row), 10, 1.0)
+        usual = np.sort(sizes[:, 0])[1]
+        weights = np.log(np.clip(sizes[:, 0], usual / 2, usual * 2)).tolist()
+        apart = by_hand(pull, weights, lambda row: row / np.linalg.norm(row), 10, 1.0)
         np.testing.assert_allclose(found[k].numpy(), apart * radii[:, None].numpy(), atol=1e-9)
 
 
@@ -97,6 +100,33 @@ def test_the_factors_of_cpe_are_unit_vectors_whatever_the_norm(norm):
         torch.testing.assert_close(after.flatten(1).norm(dim=1), torch.ones(3))
     plain = repulsion(norm, 1.0, 0)(gradient)
     torch.testing.assert_close(plain[0], gradient[0] / gradient[0].norm(dim=-1, keepdim=True))
+
+
+def test_the_unit_norm_is_of_the_whole_gradient_and_its_parts_are_scaled_at_the_end():
+    """The public code scales a_l and b_l only after the factors repelled each other, so that large parts count more."""
+    draw = torch.Generator().manual_seed(3)
+    gradient = tuple(
+        size * torch.randn(4, *shape, generator=draw, dtype=torch.float64)
+        for size, shape in ((1.0, (1, 5)), (30.0, (7, 1)), (0.2, (1, 5)), (4.0, (7, 1)))
+    )
+    flat = torch.cat([x.flatten(1) for x in gradient], dim=1).numpy()
+    weights = np.log(np.linalg.norm(flat, axis=1)).tolist()
+    apart = by_hand(flat, weights, lambda row: row / np.linalg.norm(row), 10, 1.0)
+    parts = np.split(apart, [5, 12, 17], axis=1)
+    for found, part in zip(repulsion("unit", 1.0, 10)(gradient), parts, strict=True):
+        expected = part / np.linalg.norm(part, axis=1, keepdims=True)
+        np.testing.assert_allclose(found.flatten(1).numpy(), expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("where", ["mean", "gradient"])
+def test_the_first_row_that_is_not_finite_is_named_and_the_others_are_not_spoiled(where):
+    def changes(rows, targets):
+        means, gradient = torch.ones(3, 2), torch.ones(3, 4)
+        (means if where == "mean" else gradient)[1, 0] = float("inf")
+        return means, (gradient,)
+
+    with pytest.raises(FloatingPointError, match="row 1 changes the target by NaN or infinity in step 0"):
+        next(sogi(changes, (torch.ones(3, 4),), torch.ones(3, 2), lambda gradient: gradient, 3, True))
 
 
 def planted(n=3, d=12, d_target=9, seed=0):
