@@ -1,7 +1,6 @@
 """Where may a point live?  On spheres, on spheres and orthogonal in order, or among normalised low-rank factors."""
 
 import itertools
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
@@ -15,7 +14,7 @@ from melbo_lens.ascent.sogi import soft_orthogonalize
 from melbo_lens.ascent.states import Point
 
 INERTIA = 0.4  # the share of the old direction that is added to the new one; it damps oscillation
-LOUDEST = math.log(2)  # a row repels the others by at most this much more than the median row
+LOUDEST = 2.0  # a row repels the others by at most so many times as much as the median row, and at least the inverse
 Normalization: TypeAlias = Literal["column", "frobenius", "spectral"]
 Matrices: TypeAlias = Float[Tensor, "*batch row column"]
 
@@ -136,9 +135,9 @@ class RepellingRows(Sphere):
     def pulled(self, rows: Point, gradient: Point, found: Point, step: int) -> Point:
         radii = self._radii(rows, found)
         pull = unit(gradient[0]) + INERTIA * rows[0] / radii[..., None]
-        weights = norm(gradient[0], dim=-1).squeeze(-1).clamp(min=torch.finfo(pull.dtype).tiny).log()
-        usual = weights.median(-1, keepdim=True).values
-        weights = weights.clamp(usual - LOUDEST, usual + LOUDEST)
+        size = norm(gradient[0]).squeeze(-1).clamp(min=torch.finfo(pull.dtype).tiny)
+        usual = size.median(-1, keepdim=True).values
+        weights = size.clamp(usual / LOUDEST, usual * LOUDEST).log()
         apart = [soft_orthogonalize(some, strength, unit) for some, strength in zip(pull, weights, strict=True)]
         return (to_sphere(torch.stack(apart), radii),)
 

@@ -129,7 +129,8 @@ def fit_cpe(
             raise ValueError(
                 f"source_layers={layers} must not lie before layer {model.source_layer}, where the slice begins."
             )
-        target_of(host, layers[-1], *target)  # refuses a band that reaches past the target
+        read = None if model.target_layer is not None else model.target_hook
+        target_of(host, layers[-1], model.target_layer, read)  # refuses a band that reaches past the target
         sliced = as_slice(model, prompts, None, target_layer, target_positions, None, None)
     else:
         sliced = as_slice(model, prompts, layers[0], target[0], target_positions, None, None, POSITIONS)

@@ -359,10 +359,6 @@ BAD = {
         "don't exist",
     ),
     "a shared prompt": (lambda m: ml.fit_contrastive(m, PROMPTS, PROMPTS[1:], 2), "both the positive and the negative"),
-    "a slice's band past the target": (
-        lambda m: ml.fit_cpe(ml.slice_model(m, PROMPTS, 0, 3), source_layers=[2]),
-        "target_layer=3",
-    ),
     "a layer that isn't there": (lambda m: ml.fit_contrastive(m, PROMPTS, ["w9"], 99), "source_layer=99"),
     "a layer before the first": (lambda m: ml.fit_contrastive(m, PROMPTS, ["w9"], -1), "source_layer=-1"),
     "a checkpoint of no ascent": (
@@ -380,6 +376,14 @@ def test_bad_input_is_refused_before_anything_is_computed(model, case, monkeypat
     monkeypatch.setattr(type(host_of(model)), "forward", lambda *_, **__: pytest.fail("the model ran"))
     with pytest.raises(ValueError, match=message):
         call(model)
+
+
+def test_a_band_past_the_target_of_a_slice_is_refused(model):
+    sliced = ml.slice_model(model, PROMPTS, 0, 3)
+    with pytest.raises(ValueError, match="target_layer=3"):
+        ml.fit_cpe(sliced, source_layers=[2])
+    with pytest.raises(ValueError, match="before layer 1"):
+        ml.fit_cpe(ml.slice_model(model, PROMPTS, 1, 4), source_layers=[0])
 
 
 def test_derivatives_run_so_many_rows_at_once_and_no_more(model):
@@ -427,9 +431,9 @@ def test_settings_without_a_meaning_are_not_said_to_have_been_used(model):
 def test_a_checkpoint_of_another_method_is_refused_in_a_sentence(model, tmp_path):
     path = tmp_path / "state"
     ml.fit_dct(model, PROMPTS, 1, 3, n_factors=2, n_steps=1, checkpoint=path, progress=False)
-    for fit in (ml.fit_vectors, ml.fit_adapters):
-        with pytest.raises(ValueError, match="another"):
-            fit(model, PROMPTS, 1, 3, checkpoint=path, progress=False)
+    for fit, settings in ((ml.fit_vectors, {}), (ml.fit_adapters, {"rank": 2})):
+        with pytest.raises(ValueError, match="checkpoint"):
+            fit(model, PROMPTS, 1, 3, checkpoint=path, progress=False, **settings)
 
 
 def test_in_a_hybrid_cpe_updates_full_attention_only_and_says_so(tmp_path):

@@ -6,7 +6,6 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 import time
 import warnings
 from dataclasses import replace
@@ -16,7 +15,6 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from filelock import FileLock
 from typer.testing import CliRunner
 
 import melbo_lens as ml
@@ -198,11 +196,13 @@ def test_a_trial_that_another_process_runs_is_waited_for_last(plan, model, tmp_p
     (first, *others) = plan[:3]
     digests = [one.digest for one in run(plan[:3], tmp_path / "known", model)]
     (tmp_path / engines.LOCKS).mkdir()
-    lock = FileLock(tmp_path / engines.LOCKS / digests[0])
-    lock.acquire()
-    release = threading.Timer(1.0, lock.release)
-    release.start()
+    hold = "import sys, time, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(); time.sleep(1.5)"
+    other = subprocess.Popen(
+        [sys.executable, "-uc", hold, str(tmp_path / engines.LOCKS / digests[0])], stdout=subprocess.PIPE
+    )
+    other.stdout.readline()
     assert [one.job for one in run(plan[:3], tmp_path, model)] == [*others, first]
+    assert other.wait() == 0
 
 
 def test_a_plan_in_a_file_stands_for_every_combination():
@@ -239,7 +239,8 @@ def test_a_plan_in_a_file_stands_for_every_combination():
     ],
 )
 def test_a_plan_that_says_something_unknown_is_refused(change, message):
-    said = {"model": "modes", "prompts": ["w1"], "trials": [{"kind": "noise"}], **change}
+    trial = {"kind": "noise", "source_layer": 0, "target_layer": 4, "radius": 1.0, "n_vectors": 2, "seed": 0}
+    said = {"model": "modes", "prompts": ["w1"], "trials": [trial], **change}
     with pytest.raises(ValueError, match=message):
         jobs_of({name: value for name, value in said.items() if value is not None})
 
