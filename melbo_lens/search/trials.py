@@ -234,8 +234,11 @@ def trial_from(said: Mapping[str, Any]) -> AnyTrial:
             if unknown
             else f"a trial of kind {kind!r} needs {missing}."
         )
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
-    return TRIALS[kind](**given)
+    given: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()
+    }
+    make: Any = TRIALS[kind]  # its settings are checked above, and their types where they are used
+    return make(**given)
 
 
 def trial_as(trial: AnyTrial) -> dict[str, Any]:

@@ -141,7 +141,7 @@ class OnRay(Engine):
         gpus, cores = int(have.get("GPU", 0)), int(have.get("CPU", 1))
         n = n_workers or gpus or cores
         share = {"num_gpus": 1, "num_cpus": 1} if gpus else {"num_cpus": max(1, cores // n)}
-        actor = ray.remote(max_restarts=-1, max_task_retries=RETRIES, **share)(Worker)
+        actor = self.ray.remote(max_restarts=-1, max_task_retries=RETRIES, **share)(Worker)
         self.directory = directory
         self.actors = [actor.remote(key, str(Path(directory).resolve())) for _ in range(n)]
         self.fingerprint = ""
