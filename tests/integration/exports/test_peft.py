@@ -169,3 +169,22 @@ def test_a_model_without_a_counterpart_is_refused(directories, tmp_path):
     model = models.hooked(directories("gpt2"))
     with pytest.raises(ValueError, match="no Hugging Face counterpart"):
         ml.export(adapters_for(model, n=1), "peft", tmp_path / "out", model=model, prompts="w1 w2")
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "neox", "gpt2", "mixtral"])
+def test_factors_of_cpe_are_loaded_by_peft_alone_and_composed(build, directories, tmp_path, name):
+    model = build(name, "bridge")
+    found = ml.fit_cpe(
+        model, torch.tensor([[1, 5, 6, 7], [1, 8, 9, 4]]), [0, 1], 4, n_factors=3, n_steps=3, scale=3.0, progress=False
+    )
+    ml.export(found[1], "peft", tmp_path / "one", model=model)
+    check_equal(model, found[1], tmp_path / "one", directories(name))
+    several = ml.concatenate([found[0], -2.0 * found[2]])
+    composed = several.composed()
+    assert len(composed) == 1 and composed.rank == 2 and composed.source_layers == (0, 1)
+    ml.export(composed, "peft", tmp_path / "both", model=model)
+    check_equal(model, composed, tmp_path / "both", directories(name))
+    with torch.no_grad(), ml.steer(model, [found[0], -2.0 * found[2]]):
+        together = host_of(model).forward(TOKENS)
+    with torch.no_grad(), ml.steer(model, composed):
+        torch.testing.assert_close(host_of(model).forward(TOKENS), together, atol=1e-4, rtol=1e-4)
