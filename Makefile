@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE ?= 1
 # generation against uncached passes, slices against hooked runs, prompts, files and pickles
 NEWEST := $(addprefix tests/integration/,generation models/test_passes.py models/test_slices.py test_prompts.py reports/test_findings.py perturbations measures/test_radius.py) tests/unit/perturbations/test_loading.py
 
-.PHONY: demo real test test-real newest look notebooks bench bench-real bench-search bench-discovery bench-gpu lint clean
+.PHONY: demo real test test-real newest look notebooks bench bench-real bench-search bench-discovery bench-gpu bench-killed lint clean
 
 $(VENV)/.installed: pyproject.toml $(LOCK)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "melbo_lens needs Python 3.11 or newer; set PYTHON=python3.11")'
@@ -74,6 +74,10 @@ bench-discovery: $(VENV)/.smollm2
 # published sizes on random weights; needs a GPU with about 40 GiB
 bench-gpu: $(VENV)/.installed
 	$(VENV)/bin/python -m tests.benchmarks.gpu
+
+# sweeps that are killed again and again
+bench-killed: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m tests.benchmarks.killed
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/pyright --pythonpath $(VENV)/bin/python

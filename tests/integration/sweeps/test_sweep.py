@@ -259,8 +259,9 @@ def test_bad_settings_are_refused_before_anything_is_loaded(plan, model, tmp_pat
         ml.status(tmp_path)
 
 
-def command(folder):
-    return [sys.executable, "-m", "melbo_lens", "sweep", str(folder / "plan.yaml"), "--out", str(folder / "out")]
+def command(folder, engine="here"):
+    asked = ["sweep", str(folder / "plan.yaml"), "--out", str(folder / "out"), "--engine", engine]
+    return [sys.executable, "-m", "melbo_lens", *asked]
 
 
 def write_plan(folder, n):
@@ -271,18 +272,18 @@ def write_plan(folder, n):
     (folder / "plan.yaml").write_text(yaml.safe_dump(said))
 
 
-def killed(folder, n_kills, seed=0):
+def killed(folder, n_kills, seed=0, engine="here"):
     """Kills a sweep so many times at random moments, and then lets it end."""
     draw, done = random.Random(seed), folder / "out"
     for _ in range(n_kills):
         before = len(list(done.glob("*.safetensors")))
-        process = subprocess.Popen(command(folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(command(folder, engine), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and len(list(done.glob("*.safetensors"))) <= before:
             time.sleep(0.02)
         time.sleep(draw.uniform(0, 0.3))
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-    subprocess.run(command(folder), check=True, capture_output=True)
+    subprocess.run(command(folder, engine), check=True, capture_output=True)
     return ml.merge(done)
 
 
