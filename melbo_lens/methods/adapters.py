@@ -90,7 +90,7 @@ def fit_adapters(
             before it at which random updates have that radius after it.
         alpha: sets s = alpha / rank in place of `scale`, as published (.35 at rank 512).
         radius: with `scale="auto"`, the mean norm of the updates. "auto", the default, takes the radius that
-            `calibrate_radius` finds for vectors.
+            `calibrate_radius` finds for vectors, halved until a norm after the weights, if any, lets it through.
         normalization: "column" (every column of A and of B has unit norm), "frobenius" (each matrix has unit norm) or
             "spectral" (the largest singular value of each matrix is 1).
         diversity: above 0, adapter k's objective is divided by 1 + diversity * sum over j < k of cos(d_k, d_j) ** 4,
@@ -151,12 +151,14 @@ def fit_adapters(
         act = LowRank(sliced, sites, hidden_activations(sliced, sites), alpha / rank if alpha is not None else scale)
         rule = "alpha / rank" if alpha is not None else "given"
         if act.scale is None:
+            few = tuple(constraint.normalize(x[0, :4]) for x in starts)
             if radius is None:
                 radius, rule = resumed_or_automatic(sliced, seed, checkpoint, "scale_rule")
+                radius, rule, update_norm = act.reachable(few, radius, rule)
             else:
                 radius, rule = float(radius), "radius given"
-            few = tuple(constraint.normalize(x[0, :4]) for x in starts)
-            act = replace(act, update_norm=act.update_norm_for(few, radius))
+                update_norm = act.update_norm_for(few, radius)
+            act = replace(act, update_norm=update_norm)
         settings = settings_of("fit_adapters", sliced, objective, run) | {
             "source_layer": layers[0] if len(layers) == 1 else layers,
             "site": site,

@@ -22,6 +22,8 @@ from melbo_lens.perturbations.sites import WeightSite, flat_heads
 from melbo_lens.perturbations.updates import GridUpdate
 from melbo_lens.randomness import gaussian_rows
 
+MOST_HALVINGS = 10  # of an automatic radius that a norm bounds
+
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
@@ -78,6 +80,21 @@ class LowRank:
         )
         scales = scales_for_norms(few, self.sliced.host, self.sliced.batch, few.scales.new_full((len(few),), radius))
         return float((scales * self.norms(random)).mean())
+
+    def reachable(self, random: Point, radius: float, rule: str) -> tuple[float, str, float]:
+        """Returns the radius, halved until updates can have it, with its rule in words and its `update_norm`.
+
+        A norm after the weights bounds what an update can add to the stream.
+        """
+        for halvings in range(MOST_HALVINGS):
+            smaller = radius / 2**halvings
+            said = f"{rule}, halved {halvings} times, since a norm after the weights bounds updates"
+            with suppress(ValueError):
+                return smaller, said if halvings else rule, self.update_norm_for(random, smaller)
+        raise ValueError(
+            f"no scale gives updates a mean norm of {radius / 2 ** (MOST_HALVINGS - 1):.4g}: a norm after the weights "
+            "bounds them. Give a smaller radius, or a scale."
+        )
 
 
 def hidden_activations(sliced: SlicedModel, sites: Sequence[WeightSite]) -> list[Float[Tensor, "position d_in"]]:

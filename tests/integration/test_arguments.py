@@ -123,7 +123,7 @@ def test_measures_and_searches(model, fitted, i, x, many):
     trial = ml.Trial(
         scan.table.source_layer[2], scan.table.target_layer[2], scan.table.radius[2], i(2), np.bool_(False), i(4), i(3)
     )
-    assert all(type(value) in (int, float, bool) for value in vars(trial).values())
+    assert all(type(value) in (int, float, bool, str) for value in vars(trial).values())
     found = ml.discover(model, PROMPTS[0], plan=[trial], max_new_tokens=i(2), seed=i(0), budget=x(5.0), progress=False)
     assert is_json(dict(found.settings)) and row.radius == 2.0
     assert ml.target_effects(model, PROMPTS, fitted, i(3), many([-1]), many([1, -1])).signs == (1, 1, -1, -1)

@@ -1,5 +1,7 @@
 """Do adapters do to every kind of model what an edit of W_out does, and does the fit follow the textbook?"""
 
+import re
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -8,6 +10,7 @@ import melbo_lens as ml
 from melbo_lens.ascent.constraints import NORMALIZATIONS
 from melbo_lens.ascent.objectives import Objective, penalized
 from melbo_lens.measures.ranking import target_changes
+from melbo_lens.methods import adapters as adapters_module
 from melbo_lens.methods.low_rank import LowRank
 from melbo_lens.methods.problem import Problem
 from melbo_lens.models import hooks
@@ -309,6 +312,20 @@ def test_auto_gives_every_update_the_radius_of_the_vectors(any_model):
     torch.testing.assert_close(
         ml.source_effects(fitted, any_model, PROMPTS).norms(), torch.full((3,), radius), rtol=1e-3, atol=0
     )
+
+
+def test_auto_is_halved_where_a_norm_bounds_updates(build, monkeypatch):
+    model = build("gemma2", "bridge")
+    settings = {"n_adapters": 2, "rank": 2, "n_steps": 1, "lr": 1e-9, "progress": False}
+    usual = ml.fit_adapters(model, PROMPTS, 1, 3, **settings).provenance
+    monkeypatch.setattr(adapters_module, "resumed_or_automatic", lambda *_: (64 * usual["radius"], "readable 0.75"))
+    found = ml.fit_adapters(model, PROMPTS, 1, 3, **settings)
+    times = re.search(r"halved (\d) times", found.provenance["scale_rule"])
+    assert times and found.provenance["radius"] == pytest.approx(64 * usual["radius"] / 2 ** int(times[1]))
+    norms = ml.source_effects(found, model, PROMPTS).norms()
+    assert float(norms.mean()) == pytest.approx(found.provenance["radius"], rel=0.25)
+    with pytest.raises(ValueError, match="the norm after the MLP bounds it"):
+        ml.fit_adapters(model, PROMPTS, 1, 3, radius=1e4, **settings)
 
 
 def test_auto_reaches_the_radius_through_a_norm_at_the_start(build):
