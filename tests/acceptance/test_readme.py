@@ -42,6 +42,10 @@ def test_the_table_of_architectures_is_that_of_the_tests():
     assert readme.architectures() in TEXT
 
 
+def test_the_comparison_of_methods_is_that_of_the_last_run():
+    assert readme.discovery() in TEXT
+
+
 @pytest.mark.parametrize("target", ["demo", "test", "bench", "newest"])
 def test_make_has_the_commands(target):
     assert re.search(rf"^{target}:", (readme.ROOT / "Makefile").read_text(), re.MULTILINE)
