@@ -68,10 +68,11 @@ def test_mean_changes_and_gradients_are_those_of_the_whole_model(any_model, batc
     torch.testing.assert_close(changes.means((theta,)), means)
 
 
-def test_with_a_direction_for_each_prompt_it_is_the_gradient_of_the_mean_norm(model):
+@pytest.mark.parametrize("batch_size", [1, 64])
+def test_with_a_direction_for_each_prompt_it_is_the_gradient_of_the_mean_norm(model, batch_size):
     sliced = ml.slice_model(model, PROMPTS, 1, 3, LAST)
     theta = torch.randn(1, D, generator=torch.Generator().manual_seed(0))
-    changes = MeanChange(Problem(sliced, bias(sliced), Objective().value, 1), per_prompt=True)
+    changes = MeanChange(Problem(sliced, bias(sliced), Objective().value, batch_size), per_prompt=True)
     leaf = theta[0].clone().requires_grad_()
     value = sum(mean_change(model, leaf, [prompt]).norm() for prompt in PROMPTS) / 2
     (expected,) = torch.autograd.grad(value, leaf)
@@ -445,6 +446,15 @@ def test_in_a_hybrid_cpe_updates_full_attention_only_and_says_so(tmp_path):
         ml.fit_cpe(model, PROMPTS, [0, 1], 4, **settings)
     trial = ml.CpeTrial(0, 4, 2, 0, n_layers=2, n_steps=1)
     assert trial.fit(ml.slice_model(model, PROMPTS, 0, 4)).source_layers == (1,)
+
+
+def test_where_the_usual_band_is_without_attention_the_next_block_with_it_is_taken(tmp_path, monkeypatch):
+    kind, settings = architectures.ARCHITECTURES["olmo_hybrid"]
+    settings = {**settings, "num_hidden_layers": 8, "layer_types": ["full_attention", "linear_attention"] * 4}
+    monkeypatch.setitem(architectures.ARCHITECTURES, "olmo_hybrid", (kind, settings))
+    architectures.save("olmo_hybrid", tmp_path)
+    found = ml.fit_cpe(models.bridge(str(tmp_path)), PROMPTS, target_layer=6, n_factors=3, n_steps=1, progress=False)
+    assert found.source_layers == (2,)
 
 
 def test_heads_may_be_wider_than_the_stream(tmp_path):

@@ -118,6 +118,17 @@ def test_the_unit_norm_is_of_the_whole_gradient_and_its_parts_are_scaled_at_the_
         np.testing.assert_allclose(found.flatten(1).numpy(), expected, atol=1e-9)
 
 
+def test_on_the_torus_every_part_has_norm_one_in_each_iteration():
+    draw = torch.Generator().manual_seed(4)
+    gradient = tuple(
+        size * torch.randn(4, *shape, generator=draw, dtype=torch.float64) for size, shape in ((1, (1, 4)), (9, (5, 1)))
+    )
+    flat = torch.cat([x.flatten(1) for x in gradient], dim=1).numpy()
+    apart = by_hand([torus(row) for row in flat], np.log(np.linalg.norm(flat, axis=1)).tolist(), torus, 10, 1.0)
+    for found, part in zip(repulsion("torus", 1.0, 10)(gradient), np.split(apart, [4], axis=1), strict=True):
+        np.testing.assert_allclose(found.flatten(1).numpy(), part, atol=1e-9)
+
+
 @pytest.mark.parametrize("where", ["mean", "gradient"])
 def test_the_first_row_that_is_not_finite_is_named_and_the_others_are_not_spoiled(where):
     def changes(rows, targets):
