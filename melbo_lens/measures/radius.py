@@ -37,6 +37,7 @@ class Calibration:
         rule: the rule whose value the curve shows.
         target: the value that was to be reached.
         norm: the median norm of the stream that leaves the source block, at the prompts' own positions.
+        share: the share of the solution that `radius` is; below 1 it stays short of an edge.
         effects: of rules that learn vectors, (radius, learned, random) in the order of the radius: the median over the
             vectors of ``||change|| / ||target||`` at the target positions, for learned and for random vectors.
     """
@@ -47,11 +48,12 @@ class Calibration:
     target: float
     norm: float | None = None
     effects: tuple[tuple[float, float, float], ...] = ()
+    share: float = 1.0
 
     @property
     def why(self) -> str:
         """The rule in a few words, as the provenance of a fit names it."""
-        return f"{self.rule} {self.target:.3g}"
+        return f"{self.rule} {self.target:.3g}" + ("" if self.share == 1 else f", {self.share:g} of its radius")
 
     @property
     def relative(self) -> float | None:

@@ -15,7 +15,7 @@ import torch
 from tqdm.auto import tqdm
 
 import melbo_lens as ml
-from melbo_lens.methods.automatic import edge
+from melbo_lens.methods.automatic import SHARE_OF_EDGE, edge
 from melbo_lens.organisms import base_model
 from tests.oracles.textbook import Textbook
 
@@ -102,7 +102,7 @@ def ascents(model, textbook_step, n_vectors=8, n_steps=300):
     rows = []
     for source, target in tqdm(PAIRS, desc="power against AdamW"):
         sliced = ml.slice_model(model, CHAT, source, target, slice(-LAST, None))
-        radius = edge(sliced).radius
+        radius = SHARE_OF_EDGE * edge(sliced).radius
         settings = {"n_vectors": n_vectors, "radius": radius, "progress": False}
         spent, vectors = seconds(ml.fit_vectors, sliced, **settings)
         runs = [

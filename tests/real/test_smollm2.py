@@ -109,7 +109,7 @@ def test_free_vectors_at_the_automatic_radius_elicit_what_is_hidden_and_random_o
             seed=seed,
             progress=False,
         )
-        assert vectors.provenance["radius_rule"] == "readable 0.75"
+        assert vectors.provenance["radius_rule"] == "readable 0.75, 0.65 of its radius"
         written = ml.generate(organism.model, chat, vectors, 12, progress=False)
         for kind in ("steered", "random"):
             texts = written.filter(kind=kind).table.text

@@ -11,6 +11,7 @@ from melbo_lens.ascent.constraints import NORMALIZATIONS
 from melbo_lens.ascent.objectives import Objective, penalized
 from melbo_lens.measures.ranking import target_changes
 from melbo_lens.methods import adapters as adapters_module
+from melbo_lens.methods.automatic import SHARE_OF_EDGE
 from melbo_lens.methods.low_rank import LowRank
 from melbo_lens.methods.problem import Problem
 from melbo_lens.models import hooks
@@ -307,7 +308,8 @@ def test_the_history_ends_with_the_objective_of_what_is_returned(any_model, opti
 def test_auto_gives_every_update_the_radius_of_the_vectors(any_model):
     fitted = ml.fit_adapters(any_model, PROMPTS, 1, 3, n_adapters=3, rank=2, n_steps=5, lr=0.05, progress=False)
     radius = ml.calibrate_radius(any_model, PROMPTS, 1, 3, target_positions=slice(-3, None)).radius
-    assert fitted.provenance["scale_rule"].startswith("readable 0.75")
+    assert fitted.provenance["scale_rule"].startswith("readable 0.75, 0.65 of its radius")
+    radius *= SHARE_OF_EDGE
     assert fitted.provenance["radius"] == pytest.approx(radius)
     torch.testing.assert_close(
         ml.source_effects(fitted, any_model, PROMPTS).norms(), torch.full((3,), radius), rtol=1e-3, atol=0

@@ -257,7 +257,7 @@ def test_the_provenance_names_every_resolved_setting(any_model):
 def test_the_radius_can_be_calibrated(model):
     vectors = ml.fit_vectors(model, PROMPTS, 1, 3, n_vectors=2, n_steps=3, progress=False)
     edge = ml.calibrate_radius(model, PROMPTS, 1, 3)
-    assert edge.rule == "readable" and vectors.provenance["radius_rule"] == "readable 0.75"
-    assert vectors.provenance["radius"] == pytest.approx(edge.radius)
-    assert vectors.provenance["relative_radius"] == pytest.approx(edge.relative, rel=1e-3)
+    assert edge.rule == "readable" and vectors.provenance["radius_rule"] == "readable 0.75, 0.65 of its radius"
+    assert vectors.provenance["radius"] == pytest.approx(0.65 * edge.radius)
+    assert vectors.provenance["relative_radius"] == pytest.approx(0.65 * edge.relative, rel=1e-3)
     torch.testing.assert_close(vectors.radii, torch.full((2,), vectors.provenance["radius"]), rtol=1e-5, atol=0)
