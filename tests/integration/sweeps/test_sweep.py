@@ -97,6 +97,12 @@ def test_what_is_done_is_not_done_again(plan, model, tmp_path, monkeypatch):
     assert run(plan, tmp_path, model)[0].learned.values.shape == (2, model.cfg.d_model) and len(ran) == 2
 
 
+def test_what_another_process_did_meanwhile_is_not_done_again(plan, model, tmp_path, monkeypatch):
+    run(plan[:1], tmp_path, model)
+    monkeypatch.setattr(engines, "perform", lambda *_: pytest.fail("it ran again"))
+    assert engines.Worker(plan[0].model, str(tmp_path), model).run(plan[0].as_json())
+
+
 def test_nothing_runs_until_it_is_asked_for(plan, model, tmp_path):
     outcomes = ml.sweep(plan, tmp_path, model=model, progress=False)
     assert not list(tmp_path.glob("*.safetensors"))
