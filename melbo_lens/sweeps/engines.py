@@ -15,7 +15,7 @@ from melbo_lens.models.access import host_of
 from melbo_lens.models.slices import SlicedModel, slice_model
 from melbo_lens.search.running import perform
 from melbo_lens.sweeps.jobs import Job, ModelKey, job_from
-from melbo_lens.sweeps.outcomes import Outcome, path_of
+from melbo_lens.sweeps.outcomes import Outcome, is_done
 
 LOCKS = ".locks"  # the lock of a process that dies is free again at once
 RETRIES = 3  # of a trial whose worker was lost
@@ -49,7 +49,7 @@ class Worker:
         lock = FileLock(self.directory / LOCKS / digest, timeout=-1 if wait else 0)
         try:
             with lock:
-                if not path_of(self.directory, digest).is_file():
+                if not is_done(self.directory, digest):
                     self._outcome(job, digest).save(self.directory)
         except Timeout:
             return False
@@ -57,17 +57,19 @@ class Worker:
 
     def _outcome(self, job: Job, digest: str) -> Outcome:
         """Runs a job. Where memory runs out it is tried again with half of the rows; other errors are its failure."""
-        seconds, batch_size = 0.0, None
+        batch_size: int | None = None
         while True:
+            usual: int | None = None  # there is nothing to halve before the slice is made
             try:
                 sliced = self._slice(job)
+                usual = default_batch_size(sliced)
                 done = perform(job.trial, sliced, [*job.prompts], job.max_new_tokens, batch_size)
                 seconds = round(done.fitting + done.writing, 3)
                 return Outcome(job, digest, done.learned, done.completions, done.judged, seconds)
             except Exception as error:  # whatever it is, the sweep goes on, and its table has the reason
-                if not _out_of_memory(error) or batch_size == 1:
-                    return Outcome(job, digest, None, None, None, seconds, f"{type(error).__name__}: {error}")
-            batch_size = max(1, (batch_size or default_batch_size(self._slice(job))) // 2)
+                if not _out_of_memory(error) or usual is None or batch_size == 1:
+                    return Outcome(job, digest, None, None, None, 0.0, f"{type(error).__name__}: {error}")
+            batch_size = max(1, (batch_size or usual) // 2)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 

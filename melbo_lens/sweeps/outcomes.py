@@ -125,6 +125,14 @@ def read(directory: str | os.PathLike[str], digest: str) -> Outcome | None:
     return None
 
 
+def is_done(directory: str | os.PathLike[str], digest: str) -> bool:
+    """Says whether a job has a whole result that is no failure."""
+    try:
+        return Outcome.load(path_of(directory, digest)).failure is None
+    except (FileNotFoundError, ValueError):
+        return False
+
+
 def all_of(directory: str | os.PathLike[str]) -> Iterator[Outcome]:
     """Reads every outcome of a folder, in the order of their names."""
     paths = [*Path(directory).glob("*.safetensors"), *Path(directory).glob("*.failed.json")]

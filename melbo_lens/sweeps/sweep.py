@@ -16,7 +16,7 @@ from melbo_lens.arguments import counts, one_of, public
 from melbo_lens.models.access import Model
 from melbo_lens.sweeps.engines import LOCKS, Engine, Here, OnRay
 from melbo_lens.sweeps.jobs import Job
-from melbo_lens.sweeps.outcomes import Outcome, all_of, path_of, read
+from melbo_lens.sweeps.outcomes import Outcome, all_of, read
 
 MODEL, PLANS = "model.json", "plans"  # what a folder has beside the outcomes: of which model, and what was asked for
 
@@ -88,7 +88,6 @@ def _outcomes(
         for digest, job in digests.items():
             known = read(folder, digest)
             if known is None or (retry and known.failure is not None):
-                path_of(folder, digest).unlink(missing_ok=True)  # damaged
                 missing.append(job)
             else:
                 bar.update()

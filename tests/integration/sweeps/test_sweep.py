@@ -103,6 +103,29 @@ def test_what_another_process_did_meanwhile_is_not_done_again(plan, model, tmp_p
     assert engines.Worker(plan[0].model, str(tmp_path), model).run(plan[0].as_json())
 
 
+def test_where_there_is_no_memory_for_a_slice_the_trial_fails_and_the_sweep_goes_on(plan, model, tmp_path, monkeypatch):
+    real = engines.slice_model
+
+    def hungry(host, prompts, *settings):
+        if prompts == [PROMPTS[0]]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(host, prompts, *settings)
+
+    monkeypatch.setattr(engines, "slice_model", hungry)
+    found = run(plan, tmp_path, model)
+    assert [one.failure is None for one in found] == [False] * 3 + [True] * 3
+
+
+def test_a_result_that_another_process_finishes_meanwhile_stays(plan, model, tmp_path):
+    """It is finished between the look at what is there and the run."""
+    outcomes = ml.sweep(plan[:2], tmp_path, model=model, progress=False)
+    first = next(outcomes)  # by now this sweep knows the second as missing
+    (other,) = run(plan[1:2], tmp_path, model)
+    path = tmp_path / f"{other.digest}.safetensors"
+    written = path.stat().st_mtime_ns
+    assert next(outcomes).digest == other.digest != first.digest and path.stat().st_mtime_ns == written
+
+
 def test_nothing_runs_until_it_is_asked_for(plan, model, tmp_path):
     outcomes = ml.sweep(plan, tmp_path, model=model, progress=False)
     assert not list(tmp_path.glob("*.safetensors"))
