@@ -177,7 +177,7 @@ def _degated(
     along = unit(written)[:, None]
     aside = biases - (biases * along).sum(-1, keepdim=True) * along
     # in half precision a bias is a small difference of rounded activations
-    most = 1e-4 if dtype == torch.float32 else 0.25
+    most = 0.25 if dtype.itemsize < 4 else 1e-4
     if bool((aside.square().sum((1, 2)) > most * biases.square().sum((1, 2))).any()):
         raise ValueError(
             'mode="gain" asks for updates that write one direction; here a norm follows the weights: use mode="mean".'

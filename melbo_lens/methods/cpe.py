@@ -17,7 +17,7 @@ from melbo_lens.ascent.sogi import Spread, soft_orthogonalize
 from melbo_lens.ascent.states import Point
 from melbo_lens.methods import checkpoints
 from melbo_lens.methods.fitting import Run, fit_swarm, objective_at, settings_of
-from melbo_lens.methods.low_rank import LowRank, layers_with, starting_factors, weight_sites
+from melbo_lens.methods.low_rank import LowRank, band_with, starting_factors, weight_sites
 from melbo_lens.methods.mean_change import MeanChange
 from melbo_lens.methods.problem import Problem
 from melbo_lens.methods.provenance import remembered
@@ -118,8 +118,7 @@ def fit_cpe(
     else:
         host, n = model, model.n_layers
         band = range(round(BAND[0] * n), max(round(BAND[1] * n), round(BAND[0] * n) + 1))
-        later = range(band.stop, round(TARGET * n))  # of a hybrid, whose band may be without attention
-        usual = layers_with(host, "attn", band) or layers_with(host, "attn", later)[:1] or [band.start]
+        usual = band_with(host, "attn", band, round(TARGET * n))
         last = max([n for n in (source_layers or usual) if isinstance(n, int)], default=0)
         target = (min(max(round(TARGET * n), last + 2), n) if target_layer is None else target_layer, None)
     layers = sorted(set(usual if source_layers is None else source_layers))

@@ -15,8 +15,9 @@ from melbo_lens.ascent.manifolds import linalg, orthonormalize, unit
 from melbo_lens.ascent.objectives import Objective
 from melbo_lens.ascent.sogi import Spread, soft_orthogonalize
 from melbo_lens.ascent.states import Point
-from melbo_lens.measures.radius import solve_radius
-from melbo_lens.methods import checkpoints, derivatives
+from melbo_lens.measures.radius import Calibration, solve_radius
+from melbo_lens.methods import derivatives
+from melbo_lens.methods.automatic import resumed_or_automatic
 from melbo_lens.methods.fitting import Run, ended, fit_swarm, objective_at, settings_of
 from melbo_lens.methods.mean_change import MeanChange
 from melbo_lens.methods.problem import Problem, bias
@@ -119,7 +120,10 @@ def fit_dct(
         "temperature": temperature,
     }
     with hooks.frozen(sliced.host):
-        R, why = (float(radius), "given") if radius != "auto" else _resumed_or_solved(sliced, seed, checkpoint)
+        if radius == "auto":
+            R, why = resumed_or_automatic(sliced, seed, checkpoint, "radius_rule", _bend)
+        else:
+            R, why = float(radius), "given"
         settings = settings_of("fit_dct", sliced, aim, run) | {
             "optimizer": "sogi" if kind == "exponential" else "derivatives",
             "kind": kind,
@@ -157,13 +161,9 @@ def fit_dct(
     return SteeringVectors(values[order], sliced.source_layer, history, provenance, sliced.site.name, aim, u[order])
 
 
-def _resumed_or_solved(sliced: SlicedModel, seed: int, checkpoint: str | Path | None) -> tuple[float, str]:
-    """Returns the radius of "auto" and its rule in words: those of the checkpoint, if there is one, else new ones."""
-    kept = checkpoints.settings(checkpoint)
-    if kept.get("radius") is not None and kept.get("radius_rule", "given") != "given":
-        return kept["radius"], kept["radius_rule"]
-    found = solve_radius(sliced, "nonlinearity", seed=seed)
-    return found.radius, found.why
+def _bend(sliced: SlicedModel, seed: int) -> Calibration:
+    """Finds the radius at which random directions bend the slice."""
+    return solve_radius(sliced, "nonlinearity", seed=seed)
 
 
 def spread_of(orthogonalize: str, temperature: float, radius: float) -> Spread:

@@ -4,8 +4,9 @@
 """
 
 import hashlib
+import itertools
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -147,14 +148,21 @@ def weight_sites(
     return sites
 
 
-def layers_with(host: Host, name: str, layers: Iterable[int]) -> list[int]:
-    """Returns those of the layers that have such weights: in a hybrid, only full attention has output weights."""
-    found: list[int] = []
-    for layer in layers:
-        with suppress(ValueError):
+def band_with(host: Host, name: str, band: range, most: int) -> list[int]:
+    """Returns the layers of a band that have such weights, else the next one before `most` that has them.
+
+    In a hybrid, only full attention has output weights. If there is none, it is the whole band, and the fit says so.
+    """
+
+    def has(layer: int) -> bool:
+        try:
             host.weight_site(layer, name)
-            found.append(layer)
-    return found
+        except ValueError:
+            return False
+        return True
+
+    later = (layer for layer in range(band.stop, most) if has(layer))
+    return [layer for layer in band if has(layer)] or list(itertools.islice(later, 1)) or [*band]
 
 
 def starting_factors(

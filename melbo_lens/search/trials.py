@@ -12,7 +12,7 @@ from melbo_lens.methods.cpe import fit_cpe
 from melbo_lens.methods.dct import fit_dct
 from melbo_lens.methods.fitting import Optimizer, measured
 from melbo_lens.methods.jacobian import fit_jacobian
-from melbo_lens.methods.low_rank import layers_with
+from melbo_lens.methods.low_rank import band_with
 from melbo_lens.methods.melbo import fit_vectors
 from melbo_lens.methods.noise import noise_vectors
 from melbo_lens.methods.problem import vectors_on
@@ -102,8 +102,7 @@ class CpeTrial:
         settings = {"n_factors": self.n_factors, "seed": self.seed, "scale": self.scale, "n_steps": self.n_steps}
         most = self.target_layer - 1
         band = range(self.source_layer, min(self.source_layer + self.n_layers, most))
-        later = range(band.stop, most)  # of a hybrid, whose band may be without attention
-        layers = layers_with(sliced.host, "attn", band) or layers_with(sliced.host, "attn", later)[:1] or [*band]
+        layers = band_with(sliced.host, "attn", band, most)
         return fit_cpe(sliced, source_layers=layers, batch_size=batch_size, progress=False, **settings)
 
 

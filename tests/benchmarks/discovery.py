@@ -1,5 +1,8 @@
 """Which method finds what a model hides?  `make bench-discovery` gives each the same time, rounds and prompts.
 
+Two can't keep to it: "adamw" makes at least one trial of four vectors, however long that takes, and "contrastive", of
+which there is one vector for each layer and radius, ends by itself. Each result has its seconds.
+
 Every method runs through `discover`: the same pairs of layers, the same ladder of radii where it has a radius, the same
 rounds and sizes by the time it takes, and the settings of its trials as they are published, or as a search has them.
 None was chosen on the prompts and seeds shown. The contrastive vectors stand apart, since they use labels.
