@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from melbo_lens import tables
 from melbo_lens.ascent.manifolds import unit
+from melbo_lens.memory import is_out_of_memory
 from melbo_lens.models import hooks
 from melbo_lens.models.slices import SlicedModel
 from melbo_lens.perturbations.sites import Hook
@@ -222,9 +223,9 @@ def _directional_derivatives(
     try:
         with sdpa_kernel(SDPBackend.MATH):  # the only form of attention that has a forward derivative
             return torch.stack([torch.func.jvp(change, (torch.zeros_like(v),), (v,))[1].detach() for v in directions])
-    except torch.OutOfMemoryError:
-        raise
     except (NotImplementedError, RuntimeError) as missing:
+        if is_out_of_memory(missing):
+            raise
         return _central_differences(sliced, directions, missing)
 
 

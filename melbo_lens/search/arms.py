@@ -11,7 +11,7 @@ from melbo_lens.models.access import Model, host_of
 from melbo_lens.models.host import Host
 from melbo_lens.models.slices import slice_model
 from melbo_lens.prompts import Positions, Prompts
-from melbo_lens.search.trials import AdapterTrial, AnyTrial, CpeTrial, DctTrial, JacobianTrial, NoiseTrial, Trial
+from melbo_lens.sweeps.trials import AdapterTrial, AnyTrial, CpeTrial, DctTrial, JacobianTrial, NoiseTrial, Trial
 
 # The most promising come first. Layers are shares of the depth; radii are shares of the edge of readability. On SmolLM2
 # an early, near target found as much with each vector as a far one, and its fits take half of the time.

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from melbo_lens import tables
 from melbo_lens.arguments import public
+from melbo_lens.evaluation.departures import shares
 from melbo_lens.evaluation.rates import Behavior
 from melbo_lens.generation.completions import Completions
 from melbo_lens.measures.radius import Calibration
@@ -20,10 +21,10 @@ from melbo_lens.models.access import Model, host_of
 from melbo_lens.perturbations.perturbation import Perturbation, concatenate
 from melbo_lens.prompts import Positions, Prompts, tokenize
 from melbo_lens.search.arms import Ladder, Method, arms_of, check_methods, norms_of
-from melbo_lens.search.groups import collected, grouped, heldout_rate, shares
+from melbo_lens.search.groups import collected, grouped, heldout_rate
 from melbo_lens.search.pace import GUESS, MARGIN, Pace
 from melbo_lens.search.rounds import Search, rounds
-from melbo_lens.search.trials import AnyTrial
+from melbo_lens.sweeps.trials import AnyTrial
 
 SHARE_FOR_HELDOUT, SHARE_FOR_GROUPS = 0.2, 0.03  # of the budget, for what follows the trials
 SHARE_FOR_EDGE = 0.35  # of the budget, after which the edge is bisected no further

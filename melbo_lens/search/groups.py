@@ -11,7 +11,6 @@ from typing import Any
 import pandas as pd
 import torch
 
-from melbo_lens.evaluation.departures import KINDS
 from melbo_lens.evaluation.rates import Behavior, shows
 from melbo_lens.evaluation.words import word_counts
 from melbo_lens.generation.completions import Completions
@@ -20,7 +19,7 @@ from melbo_lens.measures.ranking import cluster
 from melbo_lens.models.access import Model
 from melbo_lens.perturbations.perturbation import Perturbation
 from melbo_lens.prompts import Prompts
-from melbo_lens.search.trials import AnyTrial
+from melbo_lens.sweeps.trials import AnyTrial
 
 COLUMNS = (
     "group behavior change example method source_layer target_layer radius relative_radius effect vector sign rate "
@@ -48,27 +47,6 @@ def promise(rows: pd.DataFrame) -> pd.Series:
     fluent = (2 * rows.natural.clip(upper=0)).map(math.exp)
     scores = rows.new_words * rows.surprise.clip(upper=SURPRISING) * fluent
     return scores.where(rows.change.isin(["wording", "content"]), 0.0)
-
-
-def shares(rows: pd.DataFrame) -> dict[str, float]:
-    """Says which share of the directions does what; a direction is a vector of a trial with a sign.
-
-    "nothing" means that no completion changed. Otherwise it is "noise" if most of the changed completions are, else
-    "content" if one of them is, else "wording".
-    """
-    steered = rows[rows.kind == "steered"]
-    found = dict.fromkeys(("nothing", *KINDS[1:]), 0)
-    directions = steered.groupby(["trial", "vector", "sign"])
-    for _, change in directions.change:
-        counts = change.value_counts()
-        changed = len(change) - counts.get("same", 0)
-        if not changed:
-            found["nothing"] += 1
-        elif 2 * counts.get("noise", 0) > changed:
-            found["noise"] += 1
-        else:
-            found["content" if counts.get("content", 0) else "wording"] += 1
-    return {kind: n / max(len(directions), 1) for kind, n in found.items()}
 
 
 def grouped(

@@ -4,8 +4,8 @@ import time
 from dataclasses import dataclass, field
 
 from melbo_lens.search.arms import N_STEPS
-from melbo_lens.search.running import LEARNED_PER_RANDOM
-from melbo_lens.search.trials import AnyTrial
+from melbo_lens.sweeps.running import LEARNED_PER_RANDOM
+from melbo_lens.sweeps.trials import AnyTrial
 
 FEWEST, FIRST, MOST = 4, 16, 64  # the vectors of a trial: at the least, in the first round, and at the most
 MARGIN = 1.2  # a trial is begun if so many times its expected duration is left

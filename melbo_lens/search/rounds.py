@@ -15,8 +15,8 @@ from melbo_lens.prompts import Positions, PromptBatch, Prompts
 from melbo_lens.search.arms import Arm, Ladder
 from melbo_lens.search.groups import promise
 from melbo_lens.search.pace import FEWEST, FIRST, MOST, Pace
-from melbo_lens.search.running import perform
-from melbo_lens.search.trials import AnyTrial
+from melbo_lens.sweeps.running import perform
+from melbo_lens.sweeps.trials import AnyTrial
 
 SHARE_OF_FIRST_ROUND = 0.5  # of the time that is left after the edge was found
 FEWEST_ARMS = 2  # so many arms go into every later round
