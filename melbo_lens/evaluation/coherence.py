@@ -58,7 +58,8 @@ def token_log_probs(model: Model, completions: Completions) -> list[Float[Tensor
     with hooks.frozen(host), torch.no_grad():
         for prompt, continuations in same.items():
             texts = sorted(continuations, key=len)
-            for chunk, (log_probs, cached) in in_batches(texts, ROWS_AT_ONCE, partial(read, prompt)):
+            for chunk, (log_probs, trusted) in in_batches(texts, ROWS_AT_ONCE, partial(read, prompt)):
+                cached = trusted
                 for text, row in zip(chunk, log_probs, strict=True):
                     hooks.check_finite(host, row[None], ["the unsteered model"], "the log-probabilities")
                     for i in continuations[text]:

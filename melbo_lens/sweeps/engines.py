@@ -102,7 +102,7 @@ class Engine(ABC):
     def run(self, tasks: Iterable[Task[Any]]) -> Iterator[Done]:
         """Does tasks, and yields each at its end. The next one is taken when a worker is idle, and not before."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 (most have nobody to let go)
         """Lets the workers go."""
 
     @cached_property
@@ -125,16 +125,42 @@ class Engine(ABC):
                 yield Done(task, known)
         yield from self.run(missing)
 
-    def note(self, tasks: Iterable[Task[Any]], plan: str | None = None) -> None:
-        """Notes in the folder what was asked for, so that `status` can tell how far it is.
+    def begin(self, tasks: Iterable[Task[Any]], plan: str | None = None) -> None:
+        """Makes the folder, if it is missing, and notes what is asked for, so that `status` can tell how far it is.
 
         Args:
             tasks: the tasks.
             plan: the name of the note, under which a longer one takes its place; None names it after the tasks.
+
+        Raises:
+            ValueError: the folder is of another model.
         """
-        if self.folder is not None:
-            names = sorted({task.name(self.fingerprint) for task in tasks})
-            files.write_json(self.folder / PLANS / f"{plan or digest(names, size=8)}.json", names)
+        if self.folder is None:
+            return
+        (self.folder / LOCKS).mkdir(parents=True, exist_ok=True)
+        (self.folder / PLANS).mkdir(exist_ok=True)
+        with FileLock(self.folder / LOCKS / "model"):
+            if not self.check_folder():
+                name = self.ask(attrgetter("host.name"))
+                files.write_json(self.folder / MODEL, {"name": name, "fingerprint": self.fingerprint})
+        names = sorted({task.name(self.fingerprint) for task in tasks})
+        files.write_json(self.folder / PLANS / f"{plan or digest(names)}.json", names)
+
+    def check_folder(self) -> bool:
+        """Says whether the folder is of a model already.
+
+        Raises:
+            ValueError: it is of another one than this.
+        """
+        if self.folder is None or not (self.folder / MODEL).is_file():
+            return False
+        known = files.read_json(self.folder / MODEL)
+        if known["fingerprint"] != self.fingerprint:
+            raise ValueError(
+                f"{self.folder} holds results of {known['name']!r} with other weights than "
+                f"{self.ask(attrgetter('host.name'))!r} has now: choose another folder."
+            )
+        return True
 
     def _ended(self, task: Task[Any]) -> Done:
         known = self.known(task)
@@ -278,7 +304,7 @@ def engine_for(
 
     Args:
         model: the model, its key, or its name.
-        directory: the folder of the results, which is made if it is missing; None keeps them in memory.
+        directory: the folder of the results, which `begin` makes if it is missing; None keeps them in memory.
         engine: "here" is this process, "ray" are Ray's actors.
         n_workers: as in `OnRay`.
 
@@ -296,31 +322,13 @@ def engine_for(
         if directory is None:
             raise ValueError('engine="ray" keeps results in a folder, which all workers see: give directory.')
         if not isinstance(model, ModelKey | str):
-            raise ValueError('engine="ray" loads the model in its actors: give its name or an ml.ModelKey, not a model.')
+            raise ValueError(
+                'engine="ray" loads the model in its actors: give its name or an ml.ModelKey, not a model.'
+            )
         workers = OnRay(model, Path(directory), n_workers)
     try:
-        _claim(Path(directory), workers)
+        workers.check_folder()
     except BaseException:
         workers.close()
         raise
     return workers
-
-
-def _claim(folder: Path, workers: Engine) -> None:
-    """Makes the folder, and notes which model it is of.
-
-    Raises:
-        ValueError: it is of another one.
-    """
-    fingerprint, name = workers.fingerprint, workers.ask(attrgetter("host.name"))
-    (folder / LOCKS).mkdir(parents=True, exist_ok=True)
-    (folder / PLANS).mkdir(exist_ok=True)
-    with FileLock(folder / LOCKS / "model"):
-        path = folder / MODEL
-        if not path.is_file():
-            files.write_json(path, {"name": name, "fingerprint": fingerprint})
-        elif (known := files.read_json(path))["fingerprint"] != fingerprint:
-            raise ValueError(
-                f"{folder} holds results of {known['name']!r} with other weights than {name!r} has now: choose "
-                "another folder."
-            )

@@ -63,15 +63,14 @@ def sweep(
     if what is None:
         raise ValueError("these jobs are of a model that a search was given, and name none: give it as model.")
     tasks = [TrialTask(job) for job in list(plan)[of_shard(shard)]]
-    workers = engine_for(what, directory, engine, n_workers)
-    workers.note(tasks)
-    return _outcomes(workers, tasks, retry, progress)
+    return _outcomes(engine_for(what, directory, engine, n_workers), tasks, retry, progress)
 
 
 def _outcomes(workers: Engine, tasks: list[TrialTask], retry: bool, progress: bool) -> Iterator[Outcome]:
     """Yields the outcomes of different tasks, first those that are there."""
     tasks = list({task.name(workers.fingerprint): task for task in tasks}.values())
     with workers, tqdm(total=len(tasks), desc="sweep", unit="trial", disable=not progress) as bar:
+        workers.begin(tasks)
         missing: list[TrialTask] = []
         for task in tasks:
             known = workers.known(task)

@@ -140,6 +140,6 @@ class Measurement(Task[R]):
             return None
 
 
-def digest(*said: Any, size: int = 12) -> str:
-    """Returns a name for what these JSON values say."""
-    return hashlib.blake2b(json.dumps(said, sort_keys=True).encode(), digest_size=size).hexdigest()
+def digest(said: Any) -> str:
+    """Returns a name for what this value of JSON's types says."""
+    return hashlib.blake2b(json.dumps(said, sort_keys=True).encode(), digest_size=8).hexdigest()

@@ -153,7 +153,7 @@ def test_a_damaged_file_is_named_and_its_trial_is_run_again(plan, model, tmp_pat
 
 def test_a_folder_of_another_model_is_refused(plan, build, tmp_path):
     run(plan[:1], tmp_path, build("gpt2", "bridge"))
-    with pytest.raises(ValueError, match="holds results of .* with other weights"):
+    with pytest.raises(ValueError, match=r"holds results of .* with other weights"):
         run(plan[:1], tmp_path, build("llama", "bridge"))
 
 
