@@ -1,7 +1,8 @@
 """Which radius should vectors have?  The one where the blocks up to the target stop being linear, or another rule's."""
 
 import itertools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
@@ -60,6 +61,20 @@ class Calibration:
     def relative(self) -> float | None:
         """The radius as a share of the stream's median norm, by which models can be compared."""
         return None if self.norm is None else self.radius / self.norm
+
+    @classmethod
+    def of_json(cls, said: Mapping[str, Any]) -> "Calibration":
+        """Makes a calibration from its attributes as JSON keeps them, with lists for tuples and null for NaN.
+
+        Raises:
+            KeyError, TypeError, ValueError: they are something else.
+        """
+        rows = {
+            name: tuple(tuple(math.nan if value is None else float(value) for value in row) for row in said[name])
+            for name in ("curve", "effects")
+            if name in said
+        }
+        return cls(**{**said, **rows})
 
     def _repr_html_(self) -> str:
         table = pd.DataFrame(self.curve, columns=["radius", self.rule])

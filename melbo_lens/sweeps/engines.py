@@ -130,7 +130,7 @@ class Engine(ABC):
 
         Args:
             tasks: the tasks.
-            plan: the name of the note, under which a longer one takes its place; None names it after the tasks.
+            plan: the name of a note to which these are added; None makes one that is named after the tasks.
 
         Raises:
             ValueError: the folder is of another model.
@@ -144,7 +144,10 @@ class Engine(ABC):
                 name = self.ask(attrgetter("host.name"))
                 files.write_json(self.folder / MODEL, {"name": name, "fingerprint": self.fingerprint})
         names = sorted({task.name(self.fingerprint) for task in tasks})
-        files.write_json(self.folder / PLANS / f"{plan or digest(names)}.json", names)
+        note = self.folder / PLANS / f"{plan or digest(names)}.json"
+        known = files.read_json(note) if note.is_file() else []
+        if not set(names) <= set(known):
+            files.write_json(note, sorted({*known, *names}))
 
     def check_folder(self) -> bool:
         """Says whether the folder is of a model already.

@@ -26,7 +26,7 @@ WITHIN = {
     "generation": "completions decoding steer generate",
     "evaluation": "rates coherence departures words",
     "sweeps": "trials running jobs tasks outcomes engines sweep",
-    "search": "arms pace groups rounds discovery layers",
+    "search": "arms pace groups rounds searching discovery layers",
     "reports": "findings page",
 }
 ONLY_IN = {"transformer_lens": {"models"}, "plotly": {"plots"}, "circuitsvis": {"plots"}}
