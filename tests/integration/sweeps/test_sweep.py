@@ -310,25 +310,3 @@ def test_the_commands_say_what_failed_and_how_far_a_sweep_is(tmp_path):
     assert "target_layer=77" in shown.output
     wrong = CliRunner().invoke(app, [*command(tmp_path)[3:], "--shard", "x"])
     assert wrong.exit_code == 2 and Path(tmp_path / "out").is_dir()
-
-
-@pytest.mark.timeout(600)
-def test_ray_runs_a_plan_and_a_lost_worker_costs_one_trial(tmp_path, monkeypatch):
-    """A worker is killed in the middle; Ray starts another one, and the table is that of a sweep in one process."""
-    ray = pytest.importorskip("ray")
-    monkeypatch.setenv("RAY_worker_niceness", "0")  # other tests share the machine
-    write_plan(tmp_path, 12)
-    jobs = jobs_of(yaml.safe_load((tmp_path / "plan.yaml").read_text()))
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    try:
-        more = ml.sweep(jobs, tmp_path / "ray", "ray", n_workers=1, progress=False)
-        found = [next(more) for _ in range(3)]
-        subprocess.run(["pkill", "-9", "-f", "ray::Worker"], check=True)
-        found += list(more)
-    finally:
-        ray.shutdown()
-    assert len({one.digest for one in found}) == 12 and all(one.failure is None for one in found)
-    list(ml.sweep(jobs, tmp_path / "here", progress=False))
-    pd.testing.assert_frame_equal(
-        without_seconds(ml.merge(tmp_path / "ray")), without_seconds(ml.merge(tmp_path / "here"))
-    )
