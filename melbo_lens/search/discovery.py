@@ -249,7 +249,7 @@ def discover(
     Raises:
         ValueError: the budget is not a positive number of seconds, the model has no edge, the directory holds results
             of another model, or another argument breaks a rule.
-        FloatingPointError, ValueError: no trial could be completed; it is the error of the last one.
+        FloatingPointError, ValueError, RuntimeError: no trial could be completed; it is the error of the last one.
 
     Warns:
         UserWarning: a trial was left out, since activations or logits were NaN or infinite, or since its method doesn't

@@ -18,6 +18,8 @@ from melbo_lens.sweeps.outcomes import Outcome, TrialTask
 from melbo_lens.sweeps.tasks import Bench, digest
 from melbo_lens.sweeps.trials import AnyTrial, trial_as, trial_from
 
+ERRORS = {"ValueError": ValueError, "NoRadius": ValueError, "FloatingPointError": FloatingPointError}  # of one trial
+
 
 @dataclass
 class Search:
@@ -53,11 +55,13 @@ class Search:
         """The outcomes in the order in which their trials were begun.
 
         Raises:
-            FloatingPointError, ValueError: there is none; it is the error of the last trial.
+            FloatingPointError, ValueError, RuntimeError: there is none; it is the error of the last trial.
         """
         if not self.trials:
-            why = f"no trial could be completed: {self.failure}"
-            raise (ValueError if isinstance(self.failure, ValueError) else FloatingPointError)(why) from self.failure
+            kind = next(
+                (one for one in (ValueError, RuntimeError) if isinstance(self.failure, one)), FloatingPointError
+            )
+            raise kind(f"no trial could be completed: {self.failure}") from self.failure
         return [self.trials[number][0] for number in sorted(self.trials)]
 
     @property
@@ -84,7 +88,7 @@ class Search:
             raise error
         if outcome is not None and outcome.failure is not None:
             kind, _, why = outcome.failure.partition(": ")
-            error = (ValueError if kind in ("ValueError", "NoRadius") else FloatingPointError)(why)
+            error = ERRORS.get(kind, RuntimeError)(why)
         if error is not None:  # of a single trial: what others found is not to be lost
             warnings.warn(f"{done.task.job.trial} is left out: {error}", stacklevel=4)
             self.failure = error

@@ -54,7 +54,7 @@ class Worker:
         """Answers a question about the model."""
         return question(self.bench)
 
-    def run(self, task: Task[Any], wait: bool = True) -> bool:
+    def run(self, task: Task[Any], wait: bool = True) -> Any:
         """Does a task, unless its result is there, and keeps the result.
 
         Args:
@@ -62,16 +62,23 @@ class Worker:
             wait: whether to wait where another process does this very task.
 
         Returns:
-            Whether the result is there now.
+            The result, as it was read from its file; None if another process does the task and it was not waited for.
+
+        Raises:
+            Exception: the task failed, and its failure is not kept.
+            RuntimeError: the file is gone as soon as it was written.
         """
         name = task.name(self.bench.fingerprint)
         try:
             with FileLock(self.folder / LOCKS / name, timeout=-1 if wait else 0):
                 if not task.is_done(self.folder, name):
                     task.keep(self._result(task, name), self.folder, name)
+                result = task.kept(self.folder, name)
         except Timeout:
-            return False
-        return True
+            return None
+        if result is None:
+            raise RuntimeError(f"what {task} gave was written into {self.folder} and can't be read there.")
+        return result
 
     def _result(self, task: Task[Any], name: str) -> Any:
         try:
@@ -165,12 +172,6 @@ class Engine(ABC):
             )
         return True
 
-    def _ended(self, task: Task[Any]) -> Done:
-        known = self.known(task)
-        if known is None:
-            return Done(task, error=RuntimeError(f"what {task} gave is gone from {self.folder}: don't delete it."))
-        return Done(task, known)
-
     def __enter__(self) -> "Engine":
         return self
 
@@ -224,11 +225,10 @@ class Here(Engine):
 
     def _tried(self, task: Task[Any], wait: bool) -> Done | None:
         try:
-            if not self.worker.run(task, wait):
-                return None
+            result = self.worker.run(task, wait)
         except Exception as error:
             return Done(task, error=error)
-        return self._ended(task)
+        return None if result is None else Done(task, result)
 
 
 class OnRay(Engine):
@@ -282,7 +282,7 @@ class OnRay(Engine):
 
     def _got(self, ref: Any, task: Task[Any]) -> Done:
         try:
-            self.ray.get(ref)
+            return Done(task, self.ray.get(ref))
         except self.ray.exceptions.RayTaskError as error:
             return Done(task, error=error.cause)
         except self.ray.exceptions.RayError as lost:
@@ -293,7 +293,7 @@ class OnRay(Engine):
             if failure is None:
                 return Done(task, error=error)
             task.keep(failure, self.folder, name)
-        return self._ended(task)
+            return Done(task, failure)
 
     def close(self) -> None:
         for actor in self.actors:

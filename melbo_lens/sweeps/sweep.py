@@ -140,7 +140,7 @@ class Status:
     """How far the sweeps of a folder are.
 
     Attributes:
-        n_done: how many trials are finished.
+        n_done: how many trials are finished. Pairs of a scan and the edge of a search count as trials.
         n_asked: how many were asked for.
         failures: digest -> why the trial failed.
         seconds_left: what the others will take one after another, if each takes as long as the finished ones; None

@@ -163,6 +163,16 @@ def test_without_forward_differentiation_differences_give_the_same_derivative(mo
     assert calibration.solve_radius(sliced).radius == pytest.approx(radius, rel=0.02)
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), RuntimeError("can't allocate memory")])
+def test_memory_that_runs_out_is_not_taken_for_a_missing_derivative(monkeypatch, error):
+    def short(*_, **__):
+        raise error
+
+    monkeypatch.setattr(torch.func, "jvp", short)
+    with pytest.raises(type(error)):
+        calibration.solve_radius(by_blocks(Mixed(0.0, 9.0)))
+
+
 def test_a_derivative_that_differences_do_not_agree_on_is_refused(monkeypatch):
     class Noisy(nn.Module):
         def forward(self, stream):

@@ -231,6 +231,36 @@ def test_rounds_come_back_from_json_with_trials_that_were_begun():
     assert next(trials) == begun[0] and next(trials) != begun[0]
 
 
+def test_with_several_workers_a_round_has_time_for_larger_trials():
+    def after_the_first(n_at_once):
+        arms = arms_of(12)
+        rounds, clock = Rounds(list(arms), list(arms), 0), pace.Pace(1000.0, 1)
+        make = lambda arm, n, number: arm.trial(2.0, n, 64, number)  # noqa: E731
+        trial = next(rounds.trials(clock, make))
+        clock.learn(trial, 20.0, 5.0)
+        table = pd.DataFrame({"kind": ["steered"], "text": ["x"]})
+        judged = pd.DataFrame({"change": ["wording"], "new_words": [0.5], "surprise": [2.0], "natural": [-1.0]})
+        written = SimpleNamespace(table=table)
+        rounds.over(trial, SimpleNamespace(completions=written, judged=judged), clock, make, n_at_once)
+        return rounds.n_vectors
+
+    alone, three = after_the_first(1), after_the_first(3)
+    assert 16 <= alone < three <= 64 and three == pytest.approx(min(3 * alone, 64), abs=3)
+
+
+def test_other_held_out_prompts_are_written_on_anew(organism, clock, tmp_path):
+    plan = [ml.Trial(0, 4, 10.0, 6, False, 0, 4)]
+    rates = [
+        search(organism, folder, plan=plan, heldout=organism.prompts["selection"][some], max_new_tokens=8).table
+        for some in (slice(0, 3), slice(3, 9))
+        for folder in (None, tmp_path, tmp_path)
+    ]
+    assert rates[0].heldout_rate.notna().all()
+    for plain, *kept in (rates[:3], rates[3:]):
+        assert all(one.equals(plain) for one in kept)
+    assert not rates[0].equals(rates[3]) and len(list(tmp_path.glob("*-heldout.json"))) == 2 * len(rates[0])
+
+
 def test_a_plan_in_a_folder_gives_the_table_that_it_gives_without_whoever_stopped_it(organism, clock, tmp_path):
     plan = [ml.Trial(0, 4, 4.0 + i, 4, False, i, 2) for i in range(4)] + [
         ml.CpeTrial(0, 4, 3, 1, n_layers=2, n_steps=2)

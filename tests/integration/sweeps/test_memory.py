@@ -99,19 +99,33 @@ def test_generation_writes_the_same_with_less_room(model, room):
     )
 
 
-def test_memory_that_runs_out_in_a_step_is_not_taken_for_a_broken_cache(model, monkeypatch):
-    """The machine's own error is a RuntimeError, as those of models whose cache fails."""
-    real, calls = BridgeHost.cached_logits, []
+@pytest.fixture
+def short(monkeypatch):
+    """Raises the machine's own error, a RuntimeError, where a step with the cache has more than two rows."""
+    real, tried = BridgeHost.cached_logits, []
 
-    def short(self, tokens, mask, cache):
-        calls.append(len(tokens))
+    def cached_logits(self, tokens, mask, cache):
+        tried.append(len(tokens))
         if cache is not None and len(tokens) > 2:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
         return real(self, tokens, mask, cache)
 
-    monkeypatch.setattr(BridgeHost, "cached_logits", short)
-    vectors = ml.SteeringVectors.from_tensor(torch.ones(3, 32), 1)
+    return lambda: monkeypatch.setattr(BridgeHost, "cached_logits", cached_logits) or tried
+
+
+def test_memory_that_runs_out_in_a_step_is_not_taken_for_a_broken_cache(model, short):
+    vectors, tried = ml.SteeringVectors.from_tensor(torch.ones(3, 32), 1), short()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         written = ml.generate(model, "w1 w2", vectors, 3, include_random=False, progress=False)
-    assert len(written) == 7 and 7 in calls and set(calls[-3:]) == {1}
+    assert len(written) == 7 and 7 in tried and set(tried[-3:]) == {1}
+
+
+def test_memory_that_runs_out_while_texts_are_judged_is_not_taken_for_a_broken_cache(model, short, monkeypatch):
+    vectors = ml.random_vectors(ml.SteeringVectors.from_tensor(torch.ones(9, 32), 1), 3)
+    written = ml.generate(model, "w1 w2", vectors, 3, progress=False)
+    plain, uncached, real = ml.coherence(model, written), [], BridgeHost.logits
+    monkeypatch.setattr(BridgeHost, "logits", lambda self, *a: uncached.append(len(a[0])) or real(self, *a))
+    short()
+    torch.testing.assert_close(ml.coherence(model, written), plain, rtol=1e-4, atol=1e-4)
+    assert max(uncached) == 1  # the one row that is compared, and no pass of all rows without the cache

@@ -179,6 +179,45 @@ def test_a_trial_that_failed_is_run_again_if_asked_for(plan, model, tmp_path, mo
     assert ml.merge(tmp_path).failure.isna().all() and not list(tmp_path.glob("*.failed.json"))
 
 
+def test_a_job_of_a_model_in_the_callers_hands_needs_that_model(plan, model, tmp_path):
+    jobs = [replace(job, model=None) for job in plan[:2]]
+    with pytest.raises(ValueError, match="name none: give it as model"):
+        ml.sweep(jobs, tmp_path)
+    assert job_from(json.loads(json.dumps(jobs[0].as_json()))) == jobs[0]
+    found = run(jobs, tmp_path, model)
+    assert [one.job for one in map(ml.Outcome.load, tmp_path.glob("*.safetensors"))] and len(found) == 2
+    assert len({*(one.digest for one in found), *(one.digest for one in run(plan[:2], tmp_path, model))}) == 4
+
+
+def test_token_ids_are_prompts_of_a_job(model, tmp_path):
+    ids = [{"ids": [1, 5, 6], "text": "a"}, {"ids": [1, 7], "text": "b"}]
+    jobs = ml.plan_jobs("somewhere", TRIALS[:1], ids, together=True, max_new_tokens=3)
+    (found,) = run(jobs, tmp_path, model)
+    assert found.completions.prompt_tokens[:2] == ((1, 5, 6), (1, 7))
+    assert found.learned.provenance["prompt_tokens"] == [[1, 5, 6], [1, 7]]
+
+
+def test_a_bench_keeps_the_last_slices_as_far_as_they_are_small(model, monkeypatch):
+    made, real = [], tasks.slice_model
+    monkeypatch.setattr(tasks, "slice_model", lambda *a: made.append(a[2:4]) or real(*a))
+    bench = tasks.Bench(model)
+    for target in (3, 4, 3, 4):
+        assert bench.slice(("w1 w2",), 0, target, "[-1]").target_layer == target
+    assert made == [(0, 3), (0, 4)]
+    assert bench.slice(("w1 w2",), 0, 3, None).batch.target_mask.sum() == 3  # BOS and two words
+    one = tasks._n_bytes(bench.slice(("w1 w2",), 0, 3, "[-1]"))
+    made.clear()
+    monkeypatch.setattr(tasks, "KEPT_BYTES", 1.6 * one)
+    for source in (0, 1, 0, 2, 0, 1):
+        bench.slice(("w1 w2",), source, source + 2, "[-1]")
+    assert made == [(0, 2), (1, 3), (2, 4), (1, 3)]  # the one that was not asked for longest went first
+    monkeypatch.setattr(tasks, "KEPT_BYTES", 0)
+    made.clear()
+    for target in (3, 3, 4, 3):
+        bench.slice(("w1 w2",), 0, target, "[-1]")
+    assert made == [(0, 3), (0, 4), (0, 3)]
+
+
 def test_shards_share_out_a_plan_and_slurm_names_them(plan, monkeypatch):
     parts = [plan[of_shard((i, 4))] for i in range(1, 5)]
     assert sorted(map(repr, [job for part in parts for job in part])) == sorted(map(repr, plan))
