@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from melbo_lens.methods.jacobian import fit_jacobian as fit_jacobian
     from melbo_lens.methods.melbo import fit_vectors as fit_vectors
     from melbo_lens.methods.noise import noise_vectors as noise_vectors
+    from melbo_lens.methods.planning import MemoryPlan as MemoryPlan
+    from melbo_lens.methods.planning import plan_memory as plan_memory
     from melbo_lens.models.slices import SlicedModel as SlicedModel
     from melbo_lens.models.slices import slice_model as slice_model
     from melbo_lens.perturbations.adapters import SteeringAdapters as SteeringAdapters
@@ -101,6 +103,7 @@ _HOMES = {
     "methods.jacobian": "fit_jacobian",
     "methods.noise": "noise_vectors",
     "methods.melbo": "fit_vectors",
+    "methods.planning": "plan_memory",
     "models.slices": "slice_model",
     "perturbations.adapters": "SteeringAdapters",
     "perturbations.loading": "load",
@@ -122,6 +125,7 @@ _RESULTS = {
     "measures.next_tokens": "NextTokens",
     "measures.output": "Effects",
     "measures.radius": "Calibration",
+    "methods.planning": "MemoryPlan",
     "sweeps.outcomes": "Outcome",
     "measures.source": "AdapterEffect",
     "models.slices": "SlicedModel",

@@ -140,7 +140,7 @@ def _norm_of_source(sliced: SlicedModel) -> float:
     read = (sliced.source_hook, lambda activation, hook: seen.append(activation))
     with hooks.frozen(sliced.host), torch.no_grad(), hooks.attached(sliced.host, [read]):
         sliced.source_call(sliced.entry, sliced.everyone, len(sliced.batch))
-    return float(seen[0].float().norm(dim=-1)[sliced.batch.own].median()) or 1.0
+    return float(seen[0].to(sliced.device).float().norm(dim=-1)[sliced.batch.own].median()) or 1.0
 
 
 def _solve(
@@ -279,12 +279,12 @@ def _next_token_log_probs(
     if vector is not None:
 
         def add(activation: Tensor, hook: Any) -> Tensor:
-            return (activation + vector).to(activation.dtype)
+            return (activation + vector.to(activation.device)).to(activation.dtype)
 
         added.append((sliced.source_hook, add))
     with torch.no_grad(), hooks.attached(sliced.host, added):
         logits = sliced.host.forward(sliced.batch.tokens)
-    after = logits[sliced.everyone.to(logits.device), sliced.batch.lengths - 1].float()
+    after = logits[sliced.everyone, sliced.batch.lengths - 1].float()
     hooks.check_finite(
         sliced.host, after, ["the unsteered model" if vector is None else "a random vector"] * len(after), "the logits"
     )

@@ -80,6 +80,12 @@ def resolved_name(host: Host, name: str) -> str:
     return str(hook_point(host, name).name)
 
 
+def within(host: Host, block: nn.Module, hooks: Sequence[Hook]) -> list[Hook]:
+    """Returns the hooks that are attached to parts of one block."""
+    parts = set(map(id, block.modules())) if hooks else set()
+    return [hook for hook in hooks if id(hook_point(host, hook[0])) in parts]
+
+
 @dataclass(frozen=True)
 class _Counted:
     """A hook function that counts its calls."""

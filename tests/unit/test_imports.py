@@ -17,11 +17,11 @@ ORDER = (
 WITHIN = {
     "ascent": "manifolds objectives states sogi constraints adamw fixed_point",
     "perturbations": "sites updates perturbation vectors adapters loading",
-    "models": "host hooks passes blocks hooked bridge access targets slices counterparts",
+    "models": "memory host hooks passes blocks hooked bridge access targets slices counterparts trimming",
     "measures": "source controls radius changes output next_tokens directions ranking",
     "methods": (
-        "provenance problem mean_change version_0_1_0 checkpoints fitting readable automatic calibrate low_rank "
-        "derivatives melbo adapters cpe dct jacobian contrastive noise"
+        "provenance problem planning mean_change version_0_1_0 checkpoints fitting readable automatic calibrate "
+        "low_rank derivatives melbo adapters cpe dct jacobian contrastive noise"
     ),
     "generation": "completions decoding steer generate",
     "evaluation": "rates coherence departures words",
