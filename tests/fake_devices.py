@@ -21,6 +21,7 @@ class Placed(Tensor):
     """A tensor on a device of that type."""
 
     held: Tensor
+    left: torch.device | None = None  # where a parameter lies to which other data were assigned
 
     @staticmethod
     def __new__(cls, held: Tensor, device: torch.device) -> "Placed":
@@ -38,6 +39,20 @@ class Placed(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return dispatched(func, args, kwargs or {}, Counter())
+
+    @property
+    def device(self) -> torch.device:
+        return self.left or Tensor.device.__get__(self)
+
+    @property
+    def data(self) -> Tensor:
+        return self.held if self.left else self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        # the C++ part of a tensor refuses data of another kind, as real ones of another device are not
+        placed = isinstance(value, Placed)
+        self.held, self.left = (value.held, None) if placed else (value, value.device)
 
     def tolist(self) -> Any:
         return self.held.tolist()

@@ -116,6 +116,7 @@ class NoModel(Host):
     """The host of a slice that a test made by hand: it has no model, and is asked nothing."""
 
     networks = ()
+    quantised = False
 
     def __init__(self) -> None:
         self.points = {}

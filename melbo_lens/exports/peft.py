@@ -19,6 +19,7 @@ from melbo_lens.models import hooks
 from melbo_lens.models.access import Model, host_of
 from melbo_lens.models.counterparts import from_files, module_name
 from melbo_lens.models.host import Host
+from melbo_lens.models.memory import packed
 from melbo_lens.models.slices import TOLERANCES
 from melbo_lens.perturbations.adapters import SteeringAdapters
 from melbo_lens.perturbations.perturbation import Perturbation
@@ -148,7 +149,7 @@ def _check(
                 "made from."
             )
         expected = [steered(ids) for ids in rows]  # before the update: a bridge shares its network's weights
-        with _updated(adapters, weights, host.architecture in CONV1D):
+        with _updated(adapters, network, names, weights, host.architecture in CONV1D):
             difference = max(_distance(network(ids).logits, logits) for ids, logits in zip(rows, expected, strict=True))
     if difference > tolerance:
         raise ValueError(
@@ -213,15 +214,34 @@ def _network(
 
 
 @contextmanager
-def _updated(adapters: SteeringAdapters, weights: Mapping[int, Tensor], conv1d: bool) -> Iterator[None]:
-    """Adds the update to the weights [d_model d_in] (for Conv1D [d_in d_model]), and afterwards restores their bits."""
+def _updated(
+    adapters: SteeringAdapters,
+    network: nn.Module,
+    names: Mapping[int, str],
+    weights: Mapping[int, Tensor],
+    conv1d: bool,
+) -> Iterator[None]:
+    """Adds the update to the weights [d_model d_in] (for Conv1D [d_in d_model]), and afterwards restores their bits.
+
+    Quantised weights can't be added to, so what the update makes of a module's input is added to its output, as peft
+    itself does.
+    """
+
+    def beside(layer: int) -> Callable[..., Tensor]:
+        a, b = adapters.factors[layer]
+        update = adapters.scales[0] * b[0] @ a[0]
+        return lambda module, inputs, output: (output + inputs[0].float() @ update.to(output.device).T).to(output.dtype)
+
+    whole = {layer: weight for layer, weight in weights.items() if packed(weight)}
+    weights = {layer: weight for layer, weight in weights.items() if layer not in whole}
     saved = {layer: weight.detach().clone() for layer, weight in weights.items()}
-    try:
-        for layer, weight in weights.items():
-            a, b = adapters.factors[layer]
-            update = adapters.scales[0] * b[0] @ a[0]
-            weight.copy_((weight.float() + (update.T if conv1d else update).to(weight.device)).to(weight.dtype))
-        yield
-    finally:
-        for layer, weight in weights.items():
-            weight.copy_(saved[layer])
+    with hooks.watched(after=[(network.get_submodule(names[layer]), beside(layer)) for layer in whole]):
+        try:
+            for layer, weight in weights.items():
+                a, b = adapters.factors[layer]
+                update = adapters.scales[0] * b[0] @ a[0]
+                weight.copy_((weight.float() + (update.T if conv1d else update).to(weight.device)).to(weight.dtype))
+            yield
+        finally:
+            for layer, weight in weights.items():
+                weight.copy_(saved[layer])

@@ -212,8 +212,10 @@ def _directional_derivatives(
 ) -> Float[Tensor, "direction change"]:
     """J v by forward differentiation, or by differences if an operation has no forward derivative.
 
-    Some mixtures of experts have such operations.
+    Some mixtures of experts have such operations. The kernels of quantised weights lack one without saying so.
     """
+    if sliced.host.quantised:
+        return _central_differences(sliced, directions, NotImplementedError("the weights are quantised"))
 
     def change(bias: Tensor) -> Tensor:
         everyone = sliced.everyone
@@ -239,8 +241,9 @@ def _central_differences(
         NoRadius: no two neighbouring steps agree to within `AGREEMENT` (in half precision, `HALF_AGREEMENT`).
     """
     typical = median_norm(sliced)
-    # a slice that needs the model's own hooks has no float32 copy, so it may still be in half precision
-    exact = sliced.resid.dtype in (torch.float32, torch.float64)
+    # a slice that needs the model's own hooks has no float32 copy, so it may still be in half precision; and some
+    # quantised weights round what they are given
+    exact = sliced.resid.dtype in (torch.float32, torch.float64) and not sliced.host.quantised
     steps, agreement = (STEPS, AGREEMENT) if exact else (HALF_STEPS, HALF_AGREEMENT)
     estimates = []
     for step in (share * typical for share in steps):

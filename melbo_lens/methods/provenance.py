@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from melbo_lens.measures.radius import median_norm
 from melbo_lens.models.host import Host
+from melbo_lens.models.memory import held_in
 from melbo_lens.models.slices import SlicedModel
 from melbo_lens.perturbations.perturbation import Perturbation
 
@@ -67,14 +68,15 @@ def fingerprint(host: Host) -> str:
     """
     digest = hashlib.blake2b(type(host.model).__name__.encode(), digest_size=16)
     for name, weight in [*nn.Module.named_parameters(host.model), *nn.Module.named_buffers(host.model)]:
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} {_bits(weight.detach())}".encode())
+        bits = " ".join(_bits(part) for part in held_in(weight.detach()))
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} {bits}".encode())
     return digest.hexdigest()
 
 
 def _bits(weight: Tensor) -> str:
     """The sum of a weight's bits and a sample of its numbers, as text."""
     flat = weight.contiguous().view(-1)
-    if not flat.numel():
+    if not flat.numel() or flat.device.type == "meta":  # offloaded weights are read by no one but their module
         return ""
     sample = flat[:: max(1, flat.numel() // 64)].cpu()
     if flat.dtype.is_complex or flat.dtype == torch.bool:

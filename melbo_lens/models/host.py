@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from melbo_lens.models.memory import packed
 from melbo_lens.perturbations.sites import WeightSite
 
 if TYPE_CHECKING:
@@ -131,6 +132,11 @@ class Host(ABC):
     @property
     def dtype(self) -> torch.dtype:
         return next(self.model.parameters()).dtype
+
+    @property
+    def quantised(self) -> bool:
+        """Whether weights of the blocks are packed into fewer bits."""
+        return any(packed(weight) for weight in nn.Module.parameters(self.blocks))
 
     @property
     def name(self) -> str:

@@ -1,9 +1,9 @@
 """How much memory does a piece of work hold?  Every tensor that it makes is counted for as long as it lives."""
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -66,9 +66,21 @@ def counted() -> Iterator[Tally]:
         yield tally
 
 
-def stored_bytes(tensors: Iterator[Tensor]) -> int:
+def held_in(weight: Tensor) -> list[Tensor]:
+    """Returns the tensors that hold a weight's numbers: itself or, of one that is packed by a subclass, its parts."""
+    if not packed(weight) or not hasattr(weight, "__tensor_flatten__"):
+        return [weight]
+    return [part for name in cast(Any, weight).__tensor_flatten__()[0] for part in held_in(getattr(weight, name))]
+
+
+def packed(weight: Tensor) -> bool:
+    """Whether a weight is quantised: it acts on activations as ever, and its numbers can't be read or added to."""
+    return hasattr(weight, "__tensor_flatten__") or not weight.is_floating_point() or weight.element_size() < 2
+
+
+def stored_bytes(tensors: Iterable[Tensor]) -> int:
     """Returns the bytes of tensors, those that share their numbers counted once."""
-    return sum({_key(x): x.untyped_storage().nbytes() for x in tensors}.values())
+    return sum({_key(x): x.untyped_storage().nbytes() for weight in tensors for x in held_in(weight)}.values())
 
 
 def _key(tensor: Tensor) -> int:

@@ -22,6 +22,7 @@ from melbo_lens.randomness import gaussian
 # text sinks have over a hundred times the usual norm, and changes of behaviour have about once of it.
 SINK = 10.0
 KEPT_BYTES = 2**30  # what the forward pass of one row may keep for the backward pass without recomputing blocks
+NO_GRADIENT = 0.8  # the share of a difference by which a derivative may miss it, where both are rough
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
@@ -153,6 +154,7 @@ class SlicedModel:
         assert self.source_call is not None and self.entry is not None  # `slice_model` recorded them
         with hooks.frozen(self.host), torch.no_grad():
             _compare(
+                self.host,
                 self.source_call(self.entry, self.everyone, len(self.batch)),
                 self.resid,
                 f"block {self.source_layer} replayed by itself",
@@ -248,7 +250,7 @@ def slice_model(
         everyone = torch.arange(len(batch), device=batch.tokens.device)
         read = target_name if target_layer is None else None
         with torch.no_grad():
-            _check_replay(recording, everyone, source_layer)
+            _check_replay(host, recording, everyone, source_layer)
             target = _replay(host, recording.calls, [], read, recording.streams[0], everyone, len(batch))
             entry, *streams = (stream.to(host.device) for stream in whole.streams)
             sliced = SlicedModel(
@@ -268,6 +270,7 @@ def slice_model(
             )
             _check_hooked_run(sliced, last)
             _check_alone(sliced, last, recording.streams[-1])
+        _check_gradient(sliced)
     if target_positions is None and sliced.begins_with_a_sink:
         sliced = replace(sliced, batch=tokenize(host, batch, slice(1, None)))
     return replace(sliced, recomputed=True) if sliced.kept[0] > KEPT_BYTES else sliced
@@ -369,9 +372,10 @@ def _check_finite(recording: blocks.Recording, batch: PromptBatch, source_layer:
             )
 
 
-def _check_replay(recording: blocks.Recording, everyone: Tensor, source_layer: int) -> None:
+def _check_replay(host: Host, recording: blocks.Recording, everyone: Tensor, source_layer: int) -> None:
     for i, call in enumerate(recording.calls):
         _compare(
+            host,
             call(recording.streams[i], everyone, len(everyone)),
             recording.streams[i + 1],
             f"block {source_layer + 1 + i} replayed by itself",
@@ -398,7 +402,43 @@ def _check_hooked_run(sliced: SlicedModel, last: int) -> None:
     rows = torch.cat([sliced.everyone, sliced.everyone[:1]]).flip(0)
     replayed = sliced.change(vector.expand(len(rows), -1), rows) + sliced.target[rows]
     expected = seen[0] if seen else hooked.streams[-1]
-    _compare(replayed, expected.to(sliced.device)[rows], f"the blocks after a perturbation at {sliced.source_hook!r}")
+    _compare(
+        sliced.host,
+        replayed,
+        expected.to(sliced.device)[rows],
+        f"the blocks after a perturbation at {sliced.source_hook!r}",
+    )
+
+
+def _check_gradient(sliced: SlicedModel) -> None:
+    """Checks that the blocks pass gradients on; some kernels compute the right thing and drop its derivative.
+
+    Along a random v, the derivative of the change is compared with a difference, in the direction u of what the change
+    has beyond v itself: the stream passes v on whatever the blocks do, and only they change it in other directions.
+    """
+    row, noise = sliced.everyone[:1], gaussian((sliced.d_model,), "gradient check").to(sliced.device)
+    exact = sliced.resid.dtype in (torch.float32, torch.float64) and not sliced.host.quantised
+    typical = float(sliced.resid[:1].float().norm(dim=-1)[sliced.batch.own[:1]].median()) or 1.0
+    step = (0.01 if exact else 0.05) * typical
+    v = noise / noise.norm()
+    difference = (sliced.change(step * v[None], row) - sliced.change(-step * v[None], row)) / (2 * step)
+    difference = difference * sliced.batch.own[:1, :, None]
+    u = difference
+    if u.shape[-1] == len(v):
+        u = difference - (difference @ v)[..., None] * v
+    u = u / u.norm().clamp(min=1e-30)
+    with torch.enable_grad():
+        theta = torch.zeros_like(v[None]).requires_grad_()
+        along = (sliced.change(theta, row) * u).sum()
+        found = torch.autograd.grad(along, theta)[0] @ v if along.requires_grad else v.new_zeros(1)
+    expected = float((difference * u).sum())
+    if not abs(float(found) - expected) <= NO_GRADIENT * abs(expected):
+        raise RuntimeError(
+            f"the blocks change the target, but pass on no gradient (along one direction {float(found):.2g}, where a "
+            f"difference has {expected:.2g}): a kernel of this model computes forwards only. This is so for "
+            "bitsandbytes' 4 bits on CPUs with AVX512 in bfloat16, after the first pass. Load the model without "
+            "quantisation, with torchao's int8 weights, or on a GPU. Writing and measures work as they are."
+        )
 
 
 def _check_alone(sliced: SlicedModel, last: int, together: Tensor) -> None:
@@ -413,6 +453,7 @@ def _check_alone(sliced: SlicedModel, last: int, together: Tensor) -> None:
     ids = sliced.batch.tokens[[row], : lengths[row]]
     alone = blocks.record(sliced.host, ids, last, last).streams[-1]
     _compare(
+        sliced.host,
         together[[row], : lengths[row]],
         alone,
         f"the activations of prompt {row} beside longer prompts",
@@ -420,9 +461,9 @@ def _check_alone(sliced: SlicedModel, last: int, together: Tensor) -> None:
     )
 
 
-def _compare(replayed: Tensor, recorded: Tensor, what: str, why: str = "rescale the perturbation") -> None:
+def _compare(host: Host, replayed: Tensor, recorded: Tensor, what: str, why: str = "rescale the perturbation") -> None:
     error = (replayed.float() - recorded.float()).norm() / recorded.float().norm().clamp(min=1e-30)
-    tolerance = TOLERANCES.get(recorded.dtype, 1e-4)
+    tolerance = TOLERANCES[torch.float16] if host.quantised else TOLERANCES.get(recorded.dtype, 1e-4)
     if not error <= tolerance:
         raise RuntimeError(
             f"{what} differ from a run of the whole model by {error:.1e} of their norm (allowed: {tolerance:.0e}). "

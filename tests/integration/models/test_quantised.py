@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import melbo_lens as ml
+from melbo_lens.models import blocks
 
 torchao = pytest.importorskip("torchao")
 pytest.importorskip("bitsandbytes")
@@ -52,6 +54,7 @@ def four_bits(linear):
         linear.in_features, linear.out_features, linear.bias is not None, compute_dtype=torch.float32, quant_type="nf4"
     )
     made.load_state_dict(linear.state_dict())
+    made.support_avx512bf16_for_cpu = False  # its kernel there has no gradient
     return made.to("cpu").requires_grad_(False)
 
 
@@ -66,6 +69,22 @@ def dequantised(network, reference):
     return reference
 
 
+def wide(directory, folder):
+    """The tiny model with 64 dimensions, the least that four bits are packed in."""
+    config = AutoConfig.from_pretrained(directory)
+    config.update({"hidden_size": 64, "intermediate_size": 128, "head_dim": 16})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with torch.no_grad():
+            for parameter in network.parameters():
+                if parameter.ndim > 1:
+                    parameter.mul_(5)
+    network.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(directory).save_pretrained(folder)
+    return str(folder)
+
+
 QUANTISED = {
     "torchao int8": int8,
     "bitsandbytes 8 bits": with_bitsandbytes(eight_bits),
@@ -74,9 +93,9 @@ QUANTISED = {
 
 
 @pytest.fixture(scope="module", params=QUANTISED)
-def both(request, directories):
+def both(request, directories, tmp_path_factory):
     """The quantised model, and the same weights in float32."""
-    directory = directories("llama")
+    directory = wide(directories("llama"), tmp_path_factory.mktemp("wide"))
     load = lambda: AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)  # noqa: E731
     network = QUANTISED[request.param](load())
     reference = dequantised(network, load())
@@ -106,7 +125,10 @@ FITS = {
 def test_the_objective_is_that_of_the_same_weights(both, fit):
     quantised, plain = both
     found, expected = (FITS[fit](model) for model in both)
-    assert level(quantised, found) == pytest.approx(level(plain, expected), rel=0.02)
+    if fit == "cpe":  # its few steps are not the end of a climb: kernels that round end elsewhere
+        assert level(quantised, found) >= 0.98 * level(plain, expected)
+    else:
+        assert level(quantised, found) == pytest.approx(level(plain, expected), rel=0.02)
     # what was learned on one acts on the other in the same way
     assert level(plain, found) == pytest.approx(level(quantised, found), rel=0.02)
 
@@ -118,20 +140,36 @@ def test_a_radius_is_found(both, rule):
 
 
 def test_writing_and_steering(both):
-    vectors = ml.SteeringVectors.from_tensor(torch.randn(2, 32, generator=torch.Generator().manual_seed(0)), SOURCE)
+    vectors = ml.SteeringVectors.from_tensor(torch.randn(2, 64, generator=torch.Generator().manual_seed(0)), SOURCE)
     tables = [ml.generate(model, PROMPTS, vectors, 5, progress=False).table for model in both]
     equal = [a == b for a, b in zip(tables[0].tokens, tables[1].tokens, strict=True)]
     assert sum(equal) >= 0.8 * len(equal)
 
 
-def test_an_export_says_what_it_needs(both, tmp_path):
+def test_an_exported_adapter_is_checked_without_reading_weights(both, tmp_path):
     quantised = both[0]
     adapters = FITS["adapters"](quantised)
-    with pytest.raises(ValueError, match="quantised"):
-        ml.export(adapters[0], "peft", tmp_path / "adapter", model=quantised)
-    assert not list(tmp_path.iterdir())
+    folder = ml.export(adapters[0], "peft", tmp_path / "adapter", model=quantised)
+    held = load_file(folder / "adapter_model.safetensors")
+    update = next(x for name, x in held.items() if "lora_B" in name) @ next(
+        x for name, x in held.items() if "lora_A" in name
+    )
+    a, b = adapters.factors[SOURCE]
+    torch.testing.assert_close(update, adapters.scales[0] * b[0] @ a[0])
 
 
 def test_a_plan_counts_packed_weights(both):
     plans = [ml.plan_memory(model, 8, SOURCE, TARGET, max_new_tokens=4) for model in both]
     assert plans[0].slice_weights < 0.5 * plans[1].slice_weights
+
+
+def test_a_kernel_without_a_gradient_is_seen_before_anything_is_learned(build, monkeypatch):
+    """As bitsandbytes' four bits are on some CPUs: the forward pass is right, and nothing comes back."""
+    real = blocks.BlockCall.__call__
+
+    def forwards_only(call, stream, prompts, n_prompts):
+        return stream + (real(call, stream, prompts, n_prompts) - stream).detach()
+
+    monkeypatch.setattr(blocks.BlockCall, "__call__", forwards_only)
+    with pytest.raises(RuntimeError, match="pass on no gradient"):
+        ml.slice_model(build("llama"), PROMPTS, SOURCE, TARGET)

@@ -14,6 +14,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import melbo_lens as ml
+from melbo_lens.methods.problem import Problem
 from tests import fake_devices
 
 FAKE = (str(fake_devices.FIRST), str(fake_devices.SECOND))
@@ -138,3 +139,57 @@ def test_every_method_learns_the_same(both):
 def test_every_measure_and_all_writing_are_the_same(both):
     one, two, _ = both
     assert len(check(measures(two), measures(one))) >= 15
+
+
+def places(model):
+    return {name: str(x.device) for name, x in model.named_parameters()}
+
+
+def test_a_trimmed_fit_holds_its_slice_only_and_puts_the_rest_back(both, monkeypatch):
+    _, two, _ = both
+    before, bits = places(two), {name: x.detach().cpu().clone() for name, x in two.named_parameters()}
+    seen = []
+    real = Problem.__call__
+
+    def watched(self, *arguments):
+        seen.append(places(two))
+        return real(self, *arguments)
+
+    monkeypatch.setattr(Problem, "__call__", watched)
+    settings = {"n_vectors": 2, "radius": 2.0, "n_steps": 2, "progress": False}
+    expected = ml.fit_vectors(two, PROMPTS, SOURCE, TARGET, **settings).values.cpu()
+    untouched, seen[:] = seen[-1], []
+    found = ml.fit_vectors(two, PROMPTS, SOURCE, TARGET, trim=True, **settings).values.cpu()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert untouched == before and places(two) == before
+    assert all(torch.equal(x.detach().cpu(), bits[name]) for name, x in two.named_parameters())
+    during = seen[-1]
+    for name, device in before.items():
+        inside = any(f"blocks.{i}." in name or f"layers.{i}." in name for i in range(SOURCE, TARGET))
+        assert during[name] == (device if inside else "cpu"), name
+
+
+def test_an_interrupted_fit_puts_the_rest_back_too(both, monkeypatch):
+    _, two, _ = both
+    before = places(two)
+
+    def broken(self, *arguments):
+        assert places(two) != before
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Problem, "__call__", broken)
+    with pytest.raises(KeyboardInterrupt):
+        ml.fit_vectors(two, PROMPTS, SOURCE, TARGET, n_vectors=2, radius=2.0, trim=True, progress=False)
+    assert places(two) == before
+
+
+def test_moves_are_few(both):
+    """A pass moves the stream where the device changes, and not for every block or vector."""
+    _, two, watch = both
+    if watch is None:
+        pytest.skip("moves are counted on fake devices only")
+    sliced = ml.slice_model(two, PROMPTS, SOURCE, TARGET)
+    watch.moves.clear()
+    with torch.no_grad():
+        sliced.change(torch.zeros(2, sliced.d_model).to(sliced.device), sliced.everyone)
+    assert 1 <= sum(watch.moves.values()) <= 6 * (TARGET - SOURCE - 1)
