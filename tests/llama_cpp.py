@@ -6,6 +6,8 @@ Only llama-cpp-python's C interface is used, whose names vary with its version. 
 
 import ctypes
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import gguf
@@ -80,22 +82,38 @@ class LlamaCpp:
             following = int(self._decode([following], len(ids) + len(new) - 1)[-1].argmax())
         return new
 
-    def control(self, file: Path | None, strength: float = 1.0) -> None:
-        """Applies a file of control vectors at all layers, as `--control-vector-scaled FILE:STRENGTH` does."""
-        apply = _first(self.library, "llama_set_adapter_cvec", "llama_apply_adapter_cvec", "llama_control_vector_apply")
-        if file is None:
-            assert apply(self.context, None, 0, self.d_model, 1, self.n_layers) == 0
-            return
-        data = np.zeros((self.n_layers - 1, self.d_model), np.float32)  # begins with layer 1
+    @contextmanager
+    def under(self, file: Path, lora: bool = False, scale: float = 1.0, shift: int = 0) -> Iterator[None]:
+        """Applies a file inside the block, as `--control-vector-scaled FILE:SCALE` or `--lora-scaled FILE:SCALE` does.
+
+        A shift adds control vectors so many layers too late.
+        """
+        if lora:
+            self._set_lora(file, scale)
+        else:
+            self._set_control(self._directions(file, scale, shift))
+        yield
+        if lora:
+            self._set_lora(None, 1.0)
+        else:
+            self._set_control(None)
+
+    def _directions(self, file: Path, scale: float, shift: int) -> np.ndarray:
+        """What `common_control_vector_load` makes of a file: [layer d_model], beginning with layer 1."""
+        data = np.zeros((self.n_layers - 1, self.d_model), np.float32)
         for tensor in gguf.GGUFReader(file).tensors:
             layer = int(tensor.name.removeprefix("direction."))
             assert layer >= 1 and tensor.tensor_type == gguf.GGMLQuantizationType.F32 and tensor.data.ndim == 1
-            data[layer - 1] += strength * tensor.data
-        pointer = data.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-        assert apply(self.context, pointer, data.size, self.d_model, 1, self.n_layers) == 0
+            data[layer - 1 + shift] += scale * tensor.data
+        return data
 
-    def lora(self, file: Path | None, scale: float = 1.0) -> None:
-        """Applies a LoRA file, which llama.cpp itself reads, and no other."""
+    def _set_control(self, data: np.ndarray | None) -> None:
+        apply = _first(self.library, "llama_set_adapter_cvec", "llama_apply_adapter_cvec", "llama_control_vector_apply")
+        pointer = None if data is None else data.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        size = 0 if data is None else data.size
+        assert apply(self.context, pointer, size, self.d_model, 1, self.n_layers) == 0
+
+    def _set_lora(self, file: Path | None, scale: float) -> None:
         if file is not None and file not in self.adapters:
             self.adapters[file] = self.library.llama_adapter_lora_init(self.model, str(file).encode())
             assert self.adapters[file], f"llama.cpp refuses {file}"
