@@ -2,10 +2,10 @@
 
 python -m tests.benchmarks.llama prints the figures; `make bench-llama` installs llama-cpp-python first, from source.
 
-Each perturbation is learned on SmolLM2, exported, and loaded by llama.cpp beside the model's own GGUF file. Compared is
-the *change* of the logits (steered minus unsteered) after the last token of each prompt, so that what both models have in
-common says nothing. llama.cpp runs the file twice: as it is, with 4-bit weights and activations that it rounds to 8
-bits, and with the same weights in float32, where no rounding hides a mistake of the format.
+Each perturbation is learned on SmolLM2, exported, and loaded by llama.cpp beside the model's own GGUF file. The
+*change* of the logits (steered minus unsteered) after the last token of each prompt is compared, so that what both
+models have in common says nothing. llama.cpp runs the file twice: as it is, with 4-bit weights and activations that it
+rounds to 8 bits, and with the same weights in float32, where no rounding hides a mistake of the format.
 """
 
 import tempfile
@@ -54,7 +54,7 @@ class Agreement(NamedTuple):
 
 
 def learned(model: Any, chat: Any) -> dict[str, Any]:
-    """Name -> what is exported: single vectors, vectors of two layers, and adapters of both kinds of weights."""
+    """Name -> what is exported: vectors of layer 7, and of 7 and 10, and adapters of both kinds of weights."""
     common = {"target_positions": slice(-3, None), "progress": False}
     early, late = (
         ml.fit_vectors(model, chat, layer, 16, n_vectors=2, radius=6.0, n_steps=8, **common) for layer in (7, 10)
@@ -64,11 +64,11 @@ def learned(model: Any, chat: Any) -> dict[str, Any]:
     )
     attention = ml.fit_cpe(model, chat, [4, 5, 6, 7, 8], 16, n_factors=2, n_steps=4, **common)
     return {
-        "a vector of layer 7": early[0],
+        "a vector": early[0],
         "minus another": -early[1],
-        "vectors of layers 7 and 10": [early[1], 0.7 * late[0]],
-        "an adapter of the MLP of layer 7": mlp[0],
-        "a factor of CPE, attention of layers 4 to 8": attention[0],
+        "vectors of two layers": [early[1], 0.7 * late[0]],
+        "an adapter of the MLP": mlp[0],
+        "a factor of CPE": attention[0],
     }
 
 
