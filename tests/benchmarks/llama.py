@@ -1,6 +1,6 @@
 """Does llama.cpp, under an exported control vector or LoRA, compute what the steered model computes?  On SmolLM2.
 
-python -m tests.benchmarks.llama prints the figures; `make bench-llama` installs llama-cpp-python first, from source.
+`make bench-llama` builds llama.cpp and prints the figures.
 
 Each perturbation is learned on SmolLM2, exported, and loaded by llama.cpp beside the model's own GGUF file. The
 *change* of the logits (steered minus unsteered) after the last token of each prompt is compared, so that what both
@@ -91,9 +91,7 @@ def ours(model: Any, rows: Sequence[list[int]], perturbation: Any = ()) -> Outco
 
 def theirs(llama: LlamaCpp, rows: Sequence[list[int]], end: int) -> Outcome:
     """What llama.cpp does under what is applied to it."""
-    return Outcome(
-        torch.stack([llama.logits(ids)[-1] for ids in rows]), [llama.greedy(ids, N_NEW, end) for ids in rows]
-    )
+    return Outcome(torch.stack([llama.logits(ids) for ids in rows]), [llama.greedy(ids, N_NEW, end) for ids in rows])
 
 
 def exported(perturbation: Any, path: Path, model: Any) -> Path:
