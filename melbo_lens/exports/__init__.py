@@ -4,7 +4,7 @@ Each format is a file of this folder; other packages can add formats with `expor
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -15,7 +15,8 @@ from melbo_lens.perturbations.perturbation import Perturbation
 Exporter: TypeAlias = Callable[..., Path]  # takes the perturbation, the path and the format's settings
 
 EXPORTERS: dict[str, Exporter] = {}
-OURS = ("peft",)  # formats of this package; their files are imported on demand
+# formats of this package and their files, which are imported on demand
+OURS = {"gguf": "gguf_vectors", "gguf-lora": "gguf_lora", "peft": "peft"}
 
 
 def exporter(format: str) -> Callable[[Exporter], Exporter]:
@@ -29,12 +30,16 @@ def exporter(format: str) -> Callable[[Exporter], Exporter]:
 
 
 @public
-def export(perturbation: Perturbation, format: str, path: str | os.PathLike[str], **settings: Any) -> Path:
+def export(
+    perturbation: Perturbation | Sequence[Perturbation], format: str, path: str | os.PathLike[str], **settings: Any
+) -> Path:
     """Writes a perturbation in another tool's format.
 
     Args:
-        perturbation: a perturbation that the format can hold; "peft" takes one adapter, such as `adapters[3]`.
-        format: "peft" (a folder that the `peft` library loads), or a format that a package has added with `exporter`.
+        perturbation: a perturbation that the format can hold: one adapter, such as `adapters[3]`, for "peft" and
+            "gguf-lora"; one vector, or a sequence of vectors of different layers, for "gguf".
+        format: "peft" (a folder that the `peft` library loads), "gguf" (control vectors of llama.cpp), "gguf-lora" (a
+            LoRA of llama.cpp), or a format that a package has added with `exporter`.
         path: the file or folder to write; the format says which.
         settings: settings of the format, such as `model=`; see the format's exporter.
 
@@ -45,7 +50,7 @@ def export(perturbation: Perturbation, format: str, path: str | os.PathLike[str]
         ValueError: the format is unknown, or can't hold this perturbation.
     """
     if format in OURS:
-        import_module(f"melbo_lens.exports.{format}")
+        import_module(f"melbo_lens.exports.{OURS[format]}")
     if format not in EXPORTERS:
         raise ValueError(
             f"format={format!r} must be one of {sorted({*OURS, *EXPORTERS})}: one of ours, or one added with "

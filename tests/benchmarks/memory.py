@@ -203,8 +203,8 @@ def page(results: dict[str, Any]) -> str:
             "",
             f"Llama-like shapes in bfloat16, {N_VECTORS} vectors on a prompt of {N_TOKENS} tokens, from a quarter to "
             f"half of the depth, completions of {N_NEW} tokens under both signs. The second figure of a fit is "
-            "counted tensor by tensor on the meta device. A card counts as large enough if the whole stays below 92 % of "
-            "its memory. "
+            "counted tensor by tensor on the meta device. A card counts as large enough if the whole stays below 92 % "
+            "of its memory. "
             "With `trim=True` the blocks outside the slice leave the card during the fit.",
             "",
             "| model | weights | fit (counted) | writing | smallest card for all | for the fit with `trim=True` |",

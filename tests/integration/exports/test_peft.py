@@ -124,7 +124,7 @@ def test_one_adapter_at_a_time(build, tmp_path):
         ml.export(fitted_on(model), "peft", tmp_path, model=model)
     with pytest.raises(ValueError, match=r"peft holds updates of weights, and SteeringVectors were given"):
         ml.export(ml.SteeringVectors(torch.ones(1, 32), 1), "peft", tmp_path, model=model)
-    with pytest.raises(ValueError, match=r"format='pfet' must be one of \['peft'\]"):
+    with pytest.raises(ValueError, match=r"format='pfet' must be one of \['gguf', 'gguf-lora', 'peft'\]"):
         ml.export(fitted_on(model)[0], "pfet", tmp_path, model=model)
     assert not list(tmp_path.iterdir())
 
@@ -133,7 +133,7 @@ def test_another_network_is_refused(build, tmp_path):
     model = build("llama", "bridge")
     other = AutoModelForCausalLM.from_pretrained(models.save("llama", tmp_path / "other", seed=5))
     before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
-    with pytest.raises(ValueError, match=r"without any adapter, the log-probabilities .* differ"):
+    with pytest.raises(ValueError, match=r"without any perturbation, the log-probabilities .* differ"):
         ml.export(fitted_on(model)[0], "peft", tmp_path / "out", model=model, hf_model=other)
     assert not (tmp_path / "out").exists()
     assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())

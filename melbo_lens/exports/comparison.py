@@ -1,0 +1,89 @@
+"""Does the plain Hugging Face model do the same?  An export is compared with it before anything is written."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from melbo_lens.models.counterparts import from_files
+from melbo_lens.models.host import Host
+from melbo_lens.models.slices import TOLERANCES
+from melbo_lens.perturbations.sites import WeightSite
+from melbo_lens.prompts import Prompts, tokenize
+
+N_PROBES = 4
+
+
+def probes(host: Host, prompts: Prompts) -> list[Tensor]:
+    """Returns the first few prompts as rows of tokens [1 pos], on which both models are run."""
+    return [
+        torch.tensor([row], dtype=torch.long, device=host.device) for row in tokenize(host, prompts).rows()[:N_PROBES]
+    ]
+
+
+def tolerance(host: Host) -> float:
+    """The largest difference of log-probabilities that rounding in the model's dtype explains."""
+    return TOLERANCES.get(host.dtype, 1e-4)
+
+
+def network_of(
+    host: Host, hf_model: nn.Module | None, sites: Sequence[WeightSite] = (), names: Mapping[int, str] | None = None
+) -> tuple[nn.Module | None, dict[int, Tensor]]:
+    """Finds the Hugging Face model to compare with, and its weights at the sites.
+
+    Args:
+        host: the model that is steered.
+        hf_model: the user's own choice. By default it is the model inside a bridge or, where TransformerLens processed
+            the weights, the one in the model's own files.
+        sites: the weights that are asked for.
+        names: the layer of each site -> the name of its Hugging Face module.
+
+    Returns:
+        The model, and the weights by layer; (None, {}) if there is no model to compare with.
+    """
+    own = host.own_weights(sites) if hf_model is None else None
+    if own is not None:
+        return own
+    network = hf_model if hf_model is not None else from_files(host)
+    if network is None:
+        return None, {}
+    return network, {layer: network.get_parameter(f"{name}.weight") for layer, name in (names or {}).items()}
+
+
+def unsteered_difference(host: Host, network: nn.Module, given: bool, rows: Sequence[Tensor]) -> float | None:
+    """Measures how far apart the two models are without any perturbation.
+
+    Args:
+        host: the model that is steered.
+        network: the Hugging Face model.
+        given: whether the user named it. If not, it comes from files on this machine, which may be other weights.
+        rows: the tokens to run on.
+
+    Returns:
+        The largest difference of log-probabilities; None if the files are not what this model was made from, so that
+        there is nothing to compare with.
+
+    Raises:
+        ValueError: the model that the user named is another one.
+    """
+    plain = difference(host.forward, lambda ids: network(ids).logits, rows)
+    allowed = tolerance(host)
+    if plain <= allowed:
+        return plain
+    if not given:
+        return None
+    raise ValueError(
+        f"without any perturbation, the log-probabilities of the model and of hf_model differ by {plain:.1e} "
+        f"(allowed: {allowed:.0e}): its weights were edited after loading, or hf_model is another model. "
+        "Pass the one that this model was made from."
+    )
+
+
+def difference(one: Callable[[Tensor], Tensor], other: Callable[[Tensor], Tensor], rows: Sequence[Tensor]) -> float:
+    """The largest difference between the log-probabilities of two models on any of the rows."""
+    return max(distance(one(ids), other(ids)) for ids in rows)
+
+
+def distance(one: Tensor, other: Tensor) -> float:
+    """The largest difference of log-probabilities; the logits may differ by a constant (center_unembed)."""
+    return float((one.float().log_softmax(-1) - other.float().log_softmax(-1)).abs().max())

@@ -1,0 +1,1 @@
+"""How do perturbations come from other tools?  One file for each format."""
