@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import melbo_lens as ml
 from melbo_lens.methods.problem import Problem
+from melbo_lens.models.blocks import BlockCall
 from tests import fake_devices
 
 FAKE = (str(fake_devices.FIRST), str(fake_devices.SECOND))
@@ -74,7 +75,7 @@ def fits(model):
         ml.fit_vectors(
             model,
             PROMPTS,
-            SOURCE,
+            2,  # on the second device
             target_hook="blocks.3.attn.hook_z",
             n_vectors=2,
             radius=2.0,
@@ -83,8 +84,10 @@ def fits(model):
             **common,
         ).values,
     )
-    adapters = ml.fit_adapters(model, PROMPTS, SOURCE, TARGET, n_adapters=2, rank=1, radius=1.0, n_steps=3, **common)
-    yield "adapters", adapters.factors[SOURCE][0]
+    adapters = ml.fit_adapters(
+        model, PROMPTS, [SOURCE, 2], TARGET, n_adapters=2, rank=1, radius=1.0, n_steps=3, **common
+    )
+    yield "adapters", adapters.factors[2][0]
     cpe = ml.fit_cpe(model, PROMPTS, (0, 1, 2), TARGET, n_factors=3, n_steps=3, **common)
     yield "cpe", cpe.factors[2][1]
     for kind in ("exponential", "linear"):
@@ -193,3 +196,19 @@ def test_moves_are_few(both):
     with torch.no_grad():
         sliced.change(torch.zeros(2, sliced.d_model).to(sliced.device), sliced.everyone)
     assert 1 <= sum(watch.moves.values()) <= 6 * (TARGET - SOURCE - 1)
+
+
+def test_a_block_gets_the_stream_where_the_model_hands_it_over():
+    """As a `HookedTransformer` on several devices does, whose blocks move nothing themselves."""
+    seen = []
+
+    class Block(torch.nn.Module):
+        def forward(self, stream):
+            seen.append(str(stream.device))
+            return stream
+
+    with fake_devices.devices():
+        call = BlockCall(Block(), (), {}, device=fake_devices.SECOND)
+        first = torch.arange(1).to(fake_devices.FIRST)
+        call(torch.zeros(1, 2, 3).to(fake_devices.FIRST), first, 1)
+    assert seen == [str(fake_devices.SECOND)]
