@@ -15,7 +15,7 @@ from melbo_lens.models import hooks
 from melbo_lens.models.access import Model, host_of
 from melbo_lens.models.counterparts import module_name
 from melbo_lens.models.host import Host
-from melbo_lens.models.memory import packed
+from melbo_lens.models.tally import packed
 from melbo_lens.perturbations.adapters import Factors, SteeringAdapters
 from melbo_lens.prompts import Prompts
 

@@ -12,9 +12,9 @@ from melbo_lens.methods.problem import CHUNK_BYTES
 from melbo_lens.models import blocks, hooks
 from melbo_lens.models.access import Model, host_of
 from melbo_lens.models.host import Host
-from melbo_lens.models.memory import Unknown, counted, stored_bytes
 from melbo_lens.models.passes import Decoder
 from melbo_lens.models.slices import KEPT_BYTES
+from melbo_lens.models.tally import Unknown, counted, stored_bytes
 from melbo_lens.models.targets import target_of
 
 WRITTEN_AT_ONCE = 256  # the default of `generate`

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from melbo_lens.measures.radius import median_norm
 from melbo_lens.models.host import Host
-from melbo_lens.models.memory import held_in
 from melbo_lens.models.slices import SlicedModel
+from melbo_lens.models.tally import held_in
 from melbo_lens.perturbations.perturbation import Perturbation
 
 P = TypeVar("P", bound=Perturbation)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from melbo_lens.models.hooks import attached, frozen, watched, without_reason
 from melbo_lens.models.host import Host
-from melbo_lens.models.memory import counted
+from melbo_lens.models.tally import counted
 from melbo_lens.perturbations.sites import Hook
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from melbo_lens.models.memory import packed
+from melbo_lens.models.tally import packed
 from melbo_lens.perturbations.sites import WeightSite
 
 if TYPE_CHECKING:

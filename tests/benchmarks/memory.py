@@ -20,7 +20,7 @@ from melbo_lens.methods.planning import in_words
 from melbo_lens.methods.problem import vectors_on
 from melbo_lens.models import blocks, hooks
 from melbo_lens.models.access import host_of
-from melbo_lens.models.memory import Unknown, counted
+from melbo_lens.models.tally import Unknown, counted
 from melbo_lens.organisms import base_model
 
 HERE = Path(__file__).parent

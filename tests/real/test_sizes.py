@@ -9,7 +9,7 @@ import torch
 import melbo_lens as ml
 from melbo_lens.methods.problem import vectors_on
 from melbo_lens.models.access import boot
-from melbo_lens.models.memory import counted
+from melbo_lens.models.tally import counted
 from melbo_lens.organisms import base_model
 
 CHAT = [{"role": "user", "content": "Why is the sky blue?"}]

@@ -17,7 +17,7 @@ ORDER = (
 WITHIN = {
     "ascent": "manifolds objectives states sogi constraints adamw fixed_point",
     "perturbations": "sites updates perturbation vectors adapters loading",
-    "models": "memory host hooks passes blocks hooked bridge access targets slices counterparts trimming",
+    "models": "tally host hooks passes blocks hooked bridge access targets slices counterparts trimming",
     "measures": "source controls radius changes output next_tokens directions ranking",
     "methods": (
         "provenance problem planning mean_change version_0_1_0 checkpoints fitting readable automatic calibrate "

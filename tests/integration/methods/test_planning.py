@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import melbo_lens as ml
 from melbo_lens.methods.planning import in_words
 from melbo_lens.models import slices
-from melbo_lens.models.memory import counted
+from melbo_lens.models.tally import counted
 
 LONG = " ".join(f"w{1 + i % 9}" for i in range(50))
 N = 51  # with the begin token

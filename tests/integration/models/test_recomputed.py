@@ -6,7 +6,7 @@ import torch
 import melbo_lens as ml
 from melbo_lens.methods import derivatives
 from melbo_lens.models import hooks, slices
-from melbo_lens.models.memory import counted
+from melbo_lens.models.tally import counted
 
 PROMPTS = ["w1 w2 w3 w4 w5", "w6 w7 w8"]
 NAMES = ["gpt2", "llama", "gemma2"]

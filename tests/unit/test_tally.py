@@ -5,7 +5,7 @@ import gc
 import pytest
 import torch
 
-from melbo_lens.models.memory import counted, stored_bytes
+from melbo_lens.models.tally import counted, stored_bytes
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
