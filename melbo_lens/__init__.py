@@ -61,13 +61,6 @@ if TYPE_CHECKING:
     from melbo_lens.search.discovery import discover as discover
     from melbo_lens.search.layers import LayerScan as LayerScan
     from melbo_lens.search.layers import scan_layers as scan_layers
-    from melbo_lens.search.trials import AdapterTrial as AdapterTrial
-    from melbo_lens.search.trials import ContrastiveTrial as ContrastiveTrial
-    from melbo_lens.search.trials import CpeTrial as CpeTrial
-    from melbo_lens.search.trials import DctTrial as DctTrial
-    from melbo_lens.search.trials import JacobianTrial as JacobianTrial
-    from melbo_lens.search.trials import NoiseTrial as NoiseTrial
-    from melbo_lens.search.trials import Trial as Trial
     from melbo_lens.sweeps.jobs import Job as Job
     from melbo_lens.sweeps.jobs import ModelKey as ModelKey
     from melbo_lens.sweeps.jobs import plan_jobs as plan_jobs
@@ -75,6 +68,13 @@ if TYPE_CHECKING:
     from melbo_lens.sweeps.sweep import merge as merge
     from melbo_lens.sweeps.sweep import status as status
     from melbo_lens.sweeps.sweep import sweep as sweep
+    from melbo_lens.sweeps.trials import AdapterTrial as AdapterTrial
+    from melbo_lens.sweeps.trials import ContrastiveTrial as ContrastiveTrial
+    from melbo_lens.sweeps.trials import CpeTrial as CpeTrial
+    from melbo_lens.sweeps.trials import DctTrial as DctTrial
+    from melbo_lens.sweeps.trials import JacobianTrial as JacobianTrial
+    from melbo_lens.sweeps.trials import NoiseTrial as NoiseTrial
+    from melbo_lens.sweeps.trials import Trial as Trial
 
 __version__ = "0.1.0"
 
@@ -116,7 +116,7 @@ _HOMES = {
     "search.arms": "make_plan",
     "sweeps.jobs": "Job ModelKey plan_jobs",
     "sweeps.sweep": "merge status sweep",
-    "search.trials": "AdapterTrial ContrastiveTrial CpeTrial DctTrial JacobianTrial NoiseTrial Trial",
+    "sweeps.trials": "AdapterTrial ContrastiveTrial CpeTrial DctTrial JacobianTrial NoiseTrial Trial",
 }
 # What calls return: here for `isinstance` and annotations.
 _RESULTS = {

@@ -36,6 +36,10 @@ Chat = Annotated[
 ]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16")]
 Device = Annotated[str | None, typer.Option(help="as torch names it; default: chosen by TransformerLens")]
+Kept = Annotated[
+    Path | None, typer.Option(help="folder that keeps what is finished: the same command, given again, goes on")
+]
+EngineName = Annotated[str, typer.Option(help="here, or ray (which needs a folder that keeps)")]
 
 
 @app.callback()
@@ -94,12 +98,17 @@ def demo(
 def reproduce(
     out: Annotated[Path, typer.Option(help="JSON file to write")] = Path("reproduction.json"),
     real: Annotated[bool, typer.Option("--real", help="on the organisms of SmolLM2 (half an hour)")] = False,
+    directory: Kept = None,
+    engine: EngineName = "here",
 ) -> None:
     """Repeat the post's results on the organisms with controls, and show which thresholds hold (a few minutes)."""
     with console.status("loading torch and the organisms"):
         from melbo_lens import files
         from melbo_lens.studies import claims, reproduction
-    results = reproduction.reproduce(suite=claims.REAL if real else claims.TINY)
+    with _errors_in_a_sentence():
+        results = reproduction.reproduce(
+            suite=claims.REAL if real else claims.TINY, directory=directory, engine=cast(Any, engine)
+        )
     files.write_json(out, results)
     rows = reproduction.table(results)
     table = Table(
@@ -181,6 +190,8 @@ def discover(
     dtype: Dtype = "float32",
     device: Device = None,
     chat: Chat = None,
+    directory: Kept = None,
+    engine: EngineName = "here",
 ) -> None:
     """Search a model that you know nothing of: layers, radii and vectors, within a time budget. Then write a page."""
     loaded = _load(model, dtype, device)
@@ -191,7 +202,10 @@ def discover(
     prompts = _asked(loaded, prompt, chat)
     with _errors_in_a_sentence():
         asked = _asked(loaded, heldout, chat, say=False) if heldout else None
-        found = ml.discover(loaded, prompts, budget, heldout=asked, seed=seed)
+        what = loaded if engine == "here" else ml.ModelKey(model, dtype, device)
+        found = ml.discover(
+            what, prompts, budget, heldout=asked, seed=seed, directory=directory, engine=cast(Any, engine)
+        )
         files.write_text(out / "groups.csv", found.table.to_csv(index=False))
         for row in range(min(len(found.table), 20)):
             found.vector(row).save(out / f"group-{row}.safetensors")
@@ -216,7 +230,7 @@ def discover(
 def sweep(
     plan: Annotated[Path, typer.Argument(help="YAML: model, prompts, and trials whose lists stand for combinations")],
     out: Out,
-    engine: Annotated[str, typer.Option(help="here, or ray")] = "here",
+    engine: EngineName = "here",
     shard: Annotated[
         str | None, typer.Option(help="I/N runs every N-th trial from the I-th on; default: Slurm's array task, if any")
     ] = None,

@@ -71,7 +71,7 @@ class Objective:
         if known.get("target_layer") is None and known.get("target_hook") is None:
             return None
         if "target_positions" in known:
-            known["target_positions"] = _positions(known["target_positions"])
+            known["target_positions"] = positions_of(known["target_positions"])
         return cls(**known)
 
 
@@ -125,7 +125,7 @@ def positions_text(positions: slice | Sequence[int]) -> str:
     return str(positions if isinstance(positions, slice) else list(positions))
 
 
-def _positions(text: str) -> slice | list[int]:
+def positions_of(text: str) -> slice | list[int]:
     """Reads what `positions_text` wrote."""
     if text.startswith("slice"):
         return slice(*ast.literal_eval(text.removeprefix("slice")))

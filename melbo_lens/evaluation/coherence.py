@@ -1,6 +1,7 @@
 """How natural does the unsteered model find a completion?  The mean log-probability of its tokens tells."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -9,6 +10,7 @@ from torch import Tensor
 from melbo_lens.arguments import public
 from melbo_lens.generation.completions import Completions
 from melbo_lens.measures.changes import ROWS_AT_ONCE
+from melbo_lens.memory import in_batches
 from melbo_lens.models import hooks
 from melbo_lens.models.access import Model, host_of
 from melbo_lens.models.host import Host
@@ -49,12 +51,15 @@ def token_log_probs(model: Model, completions: Completions) -> list[Float[Tensor
         if len(new):
             same.setdefault(tuple(prompt), {}).setdefault(tuple(new), []).append(i)
     cached = True
+
+    def read(prompt: Sequence[int], rows: Sequence[Sequence[int]]) -> tuple[list[Float[Tensor, " new"]], bool]:
+        return log_probs_after(host, prompt, rows, cached)
+
     with hooks.frozen(host), torch.no_grad():
         for prompt, continuations in same.items():
             texts = sorted(continuations, key=len)
-            for first in range(0, len(texts), ROWS_AT_ONCE):
-                chunk = texts[first : first + ROWS_AT_ONCE]
-                log_probs, cached = log_probs_after(host, prompt, chunk, cached)
+            for chunk, (log_probs, trusted) in in_batches(texts, ROWS_AT_ONCE, partial(read, prompt)):
+                cached = trusted
                 for text, row in zip(chunk, log_probs, strict=True):
                     hooks.check_finite(host, row[None], ["the unsteered model"], "the log-probabilities")
                     for i in continuations[text]:

@@ -61,6 +61,27 @@ def departures(model: Model, completions: Completions) -> pd.DataFrame:
     return pd.DataFrame(columns, columns=["change", "new_words", "surprise", "natural"], index=table.index)
 
 
+def shares(rows: pd.DataFrame) -> dict[str, float]:
+    """Says which share of the directions does what; a direction is a vector of a trial with a sign.
+
+    "nothing" means that no completion changed. Otherwise it is "noise" if most of the changed completions are, else
+    "content" if one of them is, else "wording".
+    """
+    steered = rows[rows.kind == "steered"]
+    found = dict.fromkeys(("nothing", *KINDS[1:]), 0)
+    directions = steered.groupby(["trial", "vector", "sign"])
+    for _, change in directions.change:
+        counts = change.value_counts()
+        changed = len(change) - counts.get("same", 0)
+        if not changed:
+            found["nothing"] += 1
+        elif 2 * counts.get("noise", 0) > changed:
+            found["noise"] += 1
+        else:
+            found["content" if counts.get("content", 0) else "wording"] += 1
+    return {kind: n / max(len(directions), 1) for kind, n in found.items()}
+
+
 def words(text: str) -> set[str]:
     """Returns the different words of a text, in lower case and without punctuation."""
     return set(re.findall(r"\w+", text.lower()))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from melbo_lens.memory import in_batches
 from melbo_lens.models import hooks
 from melbo_lens.models.host import Host
 from melbo_lens.models.passes import Decoder, Positions
@@ -55,7 +56,10 @@ class Decoding:
     turn: int = 0
 
     def complete(self, runs: list[Run], rows: list[list[int]], batch_size: int, progress: bool) -> list[Written]:
-        """Completes each run's prompt, `batch_size` at once; similar lengths share a batch to save padding."""
+        """Completes each run's prompt, at most `batch_size` at once; similar lengths share a batch to save padding.
+
+        Where memory runs out, the batch is tried again with half of its rows, and so are those after it.
+        """
         results: dict[int, Written] = {}
         ordered = sorted(range(len(runs)), key=lambda i: len(rows[i]))
         cached = True  # until a batch finds that the model's cache gives other logits
@@ -64,11 +68,15 @@ class Decoding:
             hooks.frozen(self.host),
             torch.no_grad(),
         ):
-            for first in range(0, len(ordered), batch_size):
-                chunk = ordered[first : first + batch_size]
-                written, cached = self._together([runs[i] for i in chunk], [rows[i] for i in chunk], bar, cached)
-                for i, one in zip(chunk, written, strict=True):
-                    results[i] = one
+            batches = in_batches(
+                ordered,
+                batch_size,
+                lambda some: self._together([runs[i] for i in some], [rows[i] for i in some], bar, cached),
+            )
+            for some, (written, trusted) in batches:
+                cached = trusted
+                results |= dict(zip(some, written, strict=True))
+                bar.update(len(results) - bar.n)  # a batch that memory was short for has counted its rows, too
         return [results[i] for i in range(len(runs))]
 
     def _together(self, runs: list[Run], rows: list[list[int]], bar: Any, cached: bool) -> tuple[list[Written], bool]:

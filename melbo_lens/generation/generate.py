@@ -57,8 +57,8 @@ def generate(
         include_random: whether to complete them with norm-matched controls as well: `random_vectors(perturbations,
             seed)`, or `random_adapters` matched on the prompts of the fit. A number makes controls of so many of the
             perturbations, from the first.
-        batch_size: the number of completions that run at once; None means 256. Memory for keys and values grows
-            with it.
+        batch_size: the number of completions that run at once, at most; None means 256. Memory for keys and values
+            grows with it, and where memory runs out it is halved.
         seed: the seed of the sampling and of the random controls.
         stop: a text, or several, that ends a completion; it is cut off the completion's text.
         chat: True makes each text prompt one user message of the tokenizer's chat template.

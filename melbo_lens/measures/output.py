@@ -12,6 +12,7 @@ from torch import Tensor
 from melbo_lens import tables
 from melbo_lens.arguments import public
 from melbo_lens.measures.radius import divergence
+from melbo_lens.memory import in_batches
 from melbo_lens.models import hooks
 from melbo_lens.models.access import Model, host_of
 from melbo_lens.models.host import Host
@@ -74,15 +75,17 @@ def output_effects(
     runs = list(product(range(len(batch)), range(len(vectors)), signs))
     with hooks.frozen(host), torch.no_grad():
         clean_logits, clean_norms = run_to_the_end(host, batch.tokens, batch.lengths, [])
-        parts = []
-        for first in range(0, len(runs), ROWS_AT_ONCE):
-            prompt, vector, sign = (list(column) for column in zip(*runs[first : first + ROWS_AT_ONCE], strict=True))
+
+        def steered_run(some: Sequence[tuple[int, int, int]]) -> tuple[Tensor, Tensor]:
+            prompt, vector, sign = (list(column) for column in zip(*some, strict=True))
             steering = vectors.row_hooks(vector, torch.tensor(sign, dtype=torch.float32, device="cpu"))
-            parts.append(run_to_the_end(host, batch.tokens[prompt], batch.lengths[prompt], steering))
-            names = [
-                f"vector {k} with sign {s:+d}, on prompt {i}," for k, s, i in zip(vector, sign, prompt, strict=True)
-            ]
-            hooks.check_finite(host, parts[-1][0], names, "the logits")
+            return run_to_the_end(host, batch.tokens[prompt], batch.lengths[prompt], steering)
+
+        parts = []
+        for some, part in in_batches(runs, ROWS_AT_ONCE, steered_run):
+            names = [f"vector {k} with sign {sign:+d}, on prompt {i}," for i, k, sign in some]
+            hooks.check_finite(host, part[0], names, "the logits")
+            parts.append(part)
     logits, norms = (torch.cat(column) for column in zip(*parts, strict=True))
     which = [prompt for prompt, _, _ in runs]
     clean, steered = clean_logits.log_softmax(-1)[which], logits.log_softmax(-1)

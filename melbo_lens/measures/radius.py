@@ -1,7 +1,8 @@
 """Which radius should vectors have?  The one where the blocks up to the target stop being linear, or another rule's."""
 
 import itertools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
@@ -13,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from melbo_lens import tables
 from melbo_lens.ascent.manifolds import unit
+from melbo_lens.memory import is_out_of_memory
 from melbo_lens.models import hooks
 from melbo_lens.models.slices import SlicedModel
 from melbo_lens.perturbations.sites import Hook
@@ -59,6 +61,20 @@ class Calibration:
     def relative(self) -> float | None:
         """The radius as a share of the stream's median norm, by which models can be compared."""
         return None if self.norm is None else self.radius / self.norm
+
+    @classmethod
+    def of_json(cls, said: Mapping[str, Any]) -> "Calibration":
+        """Makes a calibration from its attributes as JSON keeps them, with lists for tuples and null for NaN.
+
+        Raises:
+            KeyError, TypeError, ValueError: they are something else.
+        """
+        rows = {
+            name: tuple(tuple(math.nan if value is None else float(value) for value in row) for row in said[name])
+            for name in ("curve", "effects")
+            if name in said
+        }
+        return cls(**{**said, **rows})
 
     def _repr_html_(self) -> str:
         table = pd.DataFrame(self.curve, columns=["radius", self.rule])
@@ -224,9 +240,9 @@ def _directional_derivatives(
     try:
         with sdpa_kernel(SDPBackend.MATH):  # the only form of attention that has a forward derivative
             return torch.stack([torch.func.jvp(change, (torch.zeros_like(v),), (v,))[1].detach() for v in directions])
-    except torch.OutOfMemoryError:
-        raise
     except (NotImplementedError, RuntimeError) as missing:
+        if is_out_of_memory(missing):
+            raise
         return _central_differences(sliced, directions, missing)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from melbo_lens.arguments import one_of, positive, public
 from melbo_lens.ascent.manifolds import unit
+from melbo_lens.memory import in_batches
 from melbo_lens.models import blocks, hooks
 from melbo_lens.models.access import Model, host_of
 from melbo_lens.models.host import Host
@@ -87,13 +88,16 @@ def source_effects(
     batch = tokenize(host, prompts)
     own = batch.own
     before = [other for other in adapters.source_layers if other < layer]
-    parts = []
     with hooks.frozen(host), torch.no_grad():
         clean = _written(adapters[:1], host, batch, layer, [])
-        for first in range(0, len(adapters), max(1, ROWS_AT_ONCE // len(batch))):
-            some = adapters[first : first + max(1, ROWS_AT_ONCE // len(batch))]
+
+        def added(places: Sequence[int]) -> Float[Tensor, "adapter prompt pos d_model"]:
+            some = adapters[list(places)]
             plain = _written(some, host, batch, layer, before) if before else clean
-            parts.append((_written(some, host, batch, layer, [*before, layer]) - plain).masked_fill(~own[..., None], 0))
+            return (_written(some, host, batch, layer, [*before, layer]) - plain).masked_fill(~own[..., None], 0)
+
+        at_once = max(1, ROWS_AT_ONCE // len(batch))
+        parts = [part for _, part in in_batches(range(len(adapters)), at_once, added)]
     biases = torch.cat(parts)
     hooks.check_finite(host, biases.abs(), [f"adapter {k}" for k in range(len(biases))], "its update")
     return AdapterEffect(biases, own, layer, VECTOR_SITES[adapters.sites[layer].name])

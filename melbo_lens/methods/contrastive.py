@@ -3,6 +3,7 @@
 It uses labels, and stands beside the unsupervised methods as a yardstick.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from melbo_lens.arguments import count, positive, public
 from melbo_lens.ascent.manifolds import to_sphere
+from melbo_lens.memory import in_batches
 from melbo_lens.models import blocks, hooks
 from melbo_lens.models.access import Model, host_of
 from melbo_lens.models.host import Host
@@ -90,12 +92,14 @@ def fit_contrastive(
 
 def _mean(host: Host, batch: PromptBatch, name: str, layer: int) -> Float[Tensor, " d_model"]:
     """Computes the mean activation of a set of prompts, each of which is the mean over its positions."""
-    means: list[Tensor] = []
-    for tokens, mask in zip(batch.tokens.split(ROWS_AT_ONCE), batch.target_mask.split(ROWS_AT_ONCE), strict=True):
+
+    def of_some(some: Sequence[int]) -> list[Tensor]:
         seen: list[Tensor] = []
-        blocks.record(host, tokens, layer, layer + 1, [(name, partial(_keep, seen))])
-        means.extend(rows[own].mean(0) for rows, own in zip(seen[0], mask, strict=True))
-    return torch.stack(means).mean(0)
+        blocks.record(host, batch.tokens[list(some)], layer, layer + 1, [(name, partial(_keep, seen))])
+        return [rows[own].mean(0) for rows, own in zip(seen[0], batch.target_mask[list(some)], strict=True)]
+
+    parts = in_batches(range(len(batch)), ROWS_AT_ONCE, of_some)
+    return torch.stack([mean for _, part in parts for mean in part]).mean(0)
 
 
 def _keep(seen: list[Tensor], activation: Tensor, hook: Any = None) -> None:

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from melbo_lens.memory import is_out_of_memory
 from melbo_lens.models.hooks import attached
 from melbo_lens.models.host import Host
 from melbo_lens.perturbations.sites import Hook
@@ -81,9 +82,9 @@ class Decoder:
             return self.step(chosen[:, None], self.positions != "prompt")
         try:
             logits = self.step(chosen[:, None], self.positions != "prompt")
-        except torch.OutOfMemoryError:
-            raise
         except (TypeError, AttributeError, ValueError, IndexError, KeyError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
             return self._distrusted(f"failed ({type(error).__name__}: {error})")
         self.doubtful = False
         return self._proved(logits)
@@ -249,9 +250,9 @@ def _after_cached(host: Host, prompt: Sequence[int], rows: Sequence[Sequence[int
             mask = torch.ones(len(rows), len(prompt) + width - 1, dtype=torch.bool, device=host.device)
             logits, _ = host.cached_logits(new[:, :-1], mask, cache)
             known = torch.cat([known, logits.to(host.device).float().log_softmax(-1)], dim=1)
-    except torch.OutOfMemoryError:
-        raise
-    except (TypeError, AttributeError, ValueError, IndexError, KeyError, RuntimeError):
+    except (TypeError, AttributeError, ValueError, IndexError, KeyError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         return None
     of_tokens = known.gather(-1, new[:, :, None])[:, :, 0]
     return [row[: len(ids)] for row, ids in zip(of_tokens, rows, strict=True)]

@@ -230,7 +230,7 @@ class Findings:
                 control=_numbers(about.get("control")),
                 coherence=_numbers(about.get("coherence")),
                 ranked=_ranking(about.get("ranking"), folder / "ranking.csv"),
-                calibration=_calibration(about.get("calibration")),
+                calibration=None if about.get("calibration") is None else Calibration.of_json(about["calibration"]),
                 scan=_scan(about.get("scan")),
                 **_groups(about.get("groups")),
                 views=None if about.get("views") is None else TokenView.from_json(about["views"]),
@@ -276,13 +276,6 @@ def _groups(kept: dict[str, Any] | None) -> dict[str, Any]:
         return {}
     table = pd.DataFrame(kept["rows"], columns=kept["columns"])
     return {"groups": table.fillna(float("nan")), "said": kept["said"]}
-
-
-def _calibration(kept: dict[str, Any] | None) -> Calibration | None:
-    if kept is None:
-        return None
-    rows = {name: tuple(map(tuple, kept[name])) for name in ("curve", "effects") if name in kept}  # JSON has no tuples
-    return Calibration(**{**kept, **rows})
 
 
 def _scan(kept: dict[str, Any] | None) -> LayerScan | None:

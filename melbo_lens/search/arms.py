@@ -1,17 +1,20 @@
 """Which trials does a search try?  Early source layers, later targets and a ladder of radii, for each method."""
 
 import itertools
+import math
+import time
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
-from melbo_lens.arguments import public
+from melbo_lens.arguments import plain_json, public
+from melbo_lens.ascent.objectives import positions_text
 from melbo_lens.measures.radius import Calibration, median_norm
 from melbo_lens.methods.automatic import edge
-from melbo_lens.models.access import Model, host_of
-from melbo_lens.models.host import Host
-from melbo_lens.models.slices import slice_model
 from melbo_lens.prompts import Positions, Prompts
-from melbo_lens.search.trials import AdapterTrial, AnyTrial, CpeTrial, DctTrial, JacobianTrial, NoiseTrial, Trial
+from melbo_lens.sweeps.jobs import Loadable
+from melbo_lens.sweeps.tasks import Bench, Measurement, digest
+from melbo_lens.sweeps.trials import AdapterTrial, AnyTrial, CpeTrial, DctTrial, JacobianTrial, NoiseTrial, Trial
 
 # The most promising come first. Layers are shares of the depth; radii are shares of the edge of readability. On SmolLM2
 # an early, near target found as much with each vector as a far one, and its fits take half of the time.
@@ -135,10 +138,12 @@ class Ladder(NamedTuple):
     Attributes:
         edge: the edge, as it was found at the first pair of layers.
         norms: by source layer, the median norm of its stream.
+        seconds: how long the edge took.
     """
 
     edge: Calibration
     norms: dict[int, float]
+    seconds: float
 
     def radius_at_edge(self, source_layer: int) -> float:
         """Returns the edge at a source layer: everywhere it has the same share of the stream's median norm."""
@@ -146,9 +151,57 @@ class Ladder(NamedTuple):
         return self.edge.relative * self.norms[source_layer]
 
 
+@dataclass(frozen=True)
+class LadderTask(Measurement[Ladder]):
+    """Finds the ladder of a search.
+
+    Attributes:
+        prompts: the prompts, as a `Job` has them.
+        where: where a change counts, as `positions_text` writes it.
+        pair: the layers at which the edge is found.
+        sources: the source layers of the search.
+        seed: the seed of the vectors that find the edge.
+        seconds: after so many the edge is bisected no further. It is no part of the name: a search that goes on with
+            another budget keeps its edge.
+    """
+
+    prompts: tuple[Any, ...]
+    where: str
+    pair: tuple[int, int]
+    sources: tuple[int, ...]
+    seed: int
+    seconds: float = math.inf
+
+    def name(self, fingerprint: str) -> str:
+        asked = plain_json(self.prompts, "prompts")
+        return f"{digest([asked, self.where, self.pair, self.sources, self.seed, fingerprint])}-edge"
+
+    def run(self, bench: Bench) -> Ladder:
+        began = time.monotonic()
+        found = edge(bench.slice(self.prompts, *self.pair, self.where), self.seed, self.seconds)
+        seconds = time.monotonic() - began
+        norms = {n: median_norm(bench.slice(self.prompts, n, n + 2, None)) for n in self.sources}
+        return Ladder(found, norms, seconds)
+
+    def as_json(self, result: Ladder) -> Any:
+        return {"edge": vars(result.edge), "norms": list(result.norms.items()), "seconds": result.seconds}
+
+    def of_json(self, said: Any) -> Ladder:
+        norms = {int(source): float(norm) for source, norm in said["norms"]}
+        return Ladder(Calibration.of_json(said["edge"]), norms, float(said["seconds"]))
+
+
+def ladder_task(
+    prompts: tuple[Any, ...], where: str, arms: Sequence[Arm], seed: int, seconds: float = math.inf
+) -> LadderTask:
+    """Returns the task that finds the ladder of these arms."""
+    sources = tuple(dict.fromkeys(arm.source_layer for arm in arms))
+    return LadderTask(prompts, where, (arms[0].source_layer, arms[0].target_layer), sources, seed, seconds)
+
+
 @public
 def make_plan(
-    model: Model,
+    model: Loadable,
     prompts: Prompts,
     seed: int = 0,
     *,
@@ -161,7 +214,7 @@ def make_plan(
     The radii lie around the edge of readability (`calibrate_radius`), which is found at the first pair of layers.
 
     Args:
-        model: the model, which is left as it was.
+        model: the model, which is left as it was; or its name or an `ml.ModelKey`.
         prompts: the prompts of the search.
         seed: the seed of the trials.
         n_vectors: how many vectors each trial learns.
@@ -172,20 +225,14 @@ def make_plan(
         ValueError: the model has no edge of readability or of effect; give `discover` a plan of your own radii.
     """
     check_methods(methods)
-    host = host_of(model)
-    arms = arms_of(host.n_layers, methods)
-    sliced = slice_model(host, prompts, arms[0].source_layer, arms[0].target_layer, target_positions)
-    ladder = Ladder(edge(sliced, seed), norms_of(host, prompts, arms))
+    bench = Bench(model)
+    arms = arms_of(bench.host.n_layers, methods)
+    ids = bench.tokens(prompts, target_positions)
+    ladder = ladder_task(ids, positions_text(target_positions), arms, seed).run(bench)
     return [
-        arm.trial(ladder.radius_at_edge(arm.source_layer), n_vectors, host.d_model, seed * 1000 + i)
+        arm.trial(ladder.radius_at_edge(arm.source_layer), n_vectors, bench.host.d_model, seed * 1000 + i)
         for i, arm in enumerate(arms)
     ]
-
-
-def norms_of(host: Host, prompts: Prompts, arms: list[Arm]) -> dict[int, float]:
-    """Measures the median norm of the stream that leaves each source layer."""
-    sources = dict.fromkeys(arm.source_layer for arm in arms)
-    return {source: median_norm(slice_model(host, prompts, source, source + 2)) for source in sources}
 
 
 def check_methods(methods: Sequence[str]) -> None:

@@ -1,29 +1,33 @@
 """What does an unknown model hide?  A search of layers and radii within a time budget finds groups of completions."""
 
-import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from operator import methodcaller
 from typing import Any
 
 import pandas as pd
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from melbo_lens import tables
 from melbo_lens.arguments import public
+from melbo_lens.ascent.objectives import positions_text
+from melbo_lens.evaluation.departures import shares
 from melbo_lens.evaluation.rates import Behavior
 from melbo_lens.generation.completions import Completions
 from melbo_lens.measures.radius import Calibration
-from melbo_lens.methods.automatic import edge
-from melbo_lens.models.access import Model, host_of
 from melbo_lens.perturbations.perturbation import Perturbation, concatenate
-from melbo_lens.prompts import Positions, Prompts, tokenize
-from melbo_lens.search.arms import Ladder, Method, arms_of, check_methods, norms_of
-from melbo_lens.search.groups import collected, grouped, heldout_rate, shares
-from melbo_lens.search.pace import GUESS, MARGIN, Pace
-from melbo_lens.search.rounds import Search, rounds
-from melbo_lens.search.trials import AnyTrial
+from melbo_lens.prompts import AsPrompts, Positions, PromptBatch, Prompts, as_list
+from melbo_lens.search.arms import Method, check_methods
+from melbo_lens.search.groups import HeldoutTask, collected, grouped, heldout_rate
+from melbo_lens.search.pace import MARGIN
+from melbo_lens.search.searching import Search, as_planned, in_rounds
+from melbo_lens.sweeps.engines import Engine, Folder, Where, engine_for
+from melbo_lens.sweeps.jobs import Loadable
+from melbo_lens.sweeps.outcomes import Outcome
+from melbo_lens.sweeps.trials import AnyTrial
 
 SHARE_FOR_HELDOUT, SHARE_FOR_GROUPS = 0.2, 0.03  # of the budget, for what follows the trials
 SHARE_FOR_EDGE = 0.35  # of the budget, after which the edge is bisected no further
@@ -58,6 +62,28 @@ class Discovery:
     completions: tuple[Completions, ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
     edge: Calibration | None = None
+
+    @classmethod
+    def of(
+        cls,
+        outcomes: Sequence[Outcome],
+        behaviors: Mapping[str, Behavior] | None = None,
+        edge: Calibration | None = None,
+    ) -> "Discovery":
+        """Groups what trials found.
+
+        Args:
+            outcomes: the outcomes of trials that succeeded, at least one.
+            behaviors: as in `discover`.
+            edge: the edge around which the radii lie, if there is one.
+        """
+        done = [one.job.trial for one in outcomes]
+        fitted, written, judged = (
+            [getattr(one, name) for one in outcomes] for name in ("learned", "completions", "judged")
+        )
+        rows = collected(written, judged)
+        table = grouped(done, fitted, rows, behaviors or {})
+        return cls(table, shares(rows), rows, tuple(done), tuple(fitted), tuple(written), {}, edge)
 
     def vector(self, row: int) -> Perturbation:
         """The vector or adapter of a row of the table, with its sign, ready to steer with."""
@@ -136,7 +162,7 @@ class Discovery:
 
 @public
 def discover(
-    model: Model,
+    model: Loadable,
     prompts: Prompts,
     budget: float = 60.0,
     behaviors: Mapping[str, Behavior] | None = None,
@@ -147,6 +173,8 @@ def discover(
     seed: int = 0,
     plan: Sequence[AnyTrial] | None = None,
     methods: Sequence[Method] = ("melbo",),
+    directory: Folder | None = None,
+    engine: Where = "here",
     progress: bool = True,
 ) -> Discovery:
     """Searches a model of which nothing is known, from one prompt or a few.
@@ -157,10 +185,10 @@ def discover(
     both signs and with random vectors of equal norm, and judges how each completion departs from the unsteered one.
 
     Args:
-        model: the model, which is left as it was.
+        model: the model, which is left as it was; or its name or an `ml.ModelKey`, by which it is loaded.
         prompts: text, chats or token ids; one prompt is enough.
-        budget: the time in seconds. Trials are sized by what earlier ones took, and one is begun only if it is expected
-            to end in time; the first one always runs.
+        budget: the time in seconds, from when the model is loaded. Trials are sized by what earlier ones took, and one
+            is begun only if it is expected to end in time; the first one always runs.
         behaviors: name -> a regular expression or a function of the text. Completions that show a behaviour form a
             group of this name; all others are grouped by their words.
         heldout: prompts on which the vectors of the first groups are scored, as many as the time allows.
@@ -173,92 +201,86 @@ def discover(
             "orthogonal", "soft" (vectors that repel each other), "adamw" (the published recipe: at least four vectors
             of 300 steps, whatever the budget), "adapters" (`fit_adapters`), "cpe" (`fit_cpe`), "dct" and "dct_qr"
             (`fit_dct`), "jacobian" (`fit_jacobian`) and "noise" (`noise_vectors`).
+        directory: a folder of a sweep, in which the edge, every trial, and the state of the search are kept; it is made
+            if it is missing. The same call goes on where it was stopped: what is there is not run again, and the
+            seconds up to the last trial that was begun or ended count as spent. What a trial took that was cut off is
+            not counted, and the trial is run again. With a larger budget an ended search goes on, too.
+        engine: "here" runs one trial after another. "ray" runs as many at a time as Ray's cluster has GPUs, or else
+            cores; it needs a directory and a name or key of the model. A round then ends when all its trials have.
         progress: whether to show a progress bar with the seconds.
 
     Returns:
         The ranked groups with their vectors, what became of all directions, and the plan that was completed.
 
     Raises:
-        ValueError: the budget is not a positive number of seconds, the model has no edge, or another argument breaks a
-            rule.
+        ValueError: the budget is not a positive number of seconds, the model has no edge, the directory holds results
+            of another model, or another argument breaks a rule.
         FloatingPointError, ValueError: no trial could be completed; it is the error of the last one.
 
     Warns:
         UserWarning: a trial was left out, since activations or logits were NaN or infinite, or since its method doesn't
-            suit the model.
+            suit the model; with a directory, for whatever reason.
     """
     if plan is None and not 0 < budget < float("inf"):
         raise ValueError(f"budget={budget} must be a positive number of seconds.")
     check_methods(methods)
-    host = host_of(model)
-    batch = tokenize(host, prompts, target_positions)
-    held = SHARE_FOR_HELDOUT if heldout is not None else 0.0
-    clock = Pace(budget * (1 - held - SHARE_FOR_GROUPS) if plan is None else float("inf"), len(batch))
-    search = Search(host, prompts, batch, target_positions, max_new_tokens)
-    found_edge = None
-    with tqdm(total=round(budget) if plan is None else None, desc="discover", unit="s", disable=not progress) as bar:
-        if plan is None:
-            arms = arms_of(host.n_layers, methods)
-            bar.set_postfix_str("the edge of readability", refresh=True)
-            first = search.slice(arms[0].source_layer, arms[0].target_layer)
-            found_edge = edge(first, seed, SHARE_FOR_EDGE * budget)
-            clock.whole = GUESS * clock.passed / max(len(found_edge.curve), 1)
-            ladder = Ladder(found_edge, norms_of(host, prompts, arms))
-            trials = rounds(search, clock, arms, ladder, host.d_model, seed)
-        else:
-            trials = iter(plan)
-        for trial in trials:
-            timed = search.run(trial)
-            if timed:
-                clock.learn(trial, *timed)
-            bar.set_postfix_str(f"{len(search.done)} trials", refresh=False)
-            bar.update(round(clock.passed) - bar.n)
-    if not search.done:
-        why = f"no trial could be completed: {search.failure}"
-        raise (ValueError if isinstance(search.failure, ValueError) else FloatingPointError)(why) from search.failure
-    rows = collected(search.written, search.judged)
-    table = grouped(search.done, search.fitted, rows, behaviors or {})
-    if heldout is not None:
-        ends = clock.began + budget if plan is None else float("inf")
-        _score(table, search, heldout, behaviors or {}, ends, seed)
+    where = positions_text(target_positions)
+    with engine_for(model, directory, engine) as workers:
+        asked = _asked(workers, prompts, target_positions)
+        held_out = None if heldout is None else _asked(workers, heldout)
+        search = Search(workers, asked, where, max_new_tokens, seed)
+        with tqdm(
+            total=round(budget) if plan is None else None, desc="discover", unit="s", disable=not progress
+        ) as bar:
+            if plan is None:
+                held = SHARE_FOR_HELDOUT if heldout is not None else 0.0
+                search.clock.seconds = budget * (1 - held - SHARE_FOR_GROUPS)
+                in_rounds(search, methods, SHARE_FOR_EDGE * budget, bar)
+            else:
+                as_planned(search, plan, bar)
+        found = Discovery.of(search.outcomes, behaviors, search.edge)
+        if held_out is not None:
+            ends = budget if plan is None else float("inf")
+            _score(found, search, held_out, behaviors or {}, ends)
     settings = {
         "budget": budget,
         "seed": seed,
-        "seconds": round(clock.passed, 1),
+        "seconds": round(search.clock.passed, 1),
         "max_new_tokens": max_new_tokens,
-        "trials_ended": [round(ended - clock.began, 1) for ended in search.ended],
+        "trials_ended": [round(seconds, 1) for seconds in search.ended],
     }
-    return Discovery(
-        table,
-        shares(rows),
-        rows,
-        tuple(search.done),
-        tuple(search.fitted),
-        tuple(search.written),
-        settings,
-        found_edge,
-    )
+    return replace(found, settings=settings)
+
+
+def _asked(workers: Engine, prompts: Prompts, target_positions: Positions = slice(None)) -> tuple[Any, ...]:
+    """Returns prompts as a `Job` has them.
+
+    Raises:
+        TypeError, ValueError: the prompts or the positions don't fit the model.
+    """
+    ids = workers.ask(methodcaller("tokens", prompts, target_positions))
+    return ids if isinstance(prompts, Tensor | PromptBatch | AsPrompts) else tuple(as_list(prompts))
 
 
 def _score(
-    table: pd.DataFrame,
-    search: Search,
-    prompts: Prompts,
-    behaviors: Mapping[str, Behavior],
-    ends: float,
-    seed: int,
+    found: Discovery, search: Search, prompts: tuple[Any, ...], behaviors: Mapping[str, Behavior], ends: float
 ) -> None:
     """Writes into the table how far the groups transfer to held-out prompts, the first groups first."""
-    longest = 0.0
-    for row in table.itertuples():
-        began = time.monotonic()
-        if began + MARGIN * longest > ends:
-            break
-        vector = search.fitted[row.trial][row.vector]
-        table.loc[row.Index, "heldout_rate"] = heldout_rate(
-            search.host, prompts, vector, row, behaviors, search.max_new_tokens, seed
-        )
-        longest = max(longest, time.monotonic() - began)
+    rows = {int(row.Index): row for row in found.table.itertuples()}
+    began, longest = dict[int, float](), 0.0
+
+    def tasks() -> Iterator[HeldoutTask]:
+        for index, row in rows.items():
+            began[index] = search.clock.passed
+            if began[index] + MARGIN * longest > ends:
+                return
+            job, learned = search.outcomes[row.trial].job, found.vectors[row.trial][row.vector]
+            yield HeldoutTask(index, job, int(row.vector), int(row.sign), learned, prompts, search.seed)
+
+    for done in search.workers.run(tasks()):
+        index = done.task.number
+        found.table.loc[index, "heldout_rate"] = heldout_rate(done.value(), rows[index], behaviors)
+        longest = max(longest, search.clock.passed - began[index])
 
 
 def _form(vectors: Perturbation) -> tuple[Any, ...]:

@@ -6,21 +6,22 @@ begun, that several vectors elicit and random ones don't.
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 import torch
 
-from melbo_lens.evaluation.departures import KINDS
+from melbo_lens.arguments import plain_json
 from melbo_lens.evaluation.rates import Behavior, shows
 from melbo_lens.evaluation.words import word_counts
 from melbo_lens.generation.completions import Completions
 from melbo_lens.generation.generate import generate
 from melbo_lens.measures.ranking import cluster
-from melbo_lens.models.access import Model
 from melbo_lens.perturbations.perturbation import Perturbation
-from melbo_lens.prompts import Prompts
-from melbo_lens.search.trials import AnyTrial
+from melbo_lens.sweeps.jobs import Job, as_prompts
+from melbo_lens.sweeps.tasks import Bench, Measurement, digest
+from melbo_lens.sweeps.trials import AnyTrial
 
 COLUMNS = (
     "group behavior change example method source_layer target_layer radius relative_radius effect vector sign rate "
@@ -48,27 +49,6 @@ def promise(rows: pd.DataFrame) -> pd.Series:
     fluent = (2 * rows.natural.clip(upper=0)).map(math.exp)
     scores = rows.new_words * rows.surprise.clip(upper=SURPRISING) * fluent
     return scores.where(rows.change.isin(["wording", "content"]), 0.0)
-
-
-def shares(rows: pd.DataFrame) -> dict[str, float]:
-    """Says which share of the directions does what; a direction is a vector of a trial with a sign.
-
-    "nothing" means that no completion changed. Otherwise it is "noise" if most of the changed completions are, else
-    "content" if one of them is, else "wording".
-    """
-    steered = rows[rows.kind == "steered"]
-    found = dict.fromkeys(("nothing", *KINDS[1:]), 0)
-    directions = steered.groupby(["trial", "vector", "sign"])
-    for _, change in directions.change:
-        counts = change.value_counts()
-        changed = len(change) - counts.get("same", 0)
-        if not changed:
-            found["nothing"] += 1
-        elif 2 * counts.get("noise", 0) > changed:
-            found["noise"] += 1
-        else:
-            found["content" if counts.get("content", 0) else "wording"] += 1
-    return {kind: n / max(len(directions), 1) for kind, n in found.items()}
 
 
 def grouped(
@@ -148,30 +128,55 @@ def _group(
     }
 
 
-def heldout_rate(
-    model: Model,
-    prompts: Prompts,
-    vectors: Perturbation,
-    row: Any,
-    behaviors: Mapping[str, Behavior],
-    max_new_tokens: int,
-    seed: int,
-) -> float:
-    """The share of held-out prompts whose completion belongs to the row's group."""
-    completions = generate(
-        model,
-        prompts,
-        vectors,
-        max_new_tokens,
-        signs=(row.sign,),
-        include_unsteered=False,
-        include_random=False,
-        seed=seed,
-        progress=False,
-    )
-    texts = completions.table.text
+@dataclass(frozen=True)
+class HeldoutTask(Measurement[list[str]]):
+    """Writes on held-out prompts with the vector of a group; the result has a text for each prompt.
+
+    Attributes:
+        number: the row of the group, which changes nothing.
+        job: the job that learned the vector.
+        vector, sign: which vector of it, and in which direction.
+        learned: the vector itself.
+        prompts: the held-out prompts, as a `Job` has them.
+        seed: the seed of the search.
+    """
+
+    number: int
+    job: Job
+    vector: int
+    sign: int
+    learned: Perturbation
+    prompts: tuple[Any, ...]
+    seed: int
+
+    def name(self, fingerprint: str) -> str:
+        asked = plain_json(self.prompts, "heldout")
+        return f"{digest([self.job.digest(fingerprint), self.vector, self.sign, asked, self.seed])}-heldout"
+
+    def run(self, bench: Bench) -> list[str]:
+        completions = generate(
+            bench.host,
+            as_prompts(self.prompts),
+            self.learned,
+            self.job.max_new_tokens,
+            signs=(self.sign,),
+            include_unsteered=False,
+            include_random=False,
+            seed=self.seed,
+            progress=False,
+        )
+        return completions.table.text.tolist()
+
+    def of_json(self, said: Any) -> list[str]:
+        if len(said) != len(self.prompts) or not all(isinstance(text, str) for text in said):
+            raise ValueError(f"it doesn't hold {len(self.prompts)} texts")
+        return said
+
+
+def heldout_rate(texts: Sequence[str], row: Any, behaviors: Mapping[str, Behavior]) -> float:
+    """Returns the share of completions of held-out prompts that belong to the row's group."""
     if row.behavior:
-        return float(shows(texts, behaviors[row.behavior]).mean())
+        return float(shows(pd.Series(list(texts)), behaviors[row.behavior]).mean())
     counts = word_counts([row.example, *texts])
     similar = torch.cosine_similarity(counts[:1], counts[1:])
     return float((similar > 1 - ALIKE).float().mean())

@@ -1,19 +1,16 @@
 """Which pair of layers is worth a search?  A few fast vectors per pair, compared with random ones, give a hint."""
 
-import hashlib
-import json
 import math
-import os
-import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
+from functools import partial
+from operator import attrgetter, methodcaller
 from typing import Any, Literal
 
 import pandas as pd
 from tqdm.auto import tqdm
 
-from melbo_lens import files, tables
+from melbo_lens import tables
 from melbo_lens.arguments import counts, positive, public
 from melbo_lens.ascent.constraints import OrderedRows
 from melbo_lens.ascent.fixed_point import fixed_point
@@ -21,16 +18,17 @@ from melbo_lens.ascent.manifolds import to_sphere
 from melbo_lens.ascent.objectives import Objective, positions_text
 from melbo_lens.measures.output import output_effects
 from melbo_lens.measures.radius import median_norm
+from melbo_lens.memory import halving
 from melbo_lens.methods.automatic import automatic
 from melbo_lens.methods.problem import Problem, bias, default_batch_size
-from melbo_lens.methods.provenance import fingerprint
 from melbo_lens.models import hooks
-from melbo_lens.models.access import Model, host_of
-from melbo_lens.models.host import Host
-from melbo_lens.models.slices import SlicedModel, slice_model
+from melbo_lens.models.slices import SlicedModel
 from melbo_lens.perturbations.vectors import SteeringVectors
 from melbo_lens.prompts import Positions, PromptBatch, Prompts, tokenize
 from melbo_lens.randomness import gaussian_rows
+from melbo_lens.sweeps.engines import Folder, Where, engine_for
+from melbo_lens.sweeps.jobs import Loadable, as_prompts
+from melbo_lens.sweeps.tasks import Bench, Measurement, digest
 
 COLUMNS = (
     "source_layer target_layer sign radius relative_radius objective random_objective effect random_effect kl entropy"
@@ -62,7 +60,7 @@ class LayerScan:
 
 @public
 def scan_layers(
-    model: Model,
+    model: Loadable,
     prompts: Prompts,
     source_layers: Sequence[int] | None = None,
     target_layers: Sequence[int] | None = None,
@@ -71,15 +69,17 @@ def scan_layers(
     n_steps: int = 8,
     target_positions: Positions | None = None,
     seed: int = 0,
-    directory: str | os.PathLike[str] | None = None,
+    directory: Folder | None = None,
     progress: bool = True,
+    *,
+    engine: Where = "here",
 ) -> LayerScan:
     """Learns a few vectors for every valid pair of layers and measures how much they change beyond random ones.
 
     The prompts run once for each source layer; all target layers of that source layer share the pass.
 
     Args:
-        model: the model, which is left as it was.
+        model: the model, which is left as it was; or its name or an `ml.ModelKey`, by which it is loaded.
         prompts: text, chats or token ids.
         source_layers, target_layers: the layers to pair; None means all. Pairs without a block between them are
             skipped.
@@ -88,15 +88,17 @@ def scan_layers(
         n_vectors, n_steps: how many vectors are learned, in how many steps. Few are enough for an overview.
         target_positions: where a change counts, as in `slice_model`.
         seed: the seed of the starts and of the random vectors.
-        directory: a folder in which each finished pair is saved, atomically; it is made if it is missing. The same
-            call, made later on a model of the same weights, skips these pairs.
+        directory: a folder of a sweep, in which each finished pair is kept, atomically; it is made if it is missing.
+            The same call, made later on a model of the same weights, skips these pairs.
         progress: whether to show a progress bar.
+        engine: "here", or "ray" for Ray's actors, which need a directory and a name or key of the model.
 
     Returns:
         A table with two rows, one for each sign, for each pair of layers.
 
     Raises:
-        ValueError: there is no valid pair, a setting breaks a rule, or no radius can be calibrated.
+        ValueError: there is no valid pair, a setting breaks a rule, no radius can be calibrated, or the directory holds
+            results of another model.
 
     Warns:
         UserWarning: the file of a pair is damaged, and the pair is measured again.
@@ -104,8 +106,44 @@ def scan_layers(
     counts(n_vectors=n_vectors, n_steps=n_steps)
     if radius != "auto":
         positive("radius", radius, ', or "auto" to calibrate one')
-    host = host_of(model)
-    n_layers = host.n_layers
+    where = None if target_positions is None else positions_text(target_positions)
+    with engine_for(model, directory, engine) as workers:
+        n_layers = workers.ask(attrgetter("host.n_layers"))
+        pairs = _pairs(source_layers, target_layers, n_layers)
+        # where the radius is calibrated: in the middle of the scan
+        usual = min(pairs, key=lambda pair: abs(pair[0] - n_layers / 4) + abs(pair[1] - 0.55 * n_layers))
+        ids = workers.ask(methodcaller("tokens", prompts))
+        shared = _Shared(ids, radius, n_vectors, n_steps, where, seed, usual if radius == "auto" else None)
+        pairs = sorted(pairs, key=lambda pair: ([source for source, _ in pairs].index(pair[0]), pair[1]))
+        farthest = dict(sorted(pairs))
+        tasks = [PairTask(shared, source, target, farthest[source]) for source, target in pairs]
+        workers.begin(tasks)
+        if radius == "auto" and any(workers.known(task) is None for task in tasks):
+            (share,) = (done.value() for done in workers.results([ShareTask(shared)]))
+            tasks = [replace(task, share=share) for task in tasks]
+        rows = dict[tuple[int, int], list[list[float]]]()
+        with tqdm(total=len(pairs), desc="scan layers", unit="pair", disable=not progress) as bar:
+            for done in workers.results(tasks):
+                rows[done.task.source_layer, done.task.target_layer] = done.value()
+                bar.update()
+    settings = {
+        "n_vectors": n_vectors,
+        "n_steps": n_steps,
+        "radius": radius,
+        "seed": seed,
+        "target_positions": where,
+    }
+    return LayerScan(pd.DataFrame([row for pair in pairs for row in rows[pair]], columns=COLUMNS), settings)
+
+
+def _pairs(
+    source_layers: Sequence[int] | None, target_layers: Sequence[int] | None, n_layers: int
+) -> list[tuple[int, int]]:
+    """Lists the valid pairs.
+
+    Raises:
+        ValueError: there is none.
+    """
     sources = list(range(n_layers) if source_layers is None else source_layers)
     targets = list(range(n_layers + 1) if target_layers is None else target_layers)
     pairs = [
@@ -117,81 +155,101 @@ def scan_layers(
             "source + 2 "
             f"and at most n_layers = {n_layers}."
         )
-    batch = tokenize(host, prompts)
-    where = None if target_positions is None else positions_text(target_positions)
-    digest = None
-    if directory is not None:
-        key = json.dumps([batch.rows(), radius, n_vectors, n_steps, where, seed, fingerprint(host)])
-        digest = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
-    rows, share = [], None
-    with tqdm(total=len(pairs), desc="scan layers", unit="pair", disable=not progress) as bar:
-        for source in dict.fromkeys(source for source, _ in pairs):
-            longest: SlicedModel | None = None
-            for target in sorted(target for other, target in pairs if other == source):
-                path = None if directory is None else Path(directory) / f"{digest}-{source}-{target}.json"
-                pair = None if path is None else _read_pair(path)
-                if pair is None:
-                    if longest is None:
-                        last = max(target for other, target in pairs if other == source)
-                        longest = slice_model(host, batch, source, last, target_positions)
-                    if share is None and radius == "auto":
-                        share = _share_of_norm(host, batch, pairs, target_positions, seed)
-                    own = share * median_norm(longest) if share is not None else float(radius)
-                    pair = _scan_pair(longest.shorter(target), batch, own, n_vectors, n_steps, seed)
-                    if path is not None:
-                        path.parent.mkdir(parents=True, exist_ok=True)
-                        files.write_atomically(path, _as_bytes(pair))
-                rows += pair
-                bar.update()
-    settings = {
-        "n_vectors": n_vectors,
-        "n_steps": n_steps,
-        "radius": radius,
-        "seed": seed,
-        "target_positions": where,
-    }
-    return LayerScan(pd.DataFrame(rows, columns=COLUMNS), settings)
+    return pairs
 
 
-def _as_bytes(pair: list[list[float]]) -> bytes:
-    """The rows of a pair as JSON, with null for NaN."""
-    return json.dumps(
-        [[None if math.isnan(value) else value for value in row] for row in pair], allow_nan=False
-    ).encode()
+@dataclass(frozen=True)
+class _Shared:
+    """What all pairs of a scan have in common, and what their results depend on beside the layers.
+
+    Attributes:
+        prompts: the "ids" and the "text" of each prompt.
+        where: the target positions, as `positions_text` writes them; None as in `slice_model`.
+        calibrated: the pair at which the radius is calibrated, if it is "auto".
+    """
+
+    prompts: tuple[dict[str, Any], ...]
+    radius: float | Literal["auto"]
+    n_vectors: int
+    n_steps: int
+    where: str | None
+    seed: int
+    calibrated: tuple[int, int] | None
+
+    def name(self, fingerprint: str) -> str:
+        # the files of an earlier version, which knew of no pair, are found under these names if their radius was given
+        rows, pair = [prompt["ids"] for prompt in self.prompts], [] if self.calibrated is None else [self.calibrated]
+        return digest([rows, self.radius, self.n_vectors, self.n_steps, self.where, self.seed, fingerprint, *pair])
 
 
-def _read_pair(path: Path) -> list[list[float]] | None:
-    """The rows of a pair that was finished earlier; None if its file is missing or damaged."""
-    if not path.is_file():
-        return None
-    try:
-        rows = [[math.nan if value is None else value for value in row] for row in json.loads(path.read_text())]
+@dataclass(frozen=True)
+class ShareTask(Measurement[float]):
+    """Calibrates the radius of a scan, as a share of the stream's median norm."""
+
+    shared: _Shared
+
+    def name(self, fingerprint: str) -> str:
+        return f"{self.shared.name(fingerprint)}-share"
+
+    def run(self, bench: Bench) -> float:
+        assert self.shared.calibrated is not None  # the radius is "auto"
+        sliced = bench.slice(self.shared.prompts, *self.shared.calibrated, self.shared.where)
+        found = automatic(sliced, self.shared.seed).relative
+        assert found is not None  # calibrations of a slice know the norm of its stream
+        return found
+
+    def of_json(self, said: Any) -> float:
+        if not isinstance(said, float):
+            raise ValueError(f"it holds {said!r}")
+        return said
+
+
+@dataclass(frozen=True)
+class PairTask(Measurement[list[list[float]]]):
+    """Measures one pair of layers; the result has a row for each sign.
+
+    Attributes:
+        farthest: the last target of the scan with this source, up to which the slice is made that its pairs share.
+        share: what `ShareTask` gives, where the radius is "auto".
+    """
+
+    shared: _Shared
+    source_layer: int
+    target_layer: int
+    farthest: int
+    share: float | None = None
+
+    def name(self, fingerprint: str) -> str:
+        return f"{self.shared.name(fingerprint)}-{self.source_layer}-{self.target_layer}"
+
+    def run(self, bench: Bench) -> list[list[float]]:
+        shared = self.shared
+        longest = bench.slice(shared.prompts, self.source_layer, self.farthest, shared.where)
+        own = self.share * median_norm(longest) if self.share is not None else float(shared.radius)
+        sliced, batch = longest.shorter(self.target_layer), tokenize(bench.host, as_prompts(shared.prompts))
+        usual = min(default_batch_size(sliced), 2 * shared.n_vectors * len(batch))  # so many are in a pass
+        return halving(partial(_scan_pair, sliced, batch, own, shared.n_vectors, shared.n_steps, shared.seed), usual)
+
+    def of_json(self, said: Any) -> list[list[float]]:
+        rows = [[math.nan if value is None else value for value in row] for row in said]
         if [len(row) for row in rows] != [len(COLUMNS)] * 2:
             raise ValueError(f"it holds {len(rows)} rows")
         return rows
-    except (ValueError, TypeError) as error:
-        warnings.warn(f"{path} is damaged ({error}): its pair of layers is measured again.", stacklevel=3)
-        return None
-
-
-def _share_of_norm(
-    host: Host, batch: PromptBatch, pairs: list[tuple[int, int]], target_positions: Positions | None, seed: int
-) -> float:
-    """The calibrated radius as a share of the stream's median norm, at a pair in the middle of those of the scan."""
-    n_layers = host.n_layers
-    usual = min(pairs, key=lambda pair: abs(pair[0] - n_layers / 4) + abs(pair[1] - 0.55 * n_layers))
-    found = automatic(slice_model(host, batch, *usual, target_positions), seed).relative
-    assert found is not None  # calibrations of a slice know the norm of its stream
-    return found
 
 
 def _scan_pair(
-    sliced: SlicedModel, prompts: PromptBatch, chosen: float, n_vectors: int, n_steps: int, seed: int
+    sliced: SlicedModel,
+    prompts: PromptBatch,
+    chosen: float,
+    n_vectors: int,
+    n_steps: int,
+    seed: int,
+    batch_size: int | None,
 ) -> list[list[float]]:
     """The rows of one pair of layers, one for each sign."""
     assert sliced.target_layer is not None  # a scan's targets are layers
     with hooks.frozen(sliced.host):
-        problem = Problem(sliced, bias(sliced), Objective().value, default_batch_size(sliced))
+        problem = Problem(sliced, bias(sliced), Objective().value, batch_size or default_batch_size(sliced))
         starts = gaussian_rows(n_vectors, sliced.d_model, "scan_layers", seed).to(sliced.device)
         radii = starts.new_full((n_vectors,), chosen)
         *_, climb = fixed_point(problem, (starts[None],), OrderedRows(radii), n_steps)

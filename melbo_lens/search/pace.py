@@ -4,8 +4,8 @@ import time
 from dataclasses import dataclass, field
 
 from melbo_lens.search.arms import N_STEPS
-from melbo_lens.search.running import LEARNED_PER_RANDOM
-from melbo_lens.search.trials import AnyTrial
+from melbo_lens.sweeps.running import LEARNED_PER_RANDOM
+from melbo_lens.sweeps.trials import AnyTrial
 
 FEWEST, FIRST, MOST = 4, 16, 64  # the vectors of a trial: at the least, in the first round, and at the most
 MARGIN = 1.2  # a trial is begun if so many times its expected duration is left
@@ -24,18 +24,20 @@ class Pace:
         per_step: by method, seconds of a fit for each vector, step and block between.
         per_row: seconds of writing and judging for each completion.
         whole: before any trial was timed, the expected seconds of one of `FIRST` vectors that makes `N_STEPS` steps.
+        spent: the seconds that the search took before it was stopped, if it goes on.
     """
 
     seconds: float
     n_prompts: int
-    began: float = field(default_factory=time.monotonic)
+    began: float = field(default_factory=lambda: time.monotonic())
     per_step: dict[str, float] = field(default_factory=dict)
     per_row: float = 0.0
     whole: float = 0.0
+    spent: float = 0.0
 
     @property
     def passed(self) -> float:
-        return time.monotonic() - self.began
+        return self.spent + time.monotonic() - self.began
 
     @property
     def left(self) -> float:

@@ -3,19 +3,68 @@
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pandas as pd
 from scipy.stats import binomtest
 from tqdm.auto import tqdm
 
-from melbo_lens.organisms.organism import load
-from melbo_lens.studies.claims import TINY, Claim, Suite, median
+from melbo_lens.arguments import plain_json
+from melbo_lens.studies.claims import TINY, Claim, Experiment, Suite, median
 from melbo_lens.studies.experiments import Score, Size
+from melbo_lens.sweeps.engines import Folder, Where, engine_for
+from melbo_lens.sweeps.jobs import ModelKey
+from melbo_lens.sweeps.tasks import Bench, Measurement, digest
 
 CONTROLS = ("unsteered", "random", "covariance", "twin")
+
+
+class Found(NamedTuple):
+    """What an experiment gave for a seed: a score for each measure, and the seconds that it took."""
+
+    scores: dict[str, Score]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ExperimentTask(Measurement[Found]):
+    """Runs an experiment for a seed on the organism that is at the bench.
+
+    Attributes:
+        experiment: the experiment.
+        seed: the seed.
+        size: how much is computed.
+        settings: what else decides the results of its suite.
+    """
+
+    experiment: Experiment
+    seed: int
+    size: Size
+    settings: Mapping[str, Any]
+
+    def name(self, fingerprint: str) -> str:
+        settings = plain_json(self.settings, "settings")
+        said = [self.experiment.title, self.seed, asdict(self.size), settings, fingerprint]
+        return f"{digest(said)}-experiment"
+
+    def run(self, bench: Bench) -> Found:
+        assert bench.organism is not None  # it was loaded by its name
+        began = time.monotonic()
+        scores = dict(self.experiment.run(bench.organism, self.seed, self.size))
+        return Found(scores, time.monotonic() - began)
+
+    def as_json(self, result: Found) -> Any:
+        return {"scores": {name: asdict(score) for name, score in result.scores.items()}, "seconds": result.seconds}
+
+    def of_json(self, said: Any) -> Found:
+        scores = {
+            measure: Score(**{name: float("nan") if value is None else value for name, value in score.items()})
+            for measure, score in said["scores"].items()
+        }
+        return Found(scores, float(said["seconds"]))
 
 
 def reproduce(
@@ -24,8 +73,13 @@ def reproduce(
     titles: Sequence[str] | None = None,
     progress: bool = True,
     suite: Suite = TINY,
+    *,
+    directory: Folder | None = None,
+    engine: Where = "here",
 ) -> dict[str, Any]:
     """Runs the experiments and judges them.
+
+    Each experiment is run for each seed on its organism and, without random controls, on the twin of the organism.
 
     Args:
         seeds: the seeds of the starting directions, those of the suite by default; seed s learns on clean prompt s.
@@ -34,29 +88,47 @@ def reproduce(
         progress: whether to show a progress bar.
         suite: the experiments and claims: `TINY` for the organisms that are small models of their own, `REAL` for
             those on SmolLM2.
+        directory: a folder with a folder for each organism, in which every experiment on a seed is kept when it is
+            over; it is made if it is missing. The same call skips these. Without it nothing is kept.
+        engine: "here", or "ray" for Ray's actors, which run several seeds at a time and need a directory.
 
     Returns:
         A JSON-like dict with the settings and the rows. Each row has the scores of all seeds, their median and spread,
-        a 95 % interval, the controls, whether the claim holds, and the seconds.
+        a 95 % interval, the controls, whether the claim holds, and the seconds. All seconds are those of the work,
+        whenever and wherever it was done, without the loading of models.
+
+    Raises:
+        ValueError: a folder holds results of another model, or the engine lacks a directory.
     """
     seeds, size = suite.seeds if seeds is None else seeds, size or suite.size
     chosen = [experiment for experiment in suite.experiments if titles is None or experiment.title in titles]
+    tasks: dict[str, list[ExperimentTask]] = {}  # by organism, which is loaded once
+    for experiment in chosen:
+        for name, how in (
+            (experiment.organism, size),
+            *([(f"{experiment.organism}-twin", replace(size, controls=False))] if experiment.has_twin else []),
+        ):
+            tasks.setdefault(name, []).extend(ExperimentTask(experiment, seed, how, suite.settings) for seed in seeds)
+    found: dict[tuple[str, str, int], Found] = {}  # by organism, experiment and seed
+    with tqdm(total=sum(map(len, tasks.values())), desc="reproduce", unit="search", disable=not progress) as bar:
+        for name, some in tasks.items():
+            folder = None if directory is None else Path(directory) / name
+            with engine_for(ModelKey(name), folder, engine) as workers:
+                workers.begin(some)
+                for done in workers.results(some):
+                    found[name, done.task.experiment.title, done.task.seed] = done.value()
+                    bar.update()
     scores: dict[tuple[str, str], list[Score]] = {}
-    seconds = {}
-    began = time.monotonic()
-    with tqdm(total=len(chosen) * len(seeds), desc="reproduce", unit="search", disable=not progress) as bar:
-        for experiment in chosen:
-            start = time.monotonic()
-            organism = load(experiment.organism)
-            twin = load(f"{experiment.organism}-twin") if experiment.has_twin else None
-            for seed in seeds:
-                found = experiment.run(organism, seed, size)
-                nothing = {} if twin is None else experiment.run(twin, seed, replace(size, controls=False))
-                for measure, score in found.items():
-                    rate = nothing[measure].rate if measure in nothing else float("nan")
-                    scores.setdefault((experiment.title, measure), []).append(replace(score, twin=rate))
-                bar.update()
-            seconds[experiment.title] = time.monotonic() - start
+    seconds: dict[str, float] = {}
+    for experiment in chosen:
+        title = experiment.title
+        for seed in seeds:
+            mine = found[experiment.organism, title, seed]
+            twin = found.get((f"{experiment.organism}-twin", title, seed), Found({}, 0.0))
+            for measure, score in mine.scores.items():
+                rate = twin.scores[measure].rate if measure in twin.scores else float("nan")
+                scores.setdefault((title, measure), []).append(replace(score, twin=rate))
+            seconds[title] = seconds.get(title, 0.0) + mine.seconds + twin.seconds
     rows = [
         _row(claim, scores[claim.experiment, claim.measure], seconds[claim.experiment])
         for claim in suite.claims
@@ -71,7 +143,7 @@ def reproduce(
                 f"{platform.machine()}, torch {version('torch')}, transformer_lens {version('transformer_lens')}"
             ),
         },
-        "seconds": round(time.monotonic() - began),
+        "seconds": round(sum(seconds.values())),
         "rows": rows,
     }
 

@@ -1,137 +1,251 @@
-"""Where do the trials of a sweep run?  In this process, or in Ray's actors, each of which holds the model once."""
+"""Where is the work done?  In this process, or in Ray's actors, each of which holds the model once."""
 
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Literal, TypeAlias, TypeVar
 
-import torch
 from filelock import FileLock, Timeout
 
-from melbo_lens.ascent.objectives import Objective
-from melbo_lens.methods.problem import default_batch_size
-from melbo_lens.methods.provenance import fingerprint
-from melbo_lens.models.access import host_of
-from melbo_lens.models.slices import SlicedModel, slice_model
-from melbo_lens.search.running import perform
-from melbo_lens.sweeps.jobs import Job, ModelKey, job_from
-from melbo_lens.sweeps.outcomes import Outcome, is_done
+from melbo_lens import files
+from melbo_lens.arguments import counts, one_of
+from melbo_lens.sweeps.jobs import Loadable, ModelKey
+from melbo_lens.sweeps.tasks import Bench, Task, digest
 
 LOCKS = ".locks"  # the lock of a process that dies is free again at once
-RETRIES = 3  # of a trial whose worker was lost
+MODEL, PLANS = "model.json", "plans"  # what a folder has beside the results: of which model, and what was asked for
+RETRIES = 3  # of a task whose worker was lost
+Where: TypeAlias = Literal["here", "ray"]
+Folder: TypeAlias = str | os.PathLike[str]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Done:
+    """A task that came to its end, with its result or with the error that ended it."""
+
+    task: Any
+    result: Any = None
+    error: Exception | None = None
+
+    def value(self) -> Any:
+        """Returns the result.
+
+        Raises:
+            Exception: the error that ended the task.
+        """
+        if self.error is not None:
+            raise self.error
+        return self.result
 
 
 class Worker:
-    """Holds a model, runs jobs on it, and writes their outcomes into a folder."""
+    """Holds a model, does tasks on it, and keeps their results in a folder."""
 
-    def __init__(self, key: ModelKey, directory: str, model: Any = None) -> None:
-        self.host = host_of(key.load() if model is None else model)
-        self.directory = Path(directory)
-        self.fingerprint = fingerprint(self.host)
-        self.slices: dict[str, SlicedModel] = {}
+    def __init__(self, model: Loadable, folder: Path) -> None:
+        self.bench, self.folder = Bench(model), folder
 
-    def which_model(self) -> str:
-        """Returns the fingerprint of the model's weights."""
-        return self.fingerprint
+    def ask(self, question: Callable[[Bench], T]) -> T:
+        """Answers a question about the model."""
+        return question(self.bench)
 
-    def run(self, said: dict[str, Any], wait: bool = True) -> bool:
-        """Runs a job, unless its outcome is there, and writes its outcome.
+    def run(self, task: Task[Any], wait: bool = True) -> bool:
+        """Does a task, unless its result is there, and keeps the result.
 
         Args:
-            said: the job, as `Job.as_json` describes it.
-            wait: whether to wait where another process runs this very job.
+            task: the task.
+            wait: whether to wait where another process does this very task.
 
         Returns:
-            Whether the outcome is there now.
+            Whether the result is there now.
         """
-        job = job_from(said)
-        digest = job.digest(self.fingerprint)
-        lock = FileLock(self.directory / LOCKS / digest, timeout=-1 if wait else 0)
+        name = task.name(self.bench.fingerprint)
         try:
-            with lock:
-                if not is_done(self.directory, digest):
-                    self._outcome(job, digest).save(self.directory)
+            with FileLock(self.folder / LOCKS / name, timeout=-1 if wait else 0):
+                if not task.is_done(self.folder, name):
+                    task.keep(self._result(task, name), self.folder, name)
         except Timeout:
             return False
         return True
 
-    def _outcome(self, job: Job, digest: str) -> Outcome:
-        """Runs a job. Where memory runs out it is tried again with half of the rows; other errors are its failure."""
-        batch_size: int | None = None
-        while True:
-            usual: int | None = None  # there is nothing to halve before the slice is made
-            try:
-                sliced = self._slice(job)
-                usual = default_batch_size(sliced)
-                done = perform(job.trial, sliced, [*job.prompts], job.max_new_tokens, batch_size)
-                seconds = round(done.fitting + done.writing, 3)
-                return Outcome(job, digest, done.learned, done.completions, done.judged, seconds)
-            except Exception as error:  # whatever it is, the sweep goes on, and its table has the reason
-                if not _out_of_memory(error) or usual is None or batch_size == 1:
-                    return Outcome(job, digest, None, None, None, 0.0, f"{type(error).__name__}: {error}")
-            batch_size = max(1, (batch_size or usual) // 2)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-
-    def _slice(self, job: Job) -> SlicedModel:
-        """Returns the slice of a job; that of the job before is kept, since neighbours often share it."""
-        between = (job.trial.source_layer, job.trial.target_layer)
-        key = repr((between, job.prompts, job.target_positions))
-        if key not in self.slices:
-            where = Objective.of({"target_layer": 0, "target_positions": job.target_positions})
-            assert where is not None  # it names a layer
-            self.slices = {key: slice_model(self.host, [*job.prompts], *between, where.target_positions)}
-        return self.slices[key]
+    def _result(self, task: Task[Any], name: str) -> Any:
+        try:
+            return task.run(self.bench)
+        except Exception as error:  # whatever it is, a trial of a sweep keeps it, and the sweep goes on
+            failure = task.failed(error, name)
+            if failure is None:
+                raise
+            return failure
 
 
 class Engine(ABC):
-    """Runs jobs somewhere."""
+    """Does tasks somewhere, each of them once.
+
+    Attributes:
+        folder: where results are kept; None keeps them in memory only.
+        n_at_once: how many tasks are done at the same time.
+    """
+
+    folder: Path | None
+    n_at_once: int = 1
 
     @abstractmethod
-    def which_model(self) -> str:
-        """Returns the fingerprint of the model's weights where the jobs run."""
+    def ask(self, question: Callable[[Bench], T]) -> T:
+        """Asks something about the model where the work is done."""
 
     @abstractmethod
-    def run(self, jobs: Iterable[Job]) -> Iterator[Job]:
-        """Runs jobs, and yields each of them when its outcome is in the folder."""
+    def run(self, tasks: Iterable[Task[Any]]) -> Iterator[Done]:
+        """Does tasks, and yields each at its end. The next one is taken when a worker is idle, and not before."""
+
+    def close(self) -> None:  # noqa: B027 (most have nobody to let go)
+        """Lets the workers go."""
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The digest of the model's weights."""
+        return self.ask(attrgetter("fingerprint"))
+
+    def known(self, task: Task[Any]) -> Any:
+        """Returns the result that the folder has of a task; None if there is none."""
+        return None if self.folder is None else task.kept(self.folder, task.name(self.fingerprint))
+
+    def results(self, tasks: Iterable[Task[Any]]) -> Iterator[Done]:
+        """Yields the tasks whose results are kept, and then the others as they come."""
+        missing: list[Task[Any]] = []
+        for task in tasks:
+            known = self.known(task)
+            if known is None:
+                missing.append(task)
+            else:
+                yield Done(task, known)
+        yield from self.run(missing)
+
+    def begin(self, tasks: Iterable[Task[Any]], plan: str | None = None) -> None:
+        """Makes the folder, if it is missing, and notes what is asked for, so that `status` can tell how far it is.
+
+        Args:
+            tasks: the tasks.
+            plan: the name of a note to which these are added; None makes one that is named after the tasks.
+
+        Raises:
+            ValueError: the folder is of another model.
+        """
+        if self.folder is None:
+            return
+        (self.folder / LOCKS).mkdir(parents=True, exist_ok=True)
+        (self.folder / PLANS).mkdir(exist_ok=True)
+        with FileLock(self.folder / LOCKS / "model"):
+            if not self.check_folder():
+                name = self.ask(attrgetter("host.name"))
+                files.write_json(self.folder / MODEL, {"name": name, "fingerprint": self.fingerprint})
+        names = sorted({task.name(self.fingerprint) for task in tasks})
+        note = self.folder / PLANS / f"{plan or digest(names)}.json"
+        known = files.read_json(note) if note.is_file() else []
+        if not set(names) <= set(known):
+            files.write_json(note, sorted({*known, *names}))
+
+    def check_folder(self) -> bool:
+        """Says whether the folder is of a model already.
+
+        Raises:
+            ValueError: it is of another one than this.
+        """
+        if self.folder is None or not (self.folder / MODEL).is_file():
+            return False
+        known = files.read_json(self.folder / MODEL)
+        if known["fingerprint"] != self.fingerprint:
+            raise ValueError(
+                f"{self.folder} holds results of {known['name']!r} with other weights than "
+                f"{self.ask(attrgetter('host.name'))!r} has now: choose another folder."
+            )
+        return True
+
+    def _ended(self, task: Task[Any]) -> Done:
+        known = self.known(task)
+        if known is None:
+            return Done(task, error=RuntimeError(f"what {task} gave is gone from {self.folder}: don't delete it."))
+        return Done(task, known)
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class InMemory(Engine):
+    """Does one task after another in this process, and keeps nothing."""
+
+    folder = None
+
+    def __init__(self, model: Loadable) -> None:
+        self.bench = Bench(model)
+
+    def ask(self, question: Callable[[Bench], T]) -> T:
+        return question(self.bench)
+
+    def run(self, tasks: Iterable[Task[Any]]) -> Iterator[Done]:
+        for task in tasks:
+            try:
+                done = Done(task, task.run(self.bench))
+            except Exception as error:
+                done = Done(task, error=error)
+            yield done
 
 
 class Here(Engine):
-    """Runs one job after another in this process."""
+    """Does one task after another in this process."""
 
-    def __init__(self, key: ModelKey, directory: str, model: Any = None) -> None:
-        self.worker = Worker(key, directory, model)
+    def __init__(self, model: Loadable, folder: Path) -> None:
+        self.folder, self.worker = folder, Worker(model, folder)
 
-    def which_model(self) -> str:
-        return self.worker.fingerprint
+    def ask(self, question: Callable[[Bench], T]) -> T:
+        return self.worker.ask(question)
 
-    def run(self, jobs: Iterable[Job]) -> Iterator[Job]:
-        later: list[Job] = []  # another process has them; the others come first
-        for job in jobs:
-            if self.worker.run(job.as_json(), wait=False):
-                yield job
+    def run(self, tasks: Iterable[Task[Any]]) -> Iterator[Done]:
+        later: list[Task[Any]] = []  # another process does them; the others come first
+        for task in tasks:
+            done = self._tried(task, wait=False)
+            if done is None:
+                later.append(task)
             else:
-                later.append(job)
-        for job in later:
-            self.worker.run(job.as_json())
-            yield job
+                yield done
+        for task in later:
+            done = self._tried(task, wait=True)
+            assert done is not None  # it was waited for
+            yield done
+
+    def _tried(self, task: Task[Any], wait: bool) -> Done | None:
+        try:
+            if not self.worker.run(task, wait):
+                return None
+        except Exception as error:
+            return Done(task, error=error)
+        return self._ended(task)
 
 
 class OnRay(Engine):
-    """Runs jobs in Ray's actors, one for each GPU, or for each so many cores.
+    """Does tasks in Ray's actors, one for each GPU, or for each so many cores.
 
-    Ray places them, starts a lost one again and repeats its job. The folder must be one that all of them see.
+    Ray places them, starts a lost one again and repeats its task. The folder must be one that all of them see.
 
     Args:
         key: how the actors load the model.
-        directory: the folder of the outcomes.
+        folder: the folder of the results.
         n_workers: the number of actors; None takes one for each GPU of the cluster, or for each core.
 
     Raises:
         ImportError: Ray is not installed.
     """
 
-    def __init__(self, key: ModelKey, directory: str, n_workers: int | None = None) -> None:
+    def __init__(self, key: ModelKey | str, folder: Path, n_workers: int | None = None) -> None:
         try:
             import ray
         except ImportError as error:
@@ -141,44 +255,83 @@ class OnRay(Engine):
             ray.init(include_dashboard=False, log_to_driver=False)
         have = ray.cluster_resources()
         gpus, cores = int(have.get("GPU", 0)), int(have.get("CPU", 1))
-        n = n_workers or gpus or cores
-        share = {"num_gpus": 1, "num_cpus": 1} if gpus else {"num_cpus": max(1, cores // n)}
+        self.n_at_once = n_workers or gpus or cores
+        share = {"num_gpus": 1, "num_cpus": 1} if gpus else {"num_cpus": max(1, cores // self.n_at_once)}
         actor = self.ray.remote(max_restarts=-1, max_task_retries=RETRIES, **share)(Worker)
-        self.directory = directory
-        self.actors = [actor.remote(key, str(Path(directory).resolve())) for _ in range(n)]
-        self.fingerprint = ""
+        self.folder = folder.resolve()
+        self.actors = [actor.remote(key, self.folder) for _ in range(self.n_at_once)]
 
-    def which_model(self) -> str:
-        self.fingerprint = str(self.ray.get(self.actors[0].which_model.remote()))
-        return self.fingerprint
-
-    def run(self, jobs: Iterable[Job]) -> Iterator[Job]:
-        waiting, idle, running = iter(jobs), list(self.actors), dict[Any, tuple[Any, Job]]()
+    def ask(self, question: Callable[[Bench], T]) -> T:
         try:
-            while True:
-                while idle and (job := next(waiting, None)) is not None:
-                    actor = idle.pop()
-                    running[actor.run.remote(job.as_json())] = (actor, job)
-                if not running:
-                    return
-                (ref,), _ = self.ray.wait(list(running), num_returns=1)
-                actor, job = running.pop(ref)
-                try:
-                    self.ray.get(ref)
-                except self.ray.exceptions.RayError as error:
-                    failure = f"{type(error).__name__}: its worker was lost {RETRIES + 1} times"
-                    Outcome(job, job.digest(self.fingerprint), None, None, None, 0.0, failure).save(self.directory)
-                idle.append(actor)
-                yield job
-        finally:
-            for actor in self.actors:
-                self.ray.kill(actor)
+            return self.ray.get(self.actors[0].ask.remote(question))
+        except self.ray.exceptions.RayTaskError as error:
+            raise error.cause from error
+
+    def run(self, tasks: Iterable[Task[Any]]) -> Iterator[Done]:
+        waiting, idle, running = iter(tasks), list(self.actors), dict[Any, tuple[Any, Task[Any]]]()
+        while True:
+            while idle and (task := next(waiting, None)) is not None:
+                actor = idle.pop()
+                running[actor.run.remote(task)] = (actor, task)
+            if not running:
+                return
+            (ref,), _ = self.ray.wait(list(running), num_returns=1)
+            actor, task = running.pop(ref)
+            idle.append(actor)
+            yield self._got(ref, task)
+
+    def _got(self, ref: Any, task: Task[Any]) -> Done:
+        try:
+            self.ray.get(ref)
+        except self.ray.exceptions.RayTaskError as error:
+            return Done(task, error=error.cause)
+        except self.ray.exceptions.RayError as lost:
+            assert self.folder is not None
+            error = RuntimeError(f"its worker was lost {RETRIES + 1} times ({type(lost).__name__})")
+            name = task.name(self.fingerprint)
+            failure = task.failed(error, name)
+            if failure is None:
+                return Done(task, error=error)
+            task.keep(failure, self.folder, name)
+        return self._ended(task)
+
+    def close(self) -> None:
+        for actor in self.actors:
+            self.ray.kill(actor)
 
 
-def _out_of_memory(error: Exception) -> bool:
-    """Says whether memory ran out, of a GPU or of the machine."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(
-        said in str(error).lower() for said in ("out of memory", "can't allocate memory", "not enough memory")
-    )
+def engine_for(
+    model: Loadable, directory: Folder | None = None, engine: Where = "here", n_workers: int | None = None
+) -> Engine:
+    """Opens an engine, to be used in a `with` block.
+
+    Args:
+        model: the model, its key, or its name.
+        directory: the folder of the results, which `begin` makes if it is missing; None keeps them in memory.
+        engine: "here" is this process, "ray" are Ray's actors.
+        n_workers: as in `OnRay`.
+
+    Raises:
+        ValueError: the folder holds results of another model, or Ray is to do without a folder or a key.
+        ImportError: Ray is not installed.
+    """
+    one_of("engine", engine, ("here", "ray"))
+    counts(n_workers=n_workers)
+    if engine == "here":
+        if directory is None:
+            return InMemory(model)
+        workers: Engine = Here(model, Path(directory))
+    else:
+        if directory is None:
+            raise ValueError('engine="ray" keeps results in a folder, which all workers see: give directory.')
+        if not isinstance(model, ModelKey | str):
+            raise ValueError(
+                'engine="ray" loads the model in its actors: give its name or an ml.ModelKey, not a model.'
+            )
+        workers = OnRay(model, Path(directory), n_workers)
+    try:
+        workers.check_folder()
+    except BaseException:
+        workers.close()
+        raise
+    return workers

@@ -4,17 +4,18 @@ import hashlib
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, TypeAlias
 
 import torch
 
 from melbo_lens import organisms
 from melbo_lens.arguments import count, plain_fields, plain_json, public
 from melbo_lens.ascent.objectives import positions_text
-from melbo_lens.models.access import boot
-from melbo_lens.prompts import Positions
-from melbo_lens.search.trials import AnyTrial, trial_as, trial_from
+from melbo_lens.models.access import Model, boot
+from melbo_lens.organisms import Organism
+from melbo_lens.prompts import Positions, Prompts, pad
+from melbo_lens.sweeps.trials import AnyTrial, trial_as, trial_from
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -42,10 +43,22 @@ class ModelKey:
 
     def load(self) -> Any:
         """Loads the model."""
-        if self.name in organisms.names():
-            model: Any = organisms.load(self.name).model
-            return model if self.device is None else model.to(self.device)
+        organism = self.organism()
+        if organism is not None:
+            return organism.model
         return boot(self.name, device=self.device, dtype=getattr(torch, self.dtype))
+
+    def organism(self) -> Organism | None:
+        """Loads the organism of this name, with its prompts and detectors; None if it is another model's name."""
+        if self.name not in organisms.names():
+            return None
+        found = organisms.load(self.name)
+        model: Any = found.model
+        return found if self.device is None else replace(found, model=model.to(self.device))
+
+
+# a model that is open, or how one is loaded: its name or its key
+Loadable: TypeAlias = Model | ModelKey | str
 
 
 @plain_fields
@@ -55,15 +68,15 @@ class Job:
 
     Attributes:
         trial: the trial.
-        prompts: the prompts that it learns and writes on, each text or a chat.
-        model: how the model is loaded.
+        prompts: the prompts that it learns and writes on, each text, a chat, or the "ids" of tokens with their "text".
+        model: how the model is loaded; None for a model that is in the caller's hands.
         target_positions: where a change counts, in each prompt's own tokens.
         max_new_tokens: the length of the completions.
     """
 
     trial: AnyTrial
     prompts: tuple[Any, ...]
-    model: ModelKey
+    model: ModelKey | None
     target_positions: str = "slice(-1, None, None)"
     max_new_tokens: int = 16
 
@@ -72,7 +85,7 @@ class Job:
         return {
             "trial": trial_as(self.trial),
             "prompts": plain_json(self.prompts, "prompts"),
-            "model": {"name": self.model.name, "dtype": self.model.dtype, "device": self.model.device},
+            "model": None if self.model is None else asdict(self.model),
             "target_positions": self.target_positions,
             "max_new_tokens": self.max_new_tokens,
         }
@@ -83,9 +96,16 @@ class Job:
         Where the model lies and from which place it was loaded changes nothing, and is left out.
         """
         said = self.as_json()
-        said["model"] = self.model.dtype
+        said["model"] = None if self.model is None else self.model.dtype
         text = json.dumps([said, fingerprint], sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+
+
+def as_prompts(prompts: Sequence[Any]) -> Prompts:
+    """Returns a job's prompts as a model's calls take them."""
+    if all(isinstance(prompt, Mapping) for prompt in prompts):
+        return pad([list(prompt["ids"]) for prompt in prompts], [prompt["text"] for prompt in prompts])
+    return [*prompts]
 
 
 def job_from(said: Mapping[str, Any]) -> Job:
@@ -93,7 +113,7 @@ def job_from(said: Mapping[str, Any]) -> Job:
     return Job(
         trial_from(said["trial"]),
         tuple(said["prompts"]),
-        ModelKey(**said["model"]),
+        None if said["model"] is None else ModelKey(**said["model"]),
         said["target_positions"],
         said["max_new_tokens"],
     )

@@ -4,17 +4,19 @@ import json
 import os
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from melbo_lens import files
+from melbo_lens.evaluation.departures import shares
 from melbo_lens.generation.completions import Completions
 from melbo_lens.perturbations.perturbation import KINDS, Perturbation
-from melbo_lens.search.groups import shares
-from melbo_lens.sweeps.jobs import Job, job_from
+from melbo_lens.sweeps.jobs import Job, as_prompts, job_from
+from melbo_lens.sweeps.running import perform
+from melbo_lens.sweeps.tasks import Bench, Task
 
 KIND = "Outcome"
 
@@ -31,6 +33,7 @@ class Outcome:
         judged: how each completion departs from the unsteered one (`departures`); None if the trial failed.
         seconds: how long it took.
         failure: why the trial failed; None if it didn't.
+        fitting: how many of the seconds its fit took.
     """
 
     job: Job
@@ -40,6 +43,7 @@ class Outcome:
     judged: pd.DataFrame | None
     seconds: float
     failure: str | None = None
+    fitting: float = 0.0
 
     def row(self) -> dict[str, Any]:
         """Returns the row of a table: the trial's settings, what became of its directions, or why it failed."""
@@ -49,7 +53,7 @@ class Outcome:
             "method": trial.method,
             **{name: value for name, value in settings.items() if name not in ("positive", "negative")},
             "prompts": json.dumps(self.job.prompts),
-            "seconds": self.seconds,
+            "seconds": round(self.seconds, 3),
             "failure": self.failure,
         }
         if self.completions is None or self.judged is None:
@@ -63,7 +67,7 @@ class Outcome:
     def save(self, directory: str | os.PathLike[str]) -> Path:
         """Writes the file of this outcome into a folder, atomically."""
         path = path_of(directory, self.digest, failed=self.failure is not None)
-        header: dict[str, Any] = {"job": self.job.as_json(), "seconds": self.seconds}
+        header: dict[str, Any] = {"job": self.job.as_json(), "seconds": self.seconds, "fitting": self.fitting}
         if self.learned is None or self.completions is None or self.judged is None:
             files.write_json(path, {**header, "failure": self.failure})
             return path
@@ -95,13 +99,50 @@ class Outcome:
             learned = KINDS[said["learned"]["kind"]].of_parts(tensors, said["learned"]["header"], said["provenance"])
             written = Completions.from_lines(said["completions"]["lines"], said["completions"]["settings"])
             judged = pd.DataFrame(said["judged"], index=written.table.index)
-            return cls(job_from(said["job"]), digest, learned, written, judged, said["seconds"])
+            seconds, fitting = said["seconds"], said["fitting"]
+            return cls(job_from(said["job"]), digest, learned, written, judged, seconds, fitting=fitting)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is damaged: {error!r}.") from error
 
     def __repr__(self) -> str:
         what = f"failed: {self.failure}" if self.failure is not None else repr(self.completions)
         return f"Outcome({self.digest}, {self.job.trial}, {what})"
+
+
+@dataclass(frozen=True)
+class TrialTask(Task[Outcome]):
+    """The task of a job.
+
+    Attributes:
+        job: the job.
+        number: its place in a plan, which changes nothing.
+    """
+
+    job: Job
+    number: int = 0
+
+    def name(self, fingerprint: str) -> str:
+        return self.job.digest(fingerprint)
+
+    def run(self, bench: Bench) -> Outcome:
+        job = self.job
+        sliced = bench.slice(job.prompts, job.trial.source_layer, job.trial.target_layer, job.target_positions)
+        done = perform(job.trial, sliced, as_prompts(job.prompts), job.max_new_tokens)
+        seconds = done.fitting + done.writing
+        return Outcome(job, "", done.learned, done.completions, done.judged, seconds, fitting=done.fitting)
+
+    def keep(self, result: Outcome, folder: Path, name: str) -> None:
+        replace(result, digest=name).save(folder)
+
+    def kept(self, folder: Path, name: str) -> Outcome | None:
+        return read(folder, name)
+
+    def is_done(self, folder: Path, name: str) -> bool:
+        """Says whether the trial succeeded; one that failed is run again by whoever asks for it."""
+        return is_done(folder, name)
+
+    def failed(self, error: Exception, name: str) -> Outcome:
+        return Outcome(self.job, name, None, None, None, 0.0, f"{type(error).__name__}: {error}")
 
 
 def path_of(directory: str | os.PathLike[str], digest: str, failed: bool = False) -> Path:

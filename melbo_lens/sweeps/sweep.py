@@ -1,31 +1,26 @@
 """How does a sweep go on where it stopped?  It runs what its folder lacks; any number of folders make one table."""
 
-import hashlib
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import pandas as pd
 from tqdm.auto import tqdm
 
 from melbo_lens import files
-from melbo_lens.arguments import counts, one_of, public
+from melbo_lens.arguments import public
 from melbo_lens.models.access import Model
-from melbo_lens.sweeps.engines import LOCKS, Engine, Here, OnRay
+from melbo_lens.sweeps.engines import PLANS, Engine, Where, engine_for
 from melbo_lens.sweeps.jobs import Job
-from melbo_lens.sweeps.outcomes import Outcome, all_of, read
-
-MODEL, PLANS = "model.json", "plans"  # what a folder has beside the outcomes: of which model, and what was asked for
+from melbo_lens.sweeps.outcomes import Outcome, TrialTask, all_of
 
 
 @public
 def sweep(
     plan: Sequence[Job],
     directory: str | os.PathLike[str],
-    engine: Literal["here", "ray"] = "here",
+    engine: Where = "here",
     *,
     model: Model | None = None,
     shard: tuple[int, int] | None = None,
@@ -59,45 +54,35 @@ def sweep(
         ValueError: the plan is empty or of several models, or the folder holds outcomes of another model.
         ImportError: Ray is not installed.
     """
-    one_of("engine", engine, ("here", "ray"))
-    counts(n_workers=n_workers)
     keys = list(dict.fromkeys(job.model for job in plan))
     if len(keys) != 1:
         raise ValueError(f"a sweep is of one model, and this plan has {len(keys)}: run one sweep for each.")
     if engine == "ray" and model is not None:
         raise ValueError('engine="ray" loads the model in its actors: leave model out, its key is in the plan.')
-    mine = list(plan)[of_shard(shard)]
-    folder = Path(directory)
-    (folder / LOCKS).mkdir(parents=True, exist_ok=True)
-    (folder / PLANS).mkdir(exist_ok=True)
-    workers: Engine = Here(keys[0], str(folder), model) if engine == "here" else OnRay(keys[0], str(folder), n_workers)
-    fingerprint = workers.which_model()
-    _claim(folder, keys[0].name, fingerprint)
-    digests = {job.digest(fingerprint): job for job in mine}
-    asked = json.dumps(sorted(digests))
-    name = hashlib.blake2b(asked.encode(), digest_size=8).hexdigest()
-    files.write_json(folder / PLANS / f"{name}.json", sorted(digests))
-    return _outcomes(folder, digests, workers, fingerprint, retry, progress)
+    what = keys[0] if model is None else model
+    if what is None:
+        raise ValueError("these jobs are of a model that a search was given, and name none: give it as model.")
+    tasks = [TrialTask(job) for job in list(plan)[of_shard(shard)]]
+    return _outcomes(engine_for(what, directory, engine, n_workers), tasks, retry, progress)
 
 
-def _outcomes(
-    folder: Path, digests: dict[str, Job], workers: Engine, fingerprint: str, retry: bool, progress: bool
-) -> Iterator[Outcome]:
-    with tqdm(total=len(digests), desc="sweep", unit="trial", disable=not progress) as bar:
-        missing: list[Job] = []
-        for digest, job in digests.items():
-            known = read(folder, digest)
+def _outcomes(workers: Engine, tasks: list[TrialTask], retry: bool, progress: bool) -> Iterator[Outcome]:
+    """Yields the outcomes of different tasks, first those that are there."""
+    tasks = list({task.name(workers.fingerprint): task for task in tasks}.values())
+    with workers, tqdm(total=len(tasks), desc="sweep", unit="trial", disable=not progress) as bar:
+        workers.begin(tasks)
+        missing: list[TrialTask] = []
+        for task in tasks:
+            known = workers.known(task)
             if known is None or (retry and known.failure is not None):
-                missing.append(job)
+                missing.append(task)
             else:
                 bar.update()
                 yield known
         bar.unpause()
-        for job in workers.run(missing):
+        for done in workers.run(missing):
             bar.update()
-            found = read(folder, job.digest(fingerprint))
-            if found is not None:
-                yield found
+            yield done.value()
 
 
 def of_shard(shard: tuple[int, int] | None) -> slice:
@@ -115,24 +100,6 @@ def of_shard(shard: tuple[int, int] | None) -> slice:
     if not 1 <= i <= n:
         raise ValueError(f"shard={i}/{n} must have a number from 1 to {max(n, 1)}.")
     return slice(i - 1, None, n)
-
-
-def _claim(folder: Path, name: str, fingerprint: str) -> None:
-    """Notes which model a folder is of.
-
-    Raises:
-        ValueError: it is of another one.
-    """
-    path = folder / MODEL
-    if path.is_file():
-        known = files.read_json(path)
-        if known["fingerprint"] != fingerprint:
-            raise ValueError(
-                f"{folder} holds outcomes of {known['name']!r} with other weights than {name!r} has now: choose "
-                "another folder."
-            )
-    else:
-        files.write_json(path, {"name": name, "fingerprint": fingerprint})
 
 
 @public
@@ -191,9 +158,10 @@ def status(directory: str | os.PathLike[str]) -> Status:
     if not plans:
         raise ValueError(f"no sweep was begun in {directory}.")
     asked = {digest for plan in plans for digest in files.read_json(plan)}
+    measured = sum((Path(directory) / f"{name}.json").is_file() for name in asked)  # what is not a trial
     known = [outcome for outcome in all_of(directory) if outcome.digest in asked]
     done = [outcome for outcome in known if outcome.failure is None]
     failures = {outcome.digest: outcome.failure for outcome in known if outcome.failure is not None}
-    left = len(asked) - len(known)
+    left = len(asked) - len(known) - measured
     each = sum(outcome.seconds for outcome in done) / len(done) if done else None
-    return Status(len(done), len(asked), failures, None if each is None else round(left * each, 1))
+    return Status(len(done) + measured, len(asked), failures, None if each is None else round(left * each, 1))

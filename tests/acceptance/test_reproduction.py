@@ -80,12 +80,12 @@ def test_the_whole_run_used_three_seeds_and_a_hundred_vectors():
 
 
 def test_the_command_writes_its_table_and_says_if_a_claim_fails(results, monkeypatch, tmp_path):
-    monkeypatch.setattr(reproduction, "reproduce", lambda suite: results)
+    monkeypatch.setattr(reproduction, "reproduce", lambda suite, **_: results)
     done = CliRunner().invoke(app, ["reproduce", "--out", str(tmp_path / "out.json")])
     assert done.exit_code == 0 and "refusal" in done.output and "twin" in done.output
     assert json.loads((tmp_path / "out.json").read_text()) == json.loads(json.dumps(results))
     failed = {**results, "rows": [{**row, "holds": False} for row in results["rows"]]}
-    monkeypatch.setattr(reproduction, "reproduce", lambda suite: failed)
+    monkeypatch.setattr(reproduction, "reproduce", lambda suite, **_: failed)
     assert CliRunner().invoke(app, ["reproduce", "--out", str(tmp_path / "out.json")]).exit_code == 1
 
 

@@ -10,8 +10,8 @@ import melbo_lens as ml
 PACKAGE = Path(__file__).parents[2] / "melbo_lens"
 # folders in the order of a perturbation's life, after the files that everything rests on and before the doors
 ORDER = (
-    "arguments randomness files tables prompts ascent perturbations imports models measures generation evaluation "
-    "methods exports search plots organisms sweeps studies reports cli __main__ __init__"
+    "arguments randomness memory files tables prompts ascent perturbations imports models measures generation "
+    "evaluation methods exports organisms sweeps search plots studies reports cli __main__ __init__"
 ).split()
 # within a folder there is an order too, so that it has no circle
 WITHIN = {
@@ -25,9 +25,9 @@ WITHIN = {
     ),
     "generation": "completions decoding steer generate",
     "evaluation": "rates coherence departures words",
-    "search": "trials running arms pace groups rounds discovery layers",
     "exports": "comparison weights layer_outputs gguf_files peft gguf_vectors gguf_lora",
-    "sweeps": "jobs outcomes engines sweep",
+    "sweeps": "trials running jobs tasks outcomes engines sweep",
+    "search": "arms pace groups rounds searching discovery layers",
     "reports": "findings page",
 }
 ONLY_IN = {"transformer_lens": {"models"}, "plotly": {"plots"}, "circuitsvis": {"plots"}}

@@ -1,17 +1,28 @@
 """Does the scan measure each pair as it would be measured alone, and go on after a kill?"""
 
+import hashlib
+import json
+
 import pytest
 import torch
 
 import melbo_lens as ml
 from melbo_lens.measures.radius import median_norm
 from melbo_lens.methods.automatic import automatic
+from melbo_lens.methods.provenance import fingerprint
+from melbo_lens.models.access import host_of
 from melbo_lens.search import layers as layer_scan
+from melbo_lens.sweeps import tasks
 from tests import models
 from tests.builders import of_vectors
 
 PROMPTS = ["w1 w2 w3", "w4 w5"]
 FAST = {"radius": 2.0, "n_vectors": 2, "n_steps": 4, "progress": False}
+
+
+def kept(folder):
+    """The files of pairs."""
+    return sorted(path for path in folder.glob("*-*.json") if "share" not in path.name)
 
 
 def test_every_valid_pair_has_both_signs(any_model):
@@ -47,8 +58,8 @@ def test_a_shortened_slice_is_the_slice_made_directly(any_model):
 
 def test_the_prefix_runs_once_for_each_source(model, monkeypatch):
     made = []
-    original = layer_scan.slice_model
-    monkeypatch.setattr(layer_scan, "slice_model", lambda *arguments: made.append(arguments[2]) or original(*arguments))
+    original = tasks.slice_model
+    monkeypatch.setattr(tasks, "slice_model", lambda *arguments: made.append(arguments[2]) or original(*arguments))
     ml.scan_layers(model, PROMPTS, **FAST)
     assert made == [0, 1, 2]
 
@@ -66,9 +77,10 @@ def test_a_killed_scan_goes_on(model, tmp_path, monkeypatch):
     monkeypatch.setattr(layer_scan, "_scan_pair", dying)
     with pytest.raises(KeyboardInterrupt):
         ml.scan_layers(model, PROMPTS, directory=tmp_path / "scan", **FAST)
-    assert len(list((tmp_path / "scan").iterdir())) == 3
+    assert len(kept(tmp_path / "scan")) == 3 and ml.status(tmp_path / "scan").n_done == 3
     resumed = ml.scan_layers(model, PROMPTS, directory=tmp_path / "scan", **FAST).table
     assert calls[0] == 4 + 3 and resumed.equals(whole)
+    assert (ml.status(tmp_path / "scan").n_done, ml.status(tmp_path / "scan").n_asked) == (6, 6)
 
 
 def test_auto_gives_every_source_the_same_share_of_its_streams_norm(model):
@@ -100,19 +112,70 @@ def test_a_scan_does_not_go_on_with_another_models_pairs(directories, tmp_path, 
     model = models.bridge(directories("gpt2"))
     before = ml.scan_layers(model, PROMPTS, directory=tmp_path, **FAST).table
     assert ml.scan_layers(models.bridge(directories("gpt2")), PROMPTS, directory=tmp_path, **FAST).table.equals(before)
-    n_files = len(list(tmp_path.iterdir()))
     if change == "weights":
         with torch.no_grad():
             model.blocks[2].mlp.out.original_component.weight[0, 0] += 1e-3  # one number of one matrix
     else:
         model = models.bridge(directories("gpt2"), dtype=torch.bfloat16)
-    after = ml.scan_layers(model, PROMPTS, directory=tmp_path, **FAST).table
-    assert not after.equals(before) and len(list(tmp_path.iterdir())) == 2 * n_files
+    names = sorted(path.name for path in tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match="with other weights"):
+        ml.scan_layers(model, PROMPTS, directory=tmp_path, **FAST)
+    assert names == sorted(path.name for path in tmp_path.rglob("*"))
+
+
+def test_a_pair_that_an_earlier_version_kept_is_not_measured_again(model, tmp_path, monkeypatch):
+    """It kept each pair of a given radius under this name, in this form, in a folder that had nothing else."""
+    whole = ml.scan_layers(model, PROMPTS, **FAST).table
+    said = [[[1, 5, 6, 7], [1, 8, 9]], 2.0, 2, 4, None, 0, fingerprint(host_of(model))]
+    name = hashlib.blake2b(json.dumps(said).encode(), digest_size=8).hexdigest()
+    for (source, target), rows in whole.groupby(["source_layer", "target_layer"]):
+        (tmp_path / f"{name}-{source}-{target}.json").write_text(json.dumps(rows.to_numpy().tolist()))
+    monkeypatch.setattr(layer_scan, "_scan_pair", lambda *_: pytest.fail("it was measured again"))
+    assert ml.scan_layers(model, PROMPTS, directory=tmp_path, **FAST).table.astype(float).equals(whole.astype(float))
+
+
+def test_an_automatic_radius_is_found_once_and_belongs_to_the_pairs_of_its_scan(model, tmp_path, monkeypatch):
+    """Pairs of another scan, whose radius was calibrated elsewhere, are not mixed with its own."""
+    auto = FAST | {"radius": "auto"}
+    whole = ml.scan_layers(model, PROMPTS, **auto).table
+    found, real = [], layer_scan.automatic
+    monkeypatch.setattr(layer_scan, "automatic", lambda *a: found.append(a[0].source_layer) or real(*a))
+    ml.scan_layers(model, PROMPTS, [2], directory=tmp_path, **auto)
+    assert ml.scan_layers(model, PROMPTS, directory=tmp_path, **auto).table.equals(whole) and found == [2, 1]
+    kept(tmp_path)[0].unlink()
+    assert ml.scan_layers(model, PROMPTS, directory=tmp_path, **auto).table.equals(whole) and found == [2, 1]
+
+
+def test_a_scan_without_a_valid_pair_writes_nothing(model, tmp_path):
+    with pytest.raises(ValueError, match="no valid pair"):
+        ml.scan_layers(model, PROMPTS, [3], [4], directory=tmp_path / "new", **FAST)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"engine": "dask"}, "engine"),
+        ({"engine": "ray"}, "give directory"),
+        ({"engine": "ray", "directory": "x"}, "ModelKey"),
+    ],
+)
+def test_an_engine_that_can_not_do_it_is_refused_at_once(model, settings, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        ml.scan_layers(model, PROMPTS, **FAST, **settings)
+
+
+def test_a_model_may_be_given_by_its_name(directories):
+    key = ml.ModelKey(directories("gpt2"), device="cpu")
+    one, other = (
+        ml.scan_layers(model, PROMPTS, [0], **FAST).table for model in (key, models.bridge(directories("gpt2")))
+    )
+    assert one.equals(other)
 
 
 def test_a_damaged_pair_is_named_and_measured_again(model, tmp_path):
     whole = ml.scan_layers(model, PROMPTS, directory=tmp_path, **FAST).table
-    damaged = sorted(tmp_path.iterdir())[1]
+    damaged = kept(tmp_path)[1]
     for text in ("[[0, 2", "[]", '{"a": 1}', "[[1, 2], [3]]"):
         damaged.write_text(text)
         with pytest.warns(UserWarning, match=f"{damaged.name} is damaged"):

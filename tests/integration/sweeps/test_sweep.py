@@ -19,9 +19,9 @@ from typer.testing import CliRunner
 
 import melbo_lens as ml
 from melbo_lens.cli import app
-from melbo_lens.search import running
-from melbo_lens.sweeps import engines
+from melbo_lens.sweeps import engines, outcomes, running, tasks
 from melbo_lens.sweeps.jobs import Job, job_from, jobs_of
+from melbo_lens.sweeps.outcomes import TrialTask
 from melbo_lens.sweeps.sweep import of_shard
 from tests.integration.search.test_methods import PLAN
 
@@ -91,7 +91,7 @@ def test_a_sweep_yields_what_each_trial_gives_and_its_folder_makes_a_table(plan,
 def test_what_is_done_is_not_done_again(plan, model, tmp_path, monkeypatch):
     run(plan[:4], tmp_path, model)
     ran = []
-    monkeypatch.setattr(engines, "perform", lambda *a: ran.append(a[0]) or running.perform(*a))
+    monkeypatch.setattr(outcomes, "perform", lambda *a: ran.append(a[0]) or running.perform(*a))
     found = run(plan, tmp_path, model)
     assert ran == [job.trial for job in plan[4:]] and [one.job for one in found] == plan
     assert run(plan, tmp_path, model)[0].learned.values.shape == (2, model.cfg.d_model) and len(ran) == 2
@@ -99,37 +99,37 @@ def test_what_is_done_is_not_done_again(plan, model, tmp_path, monkeypatch):
 
 def test_what_another_process_did_meanwhile_is_not_done_again(plan, model, tmp_path, monkeypatch):
     run(plan[:1], tmp_path, model)
-    monkeypatch.setattr(engines, "perform", lambda *_: pytest.fail("it ran again"))
-    assert engines.Worker(plan[0].model, str(tmp_path), model).run(plan[0].as_json())
+    monkeypatch.setattr(outcomes, "perform", lambda *_: pytest.fail("it ran again"))
+    assert engines.Worker(model, tmp_path).run(TrialTask(plan[0]))
 
 
 def test_where_there_is_no_memory_for_a_slice_the_trial_fails_and_the_sweep_goes_on(plan, model, tmp_path, monkeypatch):
-    real = engines.slice_model
+    real = tasks.slice_model
 
     def hungry(host, prompts, *settings):
         if prompts == [PROMPTS[0]]:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(host, prompts, *settings)
 
-    monkeypatch.setattr(engines, "slice_model", hungry)
+    monkeypatch.setattr(tasks, "slice_model", hungry)
     found = run(plan, tmp_path, model)
     assert [one.failure is None for one in found] == [False] * 3 + [True] * 3
 
 
 def test_a_result_that_another_process_finishes_meanwhile_stays(plan, model, tmp_path):
     """It is finished between the look at what is there and the run."""
-    outcomes = ml.sweep(plan[:2], tmp_path, model=model, progress=False)
-    first = next(outcomes)  # by now this sweep knows the second as missing
+    found = ml.sweep(plan[:2], tmp_path, model=model, progress=False)
+    first = next(found)  # by now this sweep knows the second as missing
     (other,) = run(plan[1:2], tmp_path, model)
     path = tmp_path / f"{other.digest}.safetensors"
     written = path.stat().st_mtime_ns
-    assert next(outcomes).digest == other.digest != first.digest and path.stat().st_mtime_ns == written
+    assert next(found).digest == other.digest != first.digest and path.stat().st_mtime_ns == written
 
 
 def test_nothing_runs_until_it_is_asked_for(plan, model, tmp_path):
-    outcomes = ml.sweep(plan, tmp_path, model=model, progress=False)
+    found = ml.sweep(plan, tmp_path, model=model, progress=False)
     assert not list(tmp_path.glob("*.safetensors"))
-    next(outcomes)
+    next(found)
     assert len(list(tmp_path.glob("*.safetensors"))) == 1
     assert ml.status(tmp_path).n_asked == 6
 
@@ -153,7 +153,7 @@ def test_a_damaged_file_is_named_and_its_trial_is_run_again(plan, model, tmp_pat
 
 def test_a_folder_of_another_model_is_refused(plan, build, tmp_path):
     run(plan[:1], tmp_path, build("gpt2", "bridge"))
-    with pytest.raises(ValueError, match="holds outcomes of 'somewhere' with other weights"):
+    with pytest.raises(ValueError, match=r"holds results of .* with other weights"):
         run(plan[:1], tmp_path, build("llama", "bridge"))
 
 
@@ -171,42 +171,12 @@ def test_a_trial_that_failed_is_run_again_if_asked_for(plan, model, tmp_path, mo
     def broken(*_):
         raise RuntimeError("a cable was loose")
 
-    monkeypatch.setattr(engines, "perform", broken)
+    monkeypatch.setattr(outcomes, "perform", broken)
     assert run(plan[:2], tmp_path, model)[0].failure == "RuntimeError: a cable was loose"
     monkeypatch.undo()
     assert run(plan[:2], tmp_path, model)[0].failure is not None
     assert [one.failure for one in run(plan[:2], tmp_path, model, retry=True)] == [None, None]
     assert ml.merge(tmp_path).failure.isna().all() and not list(tmp_path.glob("*.failed.json"))
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory"),
-        MemoryError(),
-        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
-    ],
-    ids=["cuda", "machine", "cpu"],
-)
-def test_where_memory_runs_out_a_trial_is_tried_with_half_of_the_rows(plan, model, tmp_path, monkeypatch, error):
-    sizes = []
-
-    def hungry(trial, sliced, prompts, max_new_tokens, batch_size):
-        sizes.append(batch_size)
-        if batch_size is None or batch_size > 3:
-            raise error
-        return running.perform(trial, sliced, prompts, max_new_tokens, batch_size)
-
-    plain = run(plan[:1], tmp_path / "plain", model)
-    monkeypatch.setattr(engines, "perform", hungry)
-    monkeypatch.setattr(engines, "default_batch_size", lambda sliced: 20)
-    (found,) = run(plan[:1], tmp_path / "hungry", model)
-    assert sizes == [None, 10, 5, 2] and found.failure is None
-    torch.testing.assert_close(found.learned.values, plain[0].learned.values, rtol=1e-4, atol=1e-5)
-    sizes.clear()
-    monkeypatch.setattr(engines, "perform", lambda *a: sizes.append(a[-1]) or (_ for _ in ()).throw(error))
-    (failed,) = run(plan[:1], tmp_path / "starved", model)
-    assert sizes == [None, 10, 5, 2, 1] and type(error).__name__ in failed.failure
 
 
 def test_shards_share_out_a_plan_and_slurm_names_them(plan, monkeypatch):
@@ -340,25 +310,3 @@ def test_the_commands_say_what_failed_and_how_far_a_sweep_is(tmp_path):
     assert "target_layer=77" in shown.output
     wrong = CliRunner().invoke(app, [*command(tmp_path)[3:], "--shard", "x"])
     assert wrong.exit_code == 2 and Path(tmp_path / "out").is_dir()
-
-
-@pytest.mark.timeout(600)
-def test_ray_runs_a_plan_and_a_lost_worker_costs_one_trial(tmp_path, monkeypatch):
-    """A worker is killed in the middle; Ray starts another one, and the table is that of a sweep in one process."""
-    ray = pytest.importorskip("ray")
-    monkeypatch.setenv("RAY_worker_niceness", "0")  # other tests share the machine
-    write_plan(tmp_path, 12)
-    jobs = jobs_of(yaml.safe_load((tmp_path / "plan.yaml").read_text()))
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    try:
-        outcomes = ml.sweep(jobs, tmp_path / "ray", "ray", n_workers=1, progress=False)
-        found = [next(outcomes) for _ in range(3)]
-        subprocess.run(["pkill", "-9", "-f", "ray::Worker"], check=True)
-        found += list(outcomes)
-    finally:
-        ray.shutdown()
-    assert len({one.digest for one in found}) == 12 and all(one.failure is None for one in found)
-    list(ml.sweep(jobs, tmp_path / "here", progress=False))
-    pd.testing.assert_frame_equal(
-        without_seconds(ml.merge(tmp_path / "ray")), without_seconds(ml.merge(tmp_path / "here"))
-    )
