@@ -97,3 +97,12 @@ def test_the_plan_reads_well(model):
 def test_what_makes_no_sense_is_refused(model, settings, message):
     with pytest.raises(ValueError, match=message):
         ml.plan_memory(model, **{"n_tokens": N, "source_layer": 1, "target_layer": 4, "max_new_tokens": 8, **settings})
+
+
+@pytest.mark.parametrize("chunk", [2 * 2**20, 8 * 2**20])
+def test_as_many_rows_run_at_once_as_the_memory_of_a_chunk_allows(model, chunk, monkeypatch):
+    monkeypatch.setattr("melbo_lens.methods.problem.CHUNK_BYTES", chunk)
+    sliced = ml.slice_model(model, LONG, 1, 4)
+    settings = {"orthogonal": False, "radius": 1.0, "n_steps": 1, "progress": False}
+    found = measured(lambda: ml.fit_vectors(sliced, n_vectors=100, **settings))
+    assert 0.7 * chunk < found < 1.7 * chunk
