@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from melbo_lens.search.arms import make_plan as make_plan
     from melbo_lens.search.discovery import Discovery as Discovery
     from melbo_lens.search.discovery import discover as discover
+    from melbo_lens.search.discovery import gather as gather
     from melbo_lens.search.layers import LayerScan as LayerScan
     from melbo_lens.search.layers import scan_layers as scan_layers
     from melbo_lens.sweeps.jobs import Job as Job
@@ -111,7 +112,7 @@ _HOMES = {
     "perturbations.vectors": "SteeringVectors",
     "reports.findings": "Findings",
     "reports.page": "report report_directory save_results",
-    "search.discovery": "discover",
+    "search.discovery": "discover gather",
     "search.layers": "scan_layers",
     "search.arms": "make_plan",
     "sweeps.jobs": "Job ModelKey plan_jobs",

@@ -273,7 +273,7 @@ def status(directory: Annotated[Path, typer.Argument(help="folder of a sweep")])
 
 @app.command()
 def report(
-    directory: Annotated[Path, typer.Argument(help="folder that `fit` or `demo` wrote")],
+    directory: Annotated[Path, typer.Argument(help="folder that `fit`, `demo`, `discover` or `sweep` wrote")],
     behavior: Annotated[
         list[str] | None, typer.Option(help="NAME=REGULAR EXPRESSION to count; may be given several times")
     ] = None,

@@ -31,8 +31,10 @@ from melbo_lens.perturbations.loading import load
 from melbo_lens.perturbations.perturbation import Perturbation
 from melbo_lens.plots import TokenView
 from melbo_lens.prompts import Prompts, tokenize
-from melbo_lens.search.discovery import Discovery
+from melbo_lens.search.discovery import Discovery, gather
 from melbo_lens.search.layers import LayerScan
+from melbo_lens.sweeps.engines import PLANS, Folder
+from melbo_lens.sweeps.sweep import merge
 
 MEASURES = {"changes": ActivationChanges, "effects": TargetEffects}
 TITLE = "What the vectors elicit"
@@ -56,6 +58,7 @@ class Findings:
         coherence: one number for each completion, from `coherence`; it is shown if there are several scales.
         views: more token views, as from `plots.token_log_probs`.
         groups, said: the table of a search, and what it says of all its directions.
+        trials: from `merge`; what each trial of a sweep gave, or why it failed.
     """
 
     vectors: Perturbation
@@ -72,6 +75,7 @@ class Findings:
     views: TokenView | None = None
     groups: pd.DataFrame | None = None
     said: str = ""
+    trials: pd.DataFrame | None = None
 
     def __post_init__(self) -> None:
         for name in ("control", "coherence"):
@@ -80,7 +84,7 @@ class Findings:
         object.__setattr__(self, "behaviors", dict(self.behaviors or {}))
 
     def __repr__(self) -> str:
-        optional = ("changes", "effects", "control", "ranked", "calibration", "scan", "coherence", "views", "groups")
+        optional = "changes effects control ranked calibration scan coherence views groups trials".split()
         measured = [name for name in optional if getattr(self, name) is not None]
         return f"Findings({self.vectors!r}, {self.completions!r}, with {', '.join(measured) or 'no measures'})"
 
@@ -145,6 +149,41 @@ class Findings:
         measured = cls.measured(host, prompts, vectors, completions, behaviors, title)
         return replace(measured, groups=found.table, said=found.said, calibration=found.edge)
 
+    @classmethod
+    @public
+    def of_trials(
+        cls, found: Discovery, behaviors: Mapping[str, Behavior] | None = None, title: str = TITLE
+    ) -> "Findings":
+        """Takes what a search or a sweep kept of the vectors of its first groups (`Discovery.shown`); no model runs.
+
+        Args:
+            found: from `discover` or `gather`.
+            behaviors, title: the fields of `Findings`.
+        """
+        vectors, completions = found.shown()
+        return cls(
+            vectors, completions, behaviors or {}, title, calibration=found.edge, groups=found.table, said=found.said
+        )
+
+    @classmethod
+    @public
+    def of_sweep(
+        cls,
+        directories: Folder | Sequence[Folder],
+        behaviors: Mapping[str, Behavior] | None = None,
+        title: str = TITLE,
+    ) -> "Findings":
+        """Reads what the trials of sweeps found (`gather`), with the table of all of them (`merge`); no model runs.
+
+        Args:
+            directories: the folder of a sweep or a search, or several folders of one model.
+            behaviors, title: the fields of `Findings`.
+
+        Raises:
+            ValueError: no trial is finished, or the folders are of several models.
+        """
+        return replace(cls.of_trials(gather(directories, behaviors), behaviors, title), trials=merge(directories))
+
     @public
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes a folder, which is made if it is missing; each file is written whole or not at all.
@@ -182,6 +221,9 @@ class Findings:
             "groups": None
             if self.groups is None
             else {"columns": list(self.groups.columns), "rows": _plain_rows(self.groups), "said": self.said},
+            "trials": None
+            if self.trials is None
+            else {"columns": list(self.trials.columns), "rows": _plain_rows(self.trials)},
             "views": None if self.views is None else self.views.to_json(),
         }
         files.write_json(folder / "about.json", about)
@@ -192,6 +234,7 @@ class Findings:
             ("ranking", self.ranked),
             ("scan", None if self.scan is None else self.scan.table),
             ("groups", self.groups),
+            ("trials", self.trials),
         ):
             if table is not None:
                 files.write_text(folder / f"{name}.csv", table.to_csv(index=False))
@@ -199,17 +242,20 @@ class Findings:
     @classmethod
     @public
     def load(cls, directory: str | os.PathLike[str], behaviors: Mapping[str, Behavior] | None = None) -> "Findings":
-        """Reads a folder that `save` wrote, also one of version 0.1.0.
+        """Reads a folder that `save` wrote, also one of version 0.1.0, or the folder of a sweep or a search.
 
         Args:
-            directory: a folder with `vectors.safetensors` and `completions.jsonl` (or `completions.csv`, in 0.1.0).
+            directory: a folder with `vectors.safetensors` and `completions.jsonl` (or `completions.csv`, in 0.1.0), or
+                a folder that `sweep` or `discover` kept its trials in (see `of_sweep`).
             behaviors: replaces the behaviours of the run.
 
         Raises:
             FileNotFoundError: the folder lacks one of the two files.
-            ValueError: a file is damaged.
+            ValueError: a file is damaged, or no trial of a sweep is finished.
         """
         folder = Path(directory)
+        if (folder / PLANS).is_dir() and not (folder / "vectors.safetensors").is_file():
+            return cls.of_sweep(folder, behaviors, f"What the trials in {folder.name} found")
         lines, sheet = folder / "completions.jsonl", folder / "completions.csv"
         for name, there in (
             ("vectors.safetensors", (folder / "vectors.safetensors").is_file()),
@@ -233,6 +279,7 @@ class Findings:
                 calibration=None if about.get("calibration") is None else Calibration.of_json(about["calibration"]),
                 scan=_scan(about.get("scan")),
                 **_groups(about.get("groups")),
+                trials=_trials(about.get("trials")),
                 views=None if about.get("views") is None else TokenView.from_json(about["views"]),
                 **{
                     name: kind.load(path)
@@ -276,6 +323,10 @@ def _groups(kept: dict[str, Any] | None) -> dict[str, Any]:
         return {}
     table = pd.DataFrame(kept["rows"], columns=kept["columns"])
     return {"groups": table.fillna(float("nan")), "said": kept["said"]}
+
+
+def _trials(kept: dict[str, Any] | None) -> pd.DataFrame | None:
+    return None if kept is None else pd.DataFrame(kept["rows"], columns=kept["columns"])
 
 
 def _scan(kept: dict[str, Any] | None) -> LayerScan | None:

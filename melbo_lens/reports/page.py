@@ -22,9 +22,19 @@ from melbo_lens.perturbations.perturbation import Perturbation
 from melbo_lens.perturbations.vectors import SteeringVectors
 from melbo_lens.plots.labels import examples
 from melbo_lens.reports.findings import TITLE, Findings
+from melbo_lens.search.discovery import Discovery
 
 HIDDEN_SETTINGS = ("prompt_tokens", "parts", "prompts", "rows", "matched_to")
-MOST_SECTIONS, MOST_ROWS, MOST_GROUPS = 300, 20_000, 40
+MOST_SECTIONS, MOST_ROWS, MOST_GROUPS, MOST_TRIALS = 300, 20_000, 40, 1000
+WHOLE, SHARE = "{:.0f}", "{:.0%}"
+TRIAL_CELLS = {
+    "method": "{}",
+    "failure": "{}",
+    "radius": "{:.3g}",
+    "seconds": "{:.1f}",
+    **dict.fromkeys("source_layer target_layer seed n_vectors n_adapters n_factors".split(), WHOLE),
+    **dict.fromkeys("readable nothing wording content noise".split(), SHARE),
+}
 SIGNS = {1: "+", -1: "−", 0: ""}
 T = TypeVar("T")
 
@@ -41,7 +51,7 @@ class Picture:
 
 @public
 def report(
-    findings: Findings | Perturbation,
+    findings: Findings | Discovery | Perturbation,
     completions: Completions | None = None,
     behaviors: Mapping[str, Behavior] | None = None,
     path: str | os.PathLike[str] = "report.html",
@@ -51,13 +61,13 @@ def report(
     """Writes one self-contained page.
 
     It has rates, the ranking, figures, a section for each vector, a table of completions with filters, and settings.
-    settings.
     What is not given is left out of the page; no model runs here.
 
     Args:
-        findings: the findings of a run, or the vectors alone, with the other fields of `Findings` after them.
+        findings: the findings of a run; or what a search or a sweep found (`discover`, `gather`), of which the first
+            vectors are shown; or vectors alone, with the other fields of `Findings` after them.
         completions, behaviors, title, measured: the other fields of `Findings` (changes, effects, control, ...), to be
-            given only with vectors.
+            given only with vectors; behaviours and a title also with what a search or a sweep found.
         path: the file to write; its folder must exist.
 
     Returns:
@@ -66,6 +76,10 @@ def report(
     Raises:
         TypeError: vectors are given without completions, or findings together with one of their own fields.
     """
+    if isinstance(findings, Discovery):
+        if completions is not None or measured:
+            raise TypeError("a search knows its completions and measures itself: give it, behaviours, path and title.")
+        return _written(Findings.of_trials(findings, behaviors, title), path)
     if isinstance(findings, Findings):
         if completions is not None or behaviors is not None or measured or title != TITLE:
             raise TypeError(
@@ -74,7 +88,10 @@ def report(
             )
         return _written(findings, path)
     if completions is None:
-        raise TypeError("completions is missing: give them beside the vectors, or give Findings in place of both.")
+        raise TypeError(
+            "completions is missing: give them beside the vectors, or in place of both Findings, or what ml.gather "
+            "makes of the folder of a sweep."
+        )
     return _written(Findings(findings, completions, behaviors or {}, title, **measured), path)
 
 
@@ -109,7 +126,7 @@ def report_directory(
     """Writes the page of a folder again from the files in it.
 
     Args:
-        directory: a folder that `Findings.save`, `save_results` or `melbo-lens fit` wrote.
+        directory: a folder that `Findings.save`, `save_results`, `melbo-lens fit` or a sweep wrote.
         behaviors: replaces the behaviours of the run.
         path: the page to write; `report.html` in the folder by default.
 
@@ -140,6 +157,8 @@ def _written(findings: Findings, path: str | os.PathLike[str]) -> Path:
         groups=[] if findings.groups is None else findings.groups.head(MOST_GROUPS).to_dict("records"),
         n_groups=0 if findings.groups is None else len(findings.groups),
         said=findings.said,
+        trials=[] if findings.trials is None else _trial_rows(findings.trials.head(MOST_TRIALS)),
+        n_trials=0 if findings.trials is None else len(findings.trials),
         summary=[repr(vectors), repr(completions)],
         rates=[] if evaluation is None else evaluation.summary.to_dict("records"),
         note="" if evaluation is None else evaluation.note,
@@ -345,6 +364,19 @@ def _labels(shown: pd.DataFrame, n: int) -> list[list[str]]:
         for hits in [{name: shown[name].to_numpy() for name in shown}]
         for i in range(n)
     ]
+
+
+def _trial_rows(trials: pd.DataFrame) -> list[dict[str, str]]:
+    """Returns the cells of each trial as texts; a cell that says nothing of this kind of trial is empty."""
+
+    def row_of(trial: dict[str, Any]) -> dict[str, str]:
+        known = {name: value for name, value in trial.items() if value == value and value is not None}
+        texts = {name: form.format(known[name]) for name, form in TRIAL_CELLS.items() if name in known}
+        layers = " to ".join(texts[name] for name in ("source_layer", "target_layer") if name in texts)
+        n = next((texts[name] for name in ("n_vectors", "n_adapters", "n_factors") if name in texts), "")
+        return {**dict.fromkeys(TRIAL_CELLS, ""), **texts, "layers": layers, "n": n}
+
+    return list(map(row_of, trials.to_dict("records")))
 
 
 def _plain(table: pd.DataFrame) -> dict[str, str]:

@@ -26,9 +26,11 @@ from melbo_lens.search.pace import MARGIN
 from melbo_lens.search.searching import Search, as_planned, in_rounds
 from melbo_lens.sweeps.engines import Engine, Folder, Where, engine_for
 from melbo_lens.sweeps.jobs import Loadable
-from melbo_lens.sweeps.outcomes import Outcome
+from melbo_lens.sweeps.outcomes import Outcome, all_of
+from melbo_lens.sweeps.sweep import folders_of, model_of
 from melbo_lens.sweeps.trials import AnyTrial
 
+KINDS_IN_ORDER = ["unsteered", "steered", "random"]
 SHARE_FOR_HELDOUT, SHARE_FOR_GROUPS = 0.2, 0.03  # of the budget, for what follows the trials
 SHARE_FOR_EDGE = 0.35  # of the budget, after which the edge is bisected no further
 
@@ -100,11 +102,43 @@ class Discovery:
         """
         if self.table.empty:
             raise ValueError(f"there is no vector to choose: {self.said}.")
-        found = [self.vector(row) for row in self.table.head(n).index]
-        (form, _), *_ = Counter(map(_form, found)).most_common()
-        chosen = [one for one in found if _form(one) == form]
-        longest = max(len(one.history) for one in chosen)
-        return concatenate([_lengthened(one, longest) for one in chosen])
+        return self._vectors(self._first(n))
+
+    def shown(self, n: int = 20) -> tuple[Perturbation, Completions]:
+        """The vectors of `first` and what was written with them in their trials, without the model.
+
+        The completions have both signs, the random vectors that stand beside these, and each prompt once unsteered.
+        Their column `vector` numbers the chosen vectors, and `prompt` the different prompts of all trials. If the
+        search found no group, the vectors are those of its first trial.
+        """
+        chosen = [(0, vector, 1) for vector in range(len(self.vectors[0]))] if self.table.empty else self._first(n)
+        parts: list[pd.DataFrame] = []
+        for number, (trial, vector, sign) in enumerate(chosen):
+            written = self.completions[trial]
+            known = [()] * len(written) if written.prompt_tokens is None else written.prompt_tokens
+            table = written.table.assign(known=known)
+            mine = table[(table.vector == vector).fillna(False)]
+            parts += [table[table.kind == "unsteered"], mine.assign(vector=number, sign=mine.sign * sign)]
+        table = pd.concat(parts, ignore_index=True).astype({"vector": "Int64"})
+        again = table.kind.eq("unsteered") & table.duplicated(["kind", "prompt_text", "sample"])
+        table = table[~again].sort_values("kind", key=lambda kind: kind.map(KINDS_IN_ORDER.index), kind="stable")
+        table = table.assign(prompt=pd.factorize(table.prompt_text)[0]).reset_index(drop=True)
+        ids = tuple(map(tuple, table.pop("known")))
+        settings = self.completions[chosen[0][0]].settings
+        return self._vectors(chosen), Completions(table, settings, ids if all(ids) else None)
+
+    def _first(self, n: int) -> list[tuple[int, int, int]]:
+        """The trial, vector and sign of the first groups whose vectors have the commonest form among them."""
+        rows = [(int(row.trial), int(row.vector), int(row.sign)) for row in self.table.head(n).itertuples()]
+        forms = [_form(self.vectors[trial][vector]) for trial, vector, _ in rows]
+        (common, _), *_ = Counter(forms).most_common()
+        return [row for row, form in zip(rows, forms, strict=True) if form == common]
+
+    def _vectors(self, chosen: Sequence[tuple[int, int, int]]) -> Perturbation:
+        """Joins chosen vectors, given by trial, vector and sign."""
+        found = [sign * self.vectors[trial][vector] for trial, vector, sign in chosen]
+        longest = max(len(one.history) for one in found)
+        return concatenate([_lengthened(one, longest) for one in found])
 
     def joined(
         self, source_layer: int, target_layer: int | None = None, method: str | None = None
@@ -250,6 +284,34 @@ def discover(
         "trials_ended": [round(seconds, 1) for seconds in search.ended],
     }
     return replace(found, settings=settings)
+
+
+@public
+def gather(directories: Folder | Sequence[Folder], behaviors: Mapping[str, Behavior] | None = None) -> Discovery:
+    """Groups what the trials of sweeps found, together, without the model.
+
+    Args:
+        directories: the folder of a sweep, a search or both, or several folders of one model.
+        behaviors: as in `discover`.
+
+    Returns:
+        The groups with their vectors, ranked as those of a search. A trial that is in several folders counts once.
+
+    Raises:
+        ValueError: no trial is finished, or the folders are of several models.
+
+    Warns:
+        UserWarning: a file is damaged; it is left out.
+    """
+    folders = folders_of(directories)
+    if len({model_of(folder) for folder in folders} - {None}) > 1:
+        raise ValueError(f"{', '.join(map(str, folders))} are of several models: gather those of one.")
+    found = {one.digest: one for folder in folders for one in all_of(folder) if one.failure is None}
+    if not found:
+        raise ValueError(
+            f"no trial is finished in {', '.join(map(str, folders))}: run the sweep, or look at its status."
+        )
+    return Discovery.of([found[digest] for digest in sorted(found)], behaviors)
 
 
 def _asked(workers: Engine, prompts: Prompts, target_positions: Positions = slice(None)) -> tuple[Any, ...]:

@@ -60,11 +60,13 @@ class ExperimentTask(Measurement[Found]):
         return {"scores": {name: asdict(score) for name, score in result.scores.items()}, "seconds": result.seconds}
 
     def of_json(self, said: Any) -> Found:
-        scores = {
-            measure: Score(**{name: float("nan") if value is None else value for name, value in score.items()})
-            for measure, score in said["scores"].items()
-        }
-        return Found(scores, float(said["seconds"]))
+        scores = {measure: {**score, **_nan(score)} for measure, score in said["scores"].items()}
+        return Found({measure: Score(**score) for measure, score in scores.items()}, float(said["seconds"]))
+
+
+def _nan(said: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns NaN for what JSON has null for."""
+    return {name: float("nan") for name, value in said.items() if value is None}
 
 
 def reproduce(

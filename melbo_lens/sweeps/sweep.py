@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from melbo_lens import files
 from melbo_lens.arguments import public
 from melbo_lens.models.access import Model
-from melbo_lens.sweeps.engines import PLANS, Engine, Where, engine_for
+from melbo_lens.sweeps.engines import MODEL, PLANS, Engine, Folder, Where, engine_for
 from melbo_lens.sweeps.jobs import Job
 from melbo_lens.sweeps.outcomes import Outcome, TrialTask, all_of
 
@@ -19,7 +19,7 @@ from melbo_lens.sweeps.outcomes import Outcome, TrialTask, all_of
 @public
 def sweep(
     plan: Sequence[Job],
-    directory: str | os.PathLike[str],
+    directory: Folder,
     engine: Where = "here",
     *,
     model: Model | None = None,
@@ -102,8 +102,19 @@ def of_shard(shard: tuple[int, int] | None) -> slice:
     return slice(i - 1, None, n)
 
 
+def folders_of(directories: Folder | Sequence[Folder]) -> list[Path]:
+    """Lists the folders, of which one may be given alone."""
+    return list(map(Path, [directories] if isinstance(directories, str | os.PathLike) else directories))
+
+
+def model_of(folder: Path) -> str | None:
+    """Returns the fingerprint of the model of a folder; None if it has none."""
+    path = folder / MODEL
+    return str(files.read_json(path)["fingerprint"]) if path.is_file() else None
+
+
 @public
-def merge(directories: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> pd.DataFrame:
+def merge(directories: Folder | Sequence[Folder]) -> pd.DataFrame:
     """Makes one table from the folders of any number of sweeps, with one row for each trial.
 
     Args:
@@ -117,8 +128,7 @@ def merge(directories: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
     Warns:
         UserWarning: a file is damaged; it is left out.
     """
-    folders = [directories] if isinstance(directories, str | os.PathLike) else list(directories)
-    rows = [outcome.row() for folder in folders for outcome in all_of(folder)]
+    rows = [outcome.row() for folder in folders_of(directories) for outcome in all_of(folder)]
     if not rows:
         return pd.DataFrame(columns=["digest", "method", "failure"])
     table = pd.DataFrame(rows).sort_values(["digest", "failure"], na_position="first", kind="stable")
@@ -148,7 +158,7 @@ class Status:
 
 
 @public
-def status(directory: str | os.PathLike[str]) -> Status:
+def status(directory: Folder) -> Status:
     """Says how far the sweeps of a folder are.
 
     Raises:

@@ -4,16 +4,18 @@ import os
 import signal
 import threading
 import time
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import yaml
 
 import melbo_lens as ml
+from melbo_lens.search.arms import LadderTask
 from melbo_lens.studies import reproduction
 from melbo_lens.studies.claims import Claim, Experiment, Suite
 from melbo_lens.studies.experiments import Score, Size
-from melbo_lens.sweeps.engines import engine_for
+from melbo_lens.sweeps.engines import OnRay, engine_for
 from melbo_lens.sweeps.jobs import jobs_of
 from melbo_lens.sweeps.outcomes import TrialTask
 from melbo_lens.sweeps.tasks import Task
@@ -83,6 +85,24 @@ def test_a_trial_that_kills_every_worker_fails_and_the_sweep_goes_on(ray, tmp_pa
         lost, good = [done.value() for done in workers.run(tasks)]
         assert "its worker was lost 4 times" in lost.failure and good.failure is None
     assert len(ml.status(tmp_path / "ray").failures) == 1
+
+
+def test_a_lost_measurement_is_an_error_and_not_kept(tmp_path):
+    """As Ray would report it, without the minute that it takes to lose four workers."""
+
+    class Lost(Exception):
+        pass
+
+    def get(_):
+        raise Lost
+
+    engine = object.__new__(OnRay)
+    engine.folder, engine.fingerprint = tmp_path, "these weights"
+    engine.ray = SimpleNamespace(get=get, exceptions=SimpleNamespace(RayTaskError=KeyError, RayError=Lost))
+    done = engine._got(None, LadderTask(("w1",), "[-1]", (0, 2), (0,), 0))
+    with pytest.raises(RuntimeError, match=r"its worker was lost 4 times \(Lost\)"):
+        done.value()
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_error_in_a_worker_is_the_callers(ray, tmp_path):

@@ -297,6 +297,41 @@ def test_a_sweep_that_is_killed_ends_with_the_table_of_an_undisturbed_one(tmp_pa
     pd.testing.assert_frame_equal(without_seconds(other), without_seconds(calm))
 
 
+LOGGED = """
+import os, sys, yaml, melbo_lens as ml
+from melbo_lens.sweeps import outcomes
+from melbo_lens.sweeps.jobs import jobs_of
+real = outcomes.perform
+
+def perform(trial, *more):
+    with open(sys.argv[3], "a") as log:
+        log.write(f"{os.getpid()} {trial.seed} {trial.radius}\\n")
+    return real(trial, *more)
+
+outcomes.perform = perform
+with open(sys.argv[1]) as plan:
+    jobs = jobs_of(yaml.safe_load(plan))
+print(len(list(ml.sweep(jobs, sys.argv[2], progress=False))))
+"""
+
+
+@pytest.mark.timeout(300)
+def test_two_processes_on_one_folder_share_its_trials_and_end_with_one_table(tmp_path):
+    """Both are given the whole plan; each trial is run by one of them, and both yield all outcomes."""
+    write_plan(tmp_path, 24)
+    asked = [str(tmp_path / name) for name in ("plan.yaml", "out", "log")]
+    both = [subprocess.Popen([sys.executable, "-c", LOGGED, *asked], stdout=subprocess.PIPE) for _ in range(2)]
+    assert [int(process.communicate()[0]) for process in both] == [24, 24]
+    ran = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
+    assert len(ran) == 24 and len({(seed, radius) for _, seed, radius in ran}) == 24
+    assert len({pid for pid, _, _ in ran}) == 2
+    jobs = jobs_of(yaml.safe_load((tmp_path / "plan.yaml").read_text()))
+    list(ml.sweep(jobs, tmp_path / "alone", progress=False))
+    pd.testing.assert_frame_equal(
+        without_seconds(ml.merge(tmp_path / "out")), without_seconds(ml.merge(tmp_path / "alone"))
+    )
+
+
 def test_the_commands_say_what_failed_and_how_far_a_sweep_is(tmp_path):
     write_plan(tmp_path, 2)
     said = yaml.safe_load((tmp_path / "plan.yaml").read_text())
