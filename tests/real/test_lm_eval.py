@@ -1,4 +1,4 @@
-"""Does lm-evaluation-harness, given our file, score texts as our steered model does?  On a task that lies in a folder."""
+"""Does lm-evaluation-harness, given our file, score texts as our steered model does?  The task lies in a folder."""
 
 import importlib.util
 import json
@@ -46,7 +46,7 @@ def directory():
 
 
 def by_harness(directory, folder, *settings):
-    """The log-likelihood of each choice, [question][choice], as the command of the harness logs it."""
+    """The log-likelihoods of all choices, as the command of the harness logs them."""
     (folder / "data.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS)))
     (folder / "tasks").mkdir()
     (folder / "tasks" / "tiny.yaml").write_text(TASK.format(data=folder / "data.jsonl"))
@@ -65,22 +65,20 @@ def by_harness(directory, folder, *settings):
     assert done.returncode == 0, done.stderr[-3000:]
     (log,) = (folder / "out").rglob("samples_tiny_*.jsonl")
     samples = sorted(map(json.loads, log.read_text().splitlines()), key=lambda sample: sample["doc_id"])
-    return [[float(response[0][0]) for response in sample["resps"]] for sample in samples]
+    return torch.tensor([float(response[0][0]) for sample in samples for response in sample["resps"]])
 
 
 def ours(model, tokenizer, vectors=None):
     found = []
     for entry in QUESTIONS:
         before = tokenizer(entry["question"], add_special_tokens=False)["input_ids"]
-        row = []
         for choice in entry["choices"]:
             ids = tokenizer(f"{entry['question']} {choice}", add_special_tokens=False)["input_ids"]
             assert ids[: len(before)] == before
             with torch.no_grad(), ml.steer(model, vectors if vectors is not None else []):
                 log_probs = host_of(model).forward(torch.tensor([ids])).log_softmax(-1)[0]
-            row.append(sum(float(log_probs[i - 1, ids[i]]) for i in range(len(before), len(ids))))
-        found.append(row)
-    return found
+            found.append(sum(float(log_probs[i - 1, ids[i]]) for i in range(len(before), len(ids))))
+    return torch.tensor(found)
 
 
 def test_the_harness_scores_as_the_steered_model_does(directory, tmp_path):
@@ -92,10 +90,10 @@ def test_the_harness_scores_as_the_steered_model_does(directory, tmp_path):
     path = ml.export(vector, "lm-eval", tmp_path / "v.pt", model=model)
     (hookpoint,) = torch.load(path, weights_only=True)
     assert hookpoint == "layers.9"
-    found = torch.tensor(sum(by_harness(directory, tmp_path / "steered", "steered", f"steer_path={path}"), []))
-    expected, clean = (torch.tensor(sum(ours(model, model.tokenizer, v), [])) for v in (vector, None))
+    found = by_harness(directory, tmp_path / "steered", "steered", f"steer_path={path}")
+    expected, clean = ours(model, model.tokenizer, vector), ours(model, model.tokenizer)
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-4)
     assert (expected - clean).abs().median() > 0.5
     (tmp_path / "clean").mkdir()
-    found = torch.tensor(sum(by_harness(directory, tmp_path / "clean", "hf"), []))
+    found = by_harness(directory, tmp_path / "clean", "hf")
     torch.testing.assert_close(found, clean, atol=1e-3, rtol=1e-4)
