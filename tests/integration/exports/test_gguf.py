@@ -18,11 +18,11 @@ from melbo_lens.exports.gguf_files import ARCHITECTURES
 from melbo_lens.exports.gguf_vectors import write_control_vector
 from melbo_lens.imports.gguf import read_all
 from melbo_lens.models.access import host_of
-from tests import models
+from tests import architectures, models
 from tests.integration.methods.test_adapters import TOKENS, adapters_for, gaussian
 
 NAMES = ["llama", "qwen2", "neox", "gpt2", "gemma2"]
-BLOCKS = {"gpt2": "transformer.h", "neox": "gpt_neox.layers"}
+BLOCKS = {"gpt2": "transformer.h", "bloom": "transformer.h", "neox": "gpt_neox.layers"}
 # llama.cpp's name of a weight -> the module of the Hugging Face model, written down by hand
 MODULES = {
     "gpt2": {"ffn_down": "mlp.c_proj", "attn_output": "attn.c_proj"},
@@ -84,6 +84,15 @@ def test_directions_added_to_the_plain_models_layers_give_the_steered_logits(bui
     assert (expected - host_of(model).forward(TOKENS).log_softmax(-1)).abs().max() > 0.05
 
 
+def test_layers_that_return_tuples_are_compared_too(tmp_path):
+    """In transformers 5, those of Bloom do."""
+    directory = architectures.save("bloom", tmp_path / "model")
+    model = models.bridge(directory)
+    ml.export(vector(1), "gguf", tmp_path / "v.gguf", model=model)
+    found = under_control(tmp_path / "v.gguf", directory, "bloom")
+    torch.testing.assert_close(found, steered(model, vector(1)), atol=1e-4, rtol=0)
+
+
 def test_the_file_holds_one_float32_tensor_for_each_layer_and_says_what_it_is(build, tmp_path):
     model = build("llama", "bridge")
     several = [vector(layer) for layer in (2, 3, 1)]
@@ -138,7 +147,7 @@ def test_a_hooked_transformer_is_compared_with_the_network_that_it_was_made_from
 
 REFUSED = [
     ([vector(0)], r"can't hold a vector of layer 0: .* blocks 1 and later"),
-    ([vector(0, "resid_post"), vector(2)], "can't hold a vector of layer 0"),
+    ([vector(2), vector(0, "resid_post")], "can't hold a vector of layer 0"),
     ([vector(1), vector(2), vector(1, "resid_post", seed=5)], r"several of layers \[1\] were given: add them first"),
     ([vector(1, "attn_out")], r"a vector at site='attn_out' passes through the rest of its block"),
     ([ml.SteeringVectors(torch.ones(3, models.D_MODEL), 1)], r"one vector for each layer, 3 of layer 1 were given"),
@@ -232,7 +241,9 @@ def test_without_the_package_the_command_to_install_it_is_named(build, tmp_path,
 def test_the_bare_writer_takes_any_layer(tmp_path):
     write_control_vector(tmp_path / "v.gguf", {3: torch.ones(4), 0: torch.zeros(4).half()}, "contrastive", "qwen2")
     assert [one.source_layer for one in read_all(tmp_path / "v.gguf")] == [0, 3]
-    found = fields(gguf.GGUFReader(tmp_path / "v.gguf"))
+    file = gguf.GGUFReader(tmp_path / "v.gguf")
+    assert [tensor.name for tensor in file.tensors] == ["direction.0", "direction.3"]
+    found = fields(file)
     assert (found["controlvector.method"], found["controlvector.model_hint"]) == ("contrastive", "qwen2")
 
 
