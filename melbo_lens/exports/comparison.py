@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,21 @@ from melbo_lens.prompts import Prompts, tokenize
 
 N_PROBES = 4
 N_TOKENS = 16  # of a probe for perturbations that know no prompts
+
+
+class Differences(NamedTuple):
+    """The largest differences of log-probabilities between our model and the Hugging Face model.
+
+    Attributes:
+        steered: between the two, each under the perturbation.
+        unsteered: between the two, without it.
+        allowed: how much of the first is rounding: the tolerance of the model's dtype, times the largest change of
+            log-probabilities by the perturbation where that is above one.
+    """
+
+    steered: float
+    unsteered: float
+    allowed: float
 
 
 def probes(host: Host, prompts: Prompts) -> list[Tensor]:
@@ -91,7 +106,7 @@ def steered_differences(
     change: Callable[[nn.Module], AbstractContextManager[Any]],
     hf_model: nn.Module | None,
     prompts: Prompts | None,
-) -> tuple[float, float] | None:
+) -> Differences | None:
     """Compares the model, steered, with the Hugging Face model, changed for the length of a block.
 
     Args:
@@ -102,8 +117,7 @@ def steered_differences(
         prompts: the prompts to run on. By default those of the fit, or some tokens if none are known.
 
     Returns:
-        The largest difference of log-probabilities, and that without any perturbation; None if there is no model to
-        compare with.
+        The differences; None if there is no model to compare with.
 
     Raises:
         ValueError: the model that the user named is another one.
@@ -123,7 +137,8 @@ def steered_differences(
             expected = [host.forward(ids) for ids in rows]
         with change(network):
             found = [network(ids).logits for ids in rows]
-    return max(map(distance, found, expected)), plain
+        effect = max(map(distance, expected, map(host.forward, rows)))
+    return Differences(max(map(distance, found, expected)), plain, tolerance(host) * max(1.0, effect))
 
 
 def difference(one: Callable[[Tensor], Tensor], other: Callable[[Tensor], Tensor], rows: Sequence[Tensor]) -> float:

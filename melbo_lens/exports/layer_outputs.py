@@ -91,7 +91,8 @@ def compare(
 
     Raises:
         ValueError: the vectors don't fit the model or were learned on another one, log-probabilities differ by more
-            than 1e-4 (in half precision, by more than its rounding), or hf_model is another model.
+            than 1e-4 of their change where that is above one (in half precision, by more than its rounding), or
+            hf_model is another model.
 
     Warns:
         UserWarning: there was no model, or no Hugging Face model, to check against.
@@ -124,13 +125,13 @@ def _check(vectors: Sequence[SteeringVectors], host: Host, hf_model: nn.Module |
     differences = comparison.steered_differences(host, vectors, changed, hf_model, prompts)
     if differences is None:
         return False
-    (difference, plain), allowed = differences, comparison.tolerance(host)
-    if difference > allowed:
+    if not differences.steered <= differences.allowed:
         raise ValueError(
             "the log-probabilities of the steered model and of the Hugging Face model with the vectors added to the "
-            f"output of layers {[one.source_layer for one in vectors]} differ by {difference:.1e} (allowed: "
-            f"{allowed:.0e}), without them by {plain:.1e}: what is written at {vectors[0].hook_name!r} does not "
-            'reach the stream of this model unchanged. Learn the vectors at site="resid_post".'
+            f"output of layers {[one.source_layer for one in vectors]} differ by {differences.steered:.1e} (allowed: "
+            f"{differences.allowed:.0e}), without them by {differences.unsteered:.1e}: what is written at "
+            f"{vectors[0].hook_name!r} does not reach the stream of this model unchanged. Learn the vectors at "
+            'site="resid_post".'
         )
     return True
 

@@ -87,11 +87,11 @@ def _compare(
     )
     if differences is None:
         return False
-    (difference, plain), allowed = differences, comparison.tolerance(host)
-    if not difference <= allowed:
+    if not differences.steered <= differences.allowed:
         raise ValueError(
             "the log-probabilities of the steered model and of the Hugging Face model that steer.py steers differ by "
-            f"{difference:.1e} (allowed: {allowed:.0e}), unsteered by {plain:.1e}: this architecture "
+            f"{differences.steered:.1e} (allowed: {differences.allowed:.0e}), unsteered by "
+            f"{differences.unsteered:.1e}: this architecture "
             f"({host.architecture}) is not known there."
         )
     return True
