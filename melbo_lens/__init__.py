@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from melbo_lens.models.slices import SlicedModel as SlicedModel
     from melbo_lens.models.slices import slice_model as slice_model
     from melbo_lens.perturbations.adapters import SteeringAdapters as SteeringAdapters
+    from melbo_lens.perturbations.loading import from_pretrained as from_pretrained
     from melbo_lens.perturbations.perturbation import concatenate as concatenate
     from melbo_lens.perturbations.vectors import SteeringVectors as SteeringVectors
     from melbo_lens.reports.findings import Findings as Findings
@@ -106,6 +107,7 @@ _HOMES = {
     "methods.melbo": "fit_vectors",
     "models.slices": "slice_model",
     "perturbations.adapters": "SteeringAdapters",
+    "perturbations.loading": "from_pretrained",
     "perturbations.perturbation": "concatenate",
     "perturbations.vectors": "SteeringVectors",
     "reports.findings": "Findings",

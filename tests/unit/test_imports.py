@@ -16,7 +16,7 @@ ORDER = (
 # within a folder there is an order too, so that it has no circle
 WITHIN = {
     "ascent": "manifolds objectives states sogi constraints adamw fixed_point",
-    "perturbations": "sites updates perturbation vectors adapters loading",
+    "perturbations": "sites updates card hub perturbation vectors adapters loading",
     "models": "host hooks passes blocks hooked bridge access targets slices counterparts",
     "measures": "source controls radius changes output next_tokens directions ranking",
     "methods": (
