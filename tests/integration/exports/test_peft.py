@@ -118,6 +118,17 @@ def test_a_loaded_adapter_needs_its_model(build, tmp_path):
     ml.export(loaded, "peft", tmp_path / "out", model=model)
 
 
+def test_a_model_of_other_weights_is_refused_and_one_of_another_dtype_is_not_compared(build, directories, tmp_path):
+    model = build("llama", "bridge")
+    adapter, other = fitted_on(model)[0], models.bridge(models.save("llama", tmp_path / "other", seed=5))
+    with pytest.raises(ValueError, match="with other weights than those of this model"):
+        ml.export(adapter, "peft", tmp_path / "out", model=other)
+    assert not (tmp_path / "out").exists()
+    with torch.no_grad():
+        for half in (models.bridge(directories("llama"), dtype=torch.bfloat16), models.bridge(directories("llama"))):
+            ml.export(adapter, "peft", tmp_path / f"{next(half.parameters()).dtype}", model=half)
+
+
 def test_one_adapter_at_a_time(build, tmp_path):
     model = build("llama", "bridge")
     with pytest.raises(ValueError, match=r"holds one adapter, 2 were given"):

@@ -6,6 +6,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -196,6 +197,40 @@ def test_only_a_model_of_transformers_is_taken(build, directories):
     ):
         with pytest.raises(TypeError, match=said), ml.on_transformers(thing, a_vector()):
             pass
+
+
+class Toy(nn.Module):
+    """Two layers, each with a list of two experts; optionally a second stack of two layers."""
+
+    def __init__(self, stacks=1, **settings):
+        super().__init__()
+        self.config = SimpleNamespace(num_hidden_layers=2, hidden_size=D_MODEL, **settings)
+
+        def layers():
+            experts = [nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])}) for _ in range(2)]
+            return nn.ModuleList(experts)
+
+        self.stacks = nn.ModuleDict({f"stack{i}": layers() for i in range(stacks)})
+
+
+def test_the_stack_of_layers_is_found_or_the_model_refused():
+    toy = Toy()
+    assert standalone.decoder_layers(toy) is toy.stacks["stack0"]
+    for other, said in (
+        (Toy(2), "Toy has 2 stacks of 2 layers"),
+        (Toy(0), "Toy has no stacks of 2 layers"),
+        (Toy(1, is_encoder_decoder=True), "only a decoder"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            standalone.decoder_layers(other)
+
+
+def test_a_layer_whose_output_is_no_stream_is_refused_when_it_runs(plain):
+    network = plain("llama")
+    layers = standalone.decoder_layers(network)
+    layers[LAYER].register_forward_hook(lambda module, arguments, output: output[None])  # as if of several streams
+    with pytest.raises(ValueError, match=r"not \[batch pos d_model\]"), ml.on_transformers(network, a_vector()):
+        logits_of(network)
 
 
 def run(code, *arguments):
