@@ -21,8 +21,12 @@ from torch import Tensor, nn
 # Where an edit is made in a decoder layer. A vector is added to an activation; an update is added to what weights give.
 LAYER_OUTPUT, ATTENTION_OUTPUT = "layer_output", "attention_output"
 MLP_WEIGHTS, ATTENTION_WEIGHTS = "mlp_weights", "attention_weights"
-PARTS = {LAYER_OUTPUT: 1, ATTENTION_OUTPUT: 1, MLP_WEIGHTS: 2, ATTENTION_WEIGHTS: 2}  # place -> number of tensors
-NAMES = {1: ("vector",), 2: ("A", "B")}
+PARTS = {  # place -> the names of its tensors
+    LAYER_OUTPUT: ("vector",),
+    ATTENTION_OUTPUT: ("vector",),
+    MLP_WEIGHTS: ("A", "B"),
+    ATTENTION_WEIGHTS: ("A", "B"),
+}
 
 # What the weights that write to the stream are called within a layer, by architecture.
 WEIGHTS = {
@@ -85,7 +89,7 @@ def tensors_of(edits: Sequence[Edit]) -> dict[str, Tensor]:
     return {
         f"{edit.place}.{edit.layer}.{name}": tensor
         for edit in edits
-        for name, tensor in zip(NAMES[len(edit.tensors)], edit.tensors, strict=True)
+        for name, tensor in zip(PARTS[edit.place], edit.tensors, strict=True)
     }
 
 
@@ -97,13 +101,17 @@ def load(path: Any) -> list[Edit]:
     """
     with safe_open(str(path), framework="pt") as file:
         tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 (not a dict)
-    edits: list[Edit] = []
-    for place, layer in sorted({tuple(name.split(".")[:2]) for name in tensors}):
-        names = [f"{place}.{layer}.{part}" for part in NAMES[PARTS.get(place, 1)]]
-        if place not in PARTS or not layer.isdigit() or any(name not in tensors for name in names):
-            raise ValueError(f"{path} holds {sorted(tensors)}, which is not what an export writes.")
-        edits.append(Edit(place, int(layer), tuple(tensors[name] for name in names)))
-    return edits
+    held: dict[tuple[str, int], dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        place, _, rest = name.partition(".")
+        layer, _, part = rest.partition(".")
+        if place not in PARTS or not layer.isdecimal():
+            raise ValueError(f"{path} holds {name[:80]!r}, which is not what an export writes.")
+        held.setdefault((place, int(layer)), {})[part] = tensor
+    for (place, layer), parts in held.items():
+        if set(parts) != set(PARTS[place]):
+            raise ValueError(f"{path} holds {sorted(parts)} for {place} of layer {layer}, not {list(PARTS[place])}.")
+    return [Edit(place, layer, tuple(parts[name] for name in PARTS[place])) for (place, layer), parts in held.items()]
 
 
 @contextmanager
@@ -219,6 +227,8 @@ def _part(layer: nn.Module, name: str) -> nn.Module | None:
 
 
 def _adding_vector(vector: Tensor, scale: float) -> Callable[[nn.Module, Any, Any], Any]:
+    held = _Near((scale * vector,))
+
     def add(module: nn.Module, arguments: Any, output: Any) -> Any:
         hidden = output[0] if isinstance(output, tuple) else output
         if hidden.ndim != 3:
@@ -226,17 +236,30 @@ def _adding_vector(vector: Tensor, scale: float) -> Callable[[nn.Module, Any, An
                 f"{type(module).__name__} gives {tuple(hidden.shape)}, not [batch pos d_model]: "
                 "this architecture can't be steered there."
             )
-        # added in float32 and rounded once
-        moved = (hidden + scale * vector.to(hidden.device)).to(hidden.dtype)
+        (bias,) = held.on(hidden.device)
+        moved = (hidden + bias).to(hidden.dtype)  # added in float32 and rounded once
         return (moved, *output[1:]) if isinstance(output, tuple) else moved
 
     return add
 
 
 def _adding_update(a: Tensor, b: Tensor, scale: float) -> Callable[[nn.Module, Any, Any], Any]:
+    held = _Near((a, scale * b))
+
     def add(module: nn.Module, arguments: Any, output: Any) -> Any:
-        hidden = arguments[0]
-        gained = hidden.float() @ a.to(hidden.device).T @ b.to(hidden.device).T
-        return (output + scale * gained).to(output.dtype)
+        near_a, near_b = held.on(output.device)
+        return (output + arguments[0].float() @ near_a.T @ near_b.T).to(output.dtype)
 
     return add
+
+
+class _Near:
+    """Tensors that are moved to a device once, since generation asks for them at every token."""
+
+    def __init__(self, tensors: tuple[Tensor, ...]) -> None:
+        self.tensors = tensors
+
+    def on(self, device: Any) -> tuple[Tensor, ...]:
+        if self.tensors[0].device != device:
+            self.tensors = tuple(tensor.to(device) for tensor in self.tensors)
+        return self.tensors

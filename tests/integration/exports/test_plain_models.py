@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -315,6 +316,22 @@ def test_a_wrong_edit_is_noticed_before_anything_is_written(build, tmp_path, mon
     with pytest.raises(ValueError, match="differ by"):
         ml.export(a_vector(), "transformers", tmp_path / "out", model=model)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["x"], "holds 'x'"),
+        (["layer_output.one.vector"], "holds 'layer_output.one.vector'"),
+        (["head.1.vector"], "holds 'head.1.vector'"),
+        (["mlp_weights.1.A"], r"holds \['A'\] for mlp_weights of layer 1, not \['A', 'B'\]"),
+        (["layer_output.1.A", "layer_output.1.vector"], r"holds \['A', 'vector'\]"),
+    ],
+)
+def test_the_exported_code_refuses_a_file_that_no_export_wrote(tmp_path, names, said):
+    save_file({name: torch.ones(2) for name in names}, tmp_path / "steering.safetensors")
+    with pytest.raises(ValueError, match=said):
+        standalone.load(tmp_path / "steering.safetensors")
 
 
 def test_without_a_model_an_export_says_that_it_was_not_compared(tmp_path):
