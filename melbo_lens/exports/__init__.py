@@ -15,8 +15,18 @@ from melbo_lens.perturbations.perturbation import Perturbation
 Exporter: TypeAlias = Callable[..., Path]  # takes the perturbation, the path and the format's settings
 
 EXPORTERS: dict[str, Exporter] = {}
-# formats of this package and their files, which are imported on demand
-OURS = {"gguf": "gguf_vectors", "gguf-lora": "gguf_lora", "peft": "peft"}
+# Formats of this package, and their files, which are imported on demand.
+OURS = {
+    "gguf": "gguf_vectors",
+    "gguf-lora": "gguf_lora",
+    "peft": "peft",
+    "transformers": "transformers",
+    "vllm-lens": "vllm_lens",
+    "easysteer": "easysteer",
+    "hotwire": "hotwire",
+    "lm-eval": "lm_eval",
+    "neuronpedia": "neuronpedia",
+}
 
 
 def exporter(format: str) -> Callable[[Exporter], Exporter]:
@@ -36,12 +46,25 @@ def export(
     """Writes a perturbation in another tool's format.
 
     Args:
-        perturbation: a perturbation that the format can hold: one adapter, such as `adapters[3]`, for "peft" and
-            "gguf-lora"; one vector, or a sequence of vectors of different layers, for "gguf".
-        format: "peft" (a folder that the `peft` library loads), "gguf" (control vectors of llama.cpp), "gguf-lora" (a
-            LoRA of llama.cpp), or a format that a package has added with `exporter`.
+        perturbation: what the format can hold: one vector or one adapter, such as `vectors[3]`, or a sequence of single
+            vectors of different layers.
+        format: one of these, or a format that a package has added with `exporter`.
+
+            =============  ====================================================  ===========================
+            format         who reads it                                          what it holds
+            =============  ====================================================  ===========================
+            peft           the `peft` library, and vLLM: a folder                one adapter
+            gguf-lora      llama.cpp                                             one adapter
+            transformers   a file of torch code that comes with it: a folder     one vector or one adapter
+            gguf           llama.cpp                                             one vector for each layer
+            vllm-lens      vLLM with vllm-lens: JSON                             one vector for each layer
+            easysteer      vLLM with EasySteer: JSON and GGUF                    one vector for each layer
+            hotwire        vLLM with hotwire-vllm: `.pt`                         one vector for each layer
+            lm-eval        the `steered` model of lm-evaluation-harness: `.pt`   one vector
+            neuronpedia    the site's upload: the JSON body of the request       one vector
+            =============  ====================================================  ===========================
         path: the file or folder to write; the format says which.
-        settings: settings of the format, such as `model=`; see the format's exporter.
+        settings: settings of the format, such as `model=`; see the format's exporter, `melbo_lens.exports.FORMAT`.
 
     Returns:
         The path of what was written.

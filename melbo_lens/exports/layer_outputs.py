@@ -2,13 +2,13 @@
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from melbo_lens.exports import comparison
-from melbo_lens.measures.controls import fitting_prompts
+from melbo_lens.methods.provenance import check_same_model
 from melbo_lens.models import hooks
 from melbo_lens.models.access import Model, host_of
 from melbo_lens.models.counterparts import layer_name
@@ -17,8 +17,6 @@ from melbo_lens.perturbations.perturbation import Perturbation
 from melbo_lens.perturbations.sites import site_of
 from melbo_lens.perturbations.vectors import SteeringVectors
 from melbo_lens.prompts import Prompts
-
-N_TOKENS = 16  # of a probe for vectors that know no prompts
 
 
 def single_vectors(perturbation: Perturbation | Sequence[Perturbation], format: str) -> list[SteeringVectors]:
@@ -92,8 +90,9 @@ def compare(
         The opened model; None if there is none.
 
     Raises:
-        ValueError: the vectors don't fit the model, log-probabilities differ by more than 1e-4 (in half precision, by
-            more than its rounding), or hf_model is another model.
+        ValueError: the vectors don't fit the model or were learned on another one, log-probabilities differ by more
+            than 1e-4 of their change where that is above one (in half precision, by more than its rounding), or
+            hf_model is another model.
 
     Warns:
         UserWarning: there was no model, or no Hugging Face model, to check against.
@@ -113,38 +112,28 @@ def compare(
 
 def _check(vectors: Sequence[SteeringVectors], host: Host, hf_model: nn.Module | None, prompts: Prompts | None) -> bool:
     """Compares the steered model with the Hugging Face model; False if there is none to compare with."""
-    rows, allowed = comparison.probes(host, _prompts(vectors[0], prompts, host)), comparison.tolerance(host)
-    with hooks.frozen(host), torch.no_grad():
-        network, _ = comparison.network_of(host, hf_model)
-        if network is None:
-            return False
-        layers = [
-            (network.get_submodule(layer_name(host, one.source_layer)), _adding(one.values[0])) for one in vectors
-        ]
-        plain = comparison.unsteered_difference(host, network, hf_model is not None, rows)
-        if plain is None:
-            return False
-        with hooks.attached(host, [hook for one in vectors for hook in one.hooks()]):
-            expected = [host.forward(ids) for ids in rows]
-        with hooks.watched(after=layers):
-            difference = max(
-                comparison.distance(network(ids).logits, logits) for ids, logits in zip(rows, expected, strict=True)
-            )
-    if difference > allowed:
+    for one in vectors:
+        check_same_model(one, host)
+
+    def changed(network: nn.Module) -> AbstractContextManager[None]:
+        return hooks.watched(
+            after=[
+                (network.get_submodule(layer_name(host, one.source_layer)), _adding(one.values[0])) for one in vectors
+            ]
+        )
+
+    differences = comparison.steered_differences(host, vectors, changed, hf_model, prompts)
+    if differences is None:
+        return False
+    if not differences.steered <= differences.allowed:
         raise ValueError(
             "the log-probabilities of the steered model and of the Hugging Face model with the vectors added to the "
-            f"output of layers {[one.source_layer for one in vectors]} differ by {difference:.1e} (allowed: "
-            f"{allowed:.0e}), without them by {plain:.1e}: what is written at {vectors[0].hook_name!r} does not "
-            'reach the stream of this model unchanged. Learn the vectors at site="resid_post".'
+            f"output of layers {[one.source_layer for one in vectors]} differ by {differences.steered:.1e} (allowed: "
+            f"{differences.allowed:.0e}), without them by {differences.unsteered:.1e}: what is written at "
+            f"{vectors[0].hook_name!r} does not reach the stream of this model unchanged. Learn the vectors at "
+            'site="resid_post".'
         )
     return True
-
-
-def _prompts(vectors: SteeringVectors, prompts: Prompts | None, host: Host) -> Prompts:
-    """The prompts to check on; any tokens tell two models apart, so vectors that know no prompts get some."""
-    if prompts is None and not vectors.provenance.get("prompt_tokens"):
-        return (torch.arange(1, 1 + N_TOKENS, device=host.device) % int(host.cfg.d_vocab))[None]
-    return fitting_prompts(vectors, prompts, host.device)
 
 
 def _adding(vector: Tensor) -> Callable[..., Any]:

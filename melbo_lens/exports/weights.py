@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from melbo_lens.exports import comparison
 from melbo_lens.measures.controls import fitting_prompts
-from melbo_lens.methods.provenance import model_of
+from melbo_lens.methods.provenance import check_same_model, model_of
 from melbo_lens.models import hooks
 from melbo_lens.models.access import Model, host_of
 from melbo_lens.models.counterparts import module_name
@@ -52,7 +52,8 @@ def lora_of(adapters: object, format: str, model: Model | None = None) -> Lora:
         model: the model that the adapter was learned on. By default it is the remembered model, if that still lives.
 
     Raises:
-        ValueError: there isn't exactly one adapter, or the model is missing or has no Hugging Face counterpart.
+        ValueError: there isn't exactly one adapter, or the model is missing, is another one than that of
+            the fit, or has no Hugging Face counterpart.
     """
     if not isinstance(adapters, SteeringAdapters):
         raise ValueError(
@@ -71,6 +72,7 @@ def lora_of(adapters: object, format: str, model: Model | None = None) -> Lora:
         )
     host = host_of(known)
     adapter = adapters.on(host)
+    check_same_model(adapter, host)
     return Lora(host, adapter, {site.layer: module_name(host, site) for site in adapter.sites.values()})
 
 

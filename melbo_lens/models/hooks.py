@@ -1,6 +1,6 @@
 """How is a model touched?  Hooks are attached and removed, modules are watched, and parameters are frozen.
 
-This is the only file that attaches anything.
+This is the only file that attaches anything to a model of TransformerLens.
 """
 
 import re
