@@ -44,7 +44,7 @@ def dequantised(source: Path, target: Path) -> Path:
 class LlamaCpp:
     """A model that llama.cpp runs on the CPU."""
 
-    def __init__(self, file: Path, n_ctx: int = 256, n_threads: int = 2) -> None:
+    def __init__(self, file: Path, n_ctx: int = 256) -> None:
         library.llama_log_set(_silent, None)
         library.llama_backend_init()
         settings = library.llama_model_default_params()
@@ -53,7 +53,9 @@ class LlamaCpp:
         assert self.model, f"llama.cpp refuses {file}"
         settings = library.llama_context_default_params()
         settings.n_ctx = settings.n_batch = settings.n_ubatch = n_ctx
-        settings.n_threads = settings.n_threads_batch = n_threads
+        settings.n_threads = settings.n_threads_batch = torch.get_num_threads()
+        settings.type_k = settings.type_v = gguf.GGMLQuantizationType.F32  # by default the cache is in half precision
+        settings.flash_attn_type = library.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self.context = library.llama_init_from_model(self.model, settings)
         assert self.context, f"llama.cpp can't run {file}"
         self.d_model, self.n_layers = library.llama_model_n_embd(self.model), library.llama_model_n_layer(self.model)

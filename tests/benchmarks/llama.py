@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import melbo_lens as ml
 from melbo_lens.models.access import host_of
@@ -22,7 +22,7 @@ from melbo_lens.organisms import real
 from melbo_lens.prompts import tokenize
 from tests.llama_cpp import LlamaCpp, dequantised, smollm2_file
 
-N_PROMPTS, N_NEW = 10, 24
+N_PROMPTS, N_NEW = 10, 16
 
 
 class Outcome(NamedTuple):
@@ -43,12 +43,14 @@ class Agreement(NamedTuple):
     Attributes:
         cosines: for each prompt, the cosine between the changes of the logits.
         ratios: for each prompt, the norm of llama.cpp's change over that of ours.
+        apart: the norm of the difference between the steered logits, over all prompts.
         equal: how many greedy continuations are equal, token by token.
         changed: how many of ours differ from the unsteered ones.
     """
 
     cosines: Tensor
     ratios: Tensor
+    apart: float
     equal: int
     changed: int
 
@@ -59,9 +61,7 @@ def learned(model: Any, chat: Any) -> dict[str, Any]:
     early, late = (
         ml.fit_vectors(model, chat, layer, 16, n_vectors=2, radius=6.0, n_steps=8, **common) for layer in (7, 10)
     )
-    mlp = ml.fit_adapters(
-        model, chat, 7, 16, n_adapters=2, rank=8, optimizer="power", n_steps=8, scale="auto", **common
-    )
+    mlp = ml.fit_adapters(model, chat, 7, 16, n_adapters=2, rank=8, optimizer="power", n_steps=8, scale=0.05, **common)
     attention = ml.fit_cpe(model, chat, [4, 5, 6, 7, 8], 16, n_factors=2, n_steps=4, **common)
     return {
         "a vector": early[0],
@@ -76,17 +76,20 @@ def ours(model: Any, rows: Sequence[list[int]], perturbation: Any = ()) -> Outco
     """What the model does here under a perturbation, without a cache."""
     host = host_of(model)
 
-    def logits(ids: list[int]) -> Tensor:
-        return host.forward(torch.tensor([ids]))[0, -1]
-
-    def text(ids: list[int]) -> list[int]:
-        new: list[int] = []
-        while len(new) < N_NEW and (following := int(logits([*ids, *new]).argmax())) != host.tokenizer.eos_token_id:
-            new.append(following)
-        return new
+    def logits(ids: Sequence[list[int]]) -> Tensor:
+        # what stands after a row's last token changes nothing before it
+        padded = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in ids], batch_first=True)
+        return torch.stack([row[len(one) - 1] for row, one in zip(host.forward(padded), ids, strict=True)])
 
     with ml.steer(model, perturbation), torch.no_grad():
-        return Outcome(torch.stack([logits(ids) for ids in rows]), [text(ids) for ids in rows])
+        first = following = logits(rows)
+        texts = [list(row) for row in rows]
+        for _ in range(N_NEW):
+            texts = [[*text, int(row.argmax())] for text, row in zip(texts, following, strict=True)]
+            following = logits(texts)
+    end = host.tokenizer.eos_token_id
+    new = [text[len(row) :] for text, row in zip(texts, rows, strict=True)]
+    return Outcome(first, [text[: text.index(end)] if end in text else text for text in new])
 
 
 def theirs(llama: LlamaCpp, rows: Sequence[list[int]], end: int) -> Outcome:
@@ -109,6 +112,7 @@ def agreement(here: Outcome, there: Outcome, here_before: Outcome, there_before:
     return Agreement(
         torch.cosine_similarity(mine, other, dim=-1),
         other.norm(dim=-1) / mine.norm(dim=-1),
+        float((here.logits - there.logits).norm()),
         sum(one == another for one, another in zip(here.texts, there.texts, strict=True)),
         sum(one != another for one, another in zip(here.texts, here_before.texts, strict=True)),
     )
@@ -134,17 +138,22 @@ def main() -> None:
             llama = LlamaCpp(file)
             there_before = theirs(llama, rows, end)
             unchanged = agreement(here_before, there_before, here_before, there_before)
-            print(f"llama.cpp with {said}: unsteered, {unchanged.equal} of {len(rows)} texts are equal")
+            print(
+                f"llama.cpp with {said}: unsteered, the logits are {unchanged.apart:.2g} apart (norm over all "
+                f"prompts), {unchanged.equal} of {len(rows)} texts are equal",
+                flush=True,
+            )
             for name, one in perturbations.items():
                 with llama.under(paths[name], is_lora(one)):
                     found = agreement(here[name], theirs(llama, rows, end), here_before, there_before)
                 said = f"  {name}: cosine of the change of logits {found.cosines.median():.4f} (least "
                 said += f"{found.cosines.min():.4f}), its norm {found.ratios.min():.3f} to {found.ratios.max():.3f} of "
-                said += f"ours; {found.equal} of {len(rows)} texts equal, of which {found.changed} are changed"
+                said += f"ours; {found.apart:.2g} apart; {found.equal} of {len(rows)} texts equal, "
+                said += f"{found.changed} of ours changed"
                 if not is_lora(one):
                     with llama.under(paths[name], shift=1):
                         late = agreement(here[name], theirs(llama, rows, end), here_before, there_before)
-                    said += f"; one layer too late {late.cosines.median():.3f}, {late.equal} texts"
+                    said += f"; one layer too late {late.cosines.median():.4f}, {late.equal} texts equal"
                 print(said, flush=True)
 
 

@@ -6,6 +6,7 @@ These tests need llama-cpp-python beside the weights: `make bench-llama` install
 import importlib.util
 
 import pytest
+import torch
 
 from melbo_lens.organisms import base_model, real
 
@@ -66,19 +67,20 @@ def test_the_logits_change_alike_and_the_texts_are_the_same(llama, case, there_b
     found = bench.agreement(case.here[name], there, case.before, there_before)
     assert found.changed >= 1  # it does something
     if llama.exact:
-        assert found.cosines.min() > 0.9999 and (found.ratios - 1).abs().max() < 0.01
+        assert found.cosines.min() > 0.9999 and (found.ratios - 1).abs().max() < 1e-3
         assert found.equal == len(case.rows)
     else:
-        assert found.cosines.median() >= 0.99 and (found.ratios.median() - 1).abs() < 0.05
-        assert found.equal > len(case.rows) / 2
-    assert bench.theirs(llama, case.rows[:1], case.end).texts == there_before.texts[:1]  # and it is gone afterwards
+        # llama.cpp rounds activations to 8 bits, which moves the unsteered logits as far
+        unsteered = bench.agreement(case.before, there_before, case.before, there_before)
+        assert found.apart < 1.5 * unsteered.apart and found.cosines.median() > 0.9
+    assert torch.equal(llama.logits(case.rows[0]), there_before.logits[0])  # and it is gone afterwards
 
 
+@pytest.mark.parametrize("llama", ["float32 weights"], indirect=True)
 @pytest.mark.parametrize("name", ["a vector", "vectors of two layers"])
 def test_one_layer_too_late_is_another_change(llama, case, there_before, name):
     """So layers are counted as llama.cpp counts them."""
     with llama.under(case.files[name], shift=1):
-        late = bench.agreement(case.here[name], bench.theirs(llama, case.rows, case.end), case.before, there_before)
-    with llama.under(case.files[name]):
-        right = bench.agreement(case.here[name], bench.theirs(llama, case.rows, case.end), case.before, there_before)
-    assert late.cosines.median() < right.cosines.median() - 0.01
+        late = torch.stack([llama.logits(ids) for ids in case.rows]) - there_before.logits
+    change = case.here[name].logits - case.before.logits
+    assert torch.cosine_similarity(late, change, dim=-1).median() < 0.99
