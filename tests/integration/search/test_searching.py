@@ -17,6 +17,8 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+pytestmark = pytest.mark.long
+
 import melbo_lens as ml
 from melbo_lens.cli import app
 from melbo_lens.search import discovery, pace
