@@ -17,8 +17,6 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-pytestmark = pytest.mark.long
-
 import melbo_lens as ml
 from melbo_lens.cli import app
 from melbo_lens.search import discovery, pace
@@ -26,6 +24,8 @@ from melbo_lens.search.arms import Arm, arms_of
 from melbo_lens.search.rounds import Rounds
 from melbo_lens.sweeps import outcomes, running
 from melbo_lens.sweeps.engines import Done, InMemory
+
+pytestmark = pytest.mark.long
 
 PER_STEP, PER_VECTOR = 0.025, 0.125  # seconds of a fit for each vector, step and block; of the rest for each vector
 
