@@ -209,15 +209,17 @@ def page(results: dict[str, Any]) -> str:
     sections = [
         """# How much memory, and how long
 
-`ml.plan_memory(model, n_tokens, source_layer, target_layer)` says before a fit what it will hold. It runs one row of tokens and
-counts what is kept. `discover` prints the plan before it begins. `make bench-memory` measures what stands here."""
+`ml.plan_memory(model, n_tokens, source_layer, target_layer)` says before a fit what it will hold. It runs one row of
+tokens and counts what is kept. `discover` prints the plan before it begins. `make bench-memory` measures what stands
+here."""
     ]
     if fits:
         sections.append(
             f"""## Predicted and measured
 
-SmolLM2-135M in float32, layers 7 to 16. Measured is the growth of the process' resident memory, each fit in a process of its own
-({results["machine"]}). Where one row would keep more than 1 GiB, blocks are computed again in the backward pass.
+SmolLM2-135M in float32, layers 7 to 16. Measured is the growth of the process' resident memory, each fit in a process
+of its own ({results["machine"]}). Where one row would keep more than 1 GiB, blocks are computed again in the backward
+pass.
 
 | tokens | vectors | fit, predicted | measured | writing, predicted | measured | computed again |
 |---|---|---|---|---|---|---|
@@ -228,9 +230,10 @@ SmolLM2-135M in float32, layers 7 to 16. Measured is the growth of the process' 
         sections.append(
             f"""## Which card holds what
 
-Llama-like shapes in bfloat16, {N_VECTORS} vectors on a prompt of {N_TOKENS} tokens, from a quarter to half of the depth, completions
-of {N_NEW} tokens under both signs. The second figure of a fit is counted tensor by tensor on the meta device. A card counts as large
-enough if the whole stays below 92 % of its memory. With `trim=True` the blocks outside the slice leave the card during the fit.
+Llama-like shapes in bfloat16, {N_VECTORS} vectors on a prompt of {N_TOKENS} tokens, from a quarter to half of the
+depth, completions of {N_NEW} tokens under both signs. The second figure of a fit is counted tensor by tensor on the
+meta device. A card counts as large enough if the whole stays below 92 % of its memory. With `trim=True` the blocks
+outside the slice leave the card during the fit.
 
 | model | weights | fit (counted) | writing | smallest card for all | for the fit with `trim=True` |
 |---|---|---|---|---|---|
@@ -242,8 +245,8 @@ enough if the whole stays below 92 % of its memory. With `trim=True` the blocks 
         sections.append(
             """## How the time of a step grows
 
-One evaluation of all vectors, forwards and backwards. The columns vary one number; the others are 37 tokens, 9 blocks, and 4 to 16
-vectors.
+One evaluation of all vectors, forwards and backwards. The columns vary one number; the others are 37 tokens, 9 blocks,
+and 4 to 16 vectors.
 
 | varied | | | | | |
 |---|---|---|---|---|---|
