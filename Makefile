@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE ?= 1
 # generation against uncached passes, slices against hooked runs, prompts, files and pickles
 NEWEST := $(addprefix tests/integration/,generation models/test_passes.py models/test_slices.py test_prompts.py reports/test_findings.py perturbations measures/test_radius.py) tests/unit/perturbations/test_loading.py
 
-.PHONY: demo real test test-real newest look notebooks bench bench-real bench-search bench-discovery bench-gpu bench-killed bench-throughput lint clean
+.PHONY: demo real test test-real test-quantised test-long newest look notebooks bench bench-real bench-search bench-discovery bench-gpu bench-killed bench-throughput bench-memory bench-llama lint clean
 
 $(VENV)/.installed: pyproject.toml $(LOCK)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "melbo_lens needs Python 3.11 or newer; set PYTHON=python3.11")'
@@ -35,6 +35,16 @@ test: $(VENV)/.installed
 # the same on the real chat model, with both cores, since its steps are large
 test-real: $(VENV)/.smollm2
 	$(VENV)/bin/python -m pytest -m real tests/real
+
+# what is killed and goes on, here and with Ray's workers: minutes of starting processes, which no version of TransformerLens changes
+test-long: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n logical --dist loadfile -m long
+
+# models with quantised weights; the two libraries slow every import of transformers, so other tests do without
+test-quantised: $(VENV)/.installed
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check --no-deps torchao==0.18.0 bitsandbytes==0.50.2
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n logical tests/integration/models/test_quantised.py; \
+	failed=$$?; $(VENV)/bin/python -m pip uninstall -q -y torchao bitsandbytes; exit $$failed
 
 # the core of the tests on what `pip install melbo-lens` takes today: no lock but that of torch, in an environment of its own
 newest:
@@ -75,9 +85,22 @@ bench-discovery: $(VENV)/.smollm2
 bench-gpu: $(VENV)/.installed
 	$(VENV)/bin/python -m tests.benchmarks.gpu
 
+# memory as predicted and as measured, and how the time of a step grows
+bench-memory: $(VENV)/.smollm2
+	$(VENV)/bin/python -m tests.benchmarks.memory
+
 # sweeps that are killed again and again
 bench-killed: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m tests.benchmarks.killed
+
+# llama.cpp under exported vectors and adapters, beside the steered model; its Python package is built from source, which takes half an hour on one core
+$(VENV)/.llama-cpp: $(VENV)/.smollm2
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c $(LOCK) llama-cpp-python==0.3.36
+	@touch $@
+
+bench-llama: $(VENV)/.llama-cpp
+	$(VENV)/bin/python -m tests.benchmarks.llama
+	$(VENV)/bin/python -m pytest -m real tests/real/test_llama_cpp.py
 
 # two workers against one, each with one thread: they need two cores for themselves
 bench-throughput: $(VENV)/.installed

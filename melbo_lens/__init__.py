@@ -12,9 +12,11 @@ if TYPE_CHECKING:
     from melbo_lens.evaluation.rates import select as select
     from melbo_lens.evaluation.words import cluster_by_words as cluster_by_words
     from melbo_lens.exports import export as export
+    from melbo_lens.exports.plain_models import on_transformers as on_transformers
     from melbo_lens.generation.completions import Completions as Completions
     from melbo_lens.generation.generate import generate as generate
     from melbo_lens.generation.steer import steer as steer
+    from melbo_lens.imports import load as load
     from melbo_lens.measures.changes import ActivationChanges as ActivationChanges
     from melbo_lens.measures.changes import TargetEffects as TargetEffects
     from melbo_lens.measures.changes import activation_changes as activation_changes
@@ -44,10 +46,12 @@ if TYPE_CHECKING:
     from melbo_lens.methods.jacobian import fit_jacobian as fit_jacobian
     from melbo_lens.methods.melbo import fit_vectors as fit_vectors
     from melbo_lens.methods.noise import noise_vectors as noise_vectors
+    from melbo_lens.methods.planning import MemoryPlan as MemoryPlan
+    from melbo_lens.methods.planning import plan_memory as plan_memory
     from melbo_lens.models.slices import SlicedModel as SlicedModel
     from melbo_lens.models.slices import slice_model as slice_model
     from melbo_lens.perturbations.adapters import SteeringAdapters as SteeringAdapters
-    from melbo_lens.perturbations.loading import load as load
+    from melbo_lens.perturbations.loading import from_pretrained as from_pretrained
     from melbo_lens.perturbations.perturbation import concatenate as concatenate
     from melbo_lens.perturbations.vectors import SteeringVectors as SteeringVectors
     from melbo_lens.reports.findings import Findings as Findings
@@ -84,9 +88,11 @@ _HOMES = {
     "evaluation.rates": "evaluate select",
     "evaluation.words": "cluster_by_words",
     "exports": "export",
+    "exports.plain_models": "on_transformers",
     "generation.completions": "Completions",
     "generation.generate": "generate",
     "generation.steer": "steer",
+    "imports": "load",
     "measures.changes": "activation_changes objective target_effects",
     "measures.controls": "random_adapters random_like random_vectors",
     "measures.directions": "closest_directions max_activating top_tokens",
@@ -102,9 +108,10 @@ _HOMES = {
     "methods.jacobian": "fit_jacobian",
     "methods.noise": "noise_vectors",
     "methods.melbo": "fit_vectors",
+    "methods.planning": "plan_memory",
     "models.slices": "slice_model",
     "perturbations.adapters": "SteeringAdapters",
-    "perturbations.loading": "load",
+    "perturbations.loading": "from_pretrained",
     "perturbations.perturbation": "concatenate",
     "perturbations.vectors": "SteeringVectors",
     "reports.findings": "Findings",
@@ -123,6 +130,7 @@ _RESULTS = {
     "measures.next_tokens": "NextTokens",
     "measures.output": "Effects",
     "measures.radius": "Calibration",
+    "methods.planning": "MemoryPlan",
     "sweeps.outcomes": "Outcome",
     "measures.source": "AdapterEffect",
     "models.slices": "SlicedModel",

@@ -289,6 +289,37 @@ def report(
     console.print(f"wrote {path}, {path.stat().st_size / 1e6:.1f} MB", soft_wrap=True)
 
 
+@app.command()
+def export(
+    file: Annotated[Path, typer.Argument(help="what `save` wrote, or a file of another tool")],
+    format: Annotated[
+        str,
+        typer.Option(help="peft, transformers, gguf, gguf-lora, vllm-lens, easysteer, hotwire, lm-eval or neuronpedia"),
+    ],
+    out: Annotated[Path, typer.Option(help="file or folder to write")],
+    index: Annotated[
+        int | None, typer.Option(help="which vector or adapter of the file, from 0; default: its only one")
+    ] = None,
+    layer: Annotated[int | None, typer.Option(help="the layer, if a file of another tool doesn't say it")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="the model to compare with, as for `fit`; some formats can't do without")
+    ] = None,
+    dtype: Dtype = "float32",
+    device: Device = None,
+) -> None:
+    """Write one vector or adapter in another tool's format, after comparing it with the model."""
+    import melbo_lens as ml
+
+    with _errors_in_a_sentence():
+        value = ml.load(file, layer=layer)
+        chosen = value if index is None else value[index]
+    settings = {} if model is None else {"model": _load(model, dtype, device)}
+    with _errors_in_a_sentence():
+        path = ml.export(chosen, format, out, **settings)
+    console.print(escape(repr(chosen)))
+    console.print(f"wrote {path}", soft_wrap=True)
+
+
 def _asked(model: Any, prompts: list[str], chat: bool | None, say: bool = True) -> list[Any]:
     """Returns the prompts as they are, or as a user's messages, and tells which."""
     as_chat = bool(getattr(model.tokenizer, "chat_template", None)) if chat is None else chat
@@ -311,7 +342,7 @@ def _load(model: str, dtype: str, device: str | None) -> Any:
 def _errors_in_a_sentence() -> Iterator[None]:
     try:
         yield
-    except (ValueError, TypeError, RuntimeError, FloatingPointError, OSError, ImportError) as error:
+    except (ValueError, TypeError, LookupError, RuntimeError, FloatingPointError, OSError, ImportError) as error:
         console.print(f"[red]error:[/red] {escape(str(error))}")
         raise typer.Exit(1) from error
 

@@ -347,6 +347,7 @@ def outcome(name: str, folder: Path) -> Outcome:
             f"the bridge itself is off by {off:.0e} of the logits' norm from the Hugging Face model",
         )
     _check_replay(bridge, plain, vectors)
+    _check_plain(bridge, plain, vectors, batch.rows()[0])
     for site in ("resid_post", "attn_out"):
         _check_site(bridge, site, vectors)
     note = _check_generation(bridge, plain, vectors, batch.rows())
@@ -396,6 +397,28 @@ def _check_replay(bridge: Any, plain: Plain, vectors: ml.SteeringVectors) -> Non
         expected = plain(ids, vectors.values[k])[1]
         error = float((row[: len(ids)] - expected).norm() / expected.norm())
         assert error < 1e-5, f"the replay of vector {k} on prompt {i} is off by {error:.1e}"
+
+
+def _check_plain(bridge: Any, plain: Plain, vectors: ml.SteeringVectors, ids: list[int]) -> None:
+    """The Hugging Face model steered by `on_transformers`, against an ordinary hook and the steered bridge."""
+    for site in SITES:
+        if f"blocks.{SOURCE}.{SITES[site].hook}" not in bridge.hook_dict:
+            continue
+        moved = ml.SteeringVectors(-3.0 * vectors.values[1:2], SOURCE, site=site)
+        try:
+            with torch.no_grad(), ml.on_transformers(plain.network, moved):
+                found = plain.network(torch.tensor([ids]), use_cache=False).logits[0]
+        except ValueError as error:
+            if site != "attn_out" or "can't be steered at the attention's output" not in str(error):
+                raise
+            continue
+        if SITES[site].after_block:
+            expected = plain(ids, moved.values[0])[0]
+        else:
+            with torch.no_grad(), ml.steer(bridge, moved):
+                expected = bridge(torch.tensor([ids]), use_cache=False)[0]
+        error = float((found - expected).norm() / expected.norm())
+        assert error < 1e-4, f"on_transformers at {site} is off by {error:.1e}"
 
 
 def _check_generation(bridge: Any, plain: Plain, vectors: ml.SteeringVectors, rows: list[list[int]]) -> str:
@@ -460,10 +483,13 @@ def _check_peft(bridge: Any, directory: str, adapters: ml.SteeringAdapters, fold
         ours = bridge(torch.tensor([ids]), use_cache=False).log_softmax(-1)
     with torch.no_grad():
         clean = network(torch.tensor([ids]), use_cache=False).logits.log_softmax(-1)
+        with ml.on_transformers(network, adapters):
+            hooked = network(torch.tensor([ids]), use_cache=False).logits.log_softmax(-1)
         theirs = PeftModel.from_pretrained(network, str(folder))(
             torch.tensor([ids]), use_cache=False
         ).logits.log_softmax(-1)
     assert float((ours - theirs).abs().max()) < 1e-4 and float((ours - clean).abs().max()) > 1e-2
+    assert float((hooked - theirs).abs().max()) < 1e-4
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from transformers import (
     MixtralConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3Config,
 )
 
 from melbo_lens.models import access
@@ -48,6 +49,8 @@ CONFIGS = {
     "gemma2": Gemma2Config(num_key_value_heads=2, head_dim=8, **_wide),
     "mixtral": MixtralConfig(num_key_value_heads=2, num_local_experts=4, **_wide),
 }
+# built where a test names it, and not among those on which every method is tried
+MORE = {"qwen3": Qwen3Config(num_key_value_heads=2, head_dim=8, **_wide)}
 HAS_HOOKED = has_hooked()
 
 
@@ -66,7 +69,7 @@ def save(name: str, directory, seed: int = 0) -> str:
     """A Hugging Face directory with larger weights than usual, so that attention and MLPs matter."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config({**CONFIGS, **MORE}[name], dtype=torch.float32)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim > 1:
@@ -116,6 +119,7 @@ class NoModel(Host):
     """The host of a slice that a test made by hand: it has no model, and is asked nothing."""
 
     networks = ()
+    quantised = False
 
     def __init__(self) -> None:
         self.points = {}

@@ -71,7 +71,7 @@ def adamw(
                 for x, projected in zip(
                     moving, constraint.project(_many(tuple(x.detach() for x in moving)), found), strict=True
                 ):
-                    x.data = projected[0]
+                    x.detach().copy_(projected[0])
             history = state.history.clone()
             history[step, at] = seen.value[0]
             point = tuple(

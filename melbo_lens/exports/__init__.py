@@ -4,7 +4,7 @@ Each format is a file of this folder; other packages can add formats with `expor
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -15,7 +15,18 @@ from melbo_lens.perturbations.perturbation import Perturbation
 Exporter: TypeAlias = Callable[..., Path]  # takes the perturbation, the path and the format's settings
 
 EXPORTERS: dict[str, Exporter] = {}
-OURS = ("peft",)  # formats of this package; their files are imported on demand
+# Formats of this package, and their files, which are imported on demand.
+OURS = {
+    "gguf": "gguf_vectors",
+    "gguf-lora": "gguf_lora",
+    "peft": "peft",
+    "transformers": "transformers",
+    "vllm-lens": "vllm_lens",
+    "easysteer": "easysteer",
+    "hotwire": "hotwire",
+    "lm-eval": "lm_eval",
+    "neuronpedia": "neuronpedia",
+}
 
 
 def exporter(format: str) -> Callable[[Exporter], Exporter]:
@@ -29,14 +40,31 @@ def exporter(format: str) -> Callable[[Exporter], Exporter]:
 
 
 @public
-def export(perturbation: Perturbation, format: str, path: str | os.PathLike[str], **settings: Any) -> Path:
+def export(
+    perturbation: Perturbation | Sequence[Perturbation], format: str, path: str | os.PathLike[str], **settings: Any
+) -> Path:
     """Writes a perturbation in another tool's format.
 
     Args:
-        perturbation: a perturbation that the format can hold; "peft" takes one adapter, such as `adapters[3]`.
-        format: "peft" (a folder that the `peft` library loads), or a format that a package has added with `exporter`.
+        perturbation: what the format can hold: one vector or one adapter, such as `vectors[3]`, or a sequence of single
+            vectors of different layers.
+        format: one of these, or a format that a package has added with `exporter`.
+
+            =============  ====================================================  ===========================
+            format         who reads it                                          what it holds
+            =============  ====================================================  ===========================
+            peft           the `peft` library, and vLLM: a folder                one adapter
+            gguf-lora      llama.cpp                                             one adapter
+            transformers   a file of torch code that comes with it: a folder     one vector or one adapter
+            gguf           llama.cpp                                             one vector for each layer
+            vllm-lens      vLLM with vllm-lens: JSON                             one vector for each layer
+            easysteer      vLLM with EasySteer: JSON and GGUF                    one vector for each layer
+            hotwire        vLLM with hotwire-vllm: `.pt`                         one vector for each layer
+            lm-eval        the `steered` model of lm-evaluation-harness: `.pt`   one vector
+            neuronpedia    the site's upload: the JSON body of the request       one vector
+            =============  ====================================================  ===========================
         path: the file or folder to write; the format says which.
-        settings: settings of the format, such as `model=`; see the format's exporter.
+        settings: settings of the format, such as `model=`; see the format's exporter, `melbo_lens.exports.FORMAT`.
 
     Returns:
         The path of what was written.
@@ -45,7 +73,7 @@ def export(perturbation: Perturbation, format: str, path: str | os.PathLike[str]
         ValueError: the format is unknown, or can't hold this perturbation.
     """
     if format in OURS:
-        import_module(f"melbo_lens.exports.{format}")
+        import_module(f"melbo_lens.exports.{OURS[format]}")
     if format not in EXPORTERS:
         raise ValueError(
             f"format={format!r} must be one of {sorted({*OURS, *EXPORTERS})}: one of ours, or one added with "

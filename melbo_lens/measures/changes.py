@@ -279,7 +279,7 @@ def _read(
     """The activations at these hooks from one forward pass, in float32; the axes after `pos` are flattened."""
     seen: dict[str, Tensor] = {}
     readers = [
-        (name, lambda activation, hook, name=name: seen.update({name: activation.float().flatten(2)}))
+        (name, lambda activation, hook, name=name: seen.update({name: activation.to(host.device).float().flatten(2)}))
         for name in dict.fromkeys(names)
     ]
     with hooks.attached(host, [*([] if perturbations is None else perturbations.hooks()), *readers]):

@@ -68,20 +68,20 @@ def random_adapters(
     return replace(control, scales=scales)
 
 
-def fitting_prompts(adapters: SteeringAdapters, prompts: Prompts | None, device: torch.device | None = None) -> Prompts:
-    """These prompts or, if none are given, the ones that the adapters were learned on.
+def fitting_prompts(learned: Perturbation, prompts: Prompts | None, device: torch.device | None = None) -> Prompts:
+    """These prompts or, if none are given, the ones that the adapters or vectors were learned on.
 
     Raises:
-        ValueError: none are given and the adapters know none.
+        ValueError: none are given and they know none.
     """
     if prompts is not None:
         return prompts
-    rows = adapters.provenance.get("prompt_tokens")
+    rows = learned.provenance.get("prompt_tokens")
     if not rows:
         raise ValueError(
-            "these adapters know no prompts that they were learned on (they were not fitted): give prompts=."
+            f"these {learned.word}s know no prompts that they were learned on (they were not fitted): give prompts=."
         )
-    return pad([list(row) for row in rows], adapters.provenance.get("prompts", [""] * len(rows)), device=device)
+    return pad([list(row) for row in rows], learned.provenance.get("prompts", [""] * len(rows)), device=device)
 
 
 def scales_for_norms(

@@ -66,7 +66,10 @@ def max_activating(model: Model, vectors: SteeringVectors, texts: Prompts, k: in
     batch = tokenize(host, texts)
     with hooks.frozen(host):
         stream = (
-            blocks.record(host, batch.tokens, vectors.source_layer + 1, vectors.source_layer + 1).streams[-1].float()
+            blocks.record(host, batch.tokens, vectors.source_layer + 1, vectors.source_layer + 1)
+            .streams[-1]
+            .to(host.device)
+            .float()
         )
     hooks.check_finite(
         host, stream.abs().masked_fill(~batch.own[..., None], 0), ["the unsteered model"] * len(batch), "the stream"

@@ -112,7 +112,7 @@ def run_to_the_end(
     """
     norms: list[Tensor] = []
     readers = [
-        (f"blocks.{i}.hook_resid_post", lambda stream, hook: norms.append(stream.float().norm(dim=-1)))
+        (f"blocks.{i}.hook_resid_post", lambda stream, hook: norms.append(stream.float().norm(dim=-1).to(host.device)))
         for i in range(host.n_layers)
     ]
     with hooks.attached(host, [*steering, *readers]):

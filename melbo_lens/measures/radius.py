@@ -156,7 +156,7 @@ def _norm_of_source(sliced: SlicedModel) -> float:
     read = (sliced.source_hook, lambda activation, hook: seen.append(activation))
     with hooks.frozen(sliced.host), torch.no_grad(), hooks.attached(sliced.host, [read]):
         sliced.source_call(sliced.entry, sliced.everyone, len(sliced.batch))
-    return float(seen[0].float().norm(dim=-1)[sliced.batch.own].median()) or 1.0
+    return float(seen[0].to(sliced.device).float().norm(dim=-1)[sliced.batch.own].median()) or 1.0
 
 
 def _solve(
@@ -228,8 +228,10 @@ def _directional_derivatives(
 ) -> Float[Tensor, "direction change"]:
     """J v by forward differentiation, or by differences if an operation has no forward derivative.
 
-    Some mixtures of experts have such operations.
+    Some mixtures of experts have such operations. The kernels of quantised weights lack one without saying so.
     """
+    if sliced.host.quantised:
+        return _central_differences(sliced, directions, NotImplementedError("the weights are quantised"))
 
     def change(bias: Tensor) -> Tensor:
         everyone = sliced.everyone
@@ -255,8 +257,9 @@ def _central_differences(
         NoRadius: no two neighbouring steps agree to within `AGREEMENT` (in half precision, `HALF_AGREEMENT`).
     """
     typical = median_norm(sliced)
-    # a slice that needs the model's own hooks has no float32 copy, so it may still be in half precision
-    exact = sliced.resid.dtype in (torch.float32, torch.float64)
+    # a slice that needs the model's own hooks has no float32 copy, so it may still be in half precision; and some
+    # quantised weights round what they are given
+    exact = sliced.resid.dtype in (torch.float32, torch.float64) and not sliced.host.quantised
     steps, agreement = (STEPS, AGREEMENT) if exact else (HALF_STEPS, HALF_AGREEMENT)
     estimates = []
     for step in (share * typical for share in steps):
@@ -295,12 +298,12 @@ def _next_token_log_probs(
     if vector is not None:
 
         def add(activation: Tensor, hook: Any) -> Tensor:
-            return (activation + vector).to(activation.dtype)
+            return (activation + vector.to(activation.device)).to(activation.dtype)
 
         added.append((sliced.source_hook, add))
     with torch.no_grad(), hooks.attached(sliced.host, added):
         logits = sliced.host.forward(sliced.batch.tokens)
-    after = logits[sliced.everyone.to(logits.device), sliced.batch.lengths - 1].float()
+    after = logits[sliced.everyone, sliced.batch.lengths - 1].float()
     hooks.check_finite(
         sliced.host, after, ["the unsteered model" if vector is None else "a random vector"] * len(after), "the logits"
     )

@@ -202,7 +202,10 @@ def _written(
 ) -> Float[Tensor, "adapter prompt pos d_model"]:
     """What the updated weights of one block write to the stream, in float32, while the layers `acting` are updated."""
     seen: list[Tensor] = []
-    read = (adapters.sites[layer].written, lambda activation, hook: seen.append(activation.float().clone()))
+    read = (
+        adapters.sites[layer].written,
+        lambda activation, hook: seen.append(activation.to(host.device).float().clone()),
+    )
     index = [k for k in range(len(adapters)) for _ in range(len(batch))]
     some = replace(adapters, factors={i: adapters.factors[i] for i in acting}) if acting else None
     active = some.row_hooks(index, some.scales.new_ones(len(index))) if some is not None else []

@@ -65,6 +65,7 @@ def fit_adapters(
     seed: int = 0,
     checkpoint: str | Path | None = None,
     progress: bool = True,
+    trim: bool = False,
     target_hook: str | None = None,
     site: str = "mlp",
 ) -> SteeringAdapters:
@@ -111,6 +112,8 @@ def fit_adapters(
         checkpoint: a file to which the state is saved twice a minute and on an interrupt. The same call, made later,
             goes on from it.
         progress: whether to show a progress bar with the mean objective.
+        trim: whether the weights outside the slice leave the accelerator during the ascent, to make room; they are put
+            back afterwards.
         site: which output weights are updated: those of the "mlp" or of the attention ("attn", which also works on
             mixtures of experts).
 
@@ -127,7 +130,7 @@ def fit_adapters(
 
     Source: Mack and Turner, "Mechanistically Eliciting Latent Behaviors in Language Models" (2024).
     """
-    asked = Run(optimizer, n_steps, lr, restarts, batch_size, seed, checkpoint, progress)
+    asked = Run(optimizer, n_steps, lr, restarts, batch_size, seed, checkpoint, progress, trim)
     scale, radius = (None if given == "auto" else given for given in (scale, radius))
     _check_settings(n_adapters, rank, scale, alpha, radius, normalization)
     one_of("site", site, WEIGHTS)

@@ -53,6 +53,7 @@ def fit_cpe(
     seed: int = 0,
     checkpoint: str | Path | None = None,
     progress: bool = True,
+    trim: bool = False,
 ) -> SteeringAdapters:
     """Learns rank-1 updates of the attention output weights of a band of layers, each of unit norm.
 
@@ -90,6 +91,8 @@ def fit_cpe(
         seed: the seed of the starting factors; those of factor i depend on (seed, i) alone.
         checkpoint: a file to which the state is saved twice a minute and on an interrupt.
         progress: whether to show a progress bar.
+        trim: whether the weights outside the slice leave the accelerator during the ascent, to make room; they are put
+            back afterwards.
 
     Returns:
         Adapters of rank 1 at the site "attn", whose `history` [step factor] holds ``<u, Delta>``.
@@ -103,7 +106,7 @@ def fit_cpe(
     its equation 5, there is no penalty in the objective and no strength alpha, positions are averaged, and the factors
     start from the normalised gradient at random ones.
     """
-    asked = Run("power", n_steps, None, 1, batch_size, seed, checkpoint, progress)
+    asked = Run("power", n_steps, None, 1, batch_size, seed, checkpoint, progress, trim)
     counts(n_factors=n_factors)
     positive("scale", scale, ": unit factors act at R = 1")
     positive("temperature", temperature, ": lower ones concentrate on the most similar factors")

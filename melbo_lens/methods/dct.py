@@ -54,6 +54,7 @@ def fit_dct(
     seed: int = 0,
     checkpoint: str | Path | None = None,
     progress: bool = True,
+    trim: bool = False,
 ) -> SteeringVectors:
     """Learns the factors of a decomposition of the mean change of the target.
 
@@ -83,7 +84,7 @@ def fit_dct(
         temperature: of "soft".
         target_positions: as in `fit_vectors`, but the last three by default.
         checkpoint: as in `fit_vectors`; of the exponential alone.
-        target_hook, site, batch_size, seed, progress: as in `fit_vectors`.
+        target_hook, site, batch_size, seed, progress, trim: as in `fit_vectors`.
 
     Returns:
         The vectors, the strongest first, with `targets` u and, in the provenance, their strengths "alpha".
@@ -95,7 +96,7 @@ def fit_dct(
     Source: Mack and Turner, "Deep Causal Transcoding" (2025). Its public code keeps rows of torch's V^H as the linear
     factors where it means columns of V; here they are the right singular vectors.
     """
-    asked = Run("power", n_steps, None, 1, batch_size, seed, checkpoint, progress)
+    asked = Run("power", n_steps, None, 1, batch_size, seed, checkpoint, progress, trim)
     counts(n_factors=n_factors)
     one_of("kind", kind, STEPS)
     one_of("orthogonalize", orthogonalize, ("qr", "soft"))
@@ -143,11 +144,12 @@ def fit_dct(
             alpha = strengths(unit(found.point[0]), u, changes.means(found.point))
             values = found.point[0]
         else:
-            v, u, alpha = (
-                derivatives.singular(sliced, n_factors, run.batch_size)
-                if kind == "linear"
-                else derivatives.quadratic(sliced, start, run.n_steps, run.batch_size, run.progress)
-            )
+            with run.trimmed(sliced):
+                v, u, alpha = (
+                    derivatives.singular(sliced, n_factors, run.batch_size)
+                    if kind == "linear"
+                    else derivatives.quadratic(sliced, start, run.n_steps, run.batch_size, run.progress)
+                )
             values = R * v
             said = "exact" if kind == "linear" else f"ran all {run.n_steps} steps; the last iterate is kept"
             found = ended(problem, derivatives.reached(values), 0, run, settings, said)

@@ -5,6 +5,7 @@ A method asks for a `Run`, resolves it for its slice, and hands a `Problem`, sta
 
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
@@ -26,6 +27,7 @@ from melbo_lens.methods.mean_change import MeanChange
 from melbo_lens.methods.problem import Problem, default_batch_size
 from melbo_lens.methods.provenance import describe
 from melbo_lens.models.slices import SINK, SlicedModel
+from melbo_lens.models.trimming import trimmed
 
 DEFAULT_LR = 1e-3
 Optimizer: TypeAlias = Literal["power", "adamw"]
@@ -45,6 +47,7 @@ class Run:
         seed: the seed of the starting rows.
         checkpoint: the file that holds the ascent's state; None keeps no state.
         progress: whether a progress bar is shown.
+        trim: whether the weights outside the slice leave the accelerator during the ascent.
         began: the time at which the call began, so that all of its seconds are counted.
 
     Raises:
@@ -59,6 +62,7 @@ class Run:
     seed: int = 0
     checkpoint: str | Path | None = None
     progress: bool = True
+    trim: bool = False
     began: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
@@ -91,6 +95,7 @@ class Run:
             seed=self.seed,
             checkpoint=self.checkpoint,
             progress=self.progress,
+            trim=self.trim,
             began=self.began,
         )
 
@@ -107,7 +112,12 @@ class ResolvedRun:
     seed: int
     checkpoint: str | Path | None
     progress: bool
+    trim: bool
     began: float
+
+    def trimmed(self, sliced: SlicedModel) -> AbstractContextManager[Any]:
+        """Where an ascent runs: if the caller wants it so, without the weights outside the slice."""
+        return trimmed(sliced.host, sliced.own_blocks) if self.trim else nullcontext()
 
     def settings(self) -> dict[str, Any]:
         """The settings that change the result."""
@@ -161,18 +171,19 @@ def fit(
         label: the text in front of the progress bar.
     """
     n_rows, device = starts[0].shape[1], starts[0].device
-    if run.optimizer == "adamw":
-        assert run.lr is not None  # `Run.resolved` gives "adamw" a step size
-        saved = checkpoints.resume(run.checkpoint, settings, Descent, device)
-        states = adamw(problem, tuple(x[0] for x in starts), constraint, run.n_steps, run.lr, saved)
-        total = (run.n_steps + 1) * len(constraint.groups(n_rows))
-    else:
-        saved = checkpoints.resume(run.checkpoint, settings, Climb, device)
-        states = fixed_point(problem, starts, constraint, run.n_steps, state=saved)
-        total = run.n_steps + 1
-    state = climbed(states, saved, total, run, settings, label)
-    steps = run.n_steps if run.optimizer == "adamw" else state.step - 1
-    return ended(problem, state, steps, run, settings, status(state, n_rows, steps, constraint.patience))
+    with run.trimmed(problem.sliced):
+        if run.optimizer == "adamw":
+            assert run.lr is not None  # `Run.resolved` gives "adamw" a step size
+            saved = checkpoints.resume(run.checkpoint, settings, Descent, device)
+            states = adamw(problem, tuple(x[0] for x in starts), constraint, run.n_steps, run.lr, saved)
+            total = (run.n_steps + 1) * len(constraint.groups(n_rows))
+        else:
+            saved = checkpoints.resume(run.checkpoint, settings, Climb, device)
+            states = fixed_point(problem, starts, constraint, run.n_steps, state=saved)
+            total = run.n_steps + 1
+        state = climbed(states, saved, total, run, settings, label)
+        steps = run.n_steps if run.optimizer == "adamw" else state.step - 1
+        return ended(problem, state, steps, run, settings, status(state, n_rows, steps, constraint.patience))
 
 
 def fit_swarm(
@@ -190,11 +201,12 @@ def fit_swarm(
     Returns:
         What `fit` returns, and the unit direction in which each row changes the target.
     """
-    saved = checkpoints.resume(run.checkpoint, settings, Swarm, start[0].device)
-    states = sogi(changes, start, targets, spread, run.n_steps, directed, saved)
-    state = climbed(states, saved, run.n_steps + 1, run, settings, label)
-    said = f"ran all {run.n_steps} steps; the last iterate is kept"
-    return ended(changes.problem, state, run.n_steps, run, settings, said), state.targets
+    with run.trimmed(changes.problem.sliced):
+        saved = checkpoints.resume(run.checkpoint, settings, Swarm, start[0].device)
+        states = sogi(changes, start, targets, spread, run.n_steps, directed, saved)
+        state = climbed(states, saved, run.n_steps + 1, run, settings, label)
+        said = f"ran all {run.n_steps} steps; the last iterate is kept"
+        return ended(changes.problem, state, run.n_steps, run, settings, said), state.targets
 
 
 def climbed(

@@ -44,6 +44,7 @@ def fit_jacobian(
     batch_size: int | None = None,
     seed: int = 0,
     progress: bool = True,
+    trim: bool = False,
 ) -> SteeringVectors:
     """Finds the directions that the slice amplifies most, to first order.
 
@@ -61,7 +62,7 @@ def fit_jacobian(
         n_steps: the largest number of steps, 30 by default, each three passes back through the slice.
         tolerance: the iteration ends when no singular value that is asked for changes by more than this share.
         target_positions: as in `fit_vectors`, but the last three by default.
-        target_hook, site, batch_size, seed, progress: as in `fit_vectors`.
+        target_hook, site, batch_size, seed, progress, trim: as in `fit_vectors`.
 
     Returns:
         The vectors, the largest singular value first, with `targets`, the unit mean change that each makes to first
@@ -73,7 +74,7 @@ def fit_jacobian(
         TypeError, ValueError: arguments break a rule; this is raised before any step.
         FloatingPointError: the activations hold NaN or infinity.
     """
-    asked = Run("power", n_steps, None, 1, batch_size, seed, None, progress)
+    asked = Run("power", n_steps, None, 1, batch_size, seed, None, progress, trim)
     counts(n_vectors=n_vectors)
     positive("tolerance", tolerance, "")
     if radius != "auto":
@@ -91,7 +92,8 @@ def fit_jacobian(
         n = min(n_vectors + SPARE, model.d_model)
         start = gaussian_rows(n, model.d_model, "fit_jacobian", seed).to(sliced.device)
         R = automatic(sliced, seed).radius if radius == "auto" else float(radius)
-        v, along, values, steps = top(exact, start, n_vectors, run.n_steps, tolerance, run.batch_size, progress)
+        with run.trimmed(sliced):
+            v, along, values, steps = top(exact, start, n_vectors, run.n_steps, tolerance, run.batch_size, progress)
         settings = settings_of("fit_jacobian", sliced, aim, run) | {
             "optimizer": "rayleigh-ritz",
             "n_vectors": n_vectors,

@@ -103,7 +103,9 @@ def hidden_activations(sliced: SlicedModel, sites: Sequence[WeightSite]) -> list
     seen: dict[int, Tensor] = {}
 
     def read(layer: int) -> Callable[..., None]:
-        return lambda activation, hook: seen.update({layer: flat_heads(activation).float()[sliced.batch.own]})
+        return lambda activation, hook: seen.update(
+            {layer: flat_heads(activation).to(sliced.device).float()[sliced.batch.own]}
+        )
 
     with torch.no_grad():
         sliced.change_under([(site.hidden_hook, read(site.layer)) for site in sites], sliced.everyone)

@@ -49,6 +49,7 @@ def fit_vectors(
     seed: int = 0,
     checkpoint: str | Path | None = None,
     progress: bool = True,
+    trim: bool = False,
     target_hook: str | None = None,
     site: str | None = None,
 ) -> SteeringVectors:
@@ -92,6 +93,8 @@ def fit_vectors(
         checkpoint: a file to which the state is saved twice a minute and on an interrupt. The same call, made later,
             goes on from it.
         progress: whether to show a progress bar with the mean objective.
+        trim: whether the weights outside the slice leave the accelerator during the ascent, to make room; they are put
+            back afterwards.
         target_hook: the change is measured in this activation instead of a layer's stream.
         site: where in the block the vectors are added: "mlp_out" (also if None), "resid_post" (the stream that leaves
             the block) or "attn_out".
@@ -105,7 +108,7 @@ def fit_vectors(
 
     Source: Mack and Turner, "Mechanistically Eliciting Latent Behaviors in Language Models" (2024).
     """
-    asked = Run(optimizer, n_steps, lr, restarts, batch_size, seed, checkpoint, progress)
+    asked = Run(optimizer, n_steps, lr, restarts, batch_size, seed, checkpoint, progress, trim)
     counts(n_vectors=n_vectors)
     if orthogonal not in ROWS:
         raise ValueError(f'orthogonal={orthogonal!r} must be True, False or "soft".')

@@ -16,9 +16,7 @@ from melbo_lens.ascent.objectives import Objective, penalized
 from melbo_lens.ascent.states import Evaluation, Point
 from melbo_lens.models.slices import SINK, SlicedModel
 
-SAVED_BYTES = 2**30  # what the forward pass of one chunk may keep for the backward pass
-# Numbers that one block keeps for the backward pass, per token and unit of d_model; 25 to 45 were measured.
-SAVED_PER_TOKEN = 40
+CHUNK_BYTES = 2**30  # what the forward pass of one chunk may keep for the backward pass
 
 # An act says what the rows of a point [row ...] change at the target of these prompts. Its result has, row by row,
 # an entry for each of the prompts: [(row prompt) pos d_target].
@@ -138,9 +136,8 @@ class Problem:
 
 
 def default_batch_size(sliced: SlicedModel) -> int:
-    """The number of rows whose forward pass keeps about 1 GiB for the backward pass."""
-    per_row = sliced.resid.shape[1] * sliced.d_model * len(sliced.calls) * SAVED_PER_TOKEN * sliced.resid.element_size()
-    return max(1, SAVED_BYTES // per_row)
+    """The number of rows whose forward pass keeps about 1 GiB for the backward pass, as measured with one row."""
+    return max(1, CHUNK_BYTES // max(1, sliced.kept[0]))
 
 
 def pulled_back(change: Tensor, leaves: Point, cotangents: Float[Tensor, "row prompt pos d_target"]) -> Point:

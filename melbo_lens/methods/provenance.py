@@ -7,7 +7,7 @@ import hashlib
 from importlib.metadata import version
 from typing import Any, TypeVar
 from uuid import uuid4
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from melbo_lens.measures.radius import median_norm
 from melbo_lens.models.host import Host
 from melbo_lens.models.slices import SlicedModel
+from melbo_lens.models.tally import held_in
 from melbo_lens.perturbations.perturbation import Perturbation
 
 P = TypeVar("P", bound=Perturbation)
@@ -22,6 +23,8 @@ P = TypeVar("P", bound=Perturbation)
 # token -> the model on which something was learned, as long as that model lives. An export finds its model here;
 # perturbations themselves hold the token and no model.
 _MODELS: WeakValueDictionary[str, nn.Module] = WeakValueDictionary()
+# The digests of opened models: a host serves one public call, or one slice, within which no weight changes.
+_DIGESTS: WeakKeyDictionary[Host, str] = WeakKeyDictionary()
 
 
 def remembered(found: P, host: Host) -> P:
@@ -36,12 +39,33 @@ def model_of(perturbations: Perturbation) -> nn.Module | None:
     return _MODELS.get(perturbations.token or "")
 
 
+def check_same_model(perturbations: Perturbation, host: Host) -> None:
+    """Refuses a model of other weights than the one on which the perturbations were learned.
+
+    Only a model of the same class and dtype can be compared, since another class or dtype has other numbers; and only
+    with what was fitted since the weights are part of the provenance.
+
+    Raises:
+        ValueError: the weights are others.
+    """
+    learned = perturbations.provenance
+    here = {"model_class": type(host.model).__name__, "dtype": str(host.dtype).removeprefix("torch.")}
+    if "fingerprint" not in learned or any(learned.get(name) != value for name, value in here.items()):
+        return
+    if learned["fingerprint"] != fingerprint(host):
+        raise ValueError(
+            f"the perturbation was learned on {learned.get('model', 'a model')} with other weights than those of this "
+            f"model ({host.name}): pass the model that it was learned on, loaded and processed as it was then."
+        )
+
+
 def describe(sliced: SlicedModel) -> dict[str, Any]:
     """Provenance of a slice: model, layers, hooks, prompts and versions."""
     host, batch = sliced.host, sliced.batch
     return {
         "model": host.name,
         "model_class": type(host.model).__name__,
+        "fingerprint": fingerprint(host),
         "dtype": str(sliced.resid.dtype).removeprefix("torch."),
         "device": sliced.device.type,
         "source_layer": sliced.source_layer,
@@ -63,18 +87,25 @@ def fingerprint(host: Host) -> str:
 
     Different models of one name have different digests, and copies of a model have the same one. Each weight enters
     with the exact sum of its bits, read as integers, which changes if any single number changes, and with a sample of
-    its numbers.
+    its numbers. An opened model is digested once.
     """
+    if host not in _DIGESTS:
+        _DIGESTS[host] = _digest(host)
+    return _DIGESTS[host]
+
+
+def _digest(host: Host) -> str:
     digest = hashlib.blake2b(type(host.model).__name__.encode(), digest_size=16)
     for name, weight in [*nn.Module.named_parameters(host.model), *nn.Module.named_buffers(host.model)]:
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} {_bits(weight.detach())}".encode())
+        bits = " ".join(_bits(part) for part in held_in(weight.detach()))
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} {bits}".encode())
     return digest.hexdigest()
 
 
 def _bits(weight: Tensor) -> str:
     """The sum of a weight's bits and a sample of its numbers, as text."""
     flat = weight.contiguous().view(-1)
-    if not flat.numel():
+    if not flat.numel() or flat.device.type == "meta":  # offloaded weights are read by no one but their module
         return ""
     sample = flat[:: max(1, flat.numel() // 64)].cpu()
     if flat.dtype.is_complex or flat.dtype == torch.bool:

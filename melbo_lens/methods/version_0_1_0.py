@@ -18,7 +18,7 @@ UNSAID: dict[str, dict[str, Any]] = {
 
 def unsaid(saved: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that a checkpoint of that version lacks; what it did not measure is as it is now."""
-    measured = {name: settings[name] for name in ("stream_norm",) if name in settings}
+    measured = {name: settings[name] for name in ("stream_norm", "fingerprint") if name in settings}
     return UNSAID.get(saved.get("method", ""), {}) | measured
 
 

@@ -35,8 +35,7 @@ def host_of(model: Any) -> Host:
 
     Raises:
         TypeError: the model is neither a `HookedTransformer` nor a `TransformerBridge`.
-        ValueError: the model is an encoder, has no stack of blocks, lies on several devices, or has weights that were
-            made in inference mode.
+        ValueError: the model is an encoder, has no stack of blocks, or has weights that were made in inference mode.
     """
     if isinstance(model, Host):
         return model
@@ -68,17 +67,10 @@ def _check(model: Any) -> None:
         raise ValueError(
             "model has no single stack of blocks (model.blocks): only decoder-only language models can be steered here."
         )
-    parameters = list(nn.Module.parameters(model))
-    if any(parameter.is_inference() for parameter in parameters):
+    if any(parameter.is_inference() for parameter in nn.Module.parameters(model)):
         raise ValueError(
             "model was loaded inside torch.inference_mode(), so no derivative can be taken through its weights: "
             "load it outside (torch.no_grad() does no harm)."
-        )
-    devices = {parameter.device for parameter in parameters}
-    if len(devices) > 1:
-        raise ValueError(
-            f"model lies on several devices ({', '.join(sorted(map(str, devices)))}): "
-            "move it to one, as with model.to(device)."
         )
 
 

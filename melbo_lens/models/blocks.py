@@ -9,8 +9,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from melbo_lens.models.hooks import attached, watched, without_reason
+from melbo_lens.models.hooks import attached, frozen, watched, without_reason
 from melbo_lens.models.host import Host
+from melbo_lens.models.tally import counted
 from melbo_lens.perturbations.sites import Hook
 
 
@@ -23,16 +24,20 @@ class BlockCall:
         arguments, keywords: the positional and the keyword arguments.
         axes: the same structure as (arguments, keywords), with each tensor replaced by the axis along which its rows
             lie, or by None if all rows share it.
+        device: where the model hands the stream over to the block; in a model on several devices, each block has its
+            own. None takes the stream wherever it lies.
     """
 
     block: nn.Module
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
     axes: tuple[Any, Any] = ((), {})
+    device: torch.device | None = None
 
     def __call__(self, stream: Tensor, prompts: Tensor, n_prompts: int) -> Tensor:
         """Calls the block on rows that belong to the given prompts."""
         arguments, keywords = _select_rows((self.arguments, self.keywords), self.axes, prompts, n_prompts)
+        stream = stream.to(self.device or stream.device)
         if "hidden_states" in keywords:
             return _stream(self.block(*arguments, **{**keywords, "hidden_states": stream}))
         return _stream(self.block(stream, *arguments, **keywords))
@@ -84,7 +89,7 @@ def record(host: Host, tokens: Tensor, first: int, last: int, hooks: Sequence[Ho
     def enter(block: nn.Module, arguments: tuple, keywords: dict) -> None:
         stream = keywords["hidden_states"] if "hidden_states" in keywords else arguments[0]
         rest = arguments if "hidden_states" in keywords else arguments[1:]
-        recording.calls.append(BlockCall(block, rest, dict(keywords)))
+        recording.calls.append(BlockCall(block, rest, dict(keywords), device=stream.device))
         recording.streams.append(stream.detach())
 
     def leave(block: nn.Module, arguments: tuple, output: Any) -> None:
@@ -126,6 +131,42 @@ def record_with_axes(host: Host, tokens: Tensor, first: int, last: int) -> Recor
         for call, same in zip(recording.calls, other.calls, strict=True)
     ]
     return Recording(calls, recording.streams)
+
+
+def bytes_of_row(
+    host: Host, calls: Sequence[BlockCall], streams: Sequence[Tensor], n_prompts: int, recomputed: bool = False
+) -> tuple[int, int]:
+    """Measures what one row of a forward pass through the blocks keeps for its backward pass.
+
+    One row runs forwards and backwards, block by block, so that no more than one block's share is held at once.
+
+    Args:
+        host: the opened model.
+        calls: the blocks.
+        streams: the clean streams that enter them.
+        n_prompts: the number of prompts in the streams.
+        recomputed: whether the backward pass computes each block again.
+
+    Returns:
+        The bytes kept, and the most that is held at once, which includes the gradients of one block.
+    """
+    first = torch.zeros(1, dtype=torch.long, device=streams[0].device)
+    kept, more, left = [], [], []  # left: what a block goes on holding, such as its last attention pattern
+    with frozen(host), torch.enable_grad():
+        for call, stream in zip(calls, streams, strict=False):
+            row = stream[:1].detach().clone().requires_grad_()
+            with counted() as tally:
+                after = call(row, first, n_prompts)
+                kept.append(tally.live)
+                torch.autograd.grad(after, row, torch.ones_like(after))
+                more.append(tally.peak)
+                del after
+                left.append(tally.live)
+    entering = [stream[:1].numel() * stream.element_size() for stream in streams[: len(calls)]]
+    if recomputed:
+        always = sum(entering) + sum(left)
+        return always + max(kept), always + max(more)
+    return sum(kept), sum(kept) + max(most - part for most, part in zip(more, kept, strict=True))
 
 
 def _row_axes(value: Any, other: Any, n_rows: int, n_other: int) -> Any:

@@ -1,4 +1,4 @@
-"""Which Hugging Face model stands behind this one?  Here are its network, and its names for the updated weights."""
+"""Which Hugging Face model stands behind this one?  Here are its network, and its names for weights and layers."""
 
 from typing import Any
 
@@ -16,8 +16,21 @@ def module_name(host: Host, site: WeightSite) -> str:
     Raises:
         ValueError: there is no such module for this model.
     """
+    return _name(host, f"blocks.{site.layer}.{PARTS[site.name]}")
+
+
+def layer_name(host: Host, layer: int) -> str:
+    """Returns the name of the Hugging Face module whose output is the stream that leaves a block.
+
+    Raises:
+        ValueError: there is no such module for this model.
+    """
+    return _name(host, f"blocks.{layer}")
+
+
+def _name(host: Host, path: str) -> str:
     try:
-        name = host.name_map().translate_transformer_lens_path(f"blocks.{site.layer}.{PARTS[site.name]}")
+        name = host.name_map().translate_transformer_lens_path(path)
     except (ValueError, KeyError, AttributeError) as error:
         raise ValueError(
             f"this model ({host.architecture}) has no Hugging Face counterpart known to TransformerLens ({error})."
@@ -25,7 +38,7 @@ def module_name(host: Host, site: WeightSite) -> str:
     if not host.has_counterpart:
         raise ValueError(
             f"this model ({host.architecture}) wraps no Hugging Face model: "
-            "there is nothing that peft could load an adapter on."
+            "there is nothing to which an export could be applied."
         )
     return str(name)
 

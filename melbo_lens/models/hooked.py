@@ -29,9 +29,10 @@ class HookedHost(Host):
         return self.model(tokens, attention_mask=new.to(tokens), past_kv_cache=cache), cache
 
     def drop_rows(self, cache: Any, kept: Tensor) -> bool:
-        cache.previous_attention_mask = cache.previous_attention_mask[kept]
+        cache.previous_attention_mask = cache.previous_attention_mask[kept.to(cache.previous_attention_mask.device)]
         for entry in cache.entries:
-            entry.past_keys, entry.past_values = entry.past_keys[kept], entry.past_values[kept]
+            here = kept.to(entry.past_keys.device)
+            entry.past_keys, entry.past_values = entry.past_keys[here], entry.past_values[here]
         return True
 
     @property

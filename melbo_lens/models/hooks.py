@@ -1,6 +1,6 @@
 """How is a model touched?  Hooks are attached and removed, modules are watched, and parameters are frozen.
 
-This is the only file that attaches anything.
+This is the only file that attaches anything to a model of TransformerLens.
 """
 
 import re
@@ -78,6 +78,12 @@ def without_reason(host: Host, name: str) -> str:
 def resolved_name(host: Host, name: str) -> str:
     """Returns the hook point's own name: a raw bridge's `blocks.1.hook_mlp_out` is `blocks.1.mlp.hook_out`."""
     return str(hook_point(host, name).name)
+
+
+def within(host: Host, block: nn.Module, hooks: Sequence[Hook]) -> list[Hook]:
+    """Returns the hooks that are attached to parts of one block."""
+    parts = set(map(id, block.modules())) if hooks else set()
+    return [hook for hook in hooks if id(hook_point(host, hook[0])) in parts]
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from melbo_lens.models.tally import packed
 from melbo_lens.perturbations.sites import WeightSite
 
 if TYPE_CHECKING:
@@ -120,12 +121,22 @@ class Host(ABC):
 
     @property
     def device(self) -> torch.device:
-        """The device on which the model expects tokens."""
-        return next(self.model.parameters()).device
+        """The device on which the model expects tokens, and on which results are gathered.
+
+        The blocks may lie on others. Weights that are offloaded lie on "meta" until their module runs.
+        """
+        first = next(self.model.parameters()).device
+        offloaded = first.type == "meta" and getattr(self.networks[-1], "hf_device_map", None)
+        return torch.device(self.cfg.device) if offloaded else first
 
     @property
     def dtype(self) -> torch.dtype:
         return next(self.model.parameters()).dtype
+
+    @property
+    def quantised(self) -> bool:
+        """Whether weights of the blocks are packed into fewer bits."""
+        return any(packed(weight) for weight in nn.Module.parameters(self.blocks))
 
     @property
     def name(self) -> str:
@@ -162,13 +173,13 @@ class Host(ABC):
         return self.model.to_tokens(text, **settings)
 
     def forward(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Computes the logits of one uncached pass; without a mask, every column of `tokens` counts.
+        """Computes the logits of one uncached pass, on `device`; without a mask, every column of `tokens` counts.
 
         Raises:
             RuntimeError: the model itself can't be run.
         """
         try:
-            return self.logits(tokens, attention_mask)
+            return self.logits(tokens, attention_mask).to(self.device)
         except (AttributeError, TypeError, KeyError, NameError, NotImplementedError) as error:
             raise RuntimeError(
                 f"the forward pass of this model fails ({type(error).__name__}: {error}), "

@@ -66,7 +66,7 @@ class Decoder:
         width = max(self.lengths)
         self.cache = self.host.start_cache(len(self.alive))
         tokens = self._tensor([[ids[0]] * (width - len(ids)) + ids for ids in self.ids], torch.long)
-        logits = self._step(tokens, self.positions != "generated")
+        logits = self.step(tokens, self.positions != "generated")
         return logits if min(self.lengths) == width else self._proved(logits)
 
     def next(self, chosen: Tensor) -> Float[Tensor, "row d_vocab"]:
@@ -79,9 +79,9 @@ class Decoder:
         if turning is not None and max(len(self.ids[i]) for i in self.alive) == turning + 1:
             self.doubtful = True
         if not self.doubtful:
-            return self._step(chosen[:, None], self.positions != "prompt")
+            return self.step(chosen[:, None], self.positions != "prompt")
         try:
-            logits = self._step(chosen[:, None], self.positions != "prompt")
+            logits = self.step(chosen[:, None], self.positions != "prompt")
         except (TypeError, AttributeError, ValueError, IndexError, KeyError, RuntimeError) as error:
             if is_out_of_memory(error):
                 raise
@@ -100,13 +100,13 @@ class Decoder:
         self.doubtful = True
         return True
 
-    def _step(self, tokens: Tensor, steered: bool) -> Tensor:
-        """Runs one pass with the cache over the last columns of the mask."""
+    def step(self, tokens: Tensor, steered: bool = False) -> Float[Tensor, "row d_vocab"]:
+        """Runs one pass with the cache over the last columns of the mask, and computes the logits after them."""
         hooks = [*(self.steering(self.alive) if steered else []), *self._unembedding(-1)]
         with attached(self.host, hooks):
             logits, self.cache = self.host.cached_logits(tokens, self.mask, self.cache)
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
-        return logits[:, -1].float()
+        return logits[:, -1].to(self.device).float()
 
     def _unembedding(self, position: int | Tensor) -> list[Hook]:
         """Hooks that let the unembedding, the largest matrix of the model, see one position of each row only.
@@ -116,8 +116,10 @@ class Decoder:
         rows = torch.arange(len(position), device=self.device) if isinstance(position, Tensor) else slice(None)
 
         def only(activation: Tensor, hook: Any = None) -> Tensor:
-            here = rows.to(activation.device) if isinstance(rows, Tensor) else rows
-            return activation[here, position][:, None]
+            here, there = (
+                place.to(activation.device) if isinstance(place, Tensor) else place for place in (rows, position)
+            )
+            return activation[here, there][:, None]
 
         name = self.host.before_unembed
         return [(name, only)] if name in self.host.points else []
@@ -191,7 +193,7 @@ class Decoder:
             last = self._tensor([len(self.ids[i]) - 1 for i in part], torch.long)
             with attached(self.host, [*hooks, *self._unembedding(last)]):
                 logits = self.host.forward(tokens)
-            order = torch.arange(len(part), device=logits.device)
+            order = torch.arange(len(part), device=self.device)
             parts.append((logits[:, 0] if logits.shape[1] == 1 else logits[order, last]).float())
         return torch.cat(parts)
 
@@ -242,17 +244,17 @@ def _after_cached(host: Host, prompt: Sequence[int], rows: Sequence[Sequence[int
         logits, cache = host.cached_logits(tokens, mask, host.start_cache(1))
         if not host.drop_rows(cache, torch.zeros(len(rows), dtype=torch.long, device=host.device)):
             return None
-        known = logits[:, -1:].float().log_softmax(-1).expand(len(rows), -1, -1)
+        known = logits[:, -1:].to(host.device).float().log_softmax(-1).expand(len(rows), -1, -1)
         if width > 1:
             # padding is on the right, where no token before it sees it
             mask = torch.ones(len(rows), len(prompt) + width - 1, dtype=torch.bool, device=host.device)
             logits, _ = host.cached_logits(new[:, :-1], mask, cache)
-            known = torch.cat([known, logits.float().log_softmax(-1)], dim=1)
+            known = torch.cat([known, logits.to(host.device).float().log_softmax(-1)], dim=1)
     except (TypeError, AttributeError, ValueError, IndexError, KeyError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise
         return None
-    of_tokens = known.gather(-1, new[:, :, None].to(known.device))[:, :, 0]
+    of_tokens = known.gather(-1, new[:, :, None])[:, :, 0]
     return [row[: len(ids)] for row, ids in zip(of_tokens, rows, strict=True)]
 
 
@@ -263,7 +265,7 @@ def _alone(host: Host, rows: Sequence[Sequence[int]], length: int) -> list[Tenso
         [[*row, *[row[0]] * (width - len(row))] for row in rows], dtype=torch.long, device=host.device
     )
     known = host.forward(tokens)[:, length - 1 : -1].float().log_softmax(-1)
-    of_tokens = known.gather(-1, tokens[:, length:, None].to(known.device))[:, :, 0]
+    of_tokens = known.gather(-1, tokens[:, length:, None])[:, :, 0]
     return [row[: len(ids) - length] for row, ids in zip(of_tokens, rows, strict=True)]
 
 

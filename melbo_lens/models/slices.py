@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from melbo_lens.arguments import public, without_autocast
 from melbo_lens.models import blocks, hooks
@@ -19,6 +21,8 @@ from melbo_lens.randomness import gaussian
 # A position whose norm, or its change, is so many times the usual norm of the target is an attention sink. In clean
 # text sinks have over a hundred times the usual norm, and changes of behaviour have about once of it.
 SINK = 10.0
+KEPT_BYTES = 2**30  # what the forward pass of one row may keep for the backward pass without recomputing blocks
+NO_GRADIENT = 1e-3  # a derivative that is so small a share of a difference is none
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
@@ -31,7 +35,8 @@ class SlicedModel:
     (`hook_attn_out`), the block itself runs too.
 
     Attributes:
-        host: the opened model.
+        host: the opened model. Its blocks may lie on several devices; the tensors of the slice itself, and whatever it
+            computes, lie on `host.device`.
         batch: the prompts, right-padded.
         source_layer: the block at whose `site` perturbations are added.
         target_layer: the block whose incoming stream is the target, or None if `target_hook` is another activation.
@@ -43,6 +48,8 @@ class SlicedModel:
         source_call, entry: block `source_layer` itself with its arguments, and the clean stream that enters it; they
             serve updates of its weights.
         site: where in block `source_layer` perturbations are added.
+        recomputed: whether the backward pass computes each block again instead of keeping what it needs. This bounds
+            memory for long prompts, at the cost of one more forward pass.
     """
 
     host: Host
@@ -58,6 +65,7 @@ class SlicedModel:
     source_call: blocks.BlockCall | None = None
     entry: Float[Tensor, "prompt pos d_model"] | None = None
     site: Site = SITES["mlp_out"]
+    recomputed: bool = False
 
     @property
     def d_model(self) -> int:
@@ -83,6 +91,12 @@ class SlicedModel:
     def device(self) -> torch.device:
         return self.resid.device
 
+    @property
+    def own_blocks(self) -> list[nn.Module]:
+        """The source block and those between, which are all that a replay runs."""
+        assert self.source_call is not None  # `slice_model` recorded it
+        return [self.source_call.block, *(call.block for call in self.calls)]
+
     def __repr__(self) -> str:
         return (
             f"SlicedModel({self.host.name}, {self.source_hook} to {self.target_hook}, "
@@ -94,7 +108,7 @@ class SlicedModel:
     ) -> Float[Tensor, "row pos d_target"]:
         """Computes the target activations, float32, from this stream; row r belongs to prompt `prompts[r]`."""
         with without_autocast():
-            return _replay(self.host, self.calls, self._read_hook, resid, prompts, len(self.batch)).float()
+            return self._target(self.calls, [], resid, prompts)
 
     def change(
         self,
@@ -109,9 +123,7 @@ class SlicedModel:
         """
         added = perturbation[:, None, :] if perturbation.ndim == 2 else perturbation
         if not self.site.after_block:
-            return self.change_under(
-                [(self.source_hook, lambda activation, hook: (activation + added).to(activation.dtype))], prompts
-            )
+            return self.change_under([(self.source_hook, lambda activation, hook: _plus(activation, added))], prompts)
         # float32 plus half is float32, so this rounds only once
         perturbed = (self.resid[prompts] + added).to(self.resid.dtype)
         return self(perturbed, prompts) - self.target[prompts]
@@ -122,9 +134,16 @@ class SlicedModel:
         This costs one block more than `change`, and takes any perturbation whose hooks are in these blocks.
         """
         assert self.source_call is not None and self.entry is not None  # `slice_model` recorded them
-        with without_autocast(), hooks.attached(self.host, added):
-            stream = self.source_call(self.entry[prompts], prompts, len(self.batch))
-            return self(stream, prompts) - self.target[prompts]
+        with without_autocast():
+            changed = self._target((self.source_call, *self.calls), added, self.entry[prompts], prompts)
+            return changed - self.target[prompts]
+
+    def _target(
+        self, calls: tuple[blocks.BlockCall, ...], added: Sequence[Hook], stream: Tensor, prompts: Tensor
+    ) -> Float[Tensor, "row pos d_target"]:
+        read = None if self.target_layer is not None else self.target_hook
+        target = _replay(self.host, calls, added, read, stream, prompts, len(self.batch), self.recomputed)
+        return target.to(self.device).float()
 
     def check_source(self) -> None:
         """Checks that the source block can be replayed, which `change_under` needs.
@@ -135,6 +154,7 @@ class SlicedModel:
         assert self.source_call is not None and self.entry is not None  # `slice_model` recorded them
         with hooks.frozen(self.host), torch.no_grad():
             _compare(
+                self.host,
                 self.source_call(self.entry, self.everyone, len(self.batch)),
                 self.resid,
                 f"block {self.source_layer} replayed by itself",
@@ -174,12 +194,13 @@ class SlicedModel:
         calls = tuple(blocks.in_float32(call) for call in self.calls)
         resid = self.resid.float()
         with hooks.frozen(self.host), torch.no_grad():
-            target = _replay(self.host, calls, None, resid, self.everyone, len(self.batch))
-        return replace(self, calls=calls, resid=resid, target=target)
+            target = _replay(self.host, calls, [], None, resid, self.everyone, len(self.batch))
+        return replace(self, calls=calls, resid=resid, target=target.to(self.device))
 
-    @property
-    def _read_hook(self) -> str | None:
-        return None if self.target_layer is not None else self.target_hook
+    @cached_property
+    def kept(self) -> tuple[int, int]:
+        """The bytes that one row's forward pass keeps for its backward pass, and the most that both hold at once."""
+        return blocks.bytes_of_row(self.host, self.calls, self.streams, len(self.batch), self.recomputed)
 
 
 @public
@@ -229,8 +250,9 @@ def slice_model(
         everyone = torch.arange(len(batch), device=batch.tokens.device)
         read = target_name if target_layer is None else None
         with torch.no_grad():
-            _check_replay(recording, everyone, source_layer)
-            target = _replay(host, recording.calls, read, recording.streams[0], everyone, len(batch)).float()
+            _check_replay(host, recording, everyone, source_layer)
+            target = _replay(host, recording.calls, [], read, recording.streams[0], everyone, len(batch))
+            entry, *streams = (stream.to(host.device) for stream in whole.streams)
             sliced = SlicedModel(
                 host,
                 batch,
@@ -239,18 +261,20 @@ def slice_model(
                 source_hook,
                 hooks.resolved_name(host, target_name),
                 tuple(recording.calls),
-                recording.streams[0],
-                target,
-                tuple(recording.streams),
+                streams[0],
+                target.to(host.device).float(),
+                tuple(streams),
                 whole.calls[0],
-                whole.streams[0],
+                entry,
                 where,
             )
             _check_hooked_run(sliced, last)
             _check_alone(sliced, last, recording.streams[-1])
+            if host.quantised:
+                _check_gradient(sliced)
     if target_positions is None and sliced.begins_with_a_sink:
-        return replace(sliced, batch=tokenize(host, batch, slice(1, None)))
-    return sliced
+        sliced = replace(sliced, batch=tokenize(host, batch, slice(1, None)))
+    return replace(sliced, recomputed=True) if sliced.kept[0] > KEPT_BYTES else sliced
 
 
 def opened(model: "Model | SlicedModel") -> "SlicedModel | Host":
@@ -301,15 +325,27 @@ def as_slice(
 def _replay(
     host: Host,
     calls: tuple[blocks.BlockCall, ...] | list[blocks.BlockCall],
+    added: Sequence[Hook],
     read: str | None,
     stream: Tensor,
     prompts: Tensor,
     n_prompts: int,
+    recomputed: bool = False,
 ) -> Tensor:
+    """Runs the blocks one after the other, each with its own hooks, and returns what was read or left the last one."""
     seen: list[Tensor] = []
-    with hooks.attached(host, [(read, lambda activation, hook: seen.append(activation))] if read else []):
-        for call in calls:
-            stream = call(stream, prompts, n_prompts)
+    everything = [*added, *([(read, lambda activation, hook: seen.append(activation))] if read else [])]
+
+    def run(call: blocks.BlockCall, stream: Tensor) -> Tensor:
+        # attached here, so that a block which is computed again has them again
+        with hooks.attached(host, hooks.within(host, call.block, everything)):
+            return call(stream, prompts, n_prompts)
+
+    for call in calls:
+        again = recomputed and torch.is_grad_enabled()
+        stream = (
+            checkpoint(run, call, stream, use_reentrant=False, preserve_rng_state=False) if again else run(call, stream)
+        )
     if read is None:
         return stream
     if len(seen) != 1 or seen[0].ndim < 3 or seen[0].shape[:2] != stream.shape[:2]:
@@ -321,9 +357,14 @@ def _replay(
     return seen[0].flatten(2)
 
 
+def _plus(activation: Tensor, added: Tensor) -> Tensor:
+    """Returns the activation with something added to it, in its own dtype, rounded once."""
+    return (activation + added.to(activation.device)).to(activation.dtype)
+
+
 def _check_finite(recording: blocks.Recording, batch: PromptBatch, source_layer: int) -> None:
     for i, stream in enumerate(recording.streams):
-        bad = ~torch.isfinite(stream).all(-1) & batch.own
+        bad = ~torch.isfinite(stream).all(-1) & batch.own.to(stream.device)
         if bad.any():
             prompt, position = bad.nonzero()[0].tolist()
             raise FloatingPointError(
@@ -332,9 +373,10 @@ def _check_finite(recording: blocks.Recording, batch: PromptBatch, source_layer:
             )
 
 
-def _check_replay(recording: blocks.Recording, everyone: Tensor, source_layer: int) -> None:
+def _check_replay(host: Host, recording: blocks.Recording, everyone: Tensor, source_layer: int) -> None:
     for i, call in enumerate(recording.calls):
         _compare(
+            host,
             call(recording.streams[i], everyone, len(everyone)),
             recording.streams[i + 1],
             f"block {source_layer + 1 + i} replayed by itself",
@@ -350,7 +392,7 @@ def _check_hooked_run(sliced: SlicedModel, last: int) -> None:
     noise = gaussian((sliced.d_model,), "slice check").to(sliced.device)
     vector = noise / noise.norm() * typical * 0.1
     seen: list[Tensor] = []
-    add = (sliced.source_hook, lambda activation, hook: (activation + vector).to(activation.dtype))
+    add = (sliced.source_hook, lambda activation, hook: _plus(activation, vector))
     read = (
         [(sliced.target_hook, lambda activation, hook: seen.append(activation.flatten(2)))]
         if sliced.target_layer is None
@@ -361,7 +403,43 @@ def _check_hooked_run(sliced: SlicedModel, last: int) -> None:
     rows = torch.cat([sliced.everyone, sliced.everyone[:1]]).flip(0)
     replayed = sliced.change(vector.expand(len(rows), -1), rows) + sliced.target[rows]
     expected = seen[0] if seen else hooked.streams[-1]
-    _compare(replayed, expected[rows], f"the blocks after a perturbation at {sliced.source_hook!r}")
+    _compare(
+        sliced.host,
+        replayed,
+        expected.to(sliced.device)[rows],
+        f"the blocks after a perturbation at {sliced.source_hook!r}",
+    )
+
+
+def _check_gradient(sliced: SlicedModel) -> None:
+    """Checks that the blocks pass gradients on; some kernels of quantised weights drop them without a word.
+
+    Along a random v, the derivative of the change is compared with a difference, in the direction u of what the change
+    has beyond v itself: the stream passes v on whatever the blocks do, and only they change it in other directions.
+    """
+    row, noise = sliced.everyone[:1], gaussian((sliced.d_model,), "gradient check").to(sliced.device)
+    exact = sliced.resid.dtype in (torch.float32, torch.float64) and not sliced.host.quantised
+    typical = float(sliced.resid[:1].float().norm(dim=-1)[sliced.batch.own[:1]].median()) or 1.0
+    step = (0.01 if exact else 0.05) * typical
+    v = noise / noise.norm()
+    difference = (sliced.change(step * v[None], row) - sliced.change(-step * v[None], row)) / (2 * step)
+    difference = difference * sliced.batch.own[:1, :, None]
+    u = difference
+    if u.shape[-1] == len(v):
+        u = difference - (difference @ v)[..., None] * v
+    u = u / u.norm().clamp(min=1e-30)
+    with torch.enable_grad():
+        theta = torch.zeros_like(v[None]).requires_grad_()
+        along = (sliced.change(theta, row) * u).sum()
+        found = torch.autograd.grad(along, theta)[0] @ v if along.requires_grad else v.new_zeros(1)
+    expected = float((difference * u).sum())
+    if abs(float(found)) <= NO_GRADIENT * abs(expected):
+        raise RuntimeError(
+            f"the blocks change the target, but pass on no gradient (along one direction {float(found):.2g}, where a "
+            f"difference has {expected:.2g}): a kernel of this model computes forwards only. This is so for "
+            "bitsandbytes' 4 bits on CPUs with AVX512 in bfloat16, after the first pass. Load the model without "
+            "quantisation, with torchao's int8 weights, or on a GPU. Writing and measures work as they are."
+        )
 
 
 def _check_alone(sliced: SlicedModel, last: int, together: Tensor) -> None:
@@ -376,6 +454,7 @@ def _check_alone(sliced: SlicedModel, last: int, together: Tensor) -> None:
     ids = sliced.batch.tokens[[row], : lengths[row]]
     alone = blocks.record(sliced.host, ids, last, last).streams[-1]
     _compare(
+        sliced.host,
         together[[row], : lengths[row]],
         alone,
         f"the activations of prompt {row} beside longer prompts",
@@ -383,9 +462,9 @@ def _check_alone(sliced: SlicedModel, last: int, together: Tensor) -> None:
     )
 
 
-def _compare(replayed: Tensor, recorded: Tensor, what: str, why: str = "rescale the perturbation") -> None:
+def _compare(host: Host, replayed: Tensor, recorded: Tensor, what: str, why: str = "rescale the perturbation") -> None:
     error = (replayed.float() - recorded.float()).norm() / recorded.float().norm().clamp(min=1e-30)
-    tolerance = TOLERANCES.get(recorded.dtype, 1e-4)
+    tolerance = TOLERANCES[torch.float16] if host.quantised else TOLERANCES.get(recorded.dtype, 1e-4)
     if not error <= tolerance:
         raise RuntimeError(
             f"{what} differ from a run of the whole model by {error:.1e} of their norm (allowed: {tolerance:.0e}). "

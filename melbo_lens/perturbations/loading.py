@@ -2,9 +2,10 @@
 
 import os
 
-from melbo_lens import files
+from melbo_lens.arguments import public
+from melbo_lens.perturbations import hub
 from melbo_lens.perturbations.adapters import SteeringAdapters
-from melbo_lens.perturbations.perturbation import KINDS, Perturbation
+from melbo_lens.perturbations.perturbation import KINDS, Perturbation, read
 from melbo_lens.perturbations.vectors import SteeringVectors
 
 OWN = (SteeringVectors, SteeringAdapters)  # a kind registers itself when it is imported, as it is here
@@ -21,8 +22,30 @@ def load(path: str | os.PathLike[str]) -> Perturbation:
         ValueError: the file is truncated, written by another program, or of a newer schema, or its parts don't fit
             each other.
     """
-    kind, tensors, header = files.read_any(path, KINDS)
-    try:
-        return KINDS[kind].of_parts(tensors, header, header.get("provenance", {}))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged: it holds {sorted(tensors)} and {sorted(header)} ({error}).") from error
+    return read(path, KINDS)
+
+
+@public
+def from_pretrained(
+    repo_id: str,
+    *,
+    filename: str = hub.FILE,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> Perturbation:
+    """Loads vectors or adapters that `push_to_hub` put on the Hugging Face hub. Nothing of the file is run.
+
+    Args:
+        repo_id: "user/name".
+        filename: the name of the file in the repository, without any folder.
+        revision: a branch, a tag or a commit; None is the main branch. A commit pins what is loaded.
+        token: of the account; None takes the one with which this machine is logged in.
+        cache_dir: the folder that keeps what was downloaded; None is the hub's usual one.
+
+    Raises:
+        ModuleNotFoundError: the client of the hub, huggingface_hub, is not installed.
+        ValueError: a name could leave the cache's folder, or the file is too large, damaged, or none of melbo_lens.
+        OSError: the repository or file is not there, or can't be reached.
+    """
+    return load(hub.fetch(repo_id, filename, revision=revision, token=token, cache_dir=cache_dir))

@@ -5,7 +5,8 @@ This file has what all kinds share; each kind adds what is special to it.
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, SupportsIndex, TypeAlias, TypeVar, cast, runtime_checkable
 
@@ -17,6 +18,8 @@ from torch import Tensor
 from melbo_lens import files, tables
 from melbo_lens.arguments import as_list, plain, public
 from melbo_lens.ascent.objectives import Objective
+from melbo_lens.perturbations import hub
+from melbo_lens.perturbations.card import card
 from melbo_lens.perturbations.sites import ModelSites
 
 if TYPE_CHECKING:
@@ -165,6 +168,63 @@ class Perturbation(ABC):
         tensors, header = self.parts()
         files.write(path, type(self).__name__, tensors, {**header, "provenance": self.provenance})
 
+    @public
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+        overwrite_card: bool = False,
+        commit_message: str = "Add a perturbation of melbo_lens",
+    ) -> str:
+        """Puts the value on the Hugging Face hub: the file that `save` writes, and a card that says what it is.
+
+        The file has the provenance, and so the prompts that the value was learned on: they become readable to all who
+        can read the repository. Of a model that was loaded from a folder only the folder's name is kept.
+
+        Args:
+            repo_id: "user/name"; the repository is made if it is missing.
+            private: whether a new repository is private; None takes the account's default.
+            revision: the branch; None is the main one.
+            token: of the account; None takes the one with which this machine is logged in.
+            overwrite_card: whether a card (`README.md`) that is there is replaced; else it is left as it is.
+            commit_message: the message of the commit.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ModuleNotFoundError: the client of the hub, huggingface_hub, is not installed.
+        """
+        clean = _with_provenance(self, hub.without_places(self.provenance))
+        return hub.push(
+            repo_id,
+            clean.save,
+            card(clean, repo_id),
+            private=private,
+            revision=revision,
+            token=token,
+            overwrite_card=overwrite_card,
+            commit_message=commit_message,
+        )
+
+    @classmethod
+    @public
+    def from_pretrained(
+        cls,
+        repo_id: str,
+        *,
+        filename: str = hub.FILE,
+        revision: str | None = None,
+        token: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+    ) -> Self:
+        """Loads a value of this kind from the Hugging Face hub; see `melbo_lens.from_pretrained`."""
+        path = hub.fetch(repo_id, filename, revision=revision, token=token, cache_dir=cache_dir)
+        return cast(Any, read(path, KINDS if cls is Perturbation else [cls.__name__]))
+
     def to(self, device: str | torch.device) -> Self:
         """Returns a copy on another device."""
         tensors, header = self.parts()
@@ -228,6 +288,25 @@ class Perturbation(ABC):
             )
         coefficients = coefficients.expand(len(self))
         return self.derived(self.scaled_parts(tensors, coefficients), how)
+
+
+def _with_provenance(value: P, provenance: Mapping[str, Any]) -> P:
+    return cast(Any, replace)(value, provenance=provenance)  # every kind is a dataclass with this field
+
+
+def read(path: str | os.PathLike[str], kinds: Collection[str]) -> Perturbation:
+    """Reads a file that `save` wrote, of one of these kinds, and checks it.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is truncated, written by another program, of another kind or of a newer schema, or its
+            parts don't fit each other.
+    """
+    kind, tensors, header = files.read_any(path, kinds)
+    try:
+        return KINDS[kind].of_parts(tensors, header, header.get("provenance", {}))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: it holds {sorted(tensors)} and {sorted(header)} ({error}).") from error
 
 
 def _rebuilt(kind: type[P], tensors: Parts, header: Mapping[str, Any], provenance: Mapping[str, Any]) -> P:

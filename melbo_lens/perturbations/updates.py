@@ -62,4 +62,5 @@ class GridUpdate:
 
     def __call__(self, hidden: Float[Tensor, "row pos d_mlp"]) -> Float[Tensor, "row pos d_model"]:
         grid = cast(Tensor, hidden.float().unflatten(0, (len(self.scales), -1)))  # [adapter prompt pos d_mlp]
-        return (self.scales[:, None, None, None] * (grid @ self.a.mT[:, None] @ self.b.mT[:, None])).flatten(0, 1)
+        a, b, scales = (tensor.to(hidden.device) for tensor in (self.a, self.b, self.scales))
+        return (scales[:, None, None, None] * (grid @ a.mT[:, None] @ b.mT[:, None])).flatten(0, 1)

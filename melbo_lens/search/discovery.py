@@ -1,8 +1,10 @@
 """What does an unknown model hide?  A search of layers and radii within a time budget finds groups of completions."""
 
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from operator import methodcaller
 from typing import Any
 
@@ -18,9 +20,10 @@ from melbo_lens.evaluation.departures import shares
 from melbo_lens.evaluation.rates import Behavior
 from melbo_lens.generation.completions import Completions
 from melbo_lens.measures.radius import Calibration
+from melbo_lens.methods.planning import plan_memory
 from melbo_lens.perturbations.perturbation import Perturbation, concatenate
 from melbo_lens.prompts import AsPrompts, Positions, PromptBatch, Prompts, as_list
-from melbo_lens.search.arms import Method, check_methods
+from melbo_lens.search.arms import Method, arms_of, check_methods
 from melbo_lens.search.groups import HeldoutTask, collected, grouped, heldout_rate
 from melbo_lens.search.pace import MARGIN
 from melbo_lens.search.searching import Search, as_planned, in_rounds
@@ -28,6 +31,7 @@ from melbo_lens.sweeps.engines import Engine, Folder, Where, engine_for
 from melbo_lens.sweeps.jobs import Loadable
 from melbo_lens.sweeps.outcomes import Outcome, all_of
 from melbo_lens.sweeps.sweep import folders_of, model_of
+from melbo_lens.sweeps.tasks import Bench
 from melbo_lens.sweeps.trials import AnyTrial
 
 KINDS_IN_ORDER = ["unsteered", "steered", "random"]
@@ -52,7 +56,8 @@ class Discovery:
         plan: the trials that were completed; `discover(..., plan=found.plan)` repeats them exactly.
         vectors: the vectors or adapters of each trial.
         completions: the completions of each trial.
-        settings: the settings of the search, the seconds that it took, and for each trial those after which it ended.
+        settings: the settings of the search, the seconds that it took, and for each trial those after which it ended;
+            and "memory", what a trial was predicted to hold.
         edge: the edge of readability around which the radii lie; None if a plan was given.
     """
 
@@ -263,9 +268,12 @@ def discover(
         asked = _asked(workers, prompts, target_positions)
         held_out = None if heldout is None else _asked(workers, heldout)
         search = Search(workers, asked, where, max_new_tokens, seed)
+        memory = workers.ask(partial(_memory, prompts, max_new_tokens))
         with tqdm(
             total=round(budget) if plan is None else None, desc="discover", unit="s", disable=not progress
         ) as bar:
+            if progress:
+                bar.write(f"memory that it takes: {memory}", file=sys.stderr)
             if plan is None:
                 held = SHARE_FOR_HELDOUT if heldout is not None else 0.0
                 search.clock.seconds = budget * (1 - held - SHARE_FOR_GROUPS)
@@ -281,6 +289,7 @@ def discover(
         "seed": seed,
         "seconds": round(search.clock.passed, 1),
         "max_new_tokens": max_new_tokens,
+        "memory": memory,
         "trials_ended": [round(seconds, 1) for seconds in search.ended],
     }
     return replace(found, settings=settings)
@@ -322,6 +331,18 @@ def _asked(workers: Engine, prompts: Prompts, target_positions: Positions = slic
     """
     ids = workers.ask(methodcaller("tokens", prompts, target_positions))
     return ids if isinstance(prompts, Tensor | PromptBatch | AsPrompts) else tuple(as_list(prompts))
+
+
+def _memory(prompts: Prompts, max_new_tokens: int, bench: Bench) -> str:
+    """Predicts in words what a trial of usual size holds, with the longest slice that a search takes."""
+    n_layers = bench.host.n_layers
+    pairs = [(arm.source_layer, arm.target_layer) for arm in arms_of(n_layers, ("melbo",))]
+    source, target = max(pairs, key=lambda pair: pair[1] - pair[0])
+    lengths = [len(one["ids"]) for one in bench.tokens(prompts)]
+    plan = plan_memory(
+        bench.host, max(lengths), source, target, n_vectors=16, n_prompts=len(lengths), max_new_tokens=max_new_tokens
+    )
+    return repr(plan)
 
 
 def _score(

@@ -52,6 +52,7 @@ def batched_melbo(n_vectors, n_steps):
         SOURCE,
         TARGET - 1,  # it reads behind the block of this number
         slice(-LAST, None),
+        layers_name="model.layers",  # its own guess has one "model" too many for this architecture
         normalization=RADIUS,
         num_steps=n_steps,
         power=2,

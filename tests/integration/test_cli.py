@@ -1,11 +1,15 @@
 """Does the command line do the whole job offline?"""
 
+import base64
+import json
 import os
 import subprocess
 import sys
+import warnings
 
 import pandas as pd
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import melbo_lens as ml
@@ -78,6 +82,48 @@ def test_discover_writes_groups_and_vectors(tmp_path):
     groups = pd.read_csv(tmp_path / "out" / "groups.csv")
     assert len(groups) >= 1 and "unsteered" not in groups.columns
     assert len(ml.load(tmp_path / "out" / "group-0.safetensors")) == 1
+
+
+def export(*arguments):
+    return CliRunner().invoke(app, ["export", *map(str, arguments)])
+
+
+def test_export_writes_one_vector_of_a_file_after_a_comparison(directories, tmp_path):
+    values = torch.randn(3, 32)
+    ml.SteeringVectors.from_tensor(values, 1).save(tmp_path / "v.safetensors")
+    arguments = (tmp_path / "v.safetensors", "--format", "vllm-lens", "--out", tmp_path / "v.json")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it compared itself
+        result = export(*arguments, "--index", 2, "--model", directories("llama"), "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert "v.json" in result.output and "radius" in result.output
+    said = json.loads((tmp_path / "v.json").read_text())
+    written = torch.frombuffer(bytearray(base64.b64decode(said["activations"]["data"])), dtype=torch.float32)
+    assert torch.equal(written, values[2]) and said["layer_indices"] == [1]
+
+
+def test_export_reads_a_file_of_another_tool_and_warns_without_a_model(tmp_path):
+    torch.save(torch.ones(32), tmp_path / "v.pt")
+    with pytest.warns(UserWarning, match="not compared"):
+        result = export(tmp_path / "v.pt", "--layer", 2, "--format", "transformers", "--out", tmp_path / "out")
+    assert result.exit_code == 0 and (tmp_path / "out" / "steer.py").is_file(), result.output
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--format", "vllm-lens"], "3 of layer 1 were given"),
+        (["--format", "vllm-lens", "--index", "3"], "vector 3 was asked for, there are 3"),
+        (["--format", "vllm", "--index", "0"], "format='vllm' must be one of"),
+        (["--format", "peft", "--index", "0"], "peft holds updates of weights"),
+        (["--format", "vllm-lens", "--layer", "3"], "layer can't be chosen"),
+    ],
+)
+def test_what_can_not_be_exported_is_said_in_a_sentence(tmp_path, more, said):
+    ml.SteeringVectors.from_tensor(torch.ones(3, 32), 1).save(tmp_path / "v.safetensors")
+    result = export(tmp_path / "v.safetensors", "--out", tmp_path / "out", *more)
+    assert result.exit_code == 1 and said in " ".join(result.output.split()) and "Traceback" not in result.output
+    assert not (tmp_path / "out").exists()
 
 
 def test_demo_writes_its_folder(tmp_path):

@@ -118,13 +118,24 @@ def test_a_loaded_adapter_needs_its_model(build, tmp_path):
     ml.export(loaded, "peft", tmp_path / "out", model=model)
 
 
+def test_a_model_of_other_weights_is_refused_and_one_of_another_dtype_is_not_compared(build, directories, tmp_path):
+    model = build("llama", "bridge")
+    adapter, other = fitted_on(model)[0], models.bridge(models.save("llama", tmp_path / "other", seed=5))
+    with pytest.raises(ValueError, match="with other weights than those of this model"):
+        ml.export(adapter, "peft", tmp_path / "out", model=other)
+    assert not (tmp_path / "out").exists()
+    with torch.no_grad():
+        for half in (models.bridge(directories("llama"), dtype=torch.bfloat16), models.bridge(directories("llama"))):
+            ml.export(adapter, "peft", tmp_path / f"{next(half.parameters()).dtype}", model=half)
+
+
 def test_one_adapter_at_a_time(build, tmp_path):
     model = build("llama", "bridge")
     with pytest.raises(ValueError, match=r"holds one adapter, 2 were given"):
         ml.export(fitted_on(model), "peft", tmp_path, model=model)
     with pytest.raises(ValueError, match=r"peft holds updates of weights, and SteeringVectors were given"):
         ml.export(ml.SteeringVectors(torch.ones(1, 32), 1), "peft", tmp_path, model=model)
-    with pytest.raises(ValueError, match=r"format='pfet' must be one of \['peft'\]"):
+    with pytest.raises(ValueError, match=r"format='pfet' must be one of \['easysteer', 'gguf', .*'vllm-lens'\]"):
         ml.export(fitted_on(model)[0], "pfet", tmp_path, model=model)
     assert not list(tmp_path.iterdir())
 
@@ -133,7 +144,7 @@ def test_another_network_is_refused(build, tmp_path):
     model = build("llama", "bridge")
     other = AutoModelForCausalLM.from_pretrained(models.save("llama", tmp_path / "other", seed=5))
     before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
-    with pytest.raises(ValueError, match=r"without any adapter, the log-probabilities .* differ"):
+    with pytest.raises(ValueError, match=r"without any perturbation, the log-probabilities .* differ"):
         ml.export(fitted_on(model)[0], "peft", tmp_path / "out", model=model, hf_model=other)
     assert not (tmp_path / "out").exists()
     assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())

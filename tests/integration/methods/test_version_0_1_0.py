@@ -12,7 +12,7 @@ import torch
 
 import melbo_lens as ml
 from melbo_lens import files
-from melbo_lens.methods import checkpoints
+from melbo_lens.methods import checkpoints, version_0_1_0
 from tests import models
 
 KEPT = Path(__file__).parents[2] / "data" / "version-0.1.0"
@@ -68,6 +68,16 @@ def test_an_interrupted_fit_goes_on(model, tmp_path, name):
     resumed = fit(model, PROMPTS, 1, 3, batch_size=64, checkpoint=path, progress=False, **settings)
     for before, after in zip([*tensors(whole), whole.history], [*tensors(resumed), resumed.history], strict=True):
         torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)  # what another number of threads changes
+
+
+def test_what_a_checkpoint_of_before_does_not_say_is_taken_from_now():
+    now = {"method": "fit_vectors", "stream_norm": 2.0, "fingerprint": "abc", "seed": 0}
+    assert version_0_1_0.unsaid({"method": "fit_vectors", "seed": 0}, now) == {
+        "site": "mlp_out",
+        "diversity": 0.0,
+        "stream_norm": 2.0,
+        "fingerprint": "abc",
+    }
 
 
 def test_completions_and_a_runs_folder_are_read(tmp_path):

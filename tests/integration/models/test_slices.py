@@ -125,7 +125,7 @@ def test_a_block_that_does_not_replay_is_refused_by_name(directories):
     bad = Forgetful(recording.calls[1].block)
     recording.calls[1] = replace(recording.calls[1], block=bad)
     with pytest.raises(RuntimeError, match="block 3"):
-        sliced_model._check_replay(recording, torch.tensor([0]), 1)
+        sliced_model._check_replay(host_of(model), recording, torch.tensor([0]), 1)
 
 
 def test_a_model_that_rescales_the_perturbation_is_refused(directories):
