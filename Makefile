@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE ?= 1
 # generation against uncached passes, slices against hooked runs, prompts, files and pickles
 NEWEST := $(addprefix tests/integration/,generation models/test_passes.py models/test_slices.py test_prompts.py reports/test_findings.py perturbations measures/test_radius.py) tests/unit/perturbations/test_loading.py
 
-.PHONY: demo real test test-real test-quantised newest look notebooks bench bench-real bench-search bench-discovery bench-gpu bench-killed bench-memory bench-llama lint clean
+.PHONY: demo real test test-real test-quantised test-long newest look notebooks bench bench-real bench-search bench-discovery bench-gpu bench-killed bench-throughput bench-memory bench-llama lint clean
 
 $(VENV)/.installed: pyproject.toml $(LOCK)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "melbo_lens needs Python 3.11 or newer; set PYTHON=python3.11")'
@@ -35,6 +35,10 @@ test: $(VENV)/.installed
 # the same on the real chat model, with both cores, since its steps are large
 test-real: $(VENV)/.smollm2
 	$(VENV)/bin/python -m pytest -m real tests/real
+
+# what is killed and goes on, here and with Ray's workers: minutes of starting processes, which no version of TransformerLens changes
+test-long: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n logical --dist loadfile -m long
 
 # models with quantised weights; the two libraries slow every import of transformers, so other tests do without
 test-quantised: $(VENV)/.installed
@@ -97,6 +101,10 @@ $(VENV)/.llama-cpp: $(VENV)/.smollm2
 bench-llama: $(VENV)/.llama-cpp
 	$(VENV)/bin/python -m tests.benchmarks.llama
 	$(VENV)/bin/python -m pytest -m real tests/real/test_llama_cpp.py
+
+# two workers against one, each with one thread: they need two cores for themselves
+bench-throughput: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m tests.benchmarks.throughput
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/pyright --pythonpath $(VENV)/bin/python

@@ -35,8 +35,8 @@ def to_lm_eval(
     """Writes one file for ``lm_eval --model steered --model_args pretrained=...,steer_path=FILE``.
 
     The file holds ``{hookpoint: {"action": "add", "steering_vector": v, ...}}``, and the harness adds
-    ``coefficient * v`` to the output of that module at every position. It holds one hookpoint: with several, the
-    harness adds the last one's vector at all of them.
+    ``coefficient * v`` to the output of that module at every position. It holds one hookpoint: of several, older
+    versions of the harness add the last one's vector at all of them.
 
     Args:
         vector: one vector, such as `vectors[3]`.
@@ -45,10 +45,10 @@ def to_lm_eval(
         coefficient: the number that the harness multiplies the vector by.
         hookpoint: the name of the decoder layer within the model without its head, such as "layers.7"; by default the
             one that the model has.
-        dtype: the dtype in which the harness will run the model, since it does not convert the vector; by default that
-            of the model, or float32.
-        device: where the vector lies when the harness has loaded it, since the harness does not move it: "cuda" for a
-            run on a GPU.
+        dtype: the dtype in which the harness will run the model, to which older versions of it don't convert the
+            vector; by default that of the model, or float32.
+        device: where the vector lies when it has been loaded, from which older versions don't move it: "cuda" for their
+            runs on a GPU.
 
     Returns:
         The path.

@@ -58,7 +58,7 @@ def read(path: str | os.PathLike[str], layer: int | None = None, site: str | Non
     if isinstance(held, SteeringVector):
         values, said = _of_steering_vectors(path, held, layer)
     elif isinstance(held, Mapping):
-        values, said = _of_mapping(path, dict(held), layer)
+        values, said = _of_mapping(path, dict(held))
     else:
         values, said = held, {}
     return _vectors(path, values, said, layer, site)
@@ -66,7 +66,9 @@ def read(path: str | os.PathLike[str], layer: int | None = None, site: str | Non
 
 def _vectors(path: Any, values: Any, said: Mapping[str, Any], layer: int | None, site: str | None) -> SteeringVectors:
     stack = _stacked(path, values)
-    known = said.get("layer") if layer is None else layer
+    known = said.get("layer", layer)
+    if layer is not None and known != layer:
+        raise ValueError(f"layer={layer} was given, but {path} says layer {known!r}: leave it out.")
     if known is None:
         raise ValueError(
             f"{path} doesn't say at which layer its vectors act: pass layer=, the number of the block, counted from 0."
@@ -107,7 +109,7 @@ def _of_steering_vectors(path: Any, held: SteeringVector, layer: int | None) -> 
     return activations[chosen], {"layer": chosen, "site": _site(path, place), "source": "steering-vectors"}
 
 
-def _of_mapping(path: Any, held: dict[Any, Any], layer: int | None) -> tuple[Any, dict[str, Any]]:
+def _of_mapping(path: Any, held: dict[Any, Any]) -> tuple[Any, dict[str, Any]]:
     if "vectors" in held or "steering" in held:
         said: dict[str, Any] = {"source": "power_steering"}
         if isinstance(held.get("model"), str):
@@ -116,8 +118,6 @@ def _of_mapping(path: Any, held: dict[Any, Any], layer: int | None) -> tuple[Any
             said["found_by"] = held["method"]
         if held.get("source_layer") is not None:
             said["layer"] = held["source_layer"]
-            if layer is not None and layer != held["source_layer"]:
-                raise ValueError(f"layer={layer} was given, but {path} says source_layer {held['source_layer']!r}.")
         if isinstance(held.get("capture_site"), str):
             said["site"] = _site(path, held["capture_site"])
         return held["vectors"] if "vectors" in held else held["steering"], said

@@ -188,6 +188,6 @@ def _of(module: torch.nn.Module) -> Any:
 def in_words(n_bytes: int) -> str:
     """Writes a number of bytes in the unit that suits it."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if n_bytes >= size:
+        if n_bytes >= 0.98 * size:
             return f"{n_bytes / size:.3g} {unit}"
     return f"{n_bytes} bytes"

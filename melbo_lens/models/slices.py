@@ -22,7 +22,7 @@ from melbo_lens.randomness import gaussian
 # text sinks have over a hundred times the usual norm, and changes of behaviour have about once of it.
 SINK = 10.0
 KEPT_BYTES = 2**30  # what the forward pass of one row may keep for the backward pass without recomputing blocks
-NO_GRADIENT = 0.8  # the share of a difference by which a derivative may miss it, where both are rough
+NO_GRADIENT = 1e-3  # a derivative that is so small a share of a difference is none
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
@@ -270,7 +270,8 @@ def slice_model(
             )
             _check_hooked_run(sliced, last)
             _check_alone(sliced, last, recording.streams[-1])
-        _check_gradient(sliced)
+            if host.quantised:
+                _check_gradient(sliced)
     if target_positions is None and sliced.begins_with_a_sink:
         sliced = replace(sliced, batch=tokenize(host, batch, slice(1, None)))
     return replace(sliced, recomputed=True) if sliced.kept[0] > KEPT_BYTES else sliced
@@ -411,7 +412,7 @@ def _check_hooked_run(sliced: SlicedModel, last: int) -> None:
 
 
 def _check_gradient(sliced: SlicedModel) -> None:
-    """Checks that the blocks pass gradients on; some kernels compute the right thing and drop its derivative.
+    """Checks that the blocks pass gradients on; some kernels of quantised weights drop them without a word.
 
     Along a random v, the derivative of the change is compared with a difference, in the direction u of what the change
     has beyond v itself: the stream passes v on whatever the blocks do, and only they change it in other directions.
@@ -432,7 +433,7 @@ def _check_gradient(sliced: SlicedModel) -> None:
         along = (sliced.change(theta, row) * u).sum()
         found = torch.autograd.grad(along, theta)[0] @ v if along.requires_grad else v.new_zeros(1)
     expected = float((difference * u).sum())
-    if not abs(float(found) - expected) <= NO_GRADIENT * abs(expected):
+    if abs(float(found)) <= NO_GRADIENT * abs(expected):
         raise RuntimeError(
             f"the blocks change the target, but pass on no gradient (along one direction {float(found):.2g}, where a "
             f"difference has {expected:.2g}): a kernel of this model computes forwards only. This is so for "

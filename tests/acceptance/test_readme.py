@@ -1,6 +1,9 @@
 """Does what the README says still hold?"""
 
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -59,3 +62,23 @@ def test_every_file_that_is_named_exists():
     ):
         for file in re.findall(r"`([\w/]+\.py)`", name):
             assert (readme.ROOT / "melbo_lens" / file).exists(), file
+
+
+@pytest.mark.timeout(300)
+def test_the_blocks_of_the_how_to_on_sweeps_run_as_they_stand(tmp_path):
+    """One after another, in one folder, as a person would paste them."""
+    text = (readme.ROOT / "docs" / "sweeps.md").read_text()
+    blocks = re.findall(r"```(\w+)(?: (no-run))?\n(.*?)```", text, re.DOTALL)
+    assert [language for language, _, _ in blocks].count("bash") >= 6
+    command = f'melbo-lens() {{ "{sys.executable}" -m melbo_lens "$@"; }}\nset -e\n'
+    environment = {**os.environ, "PYTHONPATH": str(readme.ROOT), "OMP_NUM_THREADS": "1"}
+    for language, kept, block in blocks:
+        if kept:
+            continue
+        run = [sys.executable, "-c", block] if language == "python" else ["bash", "-c", command + block]
+        done = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, (block, done.stdout, done.stderr)
+    assert {"report.html", "trials.csv"} <= {path.name for path in (tmp_path / "runs").iterdir()}
+    assert (tmp_path / "found.html").is_file()
+    for name in re.findall(r"\]\(((?!http)[^)]+)\)", text):
+        assert (readme.ROOT / "docs" / name).exists(), name

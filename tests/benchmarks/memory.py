@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,28 +129,49 @@ def counted_on_meta(model: Any, n_rows: int) -> int:
     return tally.peak
 
 
-def main() -> None:
+def main(parts: Sequence[str]) -> None:
     torch.set_num_threads(2)
-    results: dict[str, Any] = {"machine": f"two CPU cores, torch {torch.__version__}", "fits": [], "growth": {}}
+    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    results["machine"] = f"two CPU cores, torch {torch.__version__}"
+    for part in parts or MEASURES:
+        results[part] = MEASURES[part]()
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        PAGE.write_text(page(results))
+
+
+def fits() -> list[dict[str, Any]]:
+    """The memory of fits on SmolLM2, each in a process of its own."""
+    found = []
     for n_tokens, n_vectors in tqdm(FITS, desc="memory of fits"):
         call = f"one_fit({n_tokens}, {n_vectors})"
         code = f"import json; from tests.benchmarks.memory import one_fit; print(json.dumps({call}))"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        results["fits"].append(json.loads(done.stdout.splitlines()[-1]))
-        print(results["fits"][-1], flush=True)
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+        print(found[-1], flush=True)
+    return found
+
+
+def growth() -> dict[str, list[tuple[int, float]]]:
+    """The seconds of a step against vectors, tokens and blocks, each varied alone."""
     model = ml.organisms.load("smollm2").model
+    found = {}
     for name, sizes in GROWTH.items():
         place = {"vectors": 0, "tokens": 1, "blocks": 2}[name]
-        results["growth"][name] = [(size[place], step_seconds(model, *size)) for size in sizes]
-        print(name, results["growth"][name], flush=True)
-    results["shapes"] = {}
-    for name in SHAPES:
+        found[name] = [(size[place], step_seconds(model, *size)) for size in tqdm(sizes, desc=name)]
+        print(name, found[name], flush=True)
+    return found
+
+
+def shapes() -> dict[str, dict[str, int]]:
+    """The memory of larger models, as predicted and as counted without numbers."""
+    found = {}
+    for name in tqdm(SHAPES, desc="shapes"):
         model = shape(name)
         n_layers = model.cfg.n_layers
         plan = ml.plan_memory(
             model, N_TOKENS, round(0.25 * n_layers), round(0.5 * n_layers), n_vectors=N_VECTORS, max_new_tokens=N_NEW
         )
-        results["shapes"][name] = {
+        found[name] = {
             "weights": plan.weights,
             "slice_weights": plan.slice_weights,
             "fit": plan.fit,
@@ -158,9 +180,11 @@ def main() -> None:
             "writing": plan.writing,
             "peak": plan.peak,
         }
-        print(name, results["shapes"][name], flush=True)
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    PAGE.write_text(page(results))
+        print(name, found[name], flush=True)
+    return found
+
+
+MEASURES = {"shapes": shapes, "fits": fits, "growth": growth}
 
 
 def page(results: dict[str, Any]) -> str:
@@ -168,10 +192,10 @@ def page(results: dict[str, Any]) -> str:
     fits = [
         f"| {row['tokens']} | {row['vectors']} | {in_words(row['fit_planned'])} | {in_words(row['fit'])} "
         f"| {in_words(row['writing_planned'])} | {in_words(row['writing'])} | {'yes' if row['recomputed'] else 'no'} |"
-        for row in results["fits"]
+        for row in results.get("fits", [])
     ]
     sizes = []
-    for name, row in results["shapes"].items():
+    for name, row in results.get("shapes", {}).items():
         holds = [card for card, gib in CARDS.items() if row["peak"] < 0.92 * gib * 2**30]
         trimmed = [card for card, gib in CARDS.items() if row["slice_weights"] + row["fit"] < 0.92 * gib * 2**30]
         sizes.append(
@@ -180,55 +204,57 @@ def page(results: dict[str, Any]) -> str:
         )
     growth = [
         f"| {name} | " + " | ".join(f"{size}: {1000 * seconds:.0f} ms" for size, seconds in rows) + " |"
-        for name, rows in results["growth"].items()
+        for name, rows in results.get("growth", {}).items()
     ]
-    return "\n".join(
-        [
-            "# How much memory, and how long",
-            "",
-            "`ml.plan_memory(model, n_tokens, source_layer, target_layer)` says before a fit what it will hold. It "
-            "runs one row of tokens and counts what is kept. `discover` prints the plan before it begins.",
-            "",
-            "## Predicted and measured",
-            "",
-            "SmolLM2-135M in float32, layers 7 to 16. Measured is the growth of the process' resident memory, each fit "
-            f"in a process of its own ({results['machine']}). Where one row would keep more than 1 GiB, blocks are "
-            "computed again in the backward pass.",
-            "",
-            "| tokens | vectors | fit, predicted | measured | writing, predicted | measured | computed again |",
-            "|---|---|---|---|---|---|---|",
-            *fits,
-            "",
-            "## Which card holds what",
-            "",
-            f"Llama-like shapes in bfloat16, {N_VECTORS} vectors on a prompt of {N_TOKENS} tokens, from a quarter to "
-            f"half of the depth, completions of {N_NEW} tokens under both signs. The second figure of a fit is "
-            "counted tensor by tensor on the meta device. A card counts as large enough if the whole stays below 92 % "
-            "of its memory. "
-            "With `trim=True` the blocks outside the slice leave the card during the fit.",
-            "",
-            "| model | weights | fit (counted) | writing | smallest card for all | for the fit with `trim=True` |",
-            "|---|---|---|---|---|---|",
-            *sizes,
-            "",
-            "Models that no card holds can lie on several: boot the bridge with `device_map` or `n_devices`.",
-            "",
-            "## How the time of a step grows",
-            "",
-            "One evaluation of all vectors, forwards and backwards. The columns vary one number; the others are "
-            "37 tokens, 9 blocks, and 4 to 16 vectors.",
-            "",
-            "| varied | | | | | |",
-            "|---|---|---|---|---|---|",
-            *growth,
-            "",
-            "![Seconds of a step against vectors, tokens and blocks](growth.png)",
-            "",
-            "`make bench-memory`",
-            "",
-        ]
-    )
+    sections = [
+        """# How much memory, and how long
+
+`ml.plan_memory(model, n_tokens, source_layer, target_layer)` says before a fit what it will hold. It runs one row of
+tokens and counts what is kept. `discover` prints the plan before it begins. `make bench-memory` measures what stands
+here."""
+    ]
+    if fits:
+        sections.append(
+            f"""## Predicted and measured
+
+SmolLM2-135M in float32, layers 7 to 16. Measured is the growth of the process' resident memory, each fit in a process
+of its own ({results["machine"]}). Where one row would keep more than 1 GiB, blocks are computed again in the backward
+pass.
+
+| tokens | vectors | fit, predicted | measured | writing, predicted | measured | computed again |
+|---|---|---|---|---|---|---|
+"""
+            + "\n".join(fits)
+        )
+    if sizes:
+        sections.append(
+            f"""## Which card holds what
+
+Llama-like shapes in bfloat16, {N_VECTORS} vectors on a prompt of {N_TOKENS} tokens, from a quarter to half of the
+depth, completions of {N_NEW} tokens under both signs. The second figure of a fit is counted tensor by tensor on the
+meta device. A card counts as large enough if the whole stays below 92 % of its memory. With `trim=True` the blocks
+outside the slice leave the card during the fit.
+
+| model | weights | fit (counted) | writing | smallest card for all | for the fit with `trim=True` |
+|---|---|---|---|---|---|
+"""
+            + "\n".join(sizes)
+            + "\n\nModels that no card holds can lie on several: boot the bridge with `device_map` or `n_devices`."
+        )
+    if growth:
+        sections.append(
+            """## How the time of a step grows
+
+One evaluation of all vectors, forwards and backwards. The columns vary one number; the others are 37 tokens, 9 blocks,
+and 4 to 16 vectors.
+
+| varied | | | | | |
+|---|---|---|---|---|---|
+"""
+            + "\n".join(growth)
+        )
+    return "\n\n".join(sections) + "\n"
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -37,7 +37,7 @@ def interrupted(model, path, after, error=KeyboardInterrupt, **changes):
 
 
 @pytest.mark.parametrize("optimizer", ["power", "adamw"])
-@pytest.mark.parametrize("after", [8, 13, 21])
+@pytest.mark.parametrize("after", [9, 13, 21])
 def test_going_on_after_an_interrupt_equals_one_run(any_model, tmp_path, optimizer, after):
     changes = {"optimizer": optimizer, "n_steps": 25 if optimizer == "power" else 10}
     whole = fit(any_model, **changes)
@@ -67,7 +67,7 @@ def test_the_state_is_saved_at_intervals_too(model, tmp_path, monkeypatch):
 
 def test_a_checkpoint_of_other_arguments_is_refused(model, tmp_path):
     path = tmp_path / "state"
-    interrupted(model, path, 8, Power)
+    interrupted(model, path, 9, Power)
     with pytest.raises(ValueError, match=r"belongs to another fit \(radius: 2.0 there, 3.0 here\)"):
         fit(model, path, radius=3.0)
     with pytest.raises(ValueError, match="init"):

@@ -20,7 +20,7 @@ def forgetful(request, directories):
     if request.param == "hooked" and not models.HAS_HOOKED:
         pytest.skip("TransformerLens 4 has no HookedTransformer")
     model = models.hooked(directories("gpt2")) if request.param == "hooked" else models.bridge(directories("llama"))
-    step = passes.Decoder._step
+    step = passes.Decoder.step
 
     def forgets(self, tokens, steered):
         if self.cache is not None and tokens.shape[1] == 1:
@@ -33,7 +33,7 @@ def forgetful(request, directories):
         return step(self, tokens, steered)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(passes.Decoder, "_step", forgets)
+        patch.setattr(passes.Decoder, "step", forgets)
         yield model
 
 

@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import melbo_lens as ml
 from melbo_lens.models import blocks
+from melbo_lens.models.host import Host
 
 torchao = pytest.importorskip("torchao")
 pytest.importorskip("bitsandbytes")
@@ -171,5 +172,6 @@ def test_a_kernel_without_a_gradient_is_seen_before_anything_is_learned(build, m
         return stream + (real(call, stream, prompts, n_prompts) - stream).detach()
 
     monkeypatch.setattr(blocks.BlockCall, "__call__", forwards_only)
+    monkeypatch.setattr(Host, "quantised", True)
     with pytest.raises(RuntimeError, match="pass on no gradient"):
         ml.slice_model(build("llama"), PROMPTS, SOURCE, TARGET)

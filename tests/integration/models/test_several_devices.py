@@ -113,7 +113,8 @@ def measures(model):
         written = ml.generate(model, PROMPTS, bank, 6, progress=False).table
         yield f"ids of {name}", torch.tensor([[*row, *[-1] * (6 - len(row))] for row in written.tokens])
         with torch.no_grad(), ml.steer(model, bank[0]):
-            yield f"logits under {name}", model(torch.tensor([[5, 6, 7]]).to(next(model.parameters()).device)).cpu()
+            logits = model(torch.tensor([[5, 6, 7]]).to(next(model.parameters()).device)).cpu()
+        yield f"logits under {name}", logits  # not within the block, which another generator would end
     yield "effects at the source", ml.source_effects(adapters, model, PROMPTS).values
     yield "nearest", ml.nearest_vectors(adapters, model, PROMPTS).values
     yield "controls", ml.random_adapters(adapters, model, PROMPTS).scales

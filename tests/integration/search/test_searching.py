@@ -25,6 +25,8 @@ from melbo_lens.search.rounds import Rounds
 from melbo_lens.sweeps import outcomes, running
 from melbo_lens.sweeps.engines import Done, InMemory
 
+pytestmark = pytest.mark.long
+
 PER_STEP, PER_VECTOR = 0.025, 0.125  # seconds of a fit for each vector, step and block; of the rest for each vector
 
 

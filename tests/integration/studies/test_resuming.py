@@ -11,6 +11,8 @@ from melbo_lens.studies import claims, reproduction
 from melbo_lens.studies.claims import Claim, Experiment, Suite
 from melbo_lens.studies.experiments import Score, Size
 
+pytestmark = pytest.mark.long
+
 SMALL = Size(n_vectors=8, n_adapters=4, n_selection=2, n_test=6, n_random=1)
 SEEDS = (1, 2)
 

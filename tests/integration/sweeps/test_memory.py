@@ -26,14 +26,15 @@ def room(monkeypatch):
     tried = {"slice": [], "model": []}
 
     def limit(slice_rows, model_rows):
-        def limited(kind, most, real, self, rows, *more):
-            tried[kind].append(len(rows))
-            if len(rows) > most:
-                raise torch.OutOfMemoryError(f"CUDA out of memory: {len(rows)} rows")
-            return real(self, rows, *more)
+        def limited(kind, most, real, self, *arguments):
+            rows = len(arguments[-1] if kind == "slice" else arguments[0])
+            tried[kind].append(rows)
+            if rows > most:
+                raise torch.OutOfMemoryError(f"CUDA out of memory: {rows} rows")
+            return real(self, *arguments)
 
         for kind, most, cls, name in (
-            ("slice", slice_rows, SlicedModel, "__call__"),
+            ("slice", slice_rows, SlicedModel, "_target"),  # the last argument are the prompts of the rows
             ("model", model_rows, BridgeHost, "logits"),
             ("model", model_rows, BridgeHost, "cached_logits"),
         ):

@@ -21,7 +21,7 @@ from melbo_lens.sweeps.outcomes import TrialTask
 from melbo_lens.sweeps.tasks import Task
 from tests.integration.sweeps.test_sweep import without_seconds, write_plan
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.long]
 
 
 @pytest.fixture(scope="module")

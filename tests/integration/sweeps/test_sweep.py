@@ -286,6 +286,7 @@ def killed(folder, n_kills, seed=0, engine="here"):
     return ml.merge(done)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_a_sweep_that_is_killed_ends_with_the_table_of_an_undisturbed_one(tmp_path):
     for name in ("calm", "killed"):
@@ -315,6 +316,7 @@ print(len(list(ml.sweep(jobs, sys.argv[2], progress=False))))
 """
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_two_processes_on_one_folder_share_its_trials_and_end_with_one_table(tmp_path):
     """Both are given the whole plan; each trial is run by one of them, and both yield all outcomes."""

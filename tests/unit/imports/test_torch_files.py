@@ -71,7 +71,7 @@ def test_power_steerings_file_says_where_its_vectors_act(path):
     assert loaded.provenance["model"] == "Qwen/Qwen3-1.7B" and loaded.provenance["found_by"] == "pi"
     torch.save({**said, "capture_site": "layer_output", "source_layer": 9}, path)
     check(ml.load(path), ROWS, 9, "resid_post")
-    with pytest.raises(ValueError, match=r"layer=3 was given, but .* says source_layer 9"):
+    with pytest.raises(ValueError, match=r"layer=3 was given, but .* says layer 9"):
         ml.load(path, layer=3)
     torch.save({"steering": ROWS}, path)
     check(ml.load(path, layer=4), ROWS, 4, "mlp_out")
@@ -134,6 +134,8 @@ def test_a_file_of_lm_eval_is_read_back(path):
     entry = {"action": "add", "steering_vector": ROWS[0], "steering_coefficient": -2.0, "bias": None}
     torch.save({"layers.7": entry}, path)
     check(ml.load(path), -2.0 * ROWS[:1], 7, "resid_post")
+    with pytest.raises(ValueError, match=r"layer=3 was given, but .* says layer 7"):
+        ml.load(path, layer=3)
     for changed, said in (({"action": "clamp"}, "clamp"), ({"steering_coefficient": "2"}, "decoder layer")):
         torch.save({"layers.7": {**entry, **changed}}, path)
         with pytest.raises(ValueError, match=said):
