@@ -21,7 +21,7 @@ from melbo_lens.methods.planning import in_words
 from melbo_lens.methods.problem import vectors_on
 from melbo_lens.models import blocks, hooks
 from melbo_lens.models.access import host_of
-from melbo_lens.models.tally import Unknown, counted
+from melbo_lens.models.tally import Tally, Unknown
 from melbo_lens.organisms import base_model
 
 HERE = Path(__file__).parent
@@ -119,7 +119,7 @@ def counted_on_meta(model: Any, n_rows: int) -> int:
     with hooks.frozen(host), Unknown():
         recording = blocks.record(host, torch.zeros(1, N_TOKENS, dtype=torch.long, device="meta"), source + 1, target)
         everyone = torch.zeros(n_rows, dtype=torch.long, device="meta")
-        with counted() as tally, torch.enable_grad():
+        with Tally() as tally, torch.enable_grad():
             theta = torch.zeros(n_rows, host.d_model, device="meta").requires_grad_()
             stream = (recording.streams[0][everyone] + theta[:, None]).to(recording.streams[0].dtype)
             for call in recording.calls:
