@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from melbo_lens.memory import in_batches
 from melbo_lens.models import hooks
 from melbo_lens.models.host import Host
-from melbo_lens.models.passes import Decoder, Positions
+from melbo_lens.models.passes import Decoder, Positions, rows_at_once
 from melbo_lens.perturbations.perturbation import Perturbation
 from melbo_lens.perturbations.sites import Hook
 from melbo_lens.prompts import text_after
@@ -55,7 +55,7 @@ class Decoding:
     stops: list[str]
     turn: int = 0
 
-    def complete(self, runs: list[Run], rows: list[list[int]], batch_size: int, progress: bool) -> list[Written]:
+    def complete(self, runs: list[Run], rows: list[list[int]], batch_size: int | None, progress: bool) -> list[Written]:
         """Completes each run's prompt, at most `batch_size` at once; similar lengths share a batch to save padding.
 
         Where memory runs out, the batch is tried again with half of its rows, and so are those after it.
@@ -68,9 +68,10 @@ class Decoding:
             hooks.frozen(self.host),
             torch.no_grad(),
         ):
+            longest = len(rows[ordered[-1]])
             batches = in_batches(
                 ordered,
-                batch_size,
+                batch_size or rows_at_once(self.host, len(runs), longest, self.max_new_tokens),
                 lambda some: self._together([runs[i] for i in some], [rows[i] for i in some], bar, cached),
             )
             for some, (written, trusted) in batches:

@@ -57,8 +57,9 @@ def generate(
         include_random: whether to complete them with norm-matched controls as well: `random_vectors(perturbations,
             seed)`, or `random_adapters` matched on the prompts of the fit. A number makes controls of so many of the
             perturbations, from the first.
-        batch_size: the number of completions that run at once, at most; None means 256. Memory for keys and values
-            grows with it, and where memory runs out it is halved.
+        batch_size: the number of completions that run at once, at most; None means 256, or fewer where prompts are so
+            long that these would hold more than 4 GiB. Memory for keys and values grows with it, and where memory runs
+            out it is halved.
         seed: the seed of the sampling and of the random controls.
         stop: a text, or several, that ends a completion; it is cut off the completion's text.
         chat: True makes each text prompt one user message of the tokenizer's chat template.
@@ -118,7 +119,7 @@ def generate(
     asked = None if by_ids else as_list(prompts)
     chats = [asked[run.prompt] for run in runs] if asked and all(isinstance(prompt, list) for prompt in asked) else None
     texts, rows = [batch.texts[run.prompt] for run in runs], [batch.rows()[run.prompt] for run in runs]
-    return _complete(decoding, runs, texts, rows, chats, settings, batch_size or 256, progress)
+    return _complete(decoding, runs, texts, rows, chats, settings, batch_size, progress)
 
 
 def _complete(
@@ -128,7 +129,7 @@ def _complete(
     rows: list[list[int]],
     chats: list[Chat] | None,
     settings: dict[str, Any],
-    batch_size: int,
+    batch_size: int | None,
     progress: bool,
 ) -> Completions:
     """Completes the runs; if they are chats, the result can be continued."""

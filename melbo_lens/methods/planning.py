@@ -10,13 +10,11 @@ from melbo_lens.arguments import counts, public
 from melbo_lens.methods.problem import CHUNK_BYTES
 from melbo_lens.models import blocks, hooks
 from melbo_lens.models.access import Model, host_of
-from melbo_lens.models.host import Host
-from melbo_lens.models.passes import Decoder
+from melbo_lens.models.passes import bytes_of_writing, rows_at_once
 from melbo_lens.models.slices import KEPT_BYTES
-from melbo_lens.models.tally import Tally, Unknown, stored_bytes, weights_of
+from melbo_lens.models.tally import Unknown, stored_bytes, weights_of
 from melbo_lens.models.targets import target_of
 
-WRITTEN_AT_ONCE = 256  # the default of `generate`
 STATE = 8  # copies of all vectors that an ascent holds: the point, the best seen, gradients and moments
 
 
@@ -107,8 +105,8 @@ def plan_memory(
         n_prompts: the number of prompts.
         max_new_tokens: the length of the completions.
         batch_size: the rows (vector x prompt) in one forward pass of the fit; None takes about 1 GiB, as the fits do.
-        written_at_once: the `batch_size` of `generate`; None means 256. A sweep of both signs of all vectors on all
-            prompts has fewer rows if that is less.
+        written_at_once: the `batch_size` of `generate`; None means its default. Both signs of all vectors on all
+            prompts are fewer rows if that is less.
 
     Returns:
         The plan, in bytes. Libraries and what the allocator keeps in reserve come on top: some hundred MiB.
@@ -139,13 +137,16 @@ def plan_memory(
         recomputed = kept > KEPT_BYTES
         if recomputed:
             kept, most = blocks.bytes_of_row(host, recording.calls, recording.streams, 1, True)
-        first, step, cache = _writing(host, n_tokens)
+        first, step, cache = bytes_of_writing(host, n_tokens)
+        written = min(
+            written_at_once or rows_at_once(host, 2 * n_vectors * n_prompts, n_tokens, max_new_tokens),
+            2 * n_vectors * n_prompts,
+        )
     stream = recording.streams[0].numel() * recording.streams[0].element_size()
     rows = min(batch_size or max(1, CHUNK_BYTES // max(1, kept)), n_vectors * n_prompts)
     # the clean streams of every block, the target in float32, and an entering stream for each row
     clean = n_prompts * (stream * (len(recording.calls) + 2) + 2 * 4 * recording.streams[0].numel())
     state = STATE * 4 * n_vectors * host.d_model
-    written = min(written_at_once or WRITTEN_AT_ONCE, 2 * n_vectors * n_prompts)
     full = cache * (n_tokens + max_new_tokens)
     return MemoryPlan(
         weights=stored_bytes(x for network in host.networks for x in weights_of(network)),
@@ -158,21 +159,6 @@ def plan_memory(
         writing=written * max(first, full + step),
         recomputed=recomputed,
     )
-
-
-def _writing(host: Host, n_tokens: int) -> tuple[int, int, int]:
-    """Measures the writing of one row: the most that its first pass holds, what a step adds, and a token's cache."""
-    decoder = Decoder(host, [[0] * n_tokens], lambda rows: [])
-    with torch.no_grad():
-        with Tally() as tally:
-            logits = decoder.first()
-            del logits
-            held = tally.live
-            most = tally.peak
-        with Tally() as tally:
-            decoder.step(torch.zeros(1, 1, dtype=torch.long, device=host.device))
-            more = tally.peak
-    return most, max(0, more - held), held // n_tokens
 
 
 def in_words(n_bytes: int) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 from melbo_lens.memory import is_out_of_memory
 from melbo_lens.models.hooks import attached
 from melbo_lens.models.host import Host
+from melbo_lens.models.tally import Tally
 from melbo_lens.perturbations.sites import Hook
 
 Positions: TypeAlias = Literal["all", "prompt", "generated"]  # the tokens on which a perturbation acts
@@ -19,6 +20,10 @@ Steering: TypeAlias = Callable[[Sequence[int]], list[Hook]]  # row numbers -> ho
 
 # How far a step with the cache may differ from a pass without it, as a share of the logits' norm.
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1.5e-1}
+CACHE_ERRORS = (TypeError, AttributeError, ValueError, IndexError, KeyError, RuntimeError)  # of caches that don't work
+WRITTEN_AT_ONCE = 256  # completions
+WRITTEN_TOKENS = 2**14  # of prompts that need no measurement before they run together
+WRITING_BYTES = 4 * 2**30
 TOKENS_AT_ONCE = 4096  # the limit for an uncached pass, whose logits are large
 
 
@@ -82,7 +87,7 @@ class Decoder:
             return self.step(chosen[:, None], self.positions != "prompt")
         try:
             logits = self.step(chosen[:, None], self.positions != "prompt")
-        except (TypeError, AttributeError, ValueError, IndexError, KeyError, RuntimeError) as error:
+        except CACHE_ERRORS as error:
             if is_out_of_memory(error):
                 raise
             return self._distrusted(f"failed ({type(error).__name__}: {error})")
@@ -201,6 +206,41 @@ class Decoder:
         return torch.tensor(values, dtype=dtype, device=self.device)
 
 
+def rows_at_once(host: Host, n_rows: int, n_tokens: int, n_new_tokens: int) -> int:
+    """How many completions are written at once by default: 256, or what 4 GiB hold where prompts are long.
+
+    Args:
+        host: the opened model, which the caller has frozen.
+        n_rows: the number of completions.
+        n_tokens: the length of the longest prompt.
+        n_new_tokens: the most tokens that are added to it.
+    """
+    rows = min(n_rows, WRITTEN_AT_ONCE)
+    if rows * n_tokens <= WRITTEN_TOKENS:
+        return rows
+    first, step, cache = bytes_of_writing(host, n_tokens)
+    return max(1, min(rows, WRITING_BYTES // max(first, step + cache * (n_tokens + n_new_tokens))))
+
+
+def bytes_of_writing(host: Host, n_tokens: int) -> tuple[int, int, int]:
+    """Measures the writing of one row: the most that its first pass holds, what a step adds, and a token's cache."""
+    decoder = Decoder(host, [[0] * n_tokens], lambda rows: [])
+    with torch.no_grad():
+        with Tally() as tally:
+            logits = decoder.first()
+            del logits
+            held = tally.live
+            most = tally.peak
+        with Tally() as tally:
+            try:
+                decoder.step(torch.zeros(1, 1, dtype=torch.long, device=host.device))
+            except CACHE_ERRORS as error:  # then the whole text runs again at each step
+                if is_out_of_memory(error):
+                    raise
+            more = tally.peak
+    return most, max(0, more - held), held // n_tokens
+
+
 def log_probs_after(
     host: Host, prompt: Sequence[int], rows: Sequence[Sequence[int]], cached: bool = True
 ) -> tuple[list[Float[Tensor, " new"]], bool]:
@@ -250,7 +290,7 @@ def _after_cached(host: Host, prompt: Sequence[int], rows: Sequence[Sequence[int
             mask = torch.ones(len(rows), len(prompt) + width - 1, dtype=torch.bool, device=host.device)
             logits, _ = host.cached_logits(new[:, :-1], mask, cache)
             known = torch.cat([known, logits.to(host.device).float().log_softmax(-1)], dim=1)
-    except (TypeError, AttributeError, ValueError, IndexError, KeyError, RuntimeError) as error:
+    except CACHE_ERRORS as error:
         if is_out_of_memory(error):
             raise
         return None

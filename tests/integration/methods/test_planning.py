@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import melbo_lens as ml
 from melbo_lens.methods.planning import in_words
-from melbo_lens.models import slices
+from melbo_lens.models import passes, slices
 from melbo_lens.models.tally import Tally
 
 LONG = " ".join(f"w{1 + i % 9}" for i in range(50))
@@ -49,6 +49,21 @@ def test_writing_holds_what_was_predicted(any_model):
     )
     assert plan.written_rows == 50
     assert plan.writing == pytest.approx(found, rel=0.25)
+
+
+@pytest.mark.parametrize("room", [2**21, 6 * 2**20])
+def test_long_prompts_are_written_in_batches_that_hold_a_bounded_number_of_bytes(any_model, room, monkeypatch):
+    vectors = ml.SteeringVectors.from_tensor(torch.randn(20, any_model.cfg.d_model), 1)
+    settings = {"include_random": False, "include_unsteered": False, "progress": False}
+    together = ml.generate(any_model, LONG, vectors, 4, **settings)
+    monkeypatch.setattr(passes, "WRITTEN_TOKENS", 200)
+    monkeypatch.setattr(passes, "WRITING_BYTES", room)
+    apart = []
+    found = measured(lambda: apart.append(ml.generate(any_model, LONG, vectors, 4, **settings)))
+    plan = ml.plan_memory(any_model, N, 1, 4, n_vectors=20, max_new_tokens=4)
+    assert 0.5 * room < found < 1.1 * room
+    assert 1 < plan.written_rows < 40 and plan.writing <= room
+    assert apart[0].table.text.tolist() == together.table.text.tolist()
 
 
 def test_a_model_without_numbers_can_be_planned(directories):
