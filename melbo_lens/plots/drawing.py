@@ -20,6 +20,10 @@ STEERED, CONTROL, UNSTEERED = COLORS[0], "#8c8c8c", COLORS[4]
 BAND = "rgba(128,128,128,0.22)"
 MARKED = COLORS[4]  # neither blue nor red nor grey, which heat maps have
 GAP = 0.12  # the least distance between two ticks of a logarithmic axis, as a share of the axis
+NARROW = 290  # pixels between the axes on a telephone
+# Dragging zooms, dragging with the shift key pans, and a double click shows all again, so their buttons only hide the
+# title. Plotly's newer versions have one that sends the figure's data to their host, which nothing here may do.
+REMOVED = "zoom pan select lasso zoomin zoomout autoscale sendcharttocloud sendChartToCloud".split()
 LABEL = 26  # characters in the short label beside a row
 
 
@@ -109,7 +113,7 @@ def draw_panels(panels: Panels) -> Figure:
             row=1,
             col=column,
         )
-        title = "<br>".join(textwrap.wrap(for_plotly(measure), 14))
+        title = "<br>".join(textwrap.wrap(for_plotly(measure.replace("_", " ")), 10))
         figure.update_xaxes(title=title, nticks=4, title_font_size=11, tickfont_size=10, row=1, col=column)
     _row_ticks(figure, names, short, upward=False)
     figure.update_layout(showlegend=False, bargap=0.25)
@@ -234,7 +238,7 @@ def _add_lines(figure: Figure, lines: Lines, row: int | None = None) -> None:
         figure.add_scatter(
             x=line.x,
             y=line.y,
-            mode="lines" if many else "lines+markers",
+            mode="lines" if many or len(line.x) > 20 else "lines+markers",
             line={"width": 1 if many else 2, "color": color, "dash": "dot" if line.control else "solid"},
             opacity=0.6 if many else 1,
             name=for_plotly(line.name),
@@ -288,6 +292,8 @@ def _line_axes(figure: Figure, lines: Lines, row: int | None = None) -> None:
     ys += [[value] for value in [lines.level and lines.level[1]] if value is not None]
     figure.update_xaxes(title=lines.x_axis, **(log_axis(np.concatenate(xs)) if lines.log_x else {}), **where)
     figure.update_yaxes(title=lines.y_axis, **(log_axis(np.concatenate(ys)) if lines.log_y else {}), **where)
+    if all(np.issubdtype(line.x.dtype, np.integer) and line.x.max() <= 10 for line in lines.lines):
+        figure.update_xaxes(dtick=1, **where)  # there is nothing between two steps
     if lines.percent:
         figure.update_yaxes(tickformat=".0%", rangemode="tozero", **where)
 
@@ -321,7 +327,7 @@ def _round_numbers(low: float, high: float) -> Iterator[np.ndarray]:
 
 def _number(value: float) -> str:
     """Returns a number for a tick: plain where that is short, and otherwise with a power of ten."""
-    if 1e-3 <= value < 1e5:
+    if 1e-3 <= value < 1e6:
         return f"{value:.6g}"
     digits, power = f"{value:.3g}".split("e") if "e" in f"{value:.3g}" else f"{value:.2e}".split("e")
     digits = f"{float(digits):g}"
@@ -330,35 +336,34 @@ def _number(value: float) -> str:
 
 def _styled(figure: Figure, title: str, note: str, height: int) -> Figure:
     """Sets the title, the note below it, and the margins and fonts that all figures share."""
-    wrapped = textwrap.wrap(for_plotly(note, 10**6, 10**6), 60)
-    above = (
-        52
-        + 15 * len(wrapped)
-        + (
-            24
-            if figure.layout.showlegend is not False and sum(trace.showlegend is not False for trace in figure.data) > 1
-            else 0
-        )
-    )
+    wrapped = textwrap.wrap(for_plotly(note, 10**6, 10**6), 58)
+    above = 52 + 15 * len(wrapped) + 20 * _legend_rows(figure)
     figure.update_layout(
         template="plotly_white",
         title={
             "text": for_plotly(title),
-            "font": {"size": 16},
+            "font": {"size": 14},
             "x": 0,
-            "xref": "paper",
+            "xref": "container",
             "y": 1,
             "yref": "container",
-            "pad": {"t": 14},
+            "pad": {"t": 14, "l": 12},
             "yanchor": "top",
         },
         font={"family": "system-ui, -apple-system, Segoe UI, sans-serif", "size": 12},
         margin={"l": 60, "r": 20, "t": above, "b": 50},
         height=height + above - 52,
-        legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0, "xanchor": "left", "font": {"size": 11}},
+        legend={
+            "orientation": "h",
+            "y": 1.0,
+            "yanchor": "bottom",
+            "x": 0,
+            "xanchor": "left",
+            "font": {"size": 11},
+        },
         hoverlabel={"align": "left", "font": {"size": 12}},
         plot_bgcolor=figure.layout.plot_bgcolor or "rgba(0,0,0,0)",
-        modebar={"bgcolor": "rgba(0,0,0,0)", "color": "#8c8c8c", "activecolor": COLORS[0]},
+        modebar={"bgcolor": "rgba(0,0,0,0)", "color": "#8c8c8c", "activecolor": COLORS[0], "remove": REMOVED},
     )
     # this grey can be seen on a white page and on a black one
     figure.update_xaxes(gridcolor="rgba(128,128,128,0.2)", zerolinecolor="rgba(128,128,128,0.35)")
@@ -366,3 +371,13 @@ def _styled(figure: Figure, title: str, note: str, height: int) -> Figure:
     if wrapped:
         figure.update_layout(title_subtitle={"text": "<br>".join(wrapped), "font": {"size": 12}})
     return figure
+
+
+def _legend_rows(figure: Figure) -> int:
+    """Returns how many rows the legend has on a narrow page, where entries stand in columns of equal widths."""
+    maps = [trace for trace in figure.data if trace.type == "heatmap"]  # they have no entry unless they ask for one
+    shown = [trace for trace in figure.data if (trace.showlegend if trace in maps else trace.showlegend is not False)]
+    if figure.layout.showlegend is False or not shown or (len(shown) < 2 and not maps and not figure.layout.showlegend):
+        return 0
+    widest = max(45 + 6 * len(trace.name or "") for trace in shown)
+    return -(-len(shown) // max(NARROW // widest, 1))

@@ -35,7 +35,7 @@ from melbo_lens.plots.labels import SIGNS, examples, shown_behaviors, some, wils
 from melbo_lens.plots.text import visible
 from melbo_lens.search.layers import LayerScan
 
-N_NAMED = {"rows": 10, "lines": 5, "points": 5}  # how many are shown one by one where there are too many for that
+N_NAMED = {"rows": 10, "lines": 3, "points": 5}  # how many are shown one by one where there are too many for that
 MOST_CLUSTERED = 5000  # the tree of more takes minutes
 LABEL = 20  # characters of a token below its column
 
@@ -138,7 +138,7 @@ def cosine_similarity(of: Perturbation | TargetEffects, completions: Completions
             [_cluster_name(names[k], m) for k, m in zip(firsts, sizes, strict=True)],
         )
         quantity = "mean cosine"
-        notes.insert(0, f"{kept:,} rows in {len(sizes)} clusters, each named by its most typical member.")
+        notes.insert(0, f"{kept:,} rows in {len(sizes)} clusters, each named by its most typical row, with its size.")
     order, joins = _tree(cosines)
     texts = examples(completions, by_sign=isinstance(of, TargetEffects))
     labels = tuple(names[i] for i in order)
@@ -274,7 +274,6 @@ def effect_scatter(
         f"component {i + 1}" + (f", {share:.0%} of the variance" if np.isfinite(share) else "")
         for i, share in enumerate(shares)
     ]
-    far = np.hypot(*places.T)
     return Points(
         places[:, 0],
         places[:, 1],
@@ -287,7 +286,7 @@ def effect_scatter(
         without_numbers(
             values, "rows", [f"{k}{SIGNS[s]}" for k, s in zip(changes.vectors, changes.signs, strict=True)]
         ),
-        named=tuple(_first(far, N_NAMED["points"])) if len(fine) > MOST_ROWS else (),
+        named=_far_apart(places, N_NAMED["points"]) if len(fine) > MOST_ROWS else (),
     )
 
 
@@ -414,7 +413,7 @@ def _clusters(cosines: np.ndarray) -> tuple[np.ndarray, list[int], list[int]]:
 
 
 def _cluster_name(name: str, size: int) -> str:
-    return name if size == 1 else f"{name} and {size - 1:,} like it"
+    return name if size == 1 else f"{name} ×{size}"
 
 
 def _distances(cosines: np.ndarray) -> np.ndarray:
@@ -451,6 +450,15 @@ def _quantiles(values: np.ndarray) -> np.ndarray:
 def _first(values: np.ndarray, n: int) -> list[int]:
     """Returns where the n largest values are, the largest first and NaN last."""
     return np.argsort(-np.where(np.isfinite(values), values, -np.inf), kind="stable")[:n].tolist()
+
+
+def _far_apart(places: np.ndarray, n: int) -> tuple[int, ...]:
+    """Returns n points far from the middle, of which no two are so near that their names would overlap."""
+    span, chosen = np.ptp(places, axis=0).max() or 1.0, list[int]()
+    for k in _first(np.hypot(*places.T), len(places)):
+        if len(chosen) < n and all(np.abs(places[k] - places[other]).max() > 0.2 * span for other in chosen):
+            chosen.append(k)
+    return tuple(chosen)
 
 
 def _columns(tokens: tuple[str, ...]) -> tuple[str, ...]:

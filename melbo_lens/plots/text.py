@@ -9,7 +9,7 @@ JOINER, EMOJI_STYLE = "\u200d", "\ufe0f"
 # letters, marks and a symbol that Unicode counts as printable and that leave no ink
 INKLESS = {*map(chr, (0x34F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x180B, 0x180C, 0x180D, 0x180F, 0x2800, 0x3164, 0xFFA0))}
 INKLESS |= {*map(chr, (*range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0)))}
-ISOLATE, END_ISOLATE = "\u2068", "\u2069"
+LEFT_TO_RIGHT, END = "\u2066", "\u2069"  # an isolated run of text
 
 
 def visible(token: str, most: int | None = None) -> str:
@@ -59,7 +59,7 @@ def _escaped(line: str) -> str:
 
 def _isolated(line: str) -> str:
     turned = any(unicodedata.bidirectional(c) in ("R", "AL") for c in line)
-    return f"{ISOLATE}{line}{END_ISOLATE}" if turned else line
+    return f"{LEFT_TO_RIGHT}{line}{END}" if turned else line
 
 
 def _has_ink(character: str) -> bool:
