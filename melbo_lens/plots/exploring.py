@@ -4,6 +4,7 @@ Without ipywidgets, without a kernel and in a saved notebook, a table of a few v
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
 from html import escape
 from typing import Any
@@ -77,9 +78,7 @@ class Explorer:
         self._ids = [batch.tokens[i : i + 1, :n] for i, n in enumerate(batch.lengths.tolist())]
         self._model, self._perturbations = model, fitting(host, perturbations)
         self._max_new_tokens, self._largest = max_new_tokens, largest_scale
-        self._written: dict[
-            tuple[int, int, float], str
-        ] = {}  # by prompt, vector and signed scale; scale 0 is unsteered
+        self._written: dict[tuple[int, int, float], str] = {}  # by `_key`
 
     def text(self, vector: int = 0, sign: int = 1, scale: float = 1.0, prompt: int = 0) -> str:
         """Returns what the model writes under this perturbation, sign and scale; scale 0 is unsteered.
@@ -131,10 +130,8 @@ class Explorer:
         """Returns the table of a few perturbations on the first prompt as HTML, in which all text is escaped."""
         few, word = range(min(FEW, len(self._perturbations))), self._perturbations.word
         rows = [("unsteered", "", self._shown(0, 0, 1, 0.0))]
-        try:
-            self._write(0, few, list(SIGNS), STILL_SCALES)  # all at once, which is sooner than one by one
-        except FloatingPointError:
-            pass  # then one by one, so that only the text that failed is missing
+        with suppress(FloatingPointError):  # then one by one, so that only the text that failed is missing
+            self._write(0, few, list(SIGNS), STILL_SCALES)
         rows += [
             (f"{word} {k}", f"{SIGNS[sign]}{scale:g}", self._shown(0, k, sign, scale))
             for k in few
@@ -161,14 +158,12 @@ class Explorer:
         if not 0 <= prompt < len(self.prompts):
             raise IndexError(f"prompt={prompt} was asked for, there are {len(self.prompts)}.")
         steered = [scale for scale in scales if scale]
-        wanted = [
-            k for k in vectors for sign in signs for s in steered if _key(prompt, k, sign * s) not in self._written
-        ]
+        multiples = [sign * scale for sign in signs for scale in steered]
+        wanted = [k for k in vectors if any(_key(prompt, k, m) not in self._written for m in multiples)]
         if wanted:
-            chosen = list(dict.fromkeys(wanted))
-            table = self._generated(prompt, self._perturbations[chosen], signs=list(signs), scales=steered)
+            table = self._generated(prompt, self._perturbations[wanted], signs=list(signs), scales=steered)
             for row in table.itertuples():
-                self._written[_key(prompt, chosen[int(row.vector)], row.sign * row.scale)] = row.text
+                self._written[_key(prompt, wanted[int(row.vector)], row.sign * row.scale)] = row.text
         if 0 in scales and _key(prompt, 0, 0) not in self._written:
             self._written[_key(prompt, 0, 0)] = self._generated(prompt, None).text.iloc[0]
 
