@@ -51,12 +51,11 @@ def explore(
         The explorer, which shows itself as the last line of a cell.
 
     Raises:
-        ValueError: there is no perturbation, or an argument breaks a rule. This is raised before the model runs.
+        TypeError, ValueError: arguments break a rule, or the perturbations don't fit the model. This is raised before
+            the model runs.
     """
     counts(max_new_tokens=max_new_tokens)
     positive("largest_scale", largest_scale, "")
-    if not len(perturbations):
-        raise ValueError("there are no perturbations to explore: give at least one.")
     return Explorer(model, prompts, perturbations, max_new_tokens, largest_scale)
 
 

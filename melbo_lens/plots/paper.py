@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import plotly.graph_objects as go
@@ -16,6 +17,7 @@ ROW = 11  # pixels between the labels of two rows
 LESS = {1: 0.6, 2: 0.8}  # the height of the axes, as a share of what it is on a page
 SERIF = "Times New Roman, Times, Liberation Serif, DejaVu Serif, serif"
 FORMATS = (".pdf", ".svg")
+NO_MARGINS = "<style>@page { margin: 0 }</style>"
 
 
 class Figure(go.Figure):
@@ -84,9 +86,13 @@ def _drawn(figure: Figure, form: str) -> bytes:
         raise ModuleNotFoundError(
             "kaleido, which writes figures as files, is not installed: pip install 'melbo-lens[paper]'."
         ) from error
+    # kaleido leaves margins on the page of a PDF, shrinks the figure into them and cuts its foot off
+    page = kaleido.PageGenerator(mathjax=False).generate_index().replace("</head>", f"{NO_MARGINS}</head>")
     size: dict[str, Any] = {"format": form, "width": figure.layout.width, "height": figure.layout.height, "scale": 1}
     try:
-        return kaleido.calc_fig_sync(figure.to_dict(), opts=size, kopts={"mathjax": False})
+        return kaleido.calc_fig_sync(
+            figure.to_dict(), opts=size, kopts={"page_generator": SimpleNamespace(generate_index=lambda: page)}
+        )
     except ChromeNotFoundError as error:
         raise RuntimeError(
             "kaleido draws figures in Chrome or Chromium and found neither: install one (on Debian, apt install "

@@ -115,7 +115,7 @@ def test_a_vector_that_breaks_the_numbers_says_so_in_its_place(model):
 def test_errors_come_before_the_model_runs(model, vectors):
     with pytest.raises(ValueError, match="largest_scale=0"):
         ml.explore(model, PROMPTS, vectors, largest_scale=0)
-    with pytest.raises(ValueError, match="no perturbations to explore"):
-        ml.explore(model, PROMPTS, vectors[[]])
+    with pytest.raises(ValueError, match="max_new_tokens=0"):
+        ml.explore(model, PROMPTS, vectors, max_new_tokens=0)
     with pytest.raises(IndexError, match="prompt=2"):
         ml.explore(model, PROMPTS, vectors).text(prompt=2)

@@ -130,7 +130,8 @@ def test_a_pdf_has_the_size_of_its_column_its_fonts_and_readable_letters(tmp_pat
             heights.append((abs(size) * (across[0] ** 2 + across[1] ** 2) ** 0.5, text))
 
     page.extract_text(visitor_text=look)
-    assert heights and min(heights)[0] >= LEAST, min(heights)
+    assert len(heights) > 10 and min(heights)[0] == pytest.approx(paper.TEXT * 72 / 96, abs=0.01), min(heights)
+    assert min(heights)[0] >= LEAST
     assert "token" in page.extract_text() and "Change at each" not in page.extract_text()
 
 
