@@ -182,10 +182,10 @@ def _token_text(host: Any, i: int) -> str:
     if host.tokenizer is None:
         return text
     piece = str(host.tokenizer.convert_ids_to_tokens(i))
-    if UNDECODED in text:
-        if set(piece) <= BYTES.keys():
-            return bytes(BYTES[c] for c in piece).decode("utf-8", "backslashreplace")
-        return piece if BYTE_FALLBACK.fullmatch(piece) is None else f"\\x{piece[3:5].lower()}"
+    if UNDECODED in text and BYTE_FALLBACK.fullmatch(piece):
+        return f"\\x{piece[3:5].lower()}"
+    if UNDECODED in text and set(piece) <= BYTES.keys():
+        return bytes(BYTES[c] for c in piece).decode("utf-8", "backslashreplace")
     return f" {text}" if piece.startswith(SPACE_MARK) and not text.startswith(" ") else text
 
 
