@@ -36,7 +36,7 @@ from melbo_lens.plots.text import visible
 from melbo_lens.search.layers import LayerScan
 
 N_NAMED = {"rows": 10, "lines": 3, "points": 5}  # how many are shown one by one where there are too many for that
-MOST_CLUSTERED = 5000  # the tree of more takes minutes
+MOST_CLUSTERED = 2000  # their tree takes a second, and that of 5,000 four
 LABEL = 20  # characters of a token below its column
 
 
@@ -59,7 +59,7 @@ def token_heatmap(
         rows = _first(_means(ordinary), N_NAMED["rows"])
         values, sinks = (
             np.concatenate([values[rows], _quantiles(ordinary)]),
-            np.concatenate([sinks[rows], np.repeat(sinks.all(0)[None], len(QUANTILES), axis=0)]),
+            np.concatenate([sinks[rows], np.repeat(sinks.all(axis=0, keepdims=True), len(QUANTILES), axis=0)]),
         )
         names = (*map(str, rows), *QUANTILES.values())
         note = f"The {len(rows)} of {n:,} vectors that change most on average, and the quantiles of all. {note}".strip()
