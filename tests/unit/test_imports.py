@@ -32,6 +32,7 @@ WITHIN = {
     ),
     "sweeps": "trials running jobs tasks outcomes engines sweep",
     "search": "arms pace groups rounds searching discovery layers",
+    "plots": "arrays text labels paper numbers drawing figures embedding tokens exploring",
     "reports": "findings page",
 }
 ONLY_IN = {"transformer_lens": {"models"}, "plotly": {"plots"}, "circuitsvis": {"plots"}}
