@@ -20,6 +20,7 @@ from melbo_lens.prompts import Prompts, tokenize
 FEW = 4  # vectors of the table
 STILL_SCALES = (0.5, 1.0)
 SIGNS = {1: "+", -1: "−"}
+SHORT = "white-space:nowrap;text-align:left;vertical-align:top;padding:.3rem .6rem"
 CELL = "white-space:pre-wrap;overflow-wrap:anywhere;text-align:left;vertical-align:top;padding:.3rem .6rem"
 LABEL = 60  # characters of a prompt in the menu
 
@@ -137,9 +138,9 @@ class Explorer:
             for sign in SIGNS
             for scale in STILL_SCALES
         ]
-        head = "".join(f"<th style='text-align:left'>{name}</th>" for name in (word, "scale", "text"))
+        head = "".join(f"<th style='{SHORT}'>{name}</th>" for name in (word, "scale", "text"))
         body = "".join(
-            f"<tr><th scope='row' style='{CELL}'>{who}</th><td style='{CELL}'>{scale}</td>"
+            f"<tr><th scope='row' style='{SHORT}'>{who}</th><td style='{SHORT}'>{scale}</td>"
             f"<td dir='auto' style='{CELL}'>{text}</td></tr>"
             for who, scale, text in rows
         )
