@@ -44,8 +44,11 @@ def test_it_has_a_columns_width_serif_letters_of_seven_points_and_no_title(colum
 
 
 def test_rows_keep_room_for_their_labels():
-    made = ml.plots.token_heatmap(changes(60), completions=completions(60, "text")).to_paper()
-    assert made.layout.height >= 60 * 9.5
+    vectors = ml.SteeringVectors.from_tensor(changes(60).change[:, 0], source_layer=0)
+    made = ml.plots.cosine_similarity(vectors, completions(60, "text")).to_paper()
+    low, high = made.layout.yaxis2.domain
+    assert len(made.layout.yaxis2.categoryarray) == 60
+    assert (made.layout.height - 60) * (high - low) >= 60 * 9.5  # but for the labels below
 
 
 def test_every_figure_is_one_of_plotly_and_survives_copies():
