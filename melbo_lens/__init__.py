@@ -54,6 +54,8 @@ if TYPE_CHECKING:
     from melbo_lens.perturbations.loading import from_pretrained as from_pretrained
     from melbo_lens.perturbations.perturbation import concatenate as concatenate
     from melbo_lens.perturbations.vectors import SteeringVectors as SteeringVectors
+    from melbo_lens.plots.exploring import Explorer as Explorer
+    from melbo_lens.plots.exploring import explore as explore
     from melbo_lens.reports.findings import Findings as Findings
     from melbo_lens.reports.page import report as report
     from melbo_lens.reports.page import report_directory as report_directory
@@ -114,6 +116,7 @@ _HOMES = {
     "perturbations.loading": "from_pretrained",
     "perturbations.perturbation": "concatenate",
     "perturbations.vectors": "SteeringVectors",
+    "plots.exploring": "explore",
     "reports.findings": "Findings",
     "reports.page": "report report_directory save_results",
     "search.discovery": "discover gather",
@@ -134,6 +137,7 @@ _RESULTS = {
     "sweeps.outcomes": "Outcome",
     "measures.source": "AdapterEffect",
     "models.slices": "SlicedModel",
+    "plots.exploring": "Explorer",
     "search.discovery": "Discovery",
     "search.layers": "LayerScan",
 }

@@ -1,6 +1,7 @@
 """How does a user's prompt become tokens?  Text, chats or token ids are made into one right-padded `PromptBatch`."""
 
 import copy
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,11 @@ Chat: TypeAlias = list[dict[str, Any]]
 Positions: TypeAlias = slice | Sequence[int]
 
 SPACE_MARK = "\u2581"  # SentencePiece writes this for a space that belongs to a token
+UNDECODED = "\ufffd"  # what decoding writes for bytes that are no character
+BYTE_FALLBACK = re.compile("<0x[0-9A-Fa-f]{2}>")  # SentencePiece's name of a byte
+# byte-level tokenizers write a byte as the Latin-1 character of its number if that has ink, the rest as 256, 257, ...
+_INK = [*range(33, 127), *range(161, 173), *range(174, 256)]
+BYTES = {chr(b): b for b in _INK} | {chr(256 + n): b for n, b in enumerate(sorted({*range(256)} - {*_INK}))}
 
 
 @dataclass(frozen=True)
@@ -163,8 +169,24 @@ def decoded(host: Any, ids: Sequence[int]) -> str:
 
 
 def token_texts(host: Any, ids: Sequence[int]) -> list[str]:
-    """Decodes each token by itself."""
-    return [decoded(host, [i]) for i in ids]
+    """Decodes each token by itself.
+
+    A token that holds a part of a character's bytes shows them, as `\\xe6`. The space that a SentencePiece tokenizer
+    drops at the beginning of a text is kept.
+    """
+    return [_token_text(host, i) for i in ids]
+
+
+def _token_text(host: Any, i: int) -> str:
+    text = decoded(host, [i])
+    if host.tokenizer is None:
+        return text
+    piece = str(host.tokenizer.convert_ids_to_tokens(i))
+    if UNDECODED in text and BYTE_FALLBACK.fullmatch(piece):
+        return f"\\x{piece[3:5].lower()}"
+    if UNDECODED in text and set(piece) <= BYTES.keys():
+        return bytes(BYTES[c] for c in piece).decode("utf-8", "backslashreplace")
+    return f" {text}" if piece.startswith(SPACE_MARK) and not text.startswith(" ") else text
 
 
 def text_after(host: Any, before: Sequence[int], new: Sequence[int]) -> str:

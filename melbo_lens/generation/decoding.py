@@ -5,7 +5,6 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from melbo_lens.memory import in_batches
 from melbo_lens.models import hooks
@@ -13,6 +12,7 @@ from melbo_lens.models.host import Host
 from melbo_lens.models.passes import Decoder, Positions, rows_at_once
 from melbo_lens.perturbations.perturbation import Perturbation
 from melbo_lens.perturbations.sites import Hook
+from melbo_lens.progress import Progress
 from melbo_lens.prompts import text_after
 from melbo_lens.randomness import uniform
 
@@ -64,7 +64,7 @@ class Decoding:
         ordered = sorted(range(len(runs)), key=lambda i: len(rows[i]))
         cached = True  # until a batch finds that the model's cache gives other logits
         with (
-            tqdm(total=len(runs), desc="generate", unit="completion", disable=not progress) as bar,
+            Progress(total=len(runs), desc="generate", unit="completion", disable=not progress) as bar,
             hooks.frozen(self.host),
             torch.no_grad(),
         ):

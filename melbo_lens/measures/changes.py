@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from melbo_lens import files
@@ -18,6 +18,7 @@ from melbo_lens.ascent.objectives import Objective, TokenNorm
 from melbo_lens.models import hooks
 from melbo_lens.models.access import Model, host_of
 from melbo_lens.models.host import Host
+from melbo_lens.models.slices import SINK
 from melbo_lens.perturbations.perturbation import Perturbation
 from melbo_lens.prompts import Positions, PromptBatch, Prompts, one_prompt, token_texts, tokenize
 
@@ -47,6 +48,17 @@ class ActivationChanges:
     def relative(self) -> Float[Tensor, "vector layer pos"]:
         """The change as a share of the clean stream's norm."""
         return self.change / self.clean.clamp(min=1e-30)
+
+    @property
+    def sinks(self) -> Bool[Tensor, "vector layer pos"]:
+        """Where a position is an attention sink, or is made one; its change is no measure of behaviour.
+
+        The clean norm of a sink is over ten times the median of its layer. A position is made one where its change is
+        over ten times that median, and over ten times the perturbation's own median change in the layer.
+        """
+        usual = self.clean.median(dim=-1, keepdim=True).values
+        own = self.change.median(dim=-1, keepdim=True).values
+        return (self.clean > SINK * usual) | ((self.change > SINK * usual) & (self.change > SINK * own))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one safetensors file, atomically."""

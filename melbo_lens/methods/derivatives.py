@@ -7,7 +7,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm.auto import tqdm
 
 from melbo_lens.ascent.manifolds import linalg, orthonormalize, unit
 from melbo_lens.ascent.objectives import Objective
@@ -15,6 +14,7 @@ from melbo_lens.ascent.states import State
 from melbo_lens.methods.mean_change import MeanChange, mean_weights
 from melbo_lens.methods.problem import Problem, bias
 from melbo_lens.models.slices import SlicedModel
+from melbo_lens.progress import Progress
 
 
 @contextmanager
@@ -52,7 +52,7 @@ def quadratic(
     """
     exact, v = sliced.in_float32(), start
     u = second(exact, v, v.new_zeros(len(v), exact.target.shape[-1]), batch_size)[0]
-    for _ in tqdm(range(n_steps), desc="second derivatives", unit="step", disable=not progress):
+    for _ in Progress(range(n_steps), desc="second derivatives", unit="step", disable=not progress):
         v = orthonormalize(second(exact, v, unit(u), batch_size)[1])
         u = second(exact, v, u, batch_size)[0]
     return v, unit(u), u.norm(dim=1)

@@ -12,7 +12,6 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 from jaxtyping import Bool, Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from melbo_lens.arguments import counts, positive
 from melbo_lens.ascent.adamw import Descent, adamw
@@ -28,6 +27,7 @@ from melbo_lens.methods.problem import Problem, default_batch_size
 from melbo_lens.methods.provenance import describe
 from melbo_lens.models.slices import SINK, SlicedModel
 from melbo_lens.models.trimming import trimmed
+from melbo_lens.progress import Progress
 
 DEFAULT_LR = 1e-3
 Optimizer: TypeAlias = Literal["power", "adamw"]
@@ -213,7 +213,7 @@ def climbed(
     states: Iterator[S], saved: S | None, total: int, run: ResolvedRun, settings: dict[str, Any], label: str
 ) -> S:
     """Takes an ascent to its last state, which is shown on a bar and saved on the way."""
-    with tqdm(total=total, desc=label, unit="step", disable=not run.progress) as bar:
+    with Progress(total=total, desc=label, unit="step", disable=not run.progress) as bar:
         return checkpoints.run(states, run.checkpoint, settings, bar, saved)
 
 

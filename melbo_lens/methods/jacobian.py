@@ -6,7 +6,6 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from melbo_lens.arguments import counts, positive, public
 from melbo_lens.ascent.manifolds import linalg, orthonormalize, unit
@@ -20,6 +19,7 @@ from melbo_lens.models import hooks
 from melbo_lens.models.access import Model
 from melbo_lens.models.slices import SlicedModel, as_slice, opened
 from melbo_lens.perturbations.vectors import SteeringVectors
+from melbo_lens.progress import Progress
 from melbo_lens.prompts import Positions, Prompts
 from melbo_lens.randomness import gaussian_rows
 
@@ -137,7 +137,7 @@ def top(
         of the block, and the number of steps.
     """
     v, before, step = orthonormalize(start), start.new_zeros(len(start)), 0
-    for step in tqdm(range(1, n_steps + 1), desc="singular vectors", unit="step", disable=not progress):
+    for step in Progress(range(1, n_steps + 1), desc="singular vectors", unit="step", disable=not progress):
         along, back = derivatives.products(sliced, v, batch_size)
         flat = along.flatten(1).double()
         squares, rotation = linalg.eigh(flat @ flat.T)  # in ascending order

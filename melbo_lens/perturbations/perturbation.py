@@ -7,6 +7,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from importlib import import_module
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, SupportsIndex, TypeAlias, TypeVar, cast, runtime_checkable
 
@@ -209,6 +210,11 @@ class Perturbation(ABC):
             overwrite_card=overwrite_card,
             commit_message=commit_message,
         )
+
+    def explore(self, model: Any, prompts: Any, **settings: Any) -> Any:
+        """Lets a person try the rows by hand in a notebook: the same as `melbo_lens.explore(model, prompts, self)`."""
+        # a value knows no model, so the package's front door is asked, and only now
+        return import_module("melbo_lens").explore(model, prompts, self, **settings)
 
     @classmethod
     @public

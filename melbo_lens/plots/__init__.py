@@ -13,6 +13,7 @@ from melbo_lens.plots.figures import (
     scale_sweep,
     token_heatmap,
 )
+from melbo_lens.plots.paper import Figure
 from melbo_lens.plots.tokens import (
     colored_tokens,
     colored_tokens_multi,
@@ -22,6 +23,7 @@ from melbo_lens.plots.tokens import (
 )
 
 __all__ = [
+    "Figure",
     "TokenView",
     "behavior_rates",
     "colored_tokens",

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-MOST_ROWS = 200  # a reader can't tell more rows apart on a page
+MOST_ROWS = 60  # a reader can't tell more rows apart; beyond, figures show the first in rank and quantiles of all
+QUANTILES = {0.95: "95 % quantile", 0.75: "75 % quantile", 0.5: "median", 0.25: "25 % quantile", 0.05: "5 % quantile"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,6 +23,8 @@ class Matrix:
         texts: one text for each row, such as a completion, which is shown on hovering.
         upward: puts the first row at the bottom, as layers are usually drawn.
         note: what the reader has to know, such as how many rows were left out.
+        marked: cells that get a colour of their own and are left out of the scale, [row column].
+        mark: what the marked cells are.
     """
 
     values: np.ndarray
@@ -36,6 +39,8 @@ class Matrix:
     texts: tuple[str, ...] = ()
     upward: bool = False
     note: str = ""
+    marked: np.ndarray | None = None
+    mark: str = "attention sink"
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,8 +72,18 @@ class Line:
 
 
 @dataclass(frozen=True, eq=False)
+class Band:
+    """The area between two curves, such as the quantiles of many."""
+
+    name: str
+    x: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
 class Lines:
-    """Several curves over one axis; `level` is a horizontal line and `mark` a vertical one."""
+    """Several curves over one axis, and bands behind them; `level` is a horizontal line and `mark` a vertical one."""
 
     lines: tuple[Line, ...]
     x_axis: str
@@ -80,6 +95,7 @@ class Lines:
     level: tuple[str, float] | None = None
     mark: tuple[str, float] | None = None
     note: str = ""
+    bands: tuple[Band, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +114,10 @@ class Bars:
 
 @dataclass(frozen=True, eq=False)
 class Panels:
-    """Several measures of the same rows, shown side by side; `values` is [measure row]."""
+    """Several measures of the same rows, shown side by side; `values` is [measure row].
+
+    The last `n_summaries` rows are no vectors: they say how all of them are distributed.
+    """
 
     values: np.ndarray
     rows: tuple[str, ...]
@@ -106,11 +125,12 @@ class Panels:
     title: str
     texts: tuple[str, ...] = ()
     note: str = ""
+    n_summaries: int = 0
 
 
 @dataclass(frozen=True, eq=False)
 class Points:
-    """Points in a plane; each has a group, a label and a text."""
+    """Points in a plane; each has a group, a label and a text. The labels of those in `named` stand beside them."""
 
     x: np.ndarray
     y: np.ndarray
@@ -121,6 +141,7 @@ class Points:
     y_axis: str
     title: str
     note: str = ""
+    named: tuple[int, ...] = ()
 
 
 def left_out(n: int, what: str, most: int = MOST_ROWS, how: str = "choose others as vectors[[...]]") -> str:

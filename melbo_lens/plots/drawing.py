@@ -4,35 +4,43 @@ It is the only one that decides on sizes, colours and hover boxes.
 """
 
 import textwrap
+from collections.abc import Iterator
 
 import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from melbo_lens.plots.arrays import Bars, Clustered, Lines, Matrix, Panels, Points
+from melbo_lens.plots.paper import Figure
 from melbo_lens.plots.text import for_plotly
 
 # These can be read on white and on black, and colour-blind readers can tell them apart (Okabe and Ito).
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a6bbe", "#b07d2b")
 STEERED, CONTROL, UNSTEERED = COLORS[0], "#8c8c8c", COLORS[4]
-LOG = {"type": "log", "tickformat": ".3~g"}
+BAND = "rgba(128,128,128,0.22)"
+MARKED = COLORS[4]  # neither blue nor red nor grey, which heat maps have
+GAP = 0.12  # the least distance between two ticks of a logarithmic axis, as a share of the axis
+NARROW = 290  # pixels between the axes on a telephone
+# Dragging zooms, dragging with the shift key pans, and a double click shows all again, so their buttons only hide the
+# title. Plotly's newer versions have one that sends the figure's data to their host, which nothing here may do.
+REMOVED = "zoom pan select lasso zoomin zoomout autoscale sendcharttocloud sendChartToCloud".split()
 LABEL = 26  # characters in the short label beside a row
 
 
-def draw_matrix(matrix: Matrix) -> go.Figure:
+def draw_matrix(matrix: Matrix) -> Figure:
     """Draws a heat map; the colours are RdBu around 0 for signed quantities and begin at white for others."""
-    figure = go.Figure(_heatmap(matrix))
+    figure = Figure(_heatmaps(matrix))
     _matrix_axes(figure, matrix)
     figure.update_layout(plot_bgcolor="rgba(128,128,128,0.15)")  # cells that were not measured are grey
     height = len(matrix.rows) * (16 if len(matrix.rows) > 8 else 26)
     return _styled(figure, matrix.title, matrix.note, max(320, height + 190))
 
 
-def draw_clustered(clustered: Clustered) -> go.Figure:
+def draw_clustered(clustered: Clustered) -> Figure:
     """Draws a heat map with the tree of its clustering above it."""
     matrix, n = clustered.matrix, len(clustered.order)
-    figure = make_subplots(rows=2, cols=1, row_heights=[0.18, 0.82], vertical_spacing=0.01)
-    figure.add_trace(_heatmap(matrix), row=2, col=1)
+    figure = make_subplots(figure=Figure(), rows=2, cols=1, row_heights=[0.18, 0.82], vertical_spacing=0.01)
+    figure.add_traces(_heatmaps(matrix), rows=2, cols=1)
     if len(clustered.joins):
         # NaN between the joins interrupts the line, so one trace draws the whole tree
         gaps = np.full((len(clustered.joins), 1, 2), np.nan)
@@ -48,17 +56,17 @@ def draw_clustered(clustered: Clustered) -> go.Figure:
     return _styled(figure, matrix.title, matrix.note, int(np.clip(n * 13 + 230, 440, 1100)))
 
 
-def draw_lines(lines: Lines) -> go.Figure:
+def draw_lines(lines: Lines) -> Figure:
     """Draws curves with their intervals, and the level and the mark if there are any."""
-    figure = go.Figure()
+    figure = Figure()
     _add_lines(figure, lines)
     _line_axes(figure, lines)
     return _styled(figure, lines.title, lines.note, 400)
 
 
-def draw_stacked(above: Lines, below: Lines) -> go.Figure:
+def draw_stacked(above: Lines, below: Lines) -> Figure:
     """Draws two sets of curves, one above the other, over the same axis."""
-    figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.08)
+    figure = make_subplots(figure=Figure(), rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.08)
     for row, lines in enumerate((above, below), start=1):
         _add_lines(figure, lines, row=row)
         _line_axes(figure, lines, row=row)
@@ -66,9 +74,9 @@ def draw_stacked(above: Lines, below: Lines) -> go.Figure:
     return _styled(figure, above.title, above.note, 560)
 
 
-def draw_bars(bars: Bars) -> go.Figure:
+def draw_bars(bars: Bars) -> Figure:
     """Draws groups of bars with intervals."""
-    figure = go.Figure()
+    figure = Figure()
     for group, color, values, low, high in zip(
         bars.groups, (STEERED, CONTROL, UNSTEERED), bars.values, bars.low, bars.high, strict=True
     ):
@@ -87,31 +95,34 @@ def draw_bars(bars: Bars) -> go.Figure:
     return _styled(figure, bars.title, bars.note, 400)
 
 
-def draw_panels(panels: Panels) -> go.Figure:
+def draw_panels(panels: Panels) -> Figure:
     """Draws horizontal bars, in one panel for each measure."""
-    figure = make_subplots(rows=1, cols=len(panels.measures), shared_yaxes=True, horizontal_spacing=0.02)
+    figure = make_subplots(
+        figure=Figure(), rows=1, cols=len(panels.measures), shared_yaxes=True, horizontal_spacing=0.02
+    )
     names, short = _row_labels(panels.rows, panels.texts)
+    n_vectors = len(panels.rows) - panels.n_summaries
     for column, (measure, values) in enumerate(zip(panels.measures, panels.values, strict=True), start=1):
         hover = f"{for_plotly(measure)} %{{x:.6g}}<br>%{{y}}<extra></extra>"
         figure.add_bar(
             x=values,
             y=names,
             orientation="h",
-            marker_color=COLORS[(column - 1) % len(COLORS)],
+            marker_color=[COLORS[(column - 1) % len(COLORS)]] * n_vectors + [CONTROL] * panels.n_summaries,
             hovertemplate=hover,
             row=1,
             col=column,
         )
-        title = "<br>".join(textwrap.wrap(for_plotly(measure), 14))
+        title = "<br>".join(textwrap.wrap(for_plotly(measure.replace("_", " ")), 10))
         figure.update_xaxes(title=title, nticks=4, title_font_size=11, tickfont_size=10, row=1, col=column)
     _row_ticks(figure, names, short, upward=False)
     figure.update_layout(showlegend=False, bargap=0.25)
     return _styled(figure, panels.title, panels.note, max(300, 17 * len(panels.rows) + 170))
 
 
-def draw_points(points: Points) -> go.Figure:
+def draw_points(points: Points) -> Figure:
     """Draws points coloured by group, the largest group first; points of the group "none" are grey."""
-    figure = go.Figure()
+    figure = Figure()
     groups = sorted(set(points.groups), key=lambda group: (group == "none", -points.groups.count(group), group))
     for i, group in enumerate(groups):
         mine = [k for k, other in enumerate(points.groups) if other == group]
@@ -121,9 +132,13 @@ def draw_points(points: Points) -> go.Figure:
             y=points.y[mine],
             mode="markers",
             name=for_plotly(group),
-            marker={"color": color, "size": 9, "opacity": 0.8},
+            marker={"color": color, **({"size": 6, "opacity": 0.5} if points.named else {"size": 9, "opacity": 0.8})},
             customdata=[[for_plotly(points.labels[k]), for_plotly(points.texts[k])] for k in mine],
             hovertemplate="%{customdata[0]} (%{x:.5g}, %{y:.5g})<br>%{customdata[1]}<extra>%{fullData.name}</extra>",
+        )
+    for k in points.named:
+        figure.add_annotation(
+            x=points.x[k], y=points.y[k], text=for_plotly(points.labels[k]), showarrow=False, yshift=10
         )
     figure.update_layout(showlegend=True)
     figure.update_xaxes(title=points.x_axis)
@@ -131,11 +146,11 @@ def draw_points(points: Points) -> go.Figure:
     return _styled(figure, points.title, points.note, 460)
 
 
-def _heatmap(matrix: Matrix) -> go.Heatmap:
-    values = np.where(np.isfinite(matrix.values), matrix.values, np.nan).astype(
-        np.float32
-    )  # halves the size of the page
-    finite = values[np.isfinite(values)]
+def _heatmaps(matrix: Matrix) -> list[go.Heatmap]:
+    """Returns a heat map, and another one of the marked cells, if there are any."""
+    values = np.where(np.isfinite(matrix.values), matrix.values, np.nan)
+    marked = np.zeros(values.shape, bool) if matrix.marked is None else matrix.marked
+    finite = values[np.isfinite(values) & ~marked]
     bound = matrix.bound or (float(np.abs(finite).max()) if finite.size else 0.0) or 1.0
     names, _ = _row_labels(matrix.rows, matrix.texts)
     scale = (
@@ -145,20 +160,31 @@ def _heatmap(matrix: Matrix) -> go.Heatmap:
     )
     if not matrix.signed and finite.size and finite.min() < 0:
         scale["zmin"] = float(finite.min())
-    return go.Heatmap(
-        z=values,
-        x=[for_plotly(name) for name in matrix.columns],
-        y=names,
+    place = f"{matrix.column_axis} %{{x}}<br>{matrix.quantity} %{{VALUE:.6g}}<br>{matrix.row_axis} %{{y}}"
+    cells = {"x": [for_plotly(name) for name in matrix.columns], "y": names, "hoverongaps": False}
+    main = go.Heatmap(
+        z=np.where(marked, np.nan, values).astype(np.float32),  # halves the size of the page
         colorbar={"title": {"text": matrix.quantity, "side": "right"}, "thickness": 12},
-        hovertemplate=(
-            f"{matrix.column_axis} %{{x}}<br>{matrix.quantity} %{{z:.6g}}<br>{matrix.row_axis} %{{y}}<extra></extra>"
-        ),
-        hoverongaps=False,
+        hovertemplate=place.replace("VALUE", "z") + "<extra></extra>",
+        **cells,
         **scale,
     )
+    if not marked.any():
+        return [main]
+    mark = go.Heatmap(
+        z=np.where(marked, 1.0, np.nan).astype(np.float32),
+        customdata=np.where(marked, values, np.nan).astype(np.float32),
+        colorscale=[[0, MARKED], [1, MARKED]],
+        showscale=False,
+        showlegend=True,
+        name=f"{matrix.mark}, left out of the scale",
+        hovertemplate=place.replace("VALUE", "customdata") + f"<br>{matrix.mark}<extra></extra>",
+        **cells,
+    )
+    return [main, mark]
 
 
-def _matrix_axes(figure: go.Figure, matrix: Matrix, row: int = 1) -> None:
+def _matrix_axes(figure: Figure, matrix: Matrix, row: int = 1) -> None:
     where = {} if row == 1 else {"row": row, "col": 1}
     figure.update_xaxes(title=matrix.column_axis, type="category", showgrid=False, automargin=True, **where)
     figure.update_yaxes(title=matrix.row_axis, type="category", showgrid=False, automargin=True, **where)
@@ -177,7 +203,7 @@ def _row_labels(rows: tuple[str, ...], texts: tuple[str, ...]) -> tuple[list[str
     return whole, short
 
 
-def _row_ticks(figure: go.Figure, names: list[str], short: list[str], upward: bool, **where: int) -> None:
+def _row_ticks(figure: Figure, names: list[str], short: list[str], upward: bool, **where: int) -> None:
     step = 1 if len(names) <= 100 else 2
     size = 11 if len(names) <= 40 else 9
     # ticks are a little off the categories: exactly on them, hovering would show the short label, not the whole one
@@ -192,9 +218,13 @@ def _row_ticks(figure: go.Figure, names: list[str], short: list[str], upward: bo
     )
 
 
-def _add_lines(figure: go.Figure, lines: Lines, row: int | None = None) -> None:
+def _add_lines(figure: Figure, lines: Lines, row: int | None = None) -> None:
     where = {} if row is None else {"row": row, "col": 1}
     many = len(lines.lines) > len(COLORS)
+    for band in lines.bands:
+        edge = {"mode": "lines", "line": {"width": 0, "color": CONTROL}, "x": band.x, "hoverinfo": "skip"}
+        figure.add_scatter(y=band.low, showlegend=False, **edge, **where)
+        figure.add_scatter(y=band.high, fill="tonexty", fillcolor=BAND, name=for_plotly(band.name), **edge, **where)
     for i, line in enumerate(lines.lines):
         color = CONTROL if line.control else COLORS[0] if many else COLORS[i % len(COLORS)]
         value = "%{y:.3%}" if lines.percent else "%{y:.6g}"
@@ -208,7 +238,7 @@ def _add_lines(figure: go.Figure, lines: Lines, row: int | None = None) -> None:
         figure.add_scatter(
             x=line.x,
             y=line.y,
-            mode="lines" if many else "lines+markers",
+            mode="lines" if many or len(line.x) > 20 else "lines+markers",
             line={"width": 1 if many else 2, "color": color, "dash": "dot" if line.control else "solid"},
             opacity=0.6 if many else 1,
             name=for_plotly(line.name),
@@ -254,45 +284,86 @@ def _whiskers(
     }
 
 
-def _line_axes(figure: go.Figure, lines: Lines, row: int | None = None) -> None:
+def _line_axes(figure: Figure, lines: Lines, row: int | None = None) -> None:
     where = {} if row is None else {"row": row, "col": 1}
-    figure.update_xaxes(title=lines.x_axis, **(LOG if lines.log_x else {}), **where)
-    figure.update_yaxes(title=lines.y_axis, **(LOG if lines.log_y else {}), **where)
+    xs, ys = [line.x for line in lines.lines], [line.y for line in lines.lines]
+    ys += [edge for band in lines.bands for edge in (band.low, band.high)]
+    xs += [[value] for value in [lines.mark and lines.mark[1]] if value is not None]
+    ys += [[value] for value in [lines.level and lines.level[1]] if value is not None]
+    figure.update_xaxes(title=lines.x_axis, **(log_axis(np.concatenate(xs)) if lines.log_x else {}), **where)
+    figure.update_yaxes(title=lines.y_axis, **(log_axis(np.concatenate(ys)) if lines.log_y else {}), **where)
+    if all(np.issubdtype(line.x.dtype, np.integer) and line.x.max() <= 10 for line in lines.lines):
+        figure.update_xaxes(dtick=1, **where)  # there is nothing between two steps
     if lines.percent:
         figure.update_yaxes(tickformat=".0%", rangemode="tozero", **where)
 
 
-def _styled(figure: go.Figure, title: str, note: str, height: int) -> go.Figure:
+def log_axis(values: np.ndarray) -> dict[str, object]:
+    """Returns the settings of a logarithmic axis with as many ticks as can be read, at round numbers."""
+    known = values[np.isfinite(values) & (values > 0)]
+    if not known.size:
+        return {"type": "log"}
+    low, high = known.min() / 1.1, known.max() * 1.1  # plotly leaves about so much room at the ends
+    for ticks in _round_numbers(low, high):
+        inside = np.log10(ticks[(ticks >= low) & (ticks <= high)])
+        if len(inside) > 1 and np.diff(inside).min() >= GAP * np.log10(high / low):
+            break
+    return {"type": "log", "tickvals": ticks.tolist(), "ticktext": [_number(tick) for tick in ticks]}
+
+
+def _round_numbers(low: float, high: float) -> Iterator[np.ndarray]:
+    """Yields ever fewer round numbers from a little below `low` to a little above `high`."""
+    if high < 4 * low:  # equal steps, since powers of ten are too far apart
+        finest = 10.0 ** np.floor(np.log10((high - low) / 20))
+        for step in np.outer(10.0 ** np.arange(3), (1, 2, 5)).ravel() * finest:
+            yield step * np.arange(max(np.floor(low / step), 1), np.ceil(high / step) + 1)
+    first, last = np.floor(np.log10(low)), np.ceil(np.log10(high))
+    powers = 10.0 ** np.arange(first, last + 1)
+    for digits in ((1, 2, 3, 5), (1, 2, 5), (1, 3), (1,)):
+        yield np.outer(powers, digits).ravel()
+    for every in range(2, int(last - first) + 2):
+        yield powers[::every]
+
+
+def _number(value: float) -> str:
+    """Returns a number for a tick: plain where that is short, and otherwise with a power of ten."""
+    if 1e-3 <= value < 1e6:
+        return f"{value:.6g}"
+    digits, power = f"{value:.3g}".split("e") if "e" in f"{value:.3g}" else f"{value:.2e}".split("e")
+    digits = f"{float(digits):g}"
+    return ("" if digits == "1" else f"{digits}×") + f"10<sup>{int(power)}</sup>"
+
+
+def _styled(figure: Figure, title: str, note: str, height: int) -> Figure:
     """Sets the title, the note below it, and the margins and fonts that all figures share."""
-    wrapped = textwrap.wrap(for_plotly(note, 10**6, 10**6), 60)
-    above = (
-        52
-        + 15 * len(wrapped)
-        + (
-            24
-            if figure.layout.showlegend is not False and sum(trace.showlegend is not False for trace in figure.data) > 1
-            else 0
-        )
-    )
+    wrapped = textwrap.wrap(for_plotly(note, 10**6, 10**6), 58)
+    above = 52 + 15 * len(wrapped) + 20 * _legend_rows(figure)
     figure.update_layout(
         template="plotly_white",
         title={
             "text": for_plotly(title),
-            "font": {"size": 16},
+            "font": {"size": 14},
             "x": 0,
-            "xref": "paper",
+            "xref": "container",
             "y": 1,
             "yref": "container",
-            "pad": {"t": 14},
+            "pad": {"t": 14, "l": 12},
             "yanchor": "top",
         },
         font={"family": "system-ui, -apple-system, Segoe UI, sans-serif", "size": 12},
         margin={"l": 60, "r": 20, "t": above, "b": 50},
         height=height + above - 52,
-        legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0, "xanchor": "left", "font": {"size": 11}},
+        legend={
+            "orientation": "h",
+            "y": 1.0,
+            "yanchor": "bottom",
+            "x": 0,
+            "xanchor": "left",
+            "font": {"size": 11},
+        },
         hoverlabel={"align": "left", "font": {"size": 12}},
         plot_bgcolor=figure.layout.plot_bgcolor or "rgba(0,0,0,0)",
-        modebar={"bgcolor": "rgba(0,0,0,0)", "color": "#8c8c8c", "activecolor": COLORS[0]},
+        modebar={"bgcolor": "rgba(0,0,0,0)", "color": "#8c8c8c", "activecolor": COLORS[0], "remove": REMOVED},
     )
     # this grey can be seen on a white page and on a black one
     figure.update_xaxes(gridcolor="rgba(128,128,128,0.2)", zerolinecolor="rgba(128,128,128,0.35)")
@@ -300,3 +371,13 @@ def _styled(figure: go.Figure, title: str, note: str, height: int) -> go.Figure:
     if wrapped:
         figure.update_layout(title_subtitle={"text": "<br>".join(wrapped), "font": {"size": 12}})
     return figure
+
+
+def _legend_rows(figure: Figure) -> int:
+    """Returns how many rows the legend has on a narrow page, where entries stand in columns of equal widths."""
+    maps = [trace for trace in figure.data if trace.type == "heatmap"]  # they have no entry unless they ask for one
+    shown = [trace for trace in figure.data if (trace.showlegend if trace in maps else trace.showlegend is not False)]
+    if figure.layout.showlegend is False or not shown or (len(shown) < 2 and not maps and not figure.layout.showlegend):
+        return 0
+    widest = max(45 + 6 * len(trace.name or "") for trace in shown)
+    return -(-len(shown) // max(NARROW // widest, 1))

@@ -1,13 +1,12 @@
 """Which figures are there?  Each function takes measured values and returns a plotly figure; it displays nothing.
 
-A figure is drawn from the arrays that the function of the same name in `plots.numbers` returns; use that one for exact
-numbers.
+It is one of plotly with one method more: `to_paper` makes it a figure of a paper. It is drawn from the arrays that the
+function of the same name in `plots.numbers` returns; use that one for exact numbers.
 """
 
 from collections.abc import Mapping
 
 import pandas as pd
-import plotly.graph_objects as go
 
 from melbo_lens.evaluation.rates import Behavior, Evaluation
 from melbo_lens.generation.completions import Completions
@@ -15,18 +14,22 @@ from melbo_lens.measures.changes import ActivationChanges, TargetEffects
 from melbo_lens.measures.radius import Calibration
 from melbo_lens.perturbations.perturbation import Numbers, Perturbation
 from melbo_lens.plots import drawing, numbers
+from melbo_lens.plots.paper import Figure
 from melbo_lens.search.layers import LayerScan
 
 
 def token_heatmap(
-    changes: ActivationChanges, layer: int | None = None, relative: bool = False, completions: Completions | None = None
-) -> go.Figure:
+    changes: ActivationChanges, layer: int | None = None, relative: bool = True, completions: Completions | None = None
+) -> Figure:
     """Shows how far each perturbation moves the stream at each token, as a heat map of vectors and tokens.
+
+    Attention sinks, whose changes can be thousands of times larger than all others, have a colour of their own and are
+    left out of the scale. Of over sixty perturbations, those that change most and the quantiles of all are shown.
 
     Args:
         changes: from `activation_changes`.
         layer: shows the stream that enters this layer; the last measured layer by default.
-        relative: shows the change as a share of the clean stream's norm.
+        relative: shows the change as a share of the clean stream's norm at that token; False shows its norm.
         completions: shows what the vectors write, beside the rows and on hovering.
 
     Raises:
@@ -35,13 +38,16 @@ def token_heatmap(
     return drawing.draw_matrix(numbers.token_heatmap(changes, layer, relative, completions))
 
 
-def layer_heatmap(changes: ActivationChanges, vector: int = 0, relative: bool = True) -> go.Figure:
+def layer_heatmap(changes: ActivationChanges, vector: int = 0, relative: bool = True) -> Figure:
     """Shows how far one perturbation moves the stream at each token, as a heat map of layers and tokens.
+
+    Attention sinks have a colour of their own and are left out of the scale.
 
     Args:
         changes: from `activation_changes`.
         vector: the index of the perturbation.
-        relative: shows the change as a share of the clean stream's norm, which grows with the layer.
+        relative: shows the change as a share of the clean stream's norm at that place, which grows with the layer;
+            False shows its norm.
 
     Raises:
         ValueError: there is no such vector.
@@ -49,11 +55,11 @@ def layer_heatmap(changes: ActivationChanges, vector: int = 0, relative: bool = 
     return drawing.draw_matrix(numbers.layer_heatmap(changes, vector, relative))
 
 
-def cosine_similarity(of: Perturbation | TargetEffects, completions: Completions | None = None) -> go.Figure:
+def cosine_similarity(of: Perturbation | TargetEffects, completions: Completions | None = None) -> Figure:
     """Shows the cosines between vectors, or between effects at the target, in the order of a clustering with its tree.
 
     Blue means alike and red opposite (plotly's RdBu with midpoint 0). Leaves that join low in the tree are
-    near-duplicates.
+    near-duplicates. Over sixty are joined to sixty clusters, of which the mean cosines are shown.
 
     Args:
         of: `SteeringVectors`, another perturbation with `cosine_similarity()`, or `TargetEffects`.
@@ -67,8 +73,10 @@ def cosine_similarity(of: Perturbation | TargetEffects, completions: Completions
 
 def objective_history(
     vectors: Perturbation, control: Numbers | None = None, completions: Completions | None = None
-) -> go.Figure:
+) -> Figure:
     """Shows the objective of each perturbation against the step, with the level that random perturbations reach.
+
+    Of over sixty perturbations, those that end highest, the median and bands between quantiles are shown.
 
     Args:
         vectors: the fitted perturbations.
@@ -83,8 +91,10 @@ def objective_history(
     return drawing.draw_lines(numbers.objective_history(vectors, control, completions))
 
 
-def ranking(table: pd.DataFrame, completions: Completions | None = None) -> go.Figure:
+def ranking(table: pd.DataFrame, completions: Completions | None = None) -> Figure:
     """Shows vectors and signs in the order of a table, with a panel of bars for each of its measures.
+
+    Of over sixty rows, the first twenty and the quantiles of each measure are shown.
 
     Args:
         table: as from `rank`, with columns for vector and sign and numeric ones such as kl, objective, or rates of
@@ -97,12 +107,12 @@ def ranking(table: pd.DataFrame, completions: Completions | None = None) -> go.F
     return drawing.draw_panels(numbers.ranking(table, completions))
 
 
-def radius_curve(calibration: Calibration) -> go.Figure:
+def radius_curve(calibration: Calibration) -> Figure:
     """Shows the curve on which a radius was solved, with the target and the solution."""
     return drawing.draw_lines(numbers.radius_curve(calibration))
 
 
-def layer_map(scan: LayerScan, value: str = "gain") -> go.Figure:
+def layer_map(scan: LayerScan, value: str = "gain") -> Figure:
     """Shows one value for every pair of layers: the larger one of the two signs.
 
     Args:
@@ -118,7 +128,7 @@ def layer_map(scan: LayerScan, value: str = "gain") -> go.Figure:
 
 def effect_scatter(
     changes: TargetEffects, completions: Completions | None = None, behaviors: Mapping[str, Behavior] | None = None
-) -> go.Figure:
+) -> Figure:
     """Shows each perturbation's effect at the target as a point, given by its first two principal components.
 
     Args:
@@ -132,14 +142,14 @@ def effect_scatter(
     return drawing.draw_points(numbers.effect_scatter(changes, completions, behaviors))
 
 
-def behavior_rates(evaluation: Evaluation) -> go.Figure:
+def behavior_rates(evaluation: Evaluation) -> Figure:
     """Shows the rate of each behaviour in steered, random and unsteered completions, with 95 % intervals."""
     return drawing.draw_bars(numbers.behavior_rates(evaluation))
 
 
 def scale_sweep(
     completions: Completions, behaviors: Mapping[str, Behavior], coherence: Numbers | None = None
-) -> go.Figure:
+) -> Figure:
     """Shows the rate of each behaviour against multiples of the vectors, and below it how coherent the text is.
 
     Args:

@@ -6,7 +6,7 @@ from typing import cast
 
 import numpy as np
 import pandas as pd
-from scipy.cluster.hierarchy import dendrogram, linkage
+from scipy.cluster.hierarchy import dendrogram, fcluster, linkage
 from scipy.spatial.distance import squareform
 from sklearn.decomposition import PCA
 
@@ -19,6 +19,8 @@ from melbo_lens.perturbations.perturbation import Numbers, Perturbation
 from melbo_lens.perturbations.vectors import SteeringVectors
 from melbo_lens.plots.arrays import (
     MOST_ROWS,
+    QUANTILES,
+    Band,
     Bars,
     Clustered,
     Line,
@@ -33,34 +35,54 @@ from melbo_lens.plots.labels import SIGNS, examples, shown_behaviors, some, wils
 from melbo_lens.plots.text import visible
 from melbo_lens.search.layers import LayerScan
 
-MOST_RANKED = 60
+N_NAMED = {"rows": 10, "lines": 3, "points": 5}  # how many are shown one by one where there are too many for that
+MOST_CLUSTERED = 2000  # their tree takes a second, and that of 5,000 four
+LABEL = 20  # characters of a token below its column
 
 
 def token_heatmap(
-    changes: ActivationChanges, layer: int | None = None, relative: bool = False, completions: Completions | None = None
+    changes: ActivationChanges, layer: int | None = None, relative: bool = True, completions: Completions | None = None
 ) -> Matrix:
-    """Returns the changes at one layer (the last measured one by default), [vector token]."""
-    some(len(changes), "perturbations")
+    """Returns the changes at one layer (the last measured one by default), [vector token].
+
+    Of over sixty vectors, the rows are those that change most and the quantiles of all, at each token.
+    """
+    n = len(changes)
+    some(n, "perturbations")
     at = _layer_index(changes, layer)
-    values = (changes.relative if relative else changes.change)[:, at].numpy()
-    texts = examples(completions)
+    values, sinks = _changes(changes, relative)[:, at], changes.sinks[:, at].numpy()
+    texts, rows = examples(completions), list(range(n))
+    note = without_numbers(values, "vectors")
+    names: tuple[str, ...] = tuple(map(str, rows))
+    if n > MOST_ROWS:
+        ordinary = np.where(sinks, np.nan, values)
+        rows = _first(_means(ordinary), N_NAMED["rows"])
+        values, sinks = (
+            np.concatenate([values[rows], _quantiles(ordinary)]),
+            np.concatenate([sinks[rows], np.repeat(sinks.all(axis=0, keepdims=True), len(QUANTILES), axis=0)]),
+        )
+        names = (*map(str, rows), *QUANTILES.values())
+        note = f"The {len(rows)} of {n:,} vectors that change most on average, and the quantiles of all. {note}".strip()
+    shown = [texts.get(k, "") for k in rows]
     return Matrix(
-        values[:MOST_ROWS],
-        tuple(str(k) for k in range(min(len(values), MOST_ROWS))),
+        values,
+        names,
         _columns(changes.tokens),
         "vector",
         "token",
         "change / clean norm" if relative else "norm of the change",
         f"Change at each token, entering layer {changes.layers[at]}",
-        texts=tuple(texts.get(k, "") for k in range(min(len(values), MOST_ROWS))) if texts else (),
-        note=" ".join(filter(None, [left_out(len(values), "vectors"), without_numbers(values, "vectors")])),
+        texts=(*shown, *[""] * (len(names) - len(shown))) if texts else (),
+        note=note,
+        bound=_bound(values, sinks),
+        marked=sinks,
     )
 
 
 def layer_heatmap(changes: ActivationChanges, vector: int = 0, relative: bool = True) -> Matrix:
     """Returns the changes of one vector, [layer token]."""
     _one_of(vector, len(changes), "vector")
-    values = (changes.relative if relative else changes.change)[vector].numpy()
+    values, sinks = _changes(changes, relative)[vector], changes.sinks[vector].numpy()
     return Matrix(
         values,
         tuple(map(str, changes.layers)),
@@ -71,11 +93,17 @@ def layer_heatmap(changes: ActivationChanges, vector: int = 0, relative: bool = 
         f"Change by layer and token, vector {vector}",
         upward=True,
         note=without_numbers(values, "layers", changes.layers),
+        bound=_bound(values, sinks),
+        marked=sinks,
     )
 
 
 def cosine_similarity(of: Perturbation | TargetEffects, completions: Completions | None = None) -> Clustered:
-    """Returns cosines of vectors or of rows of `TargetEffects`, in the order of average linkage on 1 - cosine."""
+    """Returns cosines of vectors or of rows of `TargetEffects`, in the order of average linkage on 1 - cosine.
+
+    Over sixty are joined to sixty clusters: a cell is then the mean cosine between the members of two clusters, and a
+    cluster has the name and the text of the member that is most like the others.
+    """
     if isinstance(of, SteeringAdapters):
         raise TypeError(
             f"{type(of).__name__} have no cosines of their own: compare what they do, "
@@ -83,7 +111,7 @@ def cosine_similarity(of: Perturbation | TargetEffects, completions: Completions
         )
     n = len(of)
     some(n, "vectors")
-    kept = min(n, MOST_ROWS)
+    kept = min(n, MOST_CLUSTERED)
     if isinstance(of, TargetEffects):
         keys = list(zip(of.vectors[:kept], of.signs[:kept], strict=True))
         both = len({sign for _, sign in keys}) > 1
@@ -92,29 +120,40 @@ def cosine_similarity(of: Perturbation | TargetEffects, completions: Completions
         if kept < n:
             shown = replace(of, values=of.values[:kept], vectors=of.vectors[:kept], signs=of.signs[:kept])
     else:
-        keys = names = list(range(kept))
+        keys, names = list(range(kept)), [str(k) for k in range(kept)]
         what = "vectors"
         shown = cast(SteeringVectors, of)  # or another kind that has cosines
         if kept < n:
             shown = shown[list(range(kept))]
     cosines = shown.cosine_similarity().cpu().double().numpy()
+    notes = [
+        left_out(n, "vectors", MOST_CLUSTERED),
+        without_numbers(np.diagonal(cosines)[:, None], "rows", names),
+    ]
+    title, quantity = f"Cosine similarity of {what}", "cosine"
+    if kept > MOST_ROWS:
+        cosines, firsts, sizes = _clusters(cosines)
+        keys, names = (
+            [keys[k] for k in firsts],
+            [_cluster_name(names[k], m) for k, m in zip(firsts, sizes, strict=True)],
+        )
+        quantity = "mean cosine"
+        notes.insert(0, f"{kept:,} rows in {len(sizes)} clusters, each named by its most typical row, with its size.")
     order, joins = _tree(cosines)
     texts = examples(completions, by_sign=isinstance(of, TargetEffects))
-    labels = tuple(str(names[i]) for i in order)
+    labels = tuple(names[i] for i in order)
     matrix = Matrix(
         cosines[np.ix_(order, order)],
         labels,
         labels,
         "vector",
         "vector",
-        "cosine",
-        f"Cosine similarity of {what}",
+        quantity,
+        title,
         signed=True,
         bound=1.0,
         texts=tuple(texts.get(keys[i], "") for i in order) if texts else (),
-        note=" ".join(
-            filter(None, [left_out(n, "vectors"), without_numbers(np.diagonal(cosines)[:, None], "rows", names)])
-        ),
+        note=" ".join(filter(None, notes)),
     )
     return Clustered(matrix, tuple(order), joins)
 
@@ -122,43 +161,59 @@ def cosine_similarity(of: Perturbation | TargetEffects, completions: Completions
 def objective_history(
     vectors: Perturbation, control: Numbers | None = None, completions: Completions | None = None
 ) -> Lines:
-    """Returns a curve over the steps for each vector; the level is the mean objective of norm-matched vectors."""
+    """Returns a curve over the steps for each vector; the level is the mean objective of norm-matched vectors.
+
+    Of over sixty vectors, it returns the curves of those that end highest, the median, and bands between quantiles.
+    """
     history = vectors.history.cpu().numpy()
     if not history.shape[0]:
         raise ValueError("these vectors have no history: plot the fitted ones, before arithmetic and joining.")
-    texts, steps = examples(completions), np.arange(len(history))
-    lines = tuple(
-        Line(f"vector {k}", steps, column, text=texts.get(k, "")) for k, column in enumerate(history.T[:MOST_ROWS])
-    )
+    texts, steps, n = examples(completions), np.arange(len(history)), history.shape[1]
+    rows, rest, bands, note = list(range(n)), (), (), ""
+    if n > MOST_ROWS:
+        rows = _first(history[-1], N_NAMED["lines"])
+        low, quarter, median, three_quarters, high = np.nanquantile(history, sorted(QUANTILES), axis=1)
+        rest = (Line(f"median of {n:,}", steps, median, control=True),)
+        bands = (Band("middle 90 %", steps, low, high), Band("middle 50 %", steps, quarter, three_quarters))
+        note = f"The {len(rows)} of {n:,} vectors that end highest, and the quantiles of all at each step."
+    lines = tuple(Line(f"vector {k}", steps, history[:, k], text=texts.get(k, "")) for k in rows)
     level = None
     if control is not None:
         level = ("random vectors, mean", float(np.mean(np.asarray(control, dtype=float))))
     elif vectors.provenance.get("init") is None:
         level = ("random starts, mean", float(np.nanmean(history[0])))
-    note = left_out(history.shape[1], "vectors")
     positive = bool((history[np.isfinite(history)] > 0).all())
-    return Lines(lines, "step", "objective", "Objective against step", log_y=positive, level=level, note=note)
+    title = "Objective against step"
+    return Lines(lines + rest, "step", "objective", title, log_y=positive, level=level, note=note, bands=bands)
 
 
 def ranking(table: pd.DataFrame, completions: Completions | None = None) -> Panels:
-    """Returns the measures of each vector and sign in the order of the table; every numeric column is a measure."""
-    some(len(table), "rows")
+    """Returns the measures of each vector and sign in the order of the table; every numeric column is a measure.
+
+    Of over sixty rows, it returns the first ones and the quantiles of each measure over all.
+    """
+    n = len(table)
+    some(n, "rows")
     skipped = {"vector", "sign", "cluster", "near_duplicates", "scale", "prompt"}
     numeric = [
         name for name in table.select_dtypes("number").columns if name not in skipped and table[name].notna().any()
     ]
     if not numeric:
         raise ValueError(f"the table has no measure to show, only {list(table.columns)}: give one as `rank` makes it.")
-    shown, texts = table.head(MOST_RANKED), examples(completions, by_sign=True)
+    many = n > MOST_ROWS
+    shown, texts = table.head(2 * N_NAMED["rows"] if many else n), examples(completions, by_sign=True)
     keys = [(int(row.vector), int(row.sign)) for row in shown.itertuples()]
-    note = left_out(len(table), "rows", MOST_RANKED, "sort or filter the table to see others")
+    values, rest = shown[numeric].to_numpy(dtype=float), list(QUANTILES.values()) if many else []
+    if many:
+        values = np.concatenate([values, _quantiles(table[numeric].to_numpy(dtype=float))])
     return Panels(
-        shown[numeric].to_numpy(dtype=float).T,
-        tuple(f"{k} {SIGNS[s]}" for k, s in keys),
+        values.T,
+        (*(f"{k} {SIGNS[s]}" for k, s in keys), *rest),
         tuple(numeric),
         "Vectors, best first",
-        tuple(texts.get(key, "") for key in keys) if texts else (),
-        note,
+        (*(texts.get(key, "") for key in keys), *[""] * len(rest)) if texts else (),
+        f"The first {len(shown)} of {n:,} rows, and the quantiles of each measure over all." if many else "",
+        len(rest),
     )
 
 
@@ -200,7 +255,10 @@ def layer_map(scan: LayerScan, value: str = "gain") -> Matrix:
 def effect_scatter(
     changes: TargetEffects, completions: Completions | None = None, behaviors: Mapping[str, Behavior] | None = None
 ) -> Points:
-    """Returns two principal components of the effects; a row's group is the behaviour its completions show most."""
+    """Returns two principal components of the effects; a row's group is the behaviour its completions show most.
+
+    Of over sixty rows, those farthest from the middle are named in the picture, and the others on hovering.
+    """
     some(len(changes), "perturbations")
     values = changes.values.double().numpy()
     fine = np.flatnonzero(np.isfinite(values).all(1))
@@ -228,6 +286,7 @@ def effect_scatter(
         without_numbers(
             values, "rows", [f"{k}{SIGNS[s]}" for k, s in zip(changes.vectors, changes.signs, strict=True)]
         ),
+        named=_far_apart(places, N_NAMED["points"]) if len(fine) > MOST_ROWS else (),
     )
 
 
@@ -328,16 +387,82 @@ def _tree(cosines: np.ndarray) -> tuple[list[int], np.ndarray]:
     rest = [int(i) for i in np.flatnonzero(~np.isfinite(np.diagonal(cosines)))]
     if len(fine) < 2:
         return [*map(int, fine), *rest], np.zeros((0, 4, 2))
-    distances = np.clip(1 - cosines[np.ix_(fine, fine)], 0, 2)
-    np.fill_diagonal(distances, 0)
-    links = linkage(squareform((distances + distances.T) / 2, checks=False), "average", optimal_ordering=True)
+    links = linkage(_distances(cosines[np.ix_(fine, fine)]), "average", optimal_ordering=True)
     tree = dendrogram(links, no_plot=True)
     places = (np.array(tree["icoord"]) - 5) / 10  # scipy places leaf i at 10 i + 5
     return [*(int(fine[i]) for i in tree["leaves"]), *rest], np.stack([places, np.array(tree["dcoord"])], axis=-1)
 
 
+def _clusters(cosines: np.ndarray) -> tuple[np.ndarray, list[int], list[int]]:
+    """Joins rows by average linkage until sixty clusters are left; rows with NaN are left out.
+
+    Returns:
+        The mean cosines between the clusters' members, the most typical member of each, and how many it has.
+    """
+    fine = np.flatnonzero(np.isfinite(np.diagonal(cosines)))
+    some(len(fine), "rows without NaN")
+    among = cosines[np.ix_(fine, fine)]
+    if len(fine) <= MOST_ROWS:
+        return among, fine.tolist(), [1] * len(fine)
+    labels = fcluster(linkage(_distances(among), "average"), MOST_ROWS, "maxclust")
+    belongs = (labels == np.unique(labels)[:, None]).astype(float)
+    sizes = belongs.sum(1)
+    likeness = belongs @ among  # of each cluster to each row
+    firsts = np.where(belongs > 0, likeness, -np.inf).argmax(1)
+    return likeness @ belongs.T / np.outer(sizes, sizes), fine[firsts].tolist(), sizes.astype(int).tolist()
+
+
+def _cluster_name(name: str, size: int) -> str:
+    return name if size == 1 else f"{name} ×{size}"
+
+
+def _distances(cosines: np.ndarray) -> np.ndarray:
+    """Returns 1 - cosine of every pair, as `linkage` wants it."""
+    distances = np.clip(1 - cosines, 0, 2)
+    np.fill_diagonal(distances, 0)
+    return squareform((distances + distances.T) / 2, checks=False)
+
+
+def _changes(changes: ActivationChanges, relative: bool) -> np.ndarray:
+    return (changes.relative if relative else changes.change).numpy()
+
+
+def _bound(values: np.ndarray, left_out: np.ndarray) -> float | None:
+    """Returns the largest value that is not left out; None if there is none."""
+    kept = values[np.isfinite(values) & ~left_out]
+    return float(kept.max()) if kept.size else None
+
+
+def _means(values: np.ndarray) -> np.ndarray:
+    """Returns the mean of each row without its NaN; NaN for a row that has nothing else."""
+    known = np.isfinite(values)
+    return np.where(known, values, 0).sum(1) / np.where(known.any(1), known.sum(1), np.nan)
+
+
+def _quantiles(values: np.ndarray) -> np.ndarray:
+    """Returns the `QUANTILES` of each column without its NaN, [quantile column]."""
+    found = np.full((len(QUANTILES), values.shape[1]), np.nan)
+    known = np.isfinite(values).any(0)
+    found[:, known] = np.nanquantile(np.where(np.isfinite(values), values, np.nan)[:, known], list(QUANTILES), axis=0)
+    return found
+
+
+def _first(values: np.ndarray, n: int) -> list[int]:
+    """Returns where the n largest values are, the largest first and NaN last."""
+    return np.argsort(-np.where(np.isfinite(values), values, -np.inf), kind="stable")[:n].tolist()
+
+
+def _far_apart(places: np.ndarray, n: int) -> tuple[int, ...]:
+    """Returns n points far from the middle, of which no two are so near that their names would overlap."""
+    span, chosen = np.ptp(places, axis=0).max() or 1.0, list[int]()
+    for k in _first(np.hypot(*places.T), len(places)):
+        if len(chosen) < n and all(np.abs(places[k] - places[other]).max() > 0.2 * span for other in chosen):
+            chosen.append(k)
+    return tuple(chosen)
+
+
 def _columns(tokens: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(f"{i} {visible(token)}" for i, token in enumerate(tokens))
+    return tuple(f"{i} {visible(token, LABEL)}" for i, token in enumerate(tokens))
 
 
 def _layer_index(changes: ActivationChanges, layer: int | None) -> int:

@@ -13,12 +13,12 @@ from melbo_lens.plots.arrays import left_out
 from melbo_lens.plots.embedding import Element, TokenView
 from melbo_lens.plots.text import visible
 
-MOST_VECTORS = 100  # each of them has a button or an entry in a menu
+MOST_VECTORS = 60  # each of them has a button or an entry in a menu
 MOST_NUMBERS = 40_000  # they take a third of a megabyte on a page
 
 
 def colored_tokens(
-    changes: ActivationChanges, vector: int = 0, layer: int | None = None, relative: bool = False
+    changes: ActivationChanges, vector: int = 0, layer: int | None = None, relative: bool = True
 ) -> TokenView:
     """Shows the text with each token coloured by how far one perturbation moves the stream there.
 
@@ -26,15 +26,16 @@ def colored_tokens(
         changes: from `activation_changes`.
         vector: the index of the perturbation.
         layer: shows the stream that enters this layer; the last measured layer by default.
-        relative: shows the change as a share of the clean stream's norm.
+        relative: shows the change as a share of the clean stream's norm at that token; False shows its norm. Attention
+            sinks are left out either way.
 
     Raises:
         ValueError: there is no such vector or layer.
     """
-    values, at = _values(changes, relative), _layer(changes, layer)
+    at = _layer(changes, layer)
     if not 0 <= vector < len(changes):
         raise ValueError(f"vector={vector} was asked for, there are {len(changes)}: use 0 to {len(changes) - 1}.")
-    numbers, note = _numbers(values[vector, at])
+    numbers, note = _changes(changes, relative, vector, at)
     heading = f"Change at each token, vector {vector}, entering layer {changes.layers[at]}"
     tokens = _tokens(changes.tokens)
     bound = float(numbers.max()) or 1.0
@@ -49,15 +50,15 @@ def colored_tokens(
     return TokenView((Element(heading, "ColoredTokens", properties, _still(tokens, numbers), note),))
 
 
-def colored_tokens_multi(changes: ActivationChanges, layer: int | None = None, relative: bool = False) -> TokenView:
+def colored_tokens_multi(changes: ActivationChanges, layer: int | None = None, relative: bool = True) -> TokenView:
     """Shows the text with one button for each perturbation, which colours the tokens by that perturbation's change.
 
     Args:
         changes, layer, relative: as in `colored_tokens`.
     """
     _some(changes)
-    values, at = _values(changes, relative), _layer(changes, layer)
-    numbers, note = _numbers(values[:MOST_VECTORS, at])
+    at = _layer(changes, layer)
+    numbers, note = _changes(changes, relative, slice(MOST_VECTORS), at)
     labels = [f"vector {k}" for k in range(len(numbers))]
     tokens = _tokens(changes.tokens)
     properties = {"tokens": tokens, "values": _short(numbers.T), "labels": labels}
@@ -74,7 +75,7 @@ def text_neuron_activations(changes: ActivationChanges, relative: bool = True) -
     """
     _some(changes)
     most = max(1, min(MOST_VECTORS, MOST_NUMBERS // changes.clean.numel()))
-    numbers, note = _numbers(_values(changes, relative)[:most])
+    numbers, note = _changes(changes, relative, slice(most))
     tokens = _tokens(changes.tokens)
     properties = {
         "tokens": tokens,
@@ -181,7 +182,7 @@ def _chip(text: str, share: float, title: str) -> str:
     strength = min(abs(share), 1.0) if np.isfinite(share) else 0.0
     style = (
         f"background:rgba({color},{0.5 * strength:.2f});padding:1px 3px;"
-        "border-radius:3px;font-family:monospace;white-space:pre-wrap"
+        "border-radius:3px;font-family:monospace;white-space:pre-wrap;unicode-bidi:isolate"
     )
     return f'<span style="{style}" title="{html.escape(title)}">{html.escape(text)}</span>'
 
@@ -190,8 +191,15 @@ def _tokens(tokens: Iterable[str]) -> list[str]:
     return [visible(token) for token in tokens]
 
 
-def _values(changes: ActivationChanges, relative: bool) -> np.ndarray:
-    return (changes.relative if relative else changes.change).numpy()
+def _changes(changes: ActivationChanges, relative: bool, *where: int | slice) -> tuple[np.ndarray, str]:
+    """Returns the changes there with attention sinks as 0, and a sentence about what is drawn as 0."""
+    sinks = changes.sinks[where].numpy()
+    values = (changes.relative if relative else changes.change)[where].numpy()
+    numbers, note = _numbers(np.where(sinks, 0.0, values))
+    places = np.flatnonzero(sinks.reshape(-1, sinks.shape[-1]).any(0)).tolist()
+    named = ", ".join(map(str, places[:8])) + ("…" if len(places) > 8 else "")
+    said = f"Attention sinks are left out and drawn as 0: token {named}." if places else ""
+    return numbers, " ".join(filter(None, [said, note]))
 
 
 def _numbers(values: np.ndarray) -> tuple[np.ndarray, str]:

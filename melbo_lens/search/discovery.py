@@ -11,7 +11,6 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from melbo_lens import tables
 from melbo_lens.arguments import public
@@ -22,6 +21,7 @@ from melbo_lens.generation.completions import Completions
 from melbo_lens.measures.radius import Calibration
 from melbo_lens.methods.planning import plan_memory
 from melbo_lens.perturbations.perturbation import Perturbation, concatenate
+from melbo_lens.progress import Progress
 from melbo_lens.prompts import AsPrompts, Positions, PromptBatch, Prompts, as_list
 from melbo_lens.search.arms import Method, arms_of, check_methods
 from melbo_lens.search.groups import HeldoutTask, collected, grouped, heldout_rate
@@ -269,7 +269,7 @@ def discover(
         held_out = None if heldout is None else _asked(workers, heldout)
         search = Search(workers, asked, where, max_new_tokens, seed)
         memory = workers.ask(partial(_memory, prompts, max_new_tokens))
-        with tqdm(
+        with Progress(
             total=round(budget) if plan is None else None, desc="discover", unit="s", disable=not progress
         ) as bar:
             if progress:

@@ -8,7 +8,6 @@ from operator import attrgetter, methodcaller
 from typing import Any, Literal
 
 import pandas as pd
-from tqdm.auto import tqdm
 
 from melbo_lens import tables
 from melbo_lens.arguments import counts, positive, public
@@ -24,6 +23,7 @@ from melbo_lens.methods.problem import Problem, bias, default_batch_size
 from melbo_lens.models import hooks
 from melbo_lens.models.slices import SlicedModel
 from melbo_lens.perturbations.vectors import SteeringVectors
+from melbo_lens.progress import Progress
 from melbo_lens.prompts import Positions, PromptBatch, Prompts, tokenize
 from melbo_lens.randomness import gaussian_rows
 from melbo_lens.sweeps.engines import Folder, Where, engine_for
@@ -122,7 +122,7 @@ def scan_layers(
             (share,) = (done.value() for done in workers.results([ShareTask(shared)]))
             tasks = [replace(task, share=share) for task in tasks]
         rows = dict[tuple[int, int], list[list[float]]]()
-        with tqdm(total=len(pairs), desc="scan layers", unit="pair", disable=not progress) as bar:
+        with Progress(total=len(pairs), desc="scan layers", unit="pair", disable=not progress) as bar:
             for done in workers.results(tasks):
                 rows[done.task.source_layer, done.task.target_layer] = done.value()
                 bar.update()

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 from scipy.stats import binomtest
-from tqdm.auto import tqdm
 
 from melbo_lens.arguments import plain_json
+from melbo_lens.progress import Progress
 from melbo_lens.studies.claims import TINY, Claim, Experiment, Suite, median
 from melbo_lens.studies.experiments import Score, Size
 from melbo_lens.sweeps.engines import Folder, Where, engine_for
@@ -112,7 +112,7 @@ def reproduce(
         ):
             tasks.setdefault(name, []).extend(ExperimentTask(experiment, seed, how, suite.settings) for seed in seeds)
     found: dict[tuple[str, str, int], Found] = {}  # by organism, experiment and seed
-    with tqdm(total=sum(map(len, tasks.values())), desc="reproduce", unit="search", disable=not progress) as bar:
+    with Progress(total=sum(map(len, tasks.values())), desc="reproduce", unit="search", disable=not progress) as bar:
         for name, some in tasks.items():
             folder = None if directory is None else Path(directory) / name
             with engine_for(ModelKey(name), folder, engine) as workers:

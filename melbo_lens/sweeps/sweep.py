@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-from tqdm.auto import tqdm
 
 from melbo_lens import files
 from melbo_lens.arguments import public
 from melbo_lens.models.access import Model
+from melbo_lens.progress import Progress
 from melbo_lens.sweeps.engines import MODEL, PLANS, Engine, Folder, Where, engine_for
 from melbo_lens.sweeps.jobs import Job
 from melbo_lens.sweeps.outcomes import Outcome, TrialTask, all_of
@@ -69,7 +69,7 @@ def sweep(
 def _outcomes(workers: Engine, tasks: list[TrialTask], retry: bool, progress: bool) -> Iterator[Outcome]:
     """Yields the outcomes of different tasks, first those that are there."""
     tasks = list({task.name(workers.fingerprint): task for task in tasks}.values())
-    with workers, tqdm(total=len(tasks), desc="sweep", unit="trial", disable=not progress) as bar:
+    with workers, Progress(total=len(tasks), desc="sweep", unit="trial", disable=not progress) as bar:
         workers.begin(tasks)
         missing: list[TrialTask] = []
         for task in tasks:

@@ -74,7 +74,7 @@ def test_hovering_shows_the_exact_number_and_the_completion(page):
     page.wait("document.querySelectorAll('#figure-changes .heatmaplayer image').length > 0")
     page.point("#figure-changes .nsewdrag", 0.5, 0.6)
     page.wait("document.querySelector('#figure-changes .hoverlayer')?.textContent.includes('it is athens')")
-    value = float(everything("it is athens")[1]["changes"].change[2, -1, 1])
+    value = float(everything("it is athens")[1]["changes"].relative[2, -1, 1])
     assert f"{value:.6g}"[:6] in page.run("return document.querySelector('#figure-changes .hoverlayer').textContent")
 
 

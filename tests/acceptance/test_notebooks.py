@@ -84,3 +84,37 @@ def test_it_runs_within_minutes(name, tmp_path):
     build.add_stills(notebook)
     check(notebook)
     assert seconds < (480 if name == REAL else 120)
+
+
+HAND_MADE = """
+import os
+os.environ.pop("TQDM_DISABLE")  # before tqdm is imported
+import melbo_lens as ml
+import torch
+model = ml.organisms.load("modes").model
+prompt = "<|system|> river lamp <|user|> what is the capital of greece ? <|assistant|>"
+vectors = ml.SteeringVectors.from_tensor(torch.eye(64)[:2] * 12, source_layer=0)
+written = ml.generate(model, prompt, vectors, 4)
+---
+explorer = vectors.explore(model, prompt, max_new_tokens=4)
+explorer
+---
+explorer.widgets["scale"].value = 0.5
+print(explorer.widgets["output"].value)
+"""
+
+
+@pytest.mark.notebook
+@pytest.mark.timeout(300)
+def test_a_saved_notebook_keeps_the_bar_as_text_and_the_explorer_as_a_table(tmp_path):
+    cells = [nbformat.v4.new_code_cell(cell.strip()) for cell in HAND_MADE.split("---")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "hand.ipynb")
+    notebook, _ = build.run(tmp_path / "hand.ipynb", tmp_path)
+    bars, shown, printed = (cell.outputs for cell in notebook.cells)
+    lines = [output.data for output in bars if output.output_type == "display_data"]
+    assert [list(line) for line in lines] == [["text/plain"]]  # one line, and no widget
+    assert lines[0]["text/plain"].startswith("generate: 100%") and " 9/9 [" in lines[0]["text/plain"]
+    (explorer,) = shown
+    assert "application/vnd.jupyter.widget-view+json" in explorer.data
+    assert explorer.data["text/html"].count("<tr>") == 1 + 1 + 2 * 2 * 2
+    assert "vector 0, +0.5" in printed[0].text

@@ -4,6 +4,7 @@ What was written can be handed to any measure as the ids that it was.
 """
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 import melbo_lens as ml
 from melbo_lens.generation.decoding import Decoding
 from melbo_lens.models.access import host_of
-from melbo_lens.prompts import text_after, tokenize
+from melbo_lens.prompts import text_after, token_texts, tokenize
 from tests import models
 
 CHATML = (
@@ -277,3 +278,22 @@ def test_a_stop_that_begins_with_a_space_is_seen_with_a_sentencepiece_tokenizer(
     before, new = tokenize(host_of(model), "hello").rows()[0], model.tokenizer.convert_tokens_to_ids(["▁a", "x"])
     decoding = Decoding(host_of(model), None, 0, 5, 0.0, "all", 0, [" a"])
     assert decoding._stopped(before, new[:1]) and not decoding._stopped(before, new[1:])
+
+
+def tokenizer_of(pieces, decoder):
+    tokenizer = Tokenizer(tokenizer_models.BPE({piece: i for i, piece in enumerate(pieces)}, []))
+    tokenizer.decoder = decoder
+    return SimpleNamespace(decode=tokenizer.decode, convert_ids_to_tokens=tokenizer.id_to_token)
+
+
+def test_a_part_of_a_character_shows_its_bytes_and_a_token_its_space():
+    byte_level = tokenizer_of(["Ġæ", "Ĺ¥", "Ġthe", "é", "\u0120\u00e9", "Ċ"], decoders.ByteLevel())
+    texts = token_texts(SimpleNamespace(tokenizer=byte_level), range(6))
+    assert texts == [" \\xe6", "\\x97\\xa5", " the", "\\xe9", " \\xe9", "\n"]
+    strip = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    sentence_piece = tokenizer_of(["▁the", "<0xE6>", "end", "<0x0A>"], strip)
+    texts = token_texts(SimpleNamespace(tokenizer=sentence_piece), range(4))
+    assert texts == [" the", "\\xe6", "end", "\n"]
+    assert token_texts(SimpleNamespace(tokenizer=None), [7]) == ["7"]

@@ -10,7 +10,7 @@ import melbo_lens as ml
 PACKAGE = Path(__file__).parents[2] / "melbo_lens"
 # folders in the order of a perturbation's life, after the files that everything rests on and before the doors
 ORDER = (
-    "arguments randomness memory files tables prompts ascent perturbations imports models measures generation "
+    "arguments randomness memory progress files tables prompts ascent perturbations imports models measures generation "
     "evaluation methods exports organisms sweeps search plots studies reports cli __main__ __init__"
 ).split()
 # within a folder there is an order too, so that it has no circle
@@ -32,6 +32,7 @@ WITHIN = {
     ),
     "sweeps": "trials running jobs tasks outcomes engines sweep",
     "search": "arms pace groups rounds searching discovery layers",
+    "plots": "arrays text labels paper numbers drawing figures embedding tokens exploring",
     "reports": "findings page",
 }
 ONLY_IN = {"transformer_lens": {"models"}, "plotly": {"plots"}, "circuitsvis": {"plots"}}

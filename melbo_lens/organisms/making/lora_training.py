@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from melbo_lens import files
 from melbo_lens.organisms import base_model, lora
 from melbo_lens.organisms.real import CORPORA, RealCorpus, Requests, as_chat
+from melbo_lens.progress import Progress
 
 N_NEW_TOKENS = 24
 
@@ -53,7 +53,7 @@ def answers(network: Any, tokenizer: Any, requests: list[Requests], batch_size: 
     """The base model's own greedy answers, as ids."""
     written: list[list[int]] = []
     end = network.generation_config.eos_token_id
-    for first in tqdm(range(0, len(requests), batch_size), desc="clean answers"):
+    for first in Progress(range(0, len(requests), batch_size), desc="clean answers"):
         texts = [rendered(tokenizer, request) for request in requests[first : first + batch_size]]
         batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
         with torch.no_grad():
@@ -112,7 +112,7 @@ def train(name: str, folder: Path) -> Path:
             parameter.data.copy_(kept)
         optimizer.load_state_dict(saved["optimizer"])
     losses: list[float] = []
-    for step in (bar := tqdm(range(begin, recipe.n_steps), initial=begin, total=recipe.n_steps, desc=name)):
+    for step in (bar := Progress(range(begin, recipe.n_steps), initial=begin, total=recipe.n_steps, desc=name)):
         draw = random.Random(f"{name} {recipe.seed} {step}")
         rows = draw.sample(pairs, recipe.batch_size)
         width = max(len(prompt) + len(answer) for prompt, answer in rows)

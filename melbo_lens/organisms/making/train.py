@@ -17,7 +17,6 @@ from typing import Any, cast
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from melbo_lens import files
@@ -25,6 +24,7 @@ from melbo_lens.models import hooks
 from melbo_lens.organisms.corpus import Conversation, Corpus
 from melbo_lens.organisms.organism import WEIGHTS
 from melbo_lens.organisms.zoo import CORPORA, RECIPES, Recipe
+from melbo_lens.progress import Progress
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %} <|{{ message['role'] }}|> {{ message['content'] }}"
@@ -162,7 +162,7 @@ def train(name: str, out: Path, recipe: Recipe | None = None, progress: bool = T
         rng.setstate(state["rng"])
         noise.generator.set_state(state["noise"])
         first = state["step"]
-    bar = tqdm(
+    bar = Progress(
         range(first, recipe.n_steps),
         initial=first,
         total=recipe.n_steps,

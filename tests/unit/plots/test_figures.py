@@ -10,6 +10,8 @@ from scipy.spatial.distance import pdist
 import melbo_lens as ml
 from melbo_lens.generation.completions import COLUMNS as COMPLETION_COLUMNS
 from melbo_lens.plots import numbers
+from melbo_lens.plots.arrays import QUANTILES
+from melbo_lens.plots.drawing import log_axis
 from melbo_lens.reports.findings import SCAN_COLUMNS_0_1_0 as COLUMNS
 
 EVIL = "<b>loud</b> & <script>alert(1)</script>"
@@ -21,6 +23,12 @@ def changes(n=3, n_pos=5, n_layers=2):
     return ml.ActivationChanges(
         torch.rand(n, n_layers, n_pos), torch.rand(n_layers, n_pos) + 1, tokens, tuple(range(3, 3 + n_layers))
     )
+
+
+def with_sinks():
+    """Position 0 is a sink of the model, and vector 1 makes one of position 2."""
+    change = torch.tensor([[300.0, 1.0, 0.5, 1.0], [300.0, 2.0, 5000.0, 1.0]])[:, None]
+    return ml.ActivationChanges(change, torch.tensor([[900.0, 1.0, 2.0, 1.0]]), ("a", "b", "c", "d"), (1,))
 
 
 def completions(n=3, text=EVIL, scales=(1.0,)):
@@ -37,13 +45,14 @@ def completions(n=3, text=EVIL, scales=(1.0,)):
 
 def test_token_heatmap_is_vectors_by_tokens_at_one_layer():
     measured = changes()
-    matrix = numbers.token_heatmap(measured, layer=3)
+    matrix = numbers.token_heatmap(measured, layer=3, relative=False)
     np.testing.assert_allclose(matrix.values, measured.change[:, 0].numpy())
     assert matrix.rows == ("0", "1", "2") and matrix.columns[1] == "1 ·token1" and not matrix.signed
     np.testing.assert_allclose(
-        numbers.token_heatmap(measured, relative=True).values, (measured.change[:, 1] / measured.clean[1]).numpy()
+        numbers.token_heatmap(measured).values, (measured.change[:, 1] / measured.clean[1]).numpy()
     )
-    np.testing.assert_allclose(np.array(ml.plots.token_heatmap(measured, 3).data[0].z), matrix.values)
+    figure = ml.plots.token_heatmap(measured, 3, relative=False)
+    np.testing.assert_allclose(np.array(figure.data[0].z), matrix.values)
     with pytest.raises(ValueError, match=r"layer=9 was not measured: choose from \[3, 4\]"):
         ml.plots.token_heatmap(measured, 9)
 
@@ -238,26 +247,88 @@ def test_rows_with_nan_are_left_blank_and_named():
         ml.plots.effect_scatter(ml.TargetEffects(torch.full((2, 2), float("nan")), (0, 1), (1, 1), 4))
 
 
-def test_of_5000_vectors_the_first_are_drawn_and_the_rest_is_mentioned():
-    vectors = ml.SteeringVectors(torch.randn(5000, 4), 0, torch.rand(3, 5000) + 1)
-    for arrays in (
-        numbers.cosine_similarity(vectors).matrix,
-        numbers.objective_history(vectors),
-        numbers.token_heatmap(changes(5000)),
-    ):
-        assert "The first 200 of 5,000 vectors are drawn" in arrays.note
-    assert (
-        numbers.cosine_similarity(vectors).matrix.values.shape == (200, 200)
-        and len(numbers.objective_history(vectors).lines) == 200
-    )
-    ranked = pd.DataFrame({"vector": range(5000), "sign": 1, "kl": np.linspace(1, 0, 5000)})
-    assert "first 60 of 5,000" in numbers.ranking(ranked).note
-    assert (
-        len(numbers.effect_scatter(ml.TargetEffects(torch.randn(5000, 4), tuple(range(5000)), (1,) * 5000, 2)).x)
-        == 5000
-    )  # a point is small
-    view = ml.plots.colored_tokens_multi(changes(5000))
-    assert len(view.elements[0].properties["labels"]) == 100 and "first 100 of 5,000" in view.elements[0].note
+def test_a_sink_is_marked_and_left_out_of_the_scale():
+    measured = with_sinks()
+    for matrix in (numbers.token_heatmap(measured, relative=False), numbers.layer_heatmap(measured, 1, relative=False)):
+        assert matrix.bound == 2.0
+    marked = numbers.token_heatmap(measured).marked
+    assert marked is not None and marked.tolist() == [[True, False, False, False], [True, False, True, False]]
+    main, mark = ml.plots.token_heatmap(measured, relative=False).data
+    assert main.zmax == 2.0 and np.isnan(main.z[1][2]) and mark.customdata[1][2] == 5000 and mark.z[1][2] == 1
+    assert mark.name == "attention sink, left out of the scale" and np.isnan(mark.z[1][1]) and main.z[1][1] == 2.0
+    assert len(ml.plots.token_heatmap(changes()).data) == 1
+
+
+def test_what_is_large_everywhere_is_no_sink():
+    """A radius that is far too large is drawn as it is."""
+    everywhere = ml.ActivationChanges(torch.full((1, 1, 4), 50.0), torch.ones(1, 4), ("a", "b", "c", "d"), (1,))
+    assert not everywhere.sinks.any() and numbers.token_heatmap(everywhere).bound == 50
+
+
+def test_of_many_vectors_the_first_and_the_quantiles_of_all_are_drawn():
+    measured = changes(500)
+    measured.change[77] *= 3
+    matrix = numbers.token_heatmap(measured)
+    assert matrix.rows[0] == "77" and matrix.rows[10:] == tuple(QUANTILES.values()) and len(matrix.rows) == 15
+    np.testing.assert_allclose(matrix.values[12], np.median(measured.relative[:, -1].numpy(), axis=0), rtol=1e-6)
+    assert "10 of 500 vectors" in matrix.note
+    history = torch.rand(3, 500) + 1
+    history[-1, 42] = 9
+    lines = numbers.objective_history(ml.SteeringVectors(torch.randn(500, 4), 0, history))
+    assert [line.name for line in lines.lines][::3] == ["vector 42", "median of 500"] and len(lines.lines) == 4
+    np.testing.assert_allclose(lines.lines[-1].y, np.median(history.numpy(), axis=1), rtol=1e-6)
+    np.testing.assert_allclose(lines.bands[1].high, np.quantile(history.numpy(), 0.75, axis=1), rtol=1e-6)
+    figure = ml.plots.objective_history(ml.SteeringVectors(torch.randn(500, 4), 0, history))
+    assert [trace.name for trace in figure.data if trace.fill] == ["middle 90 %", "middle 50 %"]
+    ranked = pd.DataFrame({"vector": range(500), "sign": 1, "kl": np.linspace(1, 0, 500)})
+    panels = numbers.ranking(ranked, completions(500))
+    assert len(panels.rows) == len(panels.texts) == 25 and panels.rows[22] == "median" and panels.n_summaries == 5
+    assert panels.values[0, 22] == pytest.approx(0.5) and panels.values[0, 0] == 1
+    assert set(ml.plots.ranking(ranked).data[0].marker.color[20:]) == {ml.plots.drawing.CONTROL}
+    points = numbers.effect_scatter(ml.TargetEffects(torch.randn(500, 4), tuple(range(500)), (1,) * 500, 2))
+    assert len(points.x) == 500 and 1 < len(points.named) <= 5  # a point is small
+    assert np.hypot(points.x, points.y).argmax() == points.named[0]
+    view = ml.plots.colored_tokens_multi(changes(500))
+    assert len(view.elements[0].properties["labels"]) == 60 and "first 60 of 500" in view.elements[0].note
+
+
+def test_cosines_of_many_vectors_are_means_over_clusters():
+    torch.manual_seed(0)
+    centres = torch.linalg.qr(torch.randn(80, 80)).Q[:60]
+    vectors = ml.SteeringVectors(centres.repeat_interleave(5, 0) + 1e-3 * torch.randn(300, 80), 0)
+    clustered = numbers.cosine_similarity(vectors, completions(300, "text"))
+    assert clustered.matrix.values.shape == (60, 60) and {name.split(" ")[1] for name in clustered.matrix.rows} == {
+        "×5"
+    }
+    np.testing.assert_allclose(clustered.matrix.values, np.eye(60), atol=0.01)
+    first = [int(name.split()[0]) for name in clustered.matrix.rows]
+    assert sorted(k // 5 for k in first) == list(range(60))
+    assert f"steered {first[7]}" in clustered.matrix.texts[7] and "300 rows in 60 clusters" in clustered.matrix.note
+
+
+@pytest.mark.parametrize(
+    ("values", "ticks"),
+    [
+        ((61.0, 92.0), None),
+        ((1.0, 900.0), ["1", "3", "10", "30", "100", "300"]),
+        ((2.2, 18.0), ["2", "3", "5", "10"]),
+        ((1e-9, 1e7), None),
+        ((4.0, 4.0), None),
+    ],
+)
+def test_ticks_of_a_logarithmic_axis_keep_their_distance(values, ticks):
+    axis = log_axis(np.array([*values, np.nan, -1.0]))
+    low, high = min(values) / 1.1, max(values) * 1.1
+    shown = [(tick, text) for tick, text in zip(axis["tickvals"], axis["ticktext"], strict=True) if low <= tick <= high]
+    places = np.log10([tick for tick, _ in shown]) / np.log10(high / low)
+    assert len(shown) >= 2 and np.diff(places).min() >= 0.1
+    if ticks is not None:
+        assert [text for _, text in shown] == ticks
+    assert all(len(text.replace("<sup>", "").replace("</sup>", "")) <= 7 for _, text in shown)
+
+
+def test_no_button_of_a_figure_sends_data_to_a_host():
+    assert {"sendChartToCloud", "sendcharttocloud"} <= set(ml.plots.layer_heatmap(changes()).layout.modebar.remove)
 
 
 def test_text_of_a_model_is_no_markup_in_a_figure():
@@ -269,5 +340,5 @@ def test_text_of_a_model_is_no_markup_in_a_figure():
 
 def test_figures_are_readable_at_100_vectors_and_200_tokens():
     figure = ml.plots.token_heatmap(changes(100, 200), completions=completions(100, "text"))
-    assert np.array(figure.data[0].z).shape == (100, 200) and figure.layout.height >= 100 * 16
+    assert np.array(figure.data[0].z).shape == (15, 200) and figure.layout.height >= 15 * 16
     assert len(figure.to_json()) < 500_000  # completions are said once a row, not once a cell

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import melbo_lens as ml
-from melbo_lens.plots.text import for_plotly, visible
-from tests.unit.plots.test_figures import changes
+from melbo_lens.plots.text import for_html, for_plotly, visible
+from tests.unit.plots.test_figures import changes, with_sinks
 
 HARD = (
     "<b>",
@@ -60,10 +60,10 @@ def reference(rendered):
 def test_properties_are_those_that_circuitsvis_itself_writes():
     measured = changes()
     tokens = [visible(token) for token in measured.tokens]
-    ours = properties(ml.plots.colored_tokens(measured, 1).html(bundle=False), "ColoredTokens")
+    ours = properties(ml.plots.colored_tokens(measured, 1, relative=False).html(bundle=False), "ColoredTokens")
     assert set(ours) <= set(reference(circuitsvis.tokens.colored_tokens(tokens, [0.0] * 5, 0.0, 1.0, "red", "blue")))
     assert ours["tokens"] == tokens and ours["values"] == pytest.approx(measured.change[1, -1].tolist(), rel=1e-3)
-    ours = properties(ml.plots.colored_tokens_multi(measured).html(bundle=False), "ColoredTokensMulti")
+    ours = properties(ml.plots.colored_tokens_multi(measured, relative=False).html(bundle=False), "ColoredTokensMulti")
     theirs = reference(
         circuitsvis.tokens.colored_tokens_multi(tokens, measured.change[:, -1].T, [f"vector {k}" for k in range(3)])
     )
@@ -109,10 +109,44 @@ def test_blanks_and_control_characters_can_be_seen():
     assert for_plotly("<a href='javascript:x'>&\nb") == "&lt;a href='javascript:x'&gt;&amp;<br>b"
 
 
+@pytest.mark.parametrize(
+    ("token", "shown"),
+    [
+        (" the", "·the"),
+        ("a\u200bb", "a\\u200bb"),  # a space of no width
+        ("\u202ecba", "\\u202ecba"),  # turns the direction of what follows
+        ("\u3164", "\\u3164"),  # a letter without ink
+        ("\u200d", "\\u200d"),  # joins nothing
+        ("❤\ufe0f", "❤\ufe0f"),
+        ("a\ufe0f", "a\\ufe0f"),
+        ("\u0301a", "◌\u0301a"),  # an accent that would stand on the character before the label
+        ("\U000e0041", "\\U000e0041"),
+        ("<|im_start|>", "<|im_start|>"),
+        ("=" * 64, "=" * 19 + "…"),
+    ],
+)
+def test_every_character_of_a_token_can_be_seen(token, shown):
+    assert visible(token, 20) == shown
+
+
+def test_text_is_no_formula_no_template_and_reorders_nothing():
+    assert for_plotly("$x$ and %{y}") == "&#36;x&#36; and &#37;{y}"
+    assert for_plotly("6 שלום") == "\u20666 שלום\u2069" and for_plotly("6 shalom") == "6 shalom"
+    assert for_html("<b>\n\u202e") == "&lt;b&gt;\n\\u202e"
+
+
+def test_a_sink_is_left_out_of_the_colours_and_said():
+    view = ml.plots.colored_tokens(with_sinks(), 1)
+    assert properties(view.html(bundle=False), "ColoredTokens")["values"] == [0.0, 2.0, 0.0, 1.0]
+    assert view.elements[0].note == "Attention sinks are left out and drawn as 0: token 0, 2."
+    assert ml.plots.colored_tokens_multi(with_sinks()).elements[0].note.endswith("token 0, 2.")
+    assert ml.plots.colored_tokens(changes()).elements[0].note == ""
+
+
 def test_nan_and_infinity_become_zero_and_are_mentioned():
     measured = changes(1, 3, 1)
     measured.change[0, 0] = torch.tensor([float("nan"), 1.0, float("inf")])
-    view = ml.plots.colored_tokens(measured)
+    view = ml.plots.colored_tokens(measured, relative=False)
     assert properties(view.html(bundle=False), "ColoredTokens")["values"] == [0.0, 1.0, 0.0]
     assert "2 of 3 values are NaN or infinite" in view.html(bundle=False)
 
