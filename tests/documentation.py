@@ -2,10 +2,15 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+from typer.testing import CliRunner
+
+from melbo_lens.cli import app
 from tests.readme import ROOT
 
 DOCS = ROOT / "docs"
@@ -23,15 +28,24 @@ def pages(wanted: str = "") -> list[str]:
     return [str(page.relative_to(DOCS)) for page in sorted(DOCS.rglob("*.md")) if blocks(page, wanted)]
 
 
-def run(page: str, folder: Path, wanted: str = "") -> None:
-    """Runs the blocks of a page as a person would who pastes one after another, in one folder and one session."""
-    names: dict[str, object] = {}
+def run(page: str, folder: Path, wanted: str = "") -> dict[str, Any]:
+    """Runs the blocks of a page as a person would who pastes one after another, and returns the names of the session.
+
+    The folder must be the present one.
+    """
+    names: dict[str, Any] = {}
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for language, code in blocks(DOCS / page, wanted):
         if language == "python":
             exec(compile(code, f"docs/{page}", "exec"), names)
             continue
+        if all(line.startswith("melbo-lens ") and not re.search("[&|<>]", line) for line in code.splitlines()):
+            for line in code.splitlines():  # within this process, which has torch loaded
+                said = CliRunner().invoke(app, shlex.split(line, comments=True)[1:])
+                assert said.exit_code == 0, (line, said.output)
+            continue
         done = subprocess.run(
             ["bash", "-c", COMMAND + code], cwd=folder, env=environment, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, (code, done.stdout, done.stderr)
+    return names

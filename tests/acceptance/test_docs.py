@@ -6,6 +6,7 @@ import re
 import pytest
 
 import melbo_lens as ml
+from melbo_lens import exports
 from tests import documentation, readme
 
 REFERENCE = "\n".join(page.read_text() for page in sorted((documentation.DOCS / "reference").glob("*.md")))
@@ -51,13 +52,23 @@ def test_every_table_stands_on_a_page():
 
 def test_the_reference_has_every_public_name():
     named = set(re.findall(r"^::: melbo_lens\.([\w.]+)$", REFERENCE, re.MULTILINE))
-    homes = {f"{home}.{name}" for name, home in ml._HOME_OF.items()}
-    homes |= {f"{home}.{name}" for name, home in ((name, getattr(ml.plots, name).__module__) for name in ml.plots.__all__)
-              } if False else set()
-    assert homes <= named, sorted(homes - named)
+    assert not {f"{home}.{name}" for name, home in ml._HOME_OF.items()} - named
+    for module in (ml.plots, ml.organisms):
+        home = module.__name__.removeprefix("melbo_lens.")
+        assert {name.split(".")[-1] for name in named if name.startswith(f"{home}.")} >= set(module.__all__)
+    exporters = {name.split(".")[1] for name in named if re.fullmatch(r"exports\.\w+\.to_\w+", name)}
+    assert exporters == set(exports.OURS.values())
 
 
 @pytest.mark.parametrize("page", readme.pages(), ids=lambda page: page.name)
 def test_every_file_to_which_a_page_links_exists(page):
     for name in re.findall(r"\]\(((?!http|#)[^)#]+)", page.read_text()):
         assert (page.parent / name).exists(), name
+
+
+def test_the_architecture_of_the_package_is_told_with_files_that_exist():
+    text = (documentation.DOCS / "architecture.md").read_text()
+    files = re.findall(r"`([\w/]+(?:\.py|/))`", text)
+    assert len(files) > 20
+    for file in files:
+        assert (readme.ROOT / "melbo_lens" / file).exists(), file
