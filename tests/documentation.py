@@ -1,4 +1,4 @@
-"""What do the pages of docs/ hold that must stay true?  Blocks of code that run, links, and what the reference names."""
+"""Which blocks of code are on the pages of docs/, and how are they run?"""
 
 import os
 import re

@@ -230,7 +230,8 @@ def peers() -> str:
         ),
         (
             "`power` against AdamW: objective (median, worst) and how much sooner than whole forward passes, at least",
-            f"{power['objective_median']:.2f}, {power['objective_worst']:.2f}; {power['times_textbook_least']:.0f} times",
+            f"{power['objective_median']:.2f}, {power['objective_worst']:.2f}; "
+            f"{power['times_textbook_least']:.0f} times",
         ),
     ]
     lines = [f"On SmolLM2-135M ({results['machine']}):", "", "| what | measured |", "|---|---|"]

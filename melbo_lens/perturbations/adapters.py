@@ -108,7 +108,17 @@ class SteeringAdapters(Perturbation):
         source_layer: int,
         scale: float = 1.0,
     ) -> "SteeringAdapters":
-        """Wraps factors that were made elsewhere; 2-D factors are one adapter."""
+        """Wraps factors that were made elsewhere; 2-D factors are one adapter.
+
+        Args:
+            a: what reads the activation that enters the weights.
+            b: what writes to their output.
+            source_layer: the block whose MLP output weights are updated.
+            scale: the number that multiplies every update.
+
+        Raises:
+            ValueError: the factors are not finite, or don't fit each other.
+        """
         a, b = (factor[None] if factor.ndim == 2 else factor for factor in (a, b))
         return cls(
             {source_layer: (a, b)},

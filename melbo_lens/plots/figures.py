@@ -29,6 +29,9 @@ def token_heatmap(
         relative: shows the change as a share of the clean stream's norm.
         completions: shows what the vectors write, beside the rows and on hovering.
 
+    Returns:
+        The figure, which is not shown by itself.
+
     Raises:
         ValueError: there is nothing to draw, or the layer was not measured.
     """
@@ -42,6 +45,9 @@ def layer_heatmap(changes: ActivationChanges, vector: int = 0, relative: bool = 
         changes: from `activation_changes`.
         vector: the index of the perturbation.
         relative: shows the change as a share of the clean stream's norm, which grows with the layer.
+
+    Returns:
+        The figure, which is not shown by itself.
 
     Raises:
         ValueError: there is no such vector.
@@ -58,6 +64,9 @@ def cosine_similarity(of: Perturbation | TargetEffects, completions: Completions
     Args:
         of: `SteeringVectors`, another perturbation with `cosine_similarity()`, or `TargetEffects`.
         completions: shows what the vectors write, on hovering.
+
+    Returns:
+        The figure, which is not shown by itself.
 
     Raises:
         TypeError: the perturbations have no cosines, as adapters have none.
@@ -76,6 +85,9 @@ def objective_history(
             the random starts.
         completions: shows what the vectors write, on hovering.
 
+    Returns:
+        The figure, which is not shown by itself.
+
     Raises:
         ValueError: the vectors have no history, because they were derived, or were joined from histories of different
             lengths.
@@ -91,6 +103,9 @@ def ranking(table: pd.DataFrame, completions: Completions | None = None) -> go.F
             behaviours.
         completions: shows what the vectors write, beside the rows and on hovering.
 
+    Returns:
+        The figure, which is not shown by itself.
+
     Raises:
         ValueError: the table has no row or no measure.
     """
@@ -98,7 +113,14 @@ def ranking(table: pd.DataFrame, completions: Completions | None = None) -> go.F
 
 
 def radius_curve(calibration: Calibration) -> go.Figure:
-    """Shows the curve on which a radius was solved, with the target and the solution."""
+    """Shows the curve on which a radius was solved, with the target and the solution.
+
+    Args:
+        calibration: from `calibrate_radius`, or the `edge` of a search.
+
+    Returns:
+        The figure, which is not shown by itself.
+    """
     return drawing.draw_lines(numbers.radius_curve(calibration))
 
 
@@ -109,6 +131,9 @@ def layer_map(scan: LayerScan, value: str = "gain") -> go.Figure:
         scan: from `scan_layers`.
         value: "gain" (the objective divided by that of random vectors), or one of the table's columns: "objective",
             "kl", "entropy", "radius".
+
+    Returns:
+        The figure, which is not shown by itself.
 
     Raises:
         ValueError: there is no pair, or the value is unknown.
@@ -126,6 +151,9 @@ def effect_scatter(
         completions: shows what the vectors write, on hovering.
         behaviors: colours each point by the behaviour that most completions of that vector and sign show.
 
+    Returns:
+        The figure, which is not shown by itself.
+
     Raises:
         ValueError: there is nothing to draw.
     """
@@ -133,7 +161,14 @@ def effect_scatter(
 
 
 def behavior_rates(evaluation: Evaluation) -> go.Figure:
-    """Shows the rate of each behaviour in steered, random and unsteered completions, with 95 % intervals."""
+    """Shows the rate of each behaviour in steered, random and unsteered completions, with 95 % intervals.
+
+    Args:
+        evaluation: from `evaluate`.
+
+    Returns:
+        The figure, which is not shown by itself.
+    """
     return drawing.draw_bars(numbers.behavior_rates(evaluation))
 
 
@@ -147,5 +182,8 @@ def scale_sweep(
         behaviors: name -> regular expression or function of the text.
         coherence: the mean log-probability of each completion under the unsteered model, as from `coherence`. Without
             it, the share of different words is shown, which falls where a text repeats itself.
+
+    Returns:
+        The figure, which is not shown by itself.
     """
     return drawing.draw_stacked(*numbers.scale_sweep(completions, behaviors, coherence))

@@ -28,6 +28,9 @@ def colored_tokens(
         layer: shows the stream that enters this layer; the last measured layer by default.
         relative: shows the change as a share of the clean stream's norm.
 
+    Returns:
+        The view, which shows itself in a notebook; `save` writes it as a file that opens offline.
+
     Raises:
         ValueError: there is no such vector or layer.
     """
@@ -54,6 +57,9 @@ def colored_tokens_multi(changes: ActivationChanges, layer: int | None = None, r
 
     Args:
         changes, layer, relative: as in `colored_tokens`.
+
+    Returns:
+        The view, which shows itself in a notebook; `save` writes it as a file that opens offline.
     """
     _some(changes)
     values, at = _values(changes, relative), _layer(changes, layer)
@@ -71,6 +77,9 @@ def text_neuron_activations(changes: ActivationChanges, relative: bool = True) -
 
     Args:
         changes, relative: as in `colored_tokens`.
+
+    Returns:
+        The view, which shows itself in a notebook; `save` writes it as a file that opens offline.
     """
     _some(changes)
     most = max(1, min(MOST_VECTORS, MOST_NUMBERS // changes.clean.numel()))
@@ -102,6 +111,9 @@ def token_log_probs(expected: NextTokens, conditions: Iterable[int] | None = Non
     Args:
         expected: from `next_tokens`.
         conditions: indices of the conditions to show; the first four by default, of which the first is unsteered.
+
+    Returns:
+        The view, which shows itself in a notebook; `save` writes it as a file that opens offline.
 
     Raises:
         ValueError: the text has one token only, so nothing predicts it.
@@ -139,6 +151,9 @@ def top_tokens(table: pd.DataFrame, most: int = MOST_VECTORS) -> TokenView:
     Args:
         table: from `melbo_lens.top_tokens`.
         most: how many rows to show.
+
+    Returns:
+        The view, which shows itself in a notebook; `save` writes it as a file that opens offline.
 
     Raises:
         ValueError: the table has no row.
