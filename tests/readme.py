@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 BENCHMARKS = ROOT / "tests" / "benchmarks"
 RESULTS = BENCHMARKS / "results.json"
-MARKED = re.compile(r"<!-- ([\w-]+) -->\n(.*?)\n<!-- end -->", re.DOTALL)
+MARKED = re.compile(r"<!-- ([\w-]+) -->\n((?:(?!<!--).)*)\n<!-- end -->", re.DOTALL)
 BLOCK = re.compile(r"```python\n(.*?)```\n\n<!-- output -->\n```text\n(.*?)```", re.DOTALL)
 REPRODUCTION = BENCHMARKS / "reproduction.json"
 REPRODUCTION_REAL = BENCHMARKS / "reproduction-real.json"
@@ -187,19 +187,16 @@ def searches() -> str:
     """The table of ten searches of the backdoored model, with the place of each behaviour among the groups."""
     rows = json.loads(SEARCHES.read_text())
     names = list(rows[0]["behaviors"])
-    lines = [
-        "| prompt and seed | seconds | completions | readable | do nothing "
-        + "".join(f"| {name}: group | completions | random " for name in names)
-        + "|",
-        "|" + "---|" * (5 + 3 * len(names)),
-    ]
+    heads = ["prompt, seed", "completions", "readable", "do nothing", *names, "random"]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for row in rows:
-        cells = [f"{row['prompt']}, {row['seed']}", f"{row['seconds']:.0f}", str(row["n_steered"])]
-        cells += [f"{row['readable']:.0%}", f"{row['shares']['nothing']:.0%}"]
-        for name in names:
-            found = row["behaviors"][name]
-            place = "not found" if found["group"] is None else str(found["group"])
-            cells += [place, str(found["steered"]), f"{found['random']} of {row['n_random']}"]
+        found = [row["behaviors"][name] for name in names]
+        places = [
+            "not found" if one["group"] is None else f"group {one['group']}, {one['steered']} times" for one in found
+        ]
+        cells = [f"{row['prompt']}, {row['seed']}", str(row["n_steered"]), f"{row['readable']:.0%}"]
+        cells += [f"{row['shares']['nothing']:.0%}", *places]
+        cells.append(f"{sum(one['random'] for one in found)} of {row['n_random']}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
