@@ -39,10 +39,13 @@ def run(page: str, folder: Path, wanted: str = "") -> dict[str, Any]:
         if language == "python":
             exec(compile(code, f"docs/{page}", "exec"), names)
             continue
-        if all(line.startswith("melbo-lens ") and not re.search("[&|<>]", line) for line in code.splitlines()):
-            for line in code.splitlines():  # within this process, which has torch loaded
-                said = CliRunner().invoke(app, shlex.split(line, comments=True)[1:])
-                assert said.exit_code == 0, (line, said.output)
+        lines = [list(shlex.shlex(line, posix=True, punctuation_chars=True)) for line in code.splitlines()]
+        if all(
+            words[0] == "melbo-lens" and not any(re.fullmatch("[&|<>;]+", word) for word in words) for words in lines
+        ):
+            for words in lines:  # within this process, which has torch loaded
+                said = CliRunner().invoke(app, words[1:])
+                assert said.exit_code == 0, (words, said.output)
             continue
         done = subprocess.run(
             ["bash", "-c", COMMAND + code], cwd=folder, env=environment, capture_output=True, text=True, check=False
