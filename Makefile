@@ -61,7 +61,7 @@ look: $(VENV)/.installed
 # the pages in docs/ as a site in build/site, which opens from a disk as well; it reads the sources and runs nothing
 .venv-docs/.installed: requirements-docs.lock
 	$(PYTHON) -m venv .venv-docs
-	.venv-docs/bin/python -m pip install -q --disable-pip-version-check -r requirements-docs.lock
+	.venv-docs/bin/python -m pip install -q --disable-pip-version-check --no-deps --no-compile -r requirements-docs.lock
 	@touch $@
 
 docs: .venv-docs/.installed
