@@ -174,10 +174,12 @@ class SteeringAdapters(Perturbation):
 
     @property
     def A(self) -> Float[Tensor, "adapter rank d_in"]:
+        """What reads the activation that enters the weights; only adapters of a single layer have one A."""
         return self._only()[0]
 
     @property
     def B(self) -> Float[Tensor, "adapter d_model rank"]:
+        """What writes to the output of the weights; only adapters of a single layer have one B."""
         return self._only()[1]
 
     @property
@@ -203,10 +205,12 @@ class SteeringAdapters(Perturbation):
 
     @property
     def rank(self) -> int:
+        """The rank of each update."""
         return next(iter(self.factors.values()))[0].shape[1]
 
     @property
     def d_model(self) -> int:
+        """The width of the stream."""
         return next(iter(self.factors.values()))[1].shape[1]
 
     def row_hooks(self, index: Sequence[int], coefficients: Float[Tensor, " row"]) -> list[Hook]:

@@ -130,6 +130,7 @@ class SteeringVectors(Perturbation):
 
     @property
     def d_model(self) -> int:
+        """The width of the stream."""
         return self.values.shape[1]
 
     @property
@@ -144,6 +145,7 @@ class SteeringVectors(Perturbation):
 
     @property
     def hook_name(self) -> str:
+        """The name of the hook at which the vectors are added."""
         return site_of(self.site).hook_name(self.source_layer)
 
     def row_hooks(self, index: Sequence[int], coefficients: Float[Tensor, " row"]) -> list[Hook]:
