@@ -1,7 +1,6 @@
 """Will it fit?  Bytes for a fit and for writing are measured with one row, before they are spent on many."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import pandas as pd
 import torch
@@ -14,7 +13,7 @@ from melbo_lens.models.access import Model, host_of
 from melbo_lens.models.host import Host
 from melbo_lens.models.passes import Decoder
 from melbo_lens.models.slices import KEPT_BYTES
-from melbo_lens.models.tally import Unknown, counted, stored_bytes
+from melbo_lens.models.tally import Tally, Unknown, stored_bytes, weights_of
 from melbo_lens.models.targets import target_of
 
 WRITTEN_AT_ONCE = 256  # the default of `generate`
@@ -149,8 +148,8 @@ def plan_memory(
     written = min(written_at_once or WRITTEN_AT_ONCE, 2 * n_vectors * n_prompts)
     full = cache * (n_tokens + max_new_tokens)
     return MemoryPlan(
-        weights=stored_bytes(_tensors(host)),
-        slice_weights=stored_bytes(x for block in host.blocks[source_layer:last] for x in _of(block)),
+        weights=stored_bytes(x for network in host.networks for x in weights_of(network)),
+        slice_weights=stored_bytes(x for block in host.blocks[source_layer:last] for x in weights_of(block)),
         kept_per_row=kept,
         fit_rows=rows,
         fit=clean + state + rows * (most + 3 * stream),
@@ -165,24 +164,15 @@ def _writing(host: Host, n_tokens: int) -> tuple[int, int, int]:
     """Measures the writing of one row: the most that its first pass holds, what a step adds, and a token's cache."""
     decoder = Decoder(host, [[0] * n_tokens], lambda rows: [])
     with torch.no_grad():
-        with counted() as tally:
+        with Tally() as tally:
             logits = decoder.first()
             del logits
             held = tally.live
             most = tally.peak
-        with counted() as tally:
+        with Tally() as tally:
             decoder.step(torch.zeros(1, 1, dtype=torch.long, device=host.device))
             more = tally.peak
     return most, max(0, more - held), held // n_tokens
-
-
-def _tensors(host: Host) -> Any:
-    return (x for network in host.networks for x in _of(network))
-
-
-def _of(module: torch.nn.Module) -> Any:
-    yield from torch.nn.Module.parameters(module)
-    yield from torch.nn.Module.buffers(module)
 
 
 def in_words(n_bytes: int) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from melbo_lens.models.hooks import attached, frozen, watched, without_reason
 from melbo_lens.models.host import Host
-from melbo_lens.models.tally import counted
+from melbo_lens.models.tally import Tally
 from melbo_lens.perturbations.sites import Hook
 
 
@@ -155,7 +155,7 @@ def bytes_of_row(
     with frozen(host), torch.enable_grad():
         for call, stream in zip(calls, streams, strict=False):
             row = stream[:1].detach().clone().requires_grad_()
-            with counted() as tally:
+            with Tally() as tally:
                 after = call(row, first, n_prompts)
                 kept.append(tally.live)
                 torch.autograd.grad(after, row, torch.ones_like(after))

@@ -119,7 +119,7 @@ class Decoder:
             here, there = (
                 place.to(activation.device) if isinstance(place, Tensor) else place for place in (rows, position)
             )
-            return activation[here, there][:, None]
+            return activation[here, there].contiguous()[:, None]
 
         name = self.host.before_unembed
         return [(name, only)] if name in self.host.points else []

@@ -2,11 +2,10 @@
 
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -59,13 +58,6 @@ class Unknown(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@contextmanager
-def counted() -> Iterator[Tally]:
-    """Counts, inside the `with` block, what the work holds."""
-    with Tally() as tally:
-        yield tally
-
-
 def held_in(weight: Tensor) -> list[Tensor]:
     """Returns the tensors that hold a weight's numbers: itself or, of one that is packed by a subclass, its parts."""
     if not packed(weight) or not hasattr(weight, "__tensor_flatten__"):
@@ -76,6 +68,12 @@ def held_in(weight: Tensor) -> list[Tensor]:
 def packed(weight: Tensor) -> bool:
     """Whether a weight is quantised: it acts on activations as ever, and its numbers can't be read or added to."""
     return hasattr(weight, "__tensor_flatten__") or not weight.is_floating_point() or weight.element_size() < 2
+
+
+def weights_of(module: nn.Module) -> Iterator[Tensor]:
+    """Yields a module's parameters and buffers, also where its class hides some of them, as a bridge does."""
+    yield from nn.Module.parameters(module)
+    yield from nn.Module.buffers(module)
 
 
 def stored_bytes(tensors: Iterable[Tensor]) -> int:

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from melbo_lens.models.host import Host
+from melbo_lens.models.tally import weights_of
 
 
 @contextmanager
-def trimmed(host: Host, needed: Sequence[nn.Module]) -> Iterator[int]:
+def trimmed(host: Host, needed: Sequence[nn.Module]) -> Iterator[None]:
     """Moves every weight that none of the needed blocks has to the CPU inside the `with` block, and back afterwards.
 
     Weights that lie on the CPU, or are offloaded, stay where they are, so on the CPU alone this frees nothing. Only
@@ -19,25 +20,15 @@ def trimmed(host: Host, needed: Sequence[nn.Module]) -> Iterator[int]:
     Args:
         host: the opened model.
         needed: the blocks that will be run.
-
-    Yields:
-        The number of bytes freed.
     """
-    kept = {id(x) for block in needed for x in _weights(block)}
+    kept = {id(x) for block in needed for x in weights_of(block)}
     moved: list[tuple[Tensor, torch.device]] = []
-    freed = 0
     try:
-        for x in dict.fromkeys(x for network in host.networks for x in _weights(network)):
+        for x in dict.fromkeys(x for network in host.networks for x in weights_of(network)):
             if id(x) not in kept and x.device.type not in ("cpu", "meta"):
                 moved.append((x, x.device))
-                freed += x.untyped_storage().nbytes()
                 x.data = x.data.cpu()
-        yield freed
+        yield
     finally:
         for x, device in moved:
             x.data = x.data.to(device)
-
-
-def _weights(module: nn.Module) -> Iterator[Tensor]:
-    yield from nn.Module.parameters(module)
-    yield from nn.Module.buffers(module)

@@ -9,7 +9,7 @@ import torch
 import melbo_lens as ml
 from melbo_lens.methods.problem import vectors_on
 from melbo_lens.models.access import boot
-from melbo_lens.models.tally import counted
+from melbo_lens.models.tally import Tally
 from melbo_lens.organisms import base_model
 
 CHAT = [{"role": "user", "content": "Why is the sky blue?"}]
@@ -53,7 +53,7 @@ def test_a_prompt_of_two_thousand_tokens_stays_within_bounds(smollm2):
     plan = ml.plan_memory(smollm2, 2000, 7, 16, n_vectors=2, max_new_tokens=8)
     assert plan.recomputed
     began = time.monotonic()
-    with counted() as tally:
+    with Tally() as tally:
         found = ml.fit_vectors(smollm2, tokens, 7, 16, n_vectors=2, radius=6.0, n_steps=1, progress=False)
     print(f"{tally.peak / 2**30:.2f} GiB, {plan.fit / 2**30:.2f} predicted, {time.monotonic() - began:.0f} s")
     assert found.history[-1].mean() > found.history[0].mean()
@@ -64,9 +64,9 @@ def test_a_prompt_of_two_thousand_tokens_stays_within_bounds(smollm2):
 def test_memory_is_what_was_predicted(smollm2, n_tokens):
     tokens = torch.randint(1000, 40000, (1, n_tokens), generator=torch.Generator().manual_seed(0))
     plan = ml.plan_memory(smollm2, n_tokens, 7, 16, n_vectors=24, max_new_tokens=8)
-    with counted() as tally:
+    with Tally() as tally:
         found = ml.fit_vectors(smollm2, tokens, 7, 16, n_vectors=24, radius=6.0, n_steps=1, progress=False)
     assert plan.fit == pytest.approx(tally.peak, rel=0.25)
-    with counted() as tally:
+    with Tally() as tally:
         ml.generate(smollm2, tokens, found, 8, include_random=False, include_unsteered=False, progress=False)
     assert plan.writing == pytest.approx(tally.peak, rel=0.25)

@@ -5,13 +5,13 @@ import gc
 import pytest
 import torch
 
-from melbo_lens.models.tally import counted, stored_bytes
+from melbo_lens.models.tally import Tally, stored_bytes
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_what_is_held_and_the_most_that_was(device):
     weight = torch.ones(64, 32, device=device)
-    with counted() as tally:
+    with Tally() as tally:
         x = torch.zeros(10, 64, device=device)
         assert tally.live == x.nbytes
         y = x @ weight
@@ -30,7 +30,7 @@ def test_what_is_held_and_the_most_that_was(device):
 def test_what_a_graph_keeps_is_held_until_the_backward_pass():
     gc.collect()
     weight = torch.ones(64, 64)
-    with counted() as tally:
+    with Tally() as tally:
         x = torch.ones(10, 64).requires_grad_()
         y = (x @ weight).sigmoid().sum()  # a sigmoid keeps its result
         assert tally.live == 2 * x.nbytes + 4

@@ -10,14 +10,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import melbo_lens as ml
 from melbo_lens.methods.planning import in_words
 from melbo_lens.models import slices
-from melbo_lens.models.tally import counted
+from melbo_lens.models.tally import Tally
 
 LONG = " ".join(f"w{1 + i % 9}" for i in range(50))
 N = 51  # with the begin token
 
 
 def measured(work):
-    with counted() as tally:
+    with Tally() as tally:
         work()
     return tally.peak
 

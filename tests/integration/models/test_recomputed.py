@@ -6,7 +6,7 @@ import torch
 import melbo_lens as ml
 from melbo_lens.methods import derivatives
 from melbo_lens.models import hooks, slices
-from melbo_lens.models.tally import counted
+from melbo_lens.models.tally import Tally
 
 PROMPTS = ["w1 w2 w3 w4 w5", "w6 w7 w8"]
 NAMES = ["gpt2", "llama", "gemma2"]
@@ -78,7 +78,7 @@ def test_much_less_is_held(build):
     once = ml.slice_model(model, long, 0, model.cfg.n_layers)
     held = []
     for sliced in (once, slices.replace(once, recomputed=True)):
-        with hooks.frozen(sliced.host), counted() as tally:
+        with hooks.frozen(sliced.host), Tally() as tally:
             gradient_of = torch.zeros(1, sliced.d_model).requires_grad_()
             with torch.enable_grad():
                 torch.autograd.grad(sliced.change(gradient_of, sliced.everyone).sum(), gradient_of)
