@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE ?= 1
 # generation against uncached passes, slices against hooked runs, prompts, files and pickles
 NEWEST := $(addprefix tests/integration/,generation models/test_passes.py models/test_slices.py test_prompts.py reports/test_findings.py perturbations measures/test_radius.py) tests/unit/perturbations/test_loading.py
 
-.PHONY: demo real test test-real test-quantised test-long newest look notebooks bench bench-real bench-search bench-discovery bench-gpu bench-killed bench-throughput bench-memory bench-llama lint clean
+.PHONY: demo real test test-real test-quantised test-long newest look docs notebooks bench bench-real bench-search bench-discovery bench-gpu bench-killed bench-throughput bench-memory bench-llama lint clean
 
 $(VENV)/.installed: pyproject.toml $(LOCK)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "melbo_lens needs Python 3.11 or newer; set PYTHON=python3.11")'
@@ -57,6 +57,16 @@ newest:
 # the page and the notebooks as a person sees them; needs chromium and chromedriver
 look: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "browser or notebook"
+
+# the pages in docs/ as a site in build/site, which opens from a disk as well; it reads the sources and runs nothing
+.venv-docs/.installed: requirements-docs.lock
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install -q --disable-pip-version-check --no-deps --no-compile -r requirements-docs.lock
+	@touch $@
+
+docs: .venv-docs/.installed
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --quiet --strict
+	@echo "open build/site/index.html"
 
 # runs the notebooks and writes their outputs
 notebooks: $(VENV)/.installed
@@ -110,4 +120,4 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
 clean:
-	rm -rf $(VENV) .venv .venv-tl4 .venv-newest demo-output real-output build
+	rm -rf $(VENV) .venv .venv-tl4 .venv-newest .venv-docs demo-output real-output build

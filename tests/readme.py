@@ -1,4 +1,8 @@
-"""Where do the README's outputs and numbers come from?  `python -m tests.readme` runs its blocks and fills them in."""
+"""Where do the outputs and numbers in the README and in docs/ come from?  `python -m tests.readme` fills them in.
+
+A table stands between `<!-- NAME -->` and `<!-- end -->`. The output of a block stands after it, below
+`<!-- output -->`.
+"""
 
 import contextlib
 import io
@@ -11,22 +15,21 @@ from tests.benchmarks.discovery import summary
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-RESULTS = ROOT / "tests" / "benchmarks" / "results.json"
+BENCHMARKS = ROOT / "tests" / "benchmarks"
+RESULTS = BENCHMARKS / "results.json"
+MARKED = re.compile(r"<!-- ([\w-]+) -->\n((?:(?!<!--).)*)\n<!-- end -->", re.DOTALL)
 BLOCK = re.compile(r"```python\n(.*?)```\n\n<!-- output -->\n```text\n(.*?)```", re.DOTALL)
-REPRODUCTION = ROOT / "tests" / "benchmarks" / "reproduction.json"
-REPRODUCTION_REAL = ROOT / "tests" / "benchmarks" / "reproduction-real.json"
-REPRODUCED = re.compile(r"<!-- reproduction -->\n(?:.*?)(?=\n`melbo-lens reproduce`)", re.DOTALL)
-REPRODUCED_REAL = re.compile(r"<!-- reproduction-real -->\n(?:.*?)(?=\n`melbo-lens reproduce --real`)", re.DOTALL)
+REPRODUCTION = BENCHMARKS / "reproduction.json"
+REPRODUCTION_REAL = BENCHMARKS / "reproduction-real.json"
 ARCHITECTURES = ROOT / "tests" / "architectures.json"
-TRIED = re.compile(r"<!-- architectures -->\n(?:.*?)(?=\n`python -m tests.architectures`)", re.DOTALL)
 REASONS = {
     "mixture of experts": "a mixture of experts has no one MLP matrix to update",
     "without an MLP": "no MLP whose output is hooked",
     "forward pass": "this version of TransformerLens can't run it with transformers 5.23",
 }
-DISCOVERY = ROOT / "tests" / "benchmarks" / "results-discovery.json"
-COMPARED = re.compile(r"<!-- discovery -->\n(?:.*?)(?=\n`make bench-discovery`)", re.DOTALL)
-BENCHMARK = re.compile(r"<!-- benchmark -->\n(?:.*?)(?=\n`make bench`)", re.DOTALL)
+DISCOVERY = BENCHMARKS / "results-discovery.json"
+SEARCHES = BENCHMARKS / "results-search.json"
+REAL = BENCHMARKS / "results-real.json"
 
 
 def run(code: str) -> str:
@@ -180,19 +183,83 @@ def _both(three: str, four: str) -> str:
     return three if three == four else f"TransformerLens 3: {three or 'yes'}; 4: {four or 'as the others'}"
 
 
+def searches() -> str:
+    """The table of ten searches of the backdoored model, with the place of each behaviour among the groups."""
+    rows = json.loads(SEARCHES.read_text())
+    names = list(rows[0]["behaviors"])
+    heads = ["prompt, seed", "completions", "readable", "do nothing", *names, "random"]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    for row in rows:
+        found = [row["behaviors"][name] for name in names]
+        places = [
+            "not found" if one["group"] is None else f"group {one['group']}, {one['steered']} times" for one in found
+        ]
+        cells = [f"{row['prompt']}, {row['seed']}", str(row["n_steered"]), f"{row['readable']:.0%}"]
+        cells += [f"{row['shares']['nothing']:.0%}", *places]
+        cells.append(f"{sum(one['random'] for one in found)} of {row['n_random']}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def peers() -> str:
+    """The table of speeds beside peers on a real model."""
+    results = json.loads(REAL.read_text())
+    step, whole, power = results["step"], results["from a prompt"], results["power"]
+    size = f"{step['n_vectors']} vectors on {step['n_tokens']} tokens"
+    rows = [
+        (f"a vector and step of AdamW, {size}: the post's equations, one vector after another", "textbook", "seconds"),
+        ("— batched-melbo 0.1.1", "batched_melbo", "seconds"),
+        ("— melbo_lens", "melbo_lens", "seconds"),
+    ]
+    cells = [(label, f"{step[kind][name] * 1000:.0f} ms") for label, name, kind in rows]
+    for length, written in results["generation"].items():
+        cells.append(
+            (
+                f"writing {written['rows']} completions of {length}, {written['equal_rows']} of them equal to those of "
+                "transformers with a hook",
+                f"{written['seconds']:.1f} s; transformers {written['seconds_transformers']:.1f} s",
+            )
+        )
+    cells += [
+        (
+            "from a prompt to completions: fit and writing; the peer's fit by AdamW",
+            f"{whole['seconds_fit']:.0f} s and {whole['seconds_write']:.0f} s; {whole['seconds_peer_fit']:.0f} s",
+        ),
+        (
+            "`power` against AdamW: objective (median, worst) and how much sooner than whole forward passes, at least",
+            f"{power['objective_median']:.2f}, {power['objective_worst']:.2f}; "
+            f"{power['times_textbook_least']:.0f} times",
+        ),
+    ]
+    lines = [f"On SmolLM2-135M ({results['machine']}):", "", "| what | measured |", "|---|---|"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in cells)])
+
+
+TABLES = {
+    "benchmark": benchmark,
+    "reproduction": reproduction,
+    "reproduction-real": lambda: reproduction(REPRODUCTION_REAL),
+    "discovery": discovery,
+    "searches": searches,
+    "peers": peers,
+    "architectures": architectures,
+}
+
+
+def pages() -> list[Path]:
+    """The README and the pages of docs/."""
+    return [README, *sorted((ROOT / "docs").rglob("*.md"))]
+
+
 def filled(text: str) -> str:
-    """The README with outputs and numbers of now."""
+    """A page with outputs and numbers of now."""
     text = BLOCK.sub(
         lambda found: found[0].replace(found[2], run(found[1])) if found[2] else found[0][:-3] + run(found[1]) + "```",
         text,
     )
-    text = BENCHMARK.sub(lambda _: "<!-- benchmark -->\n" + benchmark() + "\n", text)
-    text = TRIED.sub(lambda _: "<!-- architectures -->\n" + architectures() + "\n", text)
-    text = COMPARED.sub(lambda _: "<!-- discovery -->\n" + discovery() + "\n", text)
-    text = REPRODUCED.sub(lambda _: "<!-- reproduction -->\n" + reproduction() + "\n", text)
-    real = reproduction(REPRODUCTION_REAL)
-    return REPRODUCED_REAL.sub(lambda _: "<!-- reproduction-real -->\n" + real + "\n", text)
+    return MARKED.sub(lambda found: f"<!-- {found[1]} -->\n{TABLES[found[1]]()}\n<!-- end -->", text)
 
 
 if __name__ == "__main__":
-    README.write_text(filled(README.read_text()))
+    for page in pages():
+        page.write_text(filled(page.read_text()))

@@ -108,7 +108,7 @@ def change_objective(
 def penalized(
     values: Float[Tensor, " row"], changes: Float[Tensor, "row change"], diversity: float
 ) -> Float[Tensor, " row"]:
-    """Divides the objective of each row by a penalty for changes that resemble those of earlier rows::
+    """Divides the objective of each row by a penalty for changes that resemble those of earlier rows:
 
         f_k / (1 + diversity * sum over j < k of cos(d_k, d_j) ** 4)
 

@@ -99,7 +99,7 @@ def soft_orthogonalize(
 ) -> Float[Tensor, "row dim"]:
     """Subtracts from each row, again and again, a mean of the others that weighs those most that are most like it.
 
-    An iteration projects the rows and then computes, with S_ii = -infinity::
+    An iteration projects the rows and then computes, with S_ii = -infinity:
 
         S_ij = <row_i, row_j> / temperature + log_weights_j,    row_i <- row_i - sum_j softmax_j(S_i)_j row_j
 

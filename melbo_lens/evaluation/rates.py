@@ -55,6 +55,10 @@ def evaluate(completions: Completions, behaviors: Mapping[str, Behavior], level:
         behaviors: name -> a regular expression that is searched for, or a function of the text.
         level: the false discovery rate at which a row counts as beating the control.
 
+    Returns:
+        The rates by vector, sign, scale and behaviour, a summary by behaviour, and a note on what so few completions
+        can't show.
+
     Raises:
         ValueError: there are no behaviours, or no steered completions.
     """

@@ -18,6 +18,11 @@ def cluster_by_words(completions: Completions, threshold: float = 0.3) -> pd.Dat
     A vector and sign is described by its word counts over all its completions. Clusters are joined as long as the
     average cosine distance between them is below `threshold`.
 
+    Args:
+        completions: from `generate`.
+        threshold: the cosine distance, from 0 to 2, below which clusters are joined; a larger one makes fewer and
+            larger clusters.
+
     Returns:
         One row for each vector and sign: vector, sign, cluster (a label).
     """

@@ -30,7 +30,14 @@ OURS = {
 
 
 def exporter(format: str) -> Callable[[Exporter], Exporter]:
-    """Makes a function known to `export` under the name of its format; other packages may use it too."""
+    """Makes a function known to `export` under the name of its format; other packages may use it too.
+
+    Args:
+        format: the name of the format, as `export` takes it; a format that has the name already is replaced.
+
+    Returns:
+        A decorator for a function of the perturbation, the path and the format's settings, which returns the path.
+    """
 
     def known(function: Exporter) -> Exporter:
         EXPORTERS[format] = function
@@ -45,24 +52,22 @@ def export(
 ) -> Path:
     """Writes a perturbation in another tool's format.
 
+    | format       | who reads it                                          | what it holds             |
+    |--------------|-------------------------------------------------------|---------------------------|
+    | peft         | the `peft` library, and vLLM: a folder                | one adapter               |
+    | gguf-lora    | llama.cpp                                             | one adapter               |
+    | transformers | a file of torch code that comes with it: a folder     | one vector or one adapter |
+    | gguf         | llama.cpp                                             | one vector for each layer |
+    | vllm-lens    | vLLM with vllm-lens: JSON                             | one vector for each layer |
+    | easysteer    | vLLM with EasySteer: JSON and GGUF                    | one vector for each layer |
+    | hotwire      | vLLM with hotwire-vllm: `.pt`                         | one vector for each layer |
+    | lm-eval      | the `steered` model of lm-evaluation-harness: `.pt`   | one vector                |
+    | neuronpedia  | the site's upload: the JSON body of the request       | one vector                |
+
     Args:
         perturbation: what the format can hold: one vector or one adapter, such as `vectors[3]`, or a sequence of single
             vectors of different layers.
-        format: one of these, or a format that a package has added with `exporter`.
-
-            =============  ====================================================  ===========================
-            format         who reads it                                          what it holds
-            =============  ====================================================  ===========================
-            peft           the `peft` library, and vLLM: a folder                one adapter
-            gguf-lora      llama.cpp                                             one adapter
-            transformers   a file of torch code that comes with it: a folder     one vector or one adapter
-            gguf           llama.cpp                                             one vector for each layer
-            vllm-lens      vLLM with vllm-lens: JSON                             one vector for each layer
-            easysteer      vLLM with EasySteer: JSON and GGUF                    one vector for each layer
-            hotwire        vLLM with hotwire-vllm: `.pt`                         one vector for each layer
-            lm-eval        the `steered` model of lm-evaluation-harness: `.pt`   one vector
-            neuronpedia    the site's upload: the JSON body of the request       one vector
-            =============  ====================================================  ===========================
+        format: one of the table, or a format that a package has added with `exporter`.
         path: the file or folder to write; the format says which.
         settings: settings of the format, such as `model=`; see the format's exporter, `melbo_lens.exports.FORMAT`.
 

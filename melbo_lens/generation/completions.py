@@ -85,6 +85,12 @@ class Completions:
 
         An example is `completions.filter(kind="steered", vector=[0, 3])`.
 
+        Args:
+            columns: column=value or column=[values].
+
+        Returns:
+            The completions for which all columns agree, numbered anew from 0.
+
         Raises:
             ValueError: the table has no such column.
         """
@@ -105,6 +111,12 @@ class Completions:
     def continue_with(self, message: str) -> "Completions":
         """Adds each completion and then this user message to its chat, and completes again under the same perturbation.
 
+        Args:
+            message: what the user says next, the same in every chat.
+
+        Returns:
+            The next answers: a row for each row here, in the same order.
+
         Raises:
             ValueError: the prompts were not chats, or these completions were filtered or loaded, so they have no model.
         """
@@ -117,6 +129,9 @@ class Completions:
 
     def distinct(self, n: int = 2) -> pd.DataFrame:
         """How varied the completions of each kind, vector and sign are.
+
+        Args:
+            n: the number of words in an n-gram.
 
         Returns:
             kind, vector, sign, n_texts, n_distinct (different texts), and distinct_n (the number of different word
@@ -132,6 +147,12 @@ class Completions:
         """Writes table and settings as one parquet file, atomically.
 
         This needs pyarrow: `pip install melbo-lens[parquet]`.
+
+        Args:
+            path: the file, which usually ends in .parquet.
+
+        Raises:
+            ModuleNotFoundError: pyarrow is not installed.
         """
         import pyarrow as pa
         import pyarrow.parquet
@@ -147,7 +168,18 @@ class Completions:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Completions":
-        """Reads what `save` wrote."""
+        """Reads what `save` wrote.
+
+        Args:
+            path: the file.
+
+        Returns:
+            The completions; they can't be continued, since they know no model.
+
+        Raises:
+            ModuleNotFoundError: pyarrow is not installed.
+            ValueError: the file holds no completions of melbo_lens.
+        """
         import pyarrow.parquet
 
         arrow = pyarrow.parquet.read_table(path)

@@ -32,18 +32,15 @@ def load(
 
     What a file is, is seen from its first bytes.
 
-    =====================================  =================================================  ==================
-    file                                   who writes it                                      what must be said
-    =====================================  =================================================  ==================
-    `.safetensors` of melbo_lens           `vectors.save`, `adapters.save`                    nothing
-    `.pt`, a tensor [vector d_model] or    the post's notebooks, hotwire-vllm                 layer
-    [d_model]
-    `.pt`, a dict with "vectors"           power_steering                                     nothing, or layer
-    `.pt`, a SteeringVector                `torch.save` of steering-vectors                   layer, if several
-    `.pt`, a dict of hookpoints            lm-evaluation-harness                              nothing
-    a folder with `adapter_config.json`    peft: LoRA of o_proj, or of down_proj              nothing
-    `.gguf`                                control vectors of llama.cpp, repeng, EasySteer    layer, if several
-    =====================================  =================================================  ==================
+    | file                                          | who writes it                         | what must be said |
+    |-----------------------------------------------|---------------------------------------|-------------------|
+    | `.safetensors` of melbo_lens                  | `vectors.save`, `adapters.save`       | nothing           |
+    | `.pt`, a tensor [vector d_model] or [d_model] | the post's notebooks, hotwire-vllm    | layer             |
+    | `.pt`, a dict with "vectors"                  | power_steering                        | nothing, or layer |
+    | `.pt`, a SteeringVector                       | `torch.save` of steering-vectors      | layer, if several |
+    | `.pt`, a dict of hookpoints                   | lm-evaluation-harness                 | nothing           |
+    | a folder with `adapter_config.json`           | peft: LoRA of o_proj, or of down_proj | nothing           |
+    | `.gguf`                                       | llama.cpp, repeng, EasySteer          | layer, if several |
 
     A value that was read so is a value like any other: it steers, is evaluated beside random controls, and is shown on
     the page. It knows no prompts and no objective, so measures that need these ask for them.
@@ -54,6 +51,9 @@ def load(
         site: "mlp_out", "resid_post" or "attn_out"; by default what the file says, or else "mlp_out", where a vector
             does the same as at "resid_post".
         model: the name of the model that the values belong to, for the provenance; by default what the file says.
+
+    Returns:
+        `SteeringVectors` or `SteeringAdapters`.
 
     Raises:
         FileNotFoundError: there is no such file.

@@ -145,6 +145,9 @@ def activation_changes(
         layers: T means the stream that enters block T, and n_layers the stream that leaves the last block. None means
             all layers after the perturbation.
 
+    Returns:
+        The norms of the changes [vector layer pos], and of the clean stream.
+
     Raises:
         ValueError: there are several prompts, or a layer that the model does not have.
         FloatingPointError: the stream holds NaN or infinity.
@@ -200,6 +203,9 @@ def target_effects(
         target_positions: where the change is read, in each prompt's own tokens.
         signs: +1, -1 or both.
         target_hook: the change is read in this activation instead of a layer's stream.
+
+    Returns:
+        The changes [row feature]: all vectors with the first sign, then all with the second.
 
     Raises:
         ValueError: the perturbations know no target and none is given, or the model has no such layer or hook.

@@ -26,6 +26,9 @@ def random_vectors(like: SteeringVectors, seed: int = 0) -> SteeringVectors:
     Args:
         like: the control takes its number, width, layer and norms from these vectors.
         seed: random vector k depends on (seed, k) alone.
+
+    Returns:
+        As many vectors at the same layer and site.
     """
     values = gaussian_rows(len(like), like.d_model, seed, "random_vectors").to(like.values.device)
     provenance = {"method": "random_vectors", "seed": seed, "matched_to": dict(like.provenance)}
@@ -47,6 +50,9 @@ def random_adapters(
         model: the model that `like` was learned on.
         prompts: the prompts that `like` was learned on; None takes them from its provenance.
         seed: random adapter k depends on (seed, k) alone.
+
+    Returns:
+        As many adapters at the same layers and weights.
 
     Raises:
         ValueError: no prompts are known, or no scale gives that norm (a norm after the MLP bounds an update).
@@ -140,6 +146,9 @@ def random_like(
         model: the model, which is needed for adapters, since their update norms are measured on prompts.
         prompts: adapters that were not fitted are matched on these; fitted adapters know their prompts.
         seed: row k depends on (seed, k) alone.
+
+    Returns:
+        Perturbations of the same kind and number.
 
     Raises:
         TypeError: the perturbations are of another package's kind, which has no control here.

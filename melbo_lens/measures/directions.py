@@ -27,6 +27,13 @@ def top_tokens(
     They are measured along the direct path (the vector's product with the unembedding) and, if `prompts` are given,
     also by the mean change of the steered logits at a `position` of each prompt's own tokens.
 
+    Args:
+        model: the model, which is left as it was.
+        vectors: the vectors.
+        k: how many tokens to list on each side.
+        prompts: text, chats or token ids; None leaves out the route "steered".
+        position: where the logits are read, in each prompt's own tokens.
+
     Returns:
         One row for each vector and route ("direct" or "steered"). Its columns promoted and suppressed are lists of
         (token, change of the logit), the largest change first.
@@ -58,9 +65,18 @@ def top_tokens(
 def max_activating(model: Model, vectors: SteeringVectors, texts: Prompts, k: int = 5) -> pd.DataFrame:
     """The positions in texts whose stream after the source layer has the highest cosine with each vector.
 
+    Args:
+        model: the model, which is left as it was and not steered.
+        vectors: the vectors.
+        texts: text, chats or token ids among whose positions to look.
+        k: how many positions to list for each vector.
+
     Returns:
         k rows for each vector, best first: vector, rank, text (index), position, token, before (the text up to the
         token) and cosine.
+
+    Raises:
+        FloatingPointError: the stream holds NaN or infinity.
     """
     host = host_of(model)
     batch = tokenize(host, texts)
@@ -92,6 +108,16 @@ def closest_directions(
     vectors: SteeringVectors, matrix: Float[Tensor, "direction d_model"], names: Sequence[str] | None = None, k: int = 5
 ) -> pd.DataFrame:
     """The rows of any matrix (an SAE's decoder, an unembedding's transpose) with the largest |cosine| to each vector.
+
+    Args:
+        vectors: the vectors.
+        matrix: the directions, one in each row.
+        names: a name for each row; None numbers them.
+        k: how many rows to list for each vector.
+
+    Returns:
+        k rows for each vector, the largest |cosine| first: vector, rank, direction (the index of the row), name and
+        cosine.
 
     Raises:
         ValueError: the matrix has another width than the vectors, or there isn't one name for each row.

@@ -48,6 +48,9 @@ def next_tokens(model: Model, prompt: Prompts, perturbations: Perturbation | Non
         perturbations: vectors or adapters; each acts by itself. None measures the unsteered model only.
         k: how many of the most likely tokens to keep.
 
+    Returns:
+        The most probable tokens, with and without each perturbation.
+
     Raises:
         ValueError: there are several prompts, or k exceeds the vocabulary.
         FloatingPointError: the logits hold NaN or infinity.

@@ -66,6 +66,9 @@ def output_effects(
         signs: +1, -1 or both.
         tokens: two token ids whose logit difference is wanted.
 
+    Returns:
+        The changes, a row for each vector, sign and prompt.
+
     Raises:
         FloatingPointError: the steered logits hold NaN or infinity.
     """

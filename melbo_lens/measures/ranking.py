@@ -84,6 +84,15 @@ def cluster_by_effect(sliced: SlicedModel, vectors: Perturbation, threshold: flo
     """A label for each vector or adapter, by average-linkage clustering of their target changes.
 
     Clusters are joined as long as the average cosine distance between them is below `threshold`.
+
+    Args:
+        sliced: a slice of `slice_model`, on whose prompts and target the changes are measured.
+        vectors: vectors or adapters.
+        threshold: the cosine distance, from 0 to 2, below which clusters are joined; a larger one makes fewer and
+            larger clusters.
+
+    Returns:
+        One label for each vector, numbered in the order in which they first appear.
     """
     return cluster(target_changes(sliced, vectors), threshold)
 

@@ -48,6 +48,12 @@ class AdapterEffect:
         """Singular values and right singular vectors of one adapter's biases [position d_model], largest first.
 
         The biases are not centred.
+
+        Args:
+            adapter: its index.
+
+        Returns:
+            The singular values, and below each other the directions that belong to them.
         """
         _, values, vectors = torch.linalg.svd(self.values[adapter][self.mask], full_matrices=False)
         return values, vectors
@@ -73,6 +79,9 @@ def source_effects(
         model: the model that they were learned on; it is left as it was.
         prompts: text, chats or token ids.
         layer: the source layer to measure; it may be None if there is only one.
+
+    Returns:
+        The biases [adapter prompt pos d_model].
 
     Raises:
         ValueError: the adapters don't fit the model, or have no update at `layer`.
@@ -115,7 +124,7 @@ def nearest_vectors(
 ) -> SteeringVectors:
     """A steering vector for each adapter, which acts as the adapter does but whatever the position holds.
 
-    At the positions t the adapter gives the biases ``e_t``; for one of rank 1 that is ``s (a . x_t) b``. Then::
+    At the positions t the adapter gives the biases ``e_t``; for one of rank 1 that is ``s (a . x_t) b``. Then:
 
         mean:  v = mean over t of e_t
         gain:  v = gain * s * sign(mean over t of a . x_t) * b

@@ -72,7 +72,7 @@ def fit_adapters(
     """Learns low-rank updates of output weights that change a later activation most.
 
     At each position the MLP output of a source layer gains ``s B A a``. Here a [d_mlp] is the hidden activation that
-    enters W_out, and A [rank d_mlp] and B [d_model rank] obey the normalisation. Maximises, as `fit_vectors` does::
+    enters W_out, and A [rank d_mlp] and B [d_model rank] obey the normalisation. Maximises, as `fit_vectors` does:
 
         sum over prompts i of ( sum over t in I_i of || Z_i,t(A, B) - Z_i,t(0) || ** p ) ** (1 / q)
 
@@ -96,7 +96,7 @@ def fit_adapters(
             "spectral" (the largest singular value of each matrix is 1).
         diversity: above 0, adapter k's objective is divided by 1 + diversity * sum over j < k of cos(d_k, d_j) ** 4,
             where d are the changes at the target. Without it many adapters find the same change. With .2, eight
-            adapters found more planted behaviours, at a cost of 8 % of the objective (README).
+            adapters found more planted behaviours, at a cost of 8 % of the objective (docs/results.md).
         p, q, token_norm, target_hook: as in `fit_vectors`.
         target_positions: where a change counts, in each prompt's own tokens. None means the last three positions, or
             the positions of the slice.

@@ -59,7 +59,7 @@ def fit_cpe(
 
     Factor i adds ``R b_l (a_l . x_l)`` to the attention output of every layer l of the band, where x_l is what enters
     the output weights (the heads side by side) and a_l and b_l are unit vectors. With Delta(phi_i) the mean over
-    prompts and target positions of what the target changes by, the factors climb `sogi` on::
+    prompts and target positions of what the target changes by, the factors climb `sogi` on:
 
         sum over i of <u_i, Delta(phi_i)>,    u_i a unit direction that follows Delta(phi_i)
 

@@ -58,7 +58,7 @@ def fit_dct(
 ) -> SteeringVectors:
     """Learns the factors of a decomposition of the mean change of the target.
 
-    With Delta(theta) the mean over prompts and target positions of what the target changes by::
+    With Delta(theta) the mean over prompts and target positions of what the target changes by:
 
         linear:       J = U diag(alpha) V^T by singular values, J the Jacobian of Delta at 0
         quadratic:    v <- the gradient of <u, H(v, v)>, u <- H(v, v), H the second derivative of Delta at 0

@@ -55,7 +55,7 @@ def fit_vectors(
 ) -> SteeringVectors:
     """Learns vectors of norm R that, added at an early MLP output, change a later activation most.
 
-    Maximises over ``||theta|| = R``::
+    Maximises over ``||theta|| = R``:
 
         sum over prompts i of ( sum over t in I_i of || Z_i,t(theta) - Z_i,t(0) || ** p ) ** (1 / q)
 

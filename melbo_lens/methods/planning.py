@@ -92,7 +92,7 @@ def plan_memory(
     """Predicts the memory of a fit and of writing under its vectors.
 
     One row of tokens runs through the model; what it keeps in each block is counted, and grows with the rows. The
-    model may lie on the "meta" device, where a model of any size has shapes and no numbers::
+    model may lie on the "meta" device, where a model of any size has shapes and no numbers:
 
         with torch.device("meta"):
             network = AutoModelForCausalLM.from_config(config)

@@ -163,6 +163,9 @@ class SlicedModel:
     def shorter(self, target_layer: int) -> "SlicedModel":
         """Returns the slice that ends at an earlier target layer; nothing is run again.
 
+        Args:
+            target_layer: the new target, between the source and the present one.
+
         Raises:
             ValueError: the target is not between `source_layer` + 2 and this slice's own target, which must be a layer.
         """

@@ -49,7 +49,11 @@ class Organism:
         return cast(PreTrainedTokenizerBase, self.model.tokenizer)
 
     def untrained(self, seed: int = 0) -> Model:
-        """Returns a control: a model of the same class, architecture and tokenizer with random weights."""
+        """Returns a control: a model of the same class, architecture and tokenizer with random weights.
+
+        Args:
+            seed: the seed of the weights.
+        """
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             blank = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(self.directory), dtype=torch.float32)
@@ -70,6 +74,9 @@ def load(name: str, model_class: ModelClass | Literal["auto"] = "auto") -> Organ
             organisms on it need the base model, which a package of the Python index holds.
         model_class: "hooked" for `HookedTransformer` (TransformerLens 3), "bridge" for `TransformerBridge`, or "auto"
             for the first of them that exists.
+
+    Returns:
+        The organism, with its model, prompts, detectors and card.
 
     Raises:
         ValueError: the name or the class is unknown, or files are damaged.

@@ -108,7 +108,17 @@ class SteeringAdapters(Perturbation):
         source_layer: int,
         scale: float = 1.0,
     ) -> "SteeringAdapters":
-        """Wraps factors that were made elsewhere; 2-D factors are one adapter."""
+        """Wraps factors that were made elsewhere; 2-D factors are one adapter.
+
+        Args:
+            a: what reads the activation that enters the weights.
+            b: what writes to their output.
+            source_layer: the block whose MLP output weights are updated.
+            scale: the number that multiplies every update.
+
+        Raises:
+            ValueError: the factors are not finite, or don't fit each other.
+        """
         a, b = (factor[None] if factor.ndim == 2 else factor for factor in (a, b))
         return cls(
             {source_layer: (a, b)},
@@ -164,10 +174,12 @@ class SteeringAdapters(Perturbation):
 
     @property
     def A(self) -> Float[Tensor, "adapter rank d_in"]:
+        """What reads the activation that enters the weights; only adapters of a single layer have one A."""
         return self._only()[0]
 
     @property
     def B(self) -> Float[Tensor, "adapter d_model rank"]:
+        """What writes to the output of the weights; only adapters of a single layer have one B."""
         return self._only()[1]
 
     @property
@@ -193,10 +205,12 @@ class SteeringAdapters(Perturbation):
 
     @property
     def rank(self) -> int:
+        """The rank of each update."""
         return next(iter(self.factors.values()))[0].shape[1]
 
     @property
     def d_model(self) -> int:
+        """The width of the stream."""
         return next(iter(self.factors.values()))[1].shape[1]
 
     def row_hooks(self, index: Sequence[int], coefficients: Float[Tensor, " row"]) -> list[Hook]:

@@ -43,6 +43,9 @@ def from_pretrained(
         token: of the account; None takes the one with which this machine is logged in.
         cache_dir: the folder that keeps what was downloaded; None is the hub's usual one.
 
+    Returns:
+        The value, of the kind that the file names.
+
     Raises:
         ModuleNotFoundError: the client of the hub, huggingface_hub, is not installed.
         ValueError: a name could leave the cache's folder, or the file is too large, damaged, or none of melbo_lens.

@@ -165,6 +165,9 @@ class Perturbation(ABC):
         """Writes one safetensors file with the tensors, and with the header and the provenance as JSON.
 
         If the process is killed at any instant, the old file or the new one is left.
+
+        Args:
+            path: the file, which usually ends in .safetensors.
         """
         tensors, header = self.parts()
         files.write(path, type(self).__name__, tensors, {**header, "provenance": self.provenance})
@@ -328,6 +331,12 @@ def concatenate(several: Sequence[P]) -> P:
 
     Norms may differ. The histories are dropped if their lengths differ. The settings on which all agree stay in the
     provenance, whose entry "parts" holds the full provenance of each.
+
+    Args:
+        several: the perturbations, in the order in which their rows will stand.
+
+    Returns:
+        One value with the rows of all.
 
     Raises:
         ValueError: there is nothing to join, or the perturbations differ in kind, layers or widths.

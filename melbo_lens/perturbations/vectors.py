@@ -89,7 +89,16 @@ class SteeringVectors(Perturbation):
     def from_tensor(
         cls, values: Float[Tensor, "vector d_model"], source_layer: int, site: str = "mlp_out"
     ) -> "SteeringVectors":
-        """Wraps vectors that were made elsewhere; a 1-D tensor is one vector."""
+        """Wraps vectors that were made elsewhere; a 1-D tensor is one vector.
+
+        Args:
+            values: the vectors; their norms are kept.
+            source_layer: the block at whose `site` they are added, counted from 0.
+            site: "mlp_out", "resid_post" or "attn_out".
+
+        Raises:
+            ValueError: the values are not finite or have another shape, or there is no such layer number or site.
+        """
         return cls(
             values[None] if values.ndim == 1 else values, source_layer, provenance={"method": "from_tensor"}, site=site
         )
@@ -121,6 +130,7 @@ class SteeringVectors(Perturbation):
 
     @property
     def d_model(self) -> int:
+        """The width of the stream."""
         return self.values.shape[1]
 
     @property
@@ -135,6 +145,7 @@ class SteeringVectors(Perturbation):
 
     @property
     def hook_name(self) -> str:
+        """The name of the hook at which the vectors are added."""
         return site_of(self.site).hook_name(self.source_layer)
 
     def row_hooks(self, index: Sequence[int], coefficients: Float[Tensor, " row"]) -> list[Hook]:
@@ -169,13 +180,21 @@ class SteeringVectors(Perturbation):
         return self
 
     def cosine_similarity(self, other: "SteeringVectors | None" = None) -> Float[Tensor, "vector other"]:
-        """Computes cosines between the vectors, or between them and others; a zero vector has cosine 0 with all."""
+        """Computes cosines between the vectors, or between them and others; a zero vector has cosine 0 with all.
+
+        Args:
+            other: vectors of the same width; None means these.
+        """
         mine, theirs = (unit(v.values.double()) for v in (self, other or self))
         return (mine @ theirs.T).float()
 
     @public
     def rescaled(self, radius: float | Float[Tensor, " vector"]) -> "SteeringVectors":
-        """Returns the same directions with another norm, one for all or one for each."""
+        """Returns the same directions with another norm, one for all or one for each.
+
+        Args:
+            radius: the new norm.
+        """
         radii = torch.as_tensor(radius, dtype=torch.float32, device=self.values.device).expand(len(self))
         return self.derived(
             {"values": to_sphere(self.values, radii)},
@@ -204,6 +223,15 @@ class SteeringVectors(Perturbation):
         A stream x becomes ``x - (x . v) v / ||v||^2``.
 
         One vector is removed from every batch row; n vectors need a batch of exactly n rows.
+
+        Args:
+            layers: the numbers of the blocks, such as `range(model.cfg.n_layers)` for all.
+
+        Returns:
+            (hook name, function) pairs for `model.hooks` or `run_with_hooks`.
+
+        Raises:
+            ValueError: layers is empty.
         """
         if len(layers) == 0:
             raise ValueError(

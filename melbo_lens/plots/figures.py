@@ -32,6 +32,9 @@ def token_heatmap(
         relative: shows the change as a share of the clean stream's norm at that token; False shows its norm.
         completions: shows what the vectors write, beside the rows and on hovering.
 
+    Returns:
+        The figure, which is not shown by itself.
+
     Raises:
         ValueError: there is nothing to draw, or the layer was not measured.
     """
@@ -49,6 +52,9 @@ def layer_heatmap(changes: ActivationChanges, vector: int = 0, relative: bool = 
         relative: shows the change as a share of the clean stream's norm at that place, which grows with the layer;
             False shows its norm.
 
+    Returns:
+        The figure, which is not shown by itself.
+
     Raises:
         ValueError: there is no such vector.
     """
@@ -64,6 +70,9 @@ def cosine_similarity(of: Perturbation | TargetEffects, completions: Completions
     Args:
         of: `SteeringVectors`, another perturbation with `cosine_similarity()`, or `TargetEffects`.
         completions: shows what the vectors write, on hovering.
+
+    Returns:
+        The figure, which is not shown by itself.
 
     Raises:
         TypeError: the perturbations have no cosines, as adapters have none.
@@ -84,6 +93,9 @@ def objective_history(
             the random starts.
         completions: shows what the vectors write, on hovering.
 
+    Returns:
+        The figure, which is not shown by itself.
+
     Raises:
         ValueError: the vectors have no history, because they were derived, or were joined from histories of different
             lengths.
@@ -101,6 +113,9 @@ def ranking(table: pd.DataFrame, completions: Completions | None = None) -> Figu
             behaviours.
         completions: shows what the vectors write, beside the rows and on hovering.
 
+    Returns:
+        The figure, which is not shown by itself.
+
     Raises:
         ValueError: the table has no row or no measure.
     """
@@ -108,7 +123,14 @@ def ranking(table: pd.DataFrame, completions: Completions | None = None) -> Figu
 
 
 def radius_curve(calibration: Calibration) -> Figure:
-    """Shows the curve on which a radius was solved, with the target and the solution."""
+    """Shows the curve on which a radius was solved, with the target and the solution.
+
+    Args:
+        calibration: from `calibrate_radius`, or the `edge` of a search.
+
+    Returns:
+        The figure, which is not shown by itself.
+    """
     return drawing.draw_lines(numbers.radius_curve(calibration))
 
 
@@ -119,6 +141,9 @@ def layer_map(scan: LayerScan, value: str = "gain") -> Figure:
         scan: from `scan_layers`.
         value: "gain" (the objective divided by that of random vectors), or one of the table's columns: "objective",
             "kl", "entropy", "radius".
+
+    Returns:
+        The figure, which is not shown by itself.
 
     Raises:
         ValueError: there is no pair, or the value is unknown.
@@ -136,6 +161,9 @@ def effect_scatter(
         completions: shows what the vectors write, on hovering.
         behaviors: colours each point by the behaviour that most completions of that vector and sign show.
 
+    Returns:
+        The figure, which is not shown by itself.
+
     Raises:
         ValueError: there is nothing to draw.
     """
@@ -143,7 +171,14 @@ def effect_scatter(
 
 
 def behavior_rates(evaluation: Evaluation) -> Figure:
-    """Shows the rate of each behaviour in steered, random and unsteered completions, with 95 % intervals."""
+    """Shows the rate of each behaviour in steered, random and unsteered completions, with 95 % intervals.
+
+    Args:
+        evaluation: from `evaluate`.
+
+    Returns:
+        The figure, which is not shown by itself.
+    """
     return drawing.draw_bars(numbers.behavior_rates(evaluation))
 
 
@@ -157,5 +192,8 @@ def scale_sweep(
         behaviors: name -> regular expression or function of the text.
         coherence: the mean log-probability of each completion under the unsteered model, as from `coherence`. Without
             it, the share of different words is shown, which falls where a text repeats itself.
+
+    Returns:
+        The figure, which is not shown by itself.
     """
     return drawing.draw_stacked(*numbers.scale_sweep(completions, behaviors, coherence))

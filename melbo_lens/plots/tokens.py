@@ -29,6 +29,9 @@ def colored_tokens(
         relative: shows the change as a share of the clean stream's norm at that token; False shows its norm. Attention
             sinks are left out either way.
 
+    Returns:
+        The view, which shows itself in a notebook; `save` writes it as a file that opens offline.
+
     Raises:
         ValueError: there is no such vector or layer.
     """
@@ -55,6 +58,9 @@ def colored_tokens_multi(changes: ActivationChanges, layer: int | None = None, r
 
     Args:
         changes, layer, relative: as in `colored_tokens`.
+
+    Returns:
+        The view, which shows itself in a notebook; `save` writes it as a file that opens offline.
     """
     _some(changes)
     at = _layer(changes, layer)
@@ -72,6 +78,9 @@ def text_neuron_activations(changes: ActivationChanges, relative: bool = True) -
 
     Args:
         changes, relative: as in `colored_tokens`.
+
+    Returns:
+        The view, which shows itself in a notebook; `save` writes it as a file that opens offline.
     """
     _some(changes)
     most = max(1, min(MOST_VECTORS, MOST_NUMBERS // changes.clean.numel()))
@@ -103,6 +112,9 @@ def token_log_probs(expected: NextTokens, conditions: Iterable[int] | None = Non
     Args:
         expected: from `next_tokens`.
         conditions: indices of the conditions to show; the first four by default, of which the first is unsteered.
+
+    Returns:
+        The view, which shows itself in a notebook; `save` writes it as a file that opens offline.
 
     Raises:
         ValueError: the text has one token only, so nothing predicts it.
@@ -140,6 +152,9 @@ def top_tokens(table: pd.DataFrame, most: int = MOST_VECTORS) -> TokenView:
     Args:
         table: from `melbo_lens.top_tokens`.
         most: how many rows to show.
+
+    Returns:
+        The view, which shows itself in a notebook; `save` writes it as a file that opens offline.
 
     Raises:
         ValueError: the table has no row.

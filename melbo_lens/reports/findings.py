@@ -189,6 +189,9 @@ class Findings:
         """Writes a folder, which is made if it is missing; each file is written whole or not at all.
 
         A function can't be saved, so for each behaviour the folder keeps the texts that show it.
+
+        Args:
+            directory: the folder.
         """
         folder, completions = Path(directory), self.completions
         folder.mkdir(parents=True, exist_ok=True)

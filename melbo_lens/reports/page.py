@@ -130,6 +130,9 @@ def report_directory(
         behaviors: replaces the behaviours of the run.
         path: the page to write; `report.html` in the folder by default.
 
+    Returns:
+        The path of the page.
+
     Raises:
         FileNotFoundError: the folder lacks one of its files.
         ValueError: a file is damaged.

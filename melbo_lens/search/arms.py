@@ -221,6 +221,9 @@ def make_plan(
         target_positions: where a change counts.
         methods: as in `discover`.
 
+    Returns:
+        The trials, the most promising first.
+
     Raises:
         ValueError: the model has no edge of readability or of effect; give `discover` a plan of your own radii.
     """

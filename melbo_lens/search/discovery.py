@@ -93,7 +93,14 @@ class Discovery:
         return cls(table, shares(rows), rows, tuple(done), tuple(fitted), tuple(written), {}, edge)
 
     def vector(self, row: int) -> Perturbation:
-        """The vector or adapter of a row of the table, with its sign, ready to steer with."""
+        """The vector or adapter of a row of the table, with its sign, ready to steer with.
+
+        Args:
+            row: the number of the row, from 0.
+
+        Raises:
+            IndexError: the table has no such row.
+        """
         entry = self.table.iloc[row]
         return int(entry.sign) * self.vectors[int(entry.trial)][int(entry.vector)]
 
@@ -101,6 +108,9 @@ class Discovery:
         """The vectors of the first groups, with their signs, of the layer and form to which the most of them belong.
 
         They can stand side by side, in one `generate` or on one page; `vector` gives the others.
+
+        Args:
+            n: how many of the first groups to take.
 
         Raises:
             ValueError: the search found no group.
@@ -151,6 +161,14 @@ class Discovery:
         """All vectors of the trials at one source layer (and target layer and method, if given), and their completions.
 
         The column `vector` of the completions numbers the joined vectors.
+
+        Args:
+            source_layer: where the vectors act.
+            target_layer: the target of the trials; None takes all.
+            method: the method of the trials, as in the column; None takes all.
+
+        Returns:
+            The vectors, and the completions that were written with them.
 
         Raises:
             ValueError: no trial was at these layers, or vectors and adapters of several forms were.

@@ -139,6 +139,9 @@ def plan_jobs(
         target_positions: where a change counts, in each prompt's own tokens.
         max_new_tokens: the length of the completions.
 
+    Returns:
+        A job for each trial on each prompt, or on all of them.
+
     Raises:
         ValueError: there is no trial or no prompt, or a setting breaks a rule.
     """

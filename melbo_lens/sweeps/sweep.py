@@ -161,6 +161,12 @@ class Status:
 def status(directory: Folder) -> Status:
     """Says how far the sweeps of a folder are.
 
+    Args:
+        directory: the folder.
+
+    Returns:
+        How many trials are done, failed and missing, and the reasons of those that failed.
+
     Raises:
         ValueError: no sweep was begun there.
     """

@@ -1,0 +1,74 @@
+"""Does what the pages of docs/ say still hold?  Their blocks run, their tables are those of the last measurements."""
+
+import ast
+import re
+
+import pytest
+
+import melbo_lens as ml
+from melbo_lens import exports
+from tests import documentation, readme
+
+REFERENCE = "\n".join(page.read_text() for page in sorted((documentation.DOCS / "reference").glob("*.md")))
+NO_RUN = 20  # blocks that can't run here: other programs, hubs, clusters
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("page", documentation.pages())
+def test_the_blocks_of_a_page_run_one_after_another(page, folder):
+    documentation.run(page, folder)
+    if page == "sweeps.md":
+        assert {"report.html", "trials.csv"} <= {path.name for path in (folder / "runs").iterdir()}
+        assert (folder / "found.html").is_file()
+
+
+def test_blocks_that_do_not_run_are_few_and_name_what_exists():
+    pages = sorted(documentation.DOCS.rglob("*.md"))
+    kept = [code for page in pages for language, code in documentation.blocks(page, "no-run") if language == "python"]
+    assert sum(len(documentation.blocks(page, "no-run")) for page in pages) <= NO_RUN
+    kept += [code for page in pages for _, code in documentation.blocks(page, "real")]
+    for code in kept:
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "ml":
+                assert hasattr(ml, node.attr)
+
+
+@pytest.mark.parametrize("page", readme.pages(), ids=lambda page: page.name)
+def test_the_tables_of_a_page_are_those_of_the_last_measurements(page):
+    for name, shown in readme.MARKED.findall(page.read_text()):
+        assert shown == readme.TABLES[name](), f"{page.name}: run python -m tests.readme to renew {name}"
+
+
+def test_every_table_stands_on_a_page():
+    shown = {name for page in readme.pages() for name, _ in readme.MARKED.findall(page.read_text())}
+    assert shown == set(readme.TABLES)
+
+
+def test_the_reference_has_every_public_name():
+    named = set(re.findall(r"^::: melbo_lens\.([\w.]+)$", REFERENCE, re.MULTILINE))
+    assert not {f"{home}.{name}" for name, home in ml._HOME_OF.items()} - named
+    for module in (ml.plots, ml.organisms):
+        home = module.__name__.removeprefix("melbo_lens.")
+        assert {name.split(".")[-1] for name in named if name.startswith(f"{home}.")} >= set(module.__all__)
+    exporters = {name.split(".")[1] for name in named if re.fullmatch(r"exports\.\w+\.to_\w+", name)}
+    assert exporters == set(exports.OURS.values())
+
+
+@pytest.mark.parametrize("page", readme.pages(), ids=lambda page: page.name)
+def test_every_file_to_which_a_page_links_exists(page):
+    for name in re.findall(r"\]\(((?!http|#)[^)#]+)", page.read_text()):
+        assert (page.parent / name).exists(), name
+
+
+def test_the_architecture_of_the_package_is_told_with_files_that_exist():
+    text = (documentation.DOCS / "architecture.md").read_text()
+    files = re.findall(r"`((?!tests/)[\w/]+(?:\.py|/))`", text)
+    assert len(files) > 20
+    for file in files:
+        assert (readme.ROOT / "melbo_lens" / file).exists(), file
