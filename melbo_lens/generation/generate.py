@@ -109,7 +109,9 @@ def generate(
     if not runs:
         raise ValueError("nothing to generate: give perturbations, or include_unsteered=True.")
     n_vectors = 0 if perturbations is None else len(perturbations)
-    decoding = Decoding(host, bank, n_vectors, max_new_tokens, temperature, positions, seed, stops_of(stop), top_p=top_p)
+    decoding = Decoding(
+        host, bank, n_vectors, max_new_tokens, temperature, positions, seed, stops_of(stop), top_p=top_p
+    )
     settings = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,

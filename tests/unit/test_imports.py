@@ -24,7 +24,7 @@ WITHIN = {
         "low_rank derivatives melbo adapters cpe dct jacobian contrastive noise"
     ),
     "generation": "completions decoding steer generate",
-    "evaluation": "rates coherence departures words",
+    "evaluation": "judges openai_client rates coherence departures words",
     "imports": "gguf torch_files peft",
     "exports": (
         "standalone plain_models comparison weights layer_outputs gguf_files peft gguf_vectors gguf_lora transformers "
