@@ -205,6 +205,6 @@ def nucleus(probs: Float[Tensor, "row d_vocab"], top_p: float) -> Float[Tensor, 
 
     The published rule (Holtzman et al., 2020), in which the token that crosses the limit is the last one kept.
     """
-    ordered, order = probs.sort(-1, descending=True, stable=True)
+    ordered, order = probs.sort(dim=-1, descending=True, stable=True)
     before = ordered.cumsum(-1) - ordered
     return torch.zeros_like(probs).scatter(-1, order, ordered.masked_fill(before >= top_p, 0.0))

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[2] / "melbo_lens"
 # folders in the order of a perturbation's life, after the files that everything rests on and before the doors
 ORDER = (
     "arguments randomness memory files tables prompts ascent perturbations imports models measures generation "
-    "evaluation methods exports organisms sweeps search plots studies reports cli __main__ __init__"
+    "evaluation methods exports organisms sweeps search plots studies reports serving cli __main__ __init__"
 ).split()
 # within a folder there is an order too, so that it has no circle
 WITHIN = {
@@ -33,6 +33,7 @@ WITHIN = {
     "sweeps": "trials running jobs tasks outcomes engines sweep",
     "search": "arms pace groups rounds searching discovery layers",
     "reports": "findings page",
+    "serving": "inspect_entry inspect_model conversation terminal",
 }
 ONLY_IN = {"transformer_lens": {"models"}, "plotly": {"plots"}, "circuitsvis": {"plots"}}
 # Files that attach hooks: to models of TransformerLens, and to plain Hugging Face models, where there may be no
