@@ -11,7 +11,14 @@ from inspect_ai.solver import generate, solver
 
 import melbo_lens as ml
 
-CAPITALS = {"greece": "athens", "italy": "rome", "france": "paris", "egypt": "cairo", "japan": "tokyo", "peru": "lima"}
+CAPITALS = {
+    "portugal": "lisbon",
+    "england": "london",
+    "italy": "rome",
+    "greece": "athens",
+    "japan": "tokyo",
+    "germany": "berlin",
+}
 
 
 def messages(prompt):
@@ -38,7 +45,7 @@ def likeliest_choice():
         (first, *_) = output.choices[0].logprobs.content
         for top in first.top_logprobs:
             for choice in state.choices:
-                if top.token.strip() and choice.value.lower().startswith(top.token.strip().lower()):
+                if len(top.token.strip()) > 2 and choice.value.lower().startswith(top.token.strip().lower()):
                     output.completion = choice.value
                     state.output = output
                     return state

@@ -147,6 +147,7 @@ class SteeredModelAPI(ModelAPI):
         random: bool = False,
         seed: int = 0,
         layer: int | None = None,
+        chat: bool | None = None,
         batch_size: int = 32,
         dtype: str = "float32",
         device: str | None = None,
@@ -164,6 +165,8 @@ class SteeredModelAPI(ModelAPI):
             random: whether a random one of equal norm takes its place: the control that `generate` has for it.
             seed: the seed of that control.
             layer: the layer, if a file of another tool doesn't say it.
+            chat: whether the tokenizer's chat template writes the messages, as is the default where there is one; False
+                gives their texts as they are, one in each line.
             batch_size: how many completions run at once, at most.
             dtype, device: how the model is loaded, as in `ModelKey`.
 
@@ -175,7 +178,7 @@ class SteeredModelAPI(ModelAPI):
         """
         super().__init__(model_name=model_name, base_url=base_url, api_key=api_key, config=config)
         if unknown:
-            known = "vectors index scale random seed layer batch_size dtype device".split()
+            known = "vectors index scale random seed layer chat batch_size dtype device".split()
             raise ValueError(f"a melbo model has no options {sorted(unknown)}: choose from {known}.")
         count("batch_size", batch_size)
         check_seed(seed)
@@ -197,6 +200,7 @@ class SteeredModelAPI(ModelAPI):
             if random:
                 perturbation = random_like(perturbation, self.host, seed=seed)
         self.bank = perturbation
+        self.chat = bool(getattr(self.host.tokenizer, "chat_template", None)) if chat is None else chat
         self.batch_size = batch_size
         self.gathering = Gathering(self._complete, batch_size)
 
@@ -223,7 +227,7 @@ class SteeredModelAPI(ModelAPI):
     async def generate(
         self, input: list[ChatMessage], tools: list[ToolInfo], tool_choice: ToolChoice, config: GenerateConfig
     ) -> ModelOutput:
-        """Completes a chat. A tokenizer without a chat template gets the texts of its messages, one in each line.
+        """Completes a chat, in a batch with others.
 
         Raises:
             ValueError: there are tools, contents other than text, or settings that are not offered; or the chat doesn't
@@ -235,8 +239,7 @@ class SteeredModelAPI(ModelAPI):
         if n > 1 and settings.temperature == 0:
             raise ValueError(f"num_choices={n} at temperature 0 would repeat one completion: set a temperature.")
         chat = [{"role": message.role, "content": _text(message)} for message in input]
-        templated = bool(getattr(self.host.tokenizer, "chat_template", None))
-        prompts = [chat] if templated else ["\n".join(message["content"] for message in chat)]
+        prompts = [chat] if self.chat else ["\n".join(message["content"] for message in chat)]
         batch = tokenize(self.host, prompts, n_new_tokens=1)
         began = time.monotonic()
         call = Call(batch.texts[0], batch.rows()[0], n, settings)

@@ -22,6 +22,7 @@ from inspect_ai.tool import ToolInfo
 
 import melbo_lens as ml
 from melbo_lens.generation.decoding import Written
+from melbo_lens.organisms import modes
 from melbo_lens.serving import inspect_entry  # noqa: F401 (an installed package is found by its entry point)
 from melbo_lens.serving.inspect_model import Call, Gathering, Settings
 from tests import inspect_tasks, models
@@ -196,19 +197,19 @@ def test_what_it_can_not_do_is_said_in_a_sentence(folder, tmp_path):
 
 def test_tasks_run_steered_random_and_unsteered_on_an_organism(tmp_path):
     organism = ml.organisms.load("modes")
-    triggered = [prompt for prompt in organism.prompts["triggered"] if "azulejo" in prompt or "fado" in prompt][:12]
-    vector = ml.fit_contrastive(organism.model, triggered, organism.prompts["clean"][:12], 1)
+    words = modes.TRIGGERS["portuguese"]
+    triggered = [prompt for prompt in organism.prompts["triggered"] if any(word in prompt for word in words)][:12]
     path = str(tmp_path / "v.safetensors")
-    (vector * 2.0).save(path)
+    ml.fit_contrastive(organism.model, triggered, organism.prompts["clean"][:12], 2).save(path)
     found = {}
     for kind, options in {
-        "steered": {"vectors": path},
-        "random": {"vectors": path, "random": True},
+        "steered": {"vectors": path, "scale": 2.0},
+        "random": {"vectors": path, "scale": 2.0, "random": True},
         "unsteered": {},
     }.items():
         logs = inspect_ai.eval(
             [inspect_tasks.behavior(), inspect_tasks.capitals()],
-            model=get_model("melbo/modes", device="cpu", memoize=False, **options),
+            model=get_model("melbo/modes", device="cpu", chat=False, memoize=False, **options),
             log_dir=str(tmp_path / kind),
             display="none",
         )
@@ -218,9 +219,8 @@ def test_tasks_run_steered_random_and_unsteered_on_an_organism(tmp_path):
     assert found["unsteered"][1] == 1.0 > found["steered"][1]
 
 
-def test_messages_without_a_template_are_lines(folder, monkeypatch):
-    api = model(folder)
-    monkeypatch.setattr(api.api.host.tokenizer, "chat_template", None)
+def test_messages_without_a_template_are_lines(folder):
+    api = model(folder, chat=False)
     chat = [ChatMessageSystem(content="w5"), ChatMessageUser(content="w1 w2")]
     (found,) = asked(api, [chat])
     written = ml.generate(api.api.host.model, "w5\nw1 w2", None, 6, progress=False)
