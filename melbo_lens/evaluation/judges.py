@@ -156,13 +156,15 @@ class Judge:
         """
         if len(texts) != len(labels) or not len(texts):
             raise ValueError(f"{len(texts)} texts and {len(labels)} labels were given: give one label for each text.")
-        verdicts = self.verdicts(list(texts))
-        pairs = [(text, verdict, bool(label)) for text, verdict, label in zip(texts, verdicts, labels, strict=True)]
-        judged = [pair for pair in pairs if pair[1] is not None]
+        judged = [
+            (text, verdict, bool(label))
+            for text, verdict, label in zip(texts, self.verdicts(list(texts)), labels, strict=True)
+            if verdict is not None
+        ]
         if not judged:
             raise ValueError(f"the judge gave no verdict on any text: {next(iter(self.errors.values()))}.")
         n, same = len(judged), sum(verdict == label for _, verdict, label in judged)
-        yes = [sum(pair[place] for pair in judged) / n for place in (1, 2)]
+        yes = sum(verdict for _, verdict, _ in judged) / n, sum(label for _, _, label in judged) / n
         by_chance = yes[0] * yes[1] + (1 - yes[0]) * (1 - yes[1])
         interval = binomtest(same, n).proportion_ci(method="wilson")
 
@@ -171,7 +173,7 @@ class Judge:
 
         return Agreement(
             n,
-            len(pairs) - n,
+            len(texts) - n,
             same / n,
             (float(interval.low), float(interval.high)),
             beyond(same / n),

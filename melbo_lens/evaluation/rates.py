@@ -78,7 +78,7 @@ def evaluate(completions: Completions, behaviors: Mapping[str, Behavior], level:
             | _test(group.shown, random.shown)
             for key, group in steered.groupby(["vector", "sign", "scale"])
         ]
-        q_values = _q_values([row["p_value"] for row in block])
+        q_values = _q_values([float(row["p_value"]) for row in block])
         rows += [
             row | {"q_value": q, "beats_control": q < level}  # NaN is below nothing
             for row, q in zip(block, q_values, strict=True)

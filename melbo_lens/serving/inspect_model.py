@@ -25,6 +25,7 @@ try:
         ModelAPI,
         ModelOutput,
         ModelUsage,
+        StopReason,
         TopLogprob,
     )
     from inspect_ai.tool import ToolChoice, ToolInfo
@@ -45,7 +46,7 @@ from melbo_lens.sweeps.jobs import ModelKey
 
 MAX_TOKENS = 256  # where neither the task nor the command says it
 PAUSE = 0.02  # seconds; as long as calls keep coming at this distance, a batch waits for them
-STOP_REASONS = {"end": "stop", "stop": "stop", "length": "max_tokens", "context": "model_length"}
+STOP_REASONS: dict[str, StopReason] = {"end": "stop", "stop": "stop", "length": "max_tokens", "context": "model_length"}
 # settings that would change what is written, and that nothing here follows
 UNKNOWN = "top_k frequency_penalty presence_penalty logit_bias best_of response_schema prompt_logprobs".split()
 

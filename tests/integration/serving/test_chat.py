@@ -124,7 +124,7 @@ def test_what_a_model_writes_is_no_command_to_the_terminal(conversation, monkeyp
     monkeypatch.setattr(type(conversation), "_answer", lambda *_: evil)
     out = shown(conversation, "w1", width=400)
     assert not set("\x1b\x07\x9b\u202e\r\x7f") & set(out)
-    assert "[red]red[/red] [link=file:///x]y[/link]" in out and "\\x1b]0;title\\x07" in out
+    assert out.count("[red]red[/red] [link=file:///x]y[/link]") == out.count("\\x1b]0;title\\x07") == 2  # on both sides
     assert conversation.vector == 0 and conversation.turns[0].steered == evil
     assert harmless("two\nlines\tand ünïcode 日本 🧀") == "two\nlines\tand ünïcode 日本 🧀"
 
