@@ -14,7 +14,7 @@ $(VENV)/.installed: pyproject.toml $(LOCK)
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing what $(LOCK) pins into $(VENV); this takes a few minutes the first time"
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c $(LOCK) torch
-	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c $(LOCK) -e '.[dev]'
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c $(LOCK) -e '.[dev,inspect]'
 	@touch $@
 
 $(VENV)/.smollm2: $(VENV)/.installed

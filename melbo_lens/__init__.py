@@ -7,6 +7,10 @@ if TYPE_CHECKING:
     from melbo_lens import organisms as organisms
     from melbo_lens import plots as plots
     from melbo_lens.evaluation.coherence import coherence as coherence
+    from melbo_lens.evaluation.judges import Agreement as Agreement
+    from melbo_lens.evaluation.judges import Judge as Judge
+    from melbo_lens.evaluation.judges import judge as judge
+    from melbo_lens.evaluation.openai_client import openai_client as openai_client
     from melbo_lens.evaluation.rates import Evaluation as Evaluation
     from melbo_lens.evaluation.rates import evaluate as evaluate
     from melbo_lens.evaluation.rates import select as select
@@ -87,6 +91,8 @@ __version__ = "0.1.0"
 # `import melbo_lens` costs nothing.
 _HOMES = {
     "evaluation.coherence": "coherence",
+    "evaluation.judges": "judge",
+    "evaluation.openai_client": "openai_client",
     "evaluation.rates": "evaluate select",
     "evaluation.words": "cluster_by_words",
     "exports": "export",
@@ -128,6 +134,7 @@ _HOMES = {
 }
 # What calls return: here for `isinstance` and annotations.
 _RESULTS = {
+    "evaluation.judges": "Agreement Judge",
     "evaluation.rates": "Evaluation",
     "measures.changes": "ActivationChanges TargetEffects",
     "measures.next_tokens": "NextTokens",

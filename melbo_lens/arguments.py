@@ -118,6 +118,8 @@ def without_autocast() -> Iterator[None]:
 
 def _takes_a_list(annotation: Any) -> bool:
     """Whether a parameter takes a sequence of numbers and doesn't take a tensor."""
+    if get_origin(annotation) is Callable:  # its arguments are not the call's
+        return False
     kinds = {get_origin(kind) or kind for kind in (annotation, *get_args(annotation))}
     return bool(kinds & {Sequence, list, tuple}) and Tensor not in kinds
 

@@ -75,6 +75,7 @@ def demo(
     vectors, completions = found.joined(int(best.source_layer), int(best.target_layer))
     findings = ml.Findings.measured(organism.model, prompt, vectors, completions, organism.behaviors, title)
     replace(findings, groups=found.table, said=found.said, calibration=found.edge).save(out)
+    _remember(out, "modes")
     ml.report_directory(out)
     console.print(f"\n{found.said}")
     console.print(f"prompt: {escape(prompt)}")
@@ -170,6 +171,7 @@ def fit(
             checkpoint=out / "fit.checkpoint",
         )
         vectors.save(out / "vectors.safetensors")
+        _remember(out, model, dtype, device)
         (out / "fit.checkpoint").unlink()
         if max_new_tokens:
             completions = ml.generate(loaded, prompts, vectors, max_new_tokens=max_new_tokens, seed=seed)
@@ -211,6 +213,7 @@ def discover(
             found.vector(row).save(out / f"group-{row}.safetensors")
         if len(found.table):
             ml.Findings.of_discovery(loaded, prompts, found, title=f"What {model} hides").save(out)
+            _remember(out, model, dtype, device)
             ml.report_directory(out)
     table = Table(title=escape(repr(found)), show_lines=True)
     for heading in ("row", "example", "layers", "radius\n/ norm", "vectors", "random", "held out"):
@@ -290,6 +293,39 @@ def report(
 
 
 @app.command()
+def chat(
+    directory: Annotated[Path | None, typer.Argument(help="folder that `fit`, `discover` or `demo` wrote")] = None,
+    model: Annotated[str | None, typer.Option(help="the model, as for `fit`; default: that of the folder")] = None,
+    vectors: Annotated[
+        Path | None, typer.Option(help="a file of vectors or adapters, also of another tool; default: the folder's")
+    ] = None,
+    layer: Annotated[int | None, typer.Option(help="the layer, if a file of another tool doesn't say it")] = None,
+    vector: Annotated[int, typer.Option(help="which of them to begin with, from 0")] = 0,
+    scale: Annotated[float, typer.Option(help="the multiple at which it is added; negative for the other sign")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(help="the longest answer")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
+    seed: Annotated[int, typer.Option(help="seed of the sampling")] = 0,
+    dtype: Dtype = "float32",
+    device: Device = None,
+) -> None:
+    """Talk to the steered and the unsteered model side by side; /help lists what can be changed meanwhile."""
+    import melbo_lens as ml
+    from melbo_lens.serving.conversation import Conversation, what_to_open
+    from melbo_lens.serving.terminal import talk
+
+    with _errors_in_a_sentence():
+        key, found = what_to_open(
+            directory, None if model is None else ml.ModelKey(model, dtype, device), vectors, layer=layer
+        )
+        with console.status("loading torch and the model"):
+            loaded = key.load()
+        conversation = Conversation(
+            *(loaded, found, key, vector, 1 if scale > 0 else -1, abs(scale), max_new_tokens, temperature, seed)
+        )
+    talk(conversation, console, lambda: console.input("> "))
+
+
+@app.command()
 def export(
     file: Annotated[Path, typer.Argument(help="what `save` wrote, or a file of another tool")],
     format: Annotated[
@@ -336,6 +372,14 @@ def _load(model: str, dtype: str, device: str | None) -> Any:
         import melbo_lens as ml
 
         return ml.ModelKey(model, dtype, device).load()
+
+
+def _remember(out: Path, model: str, dtype: str = "float32", device: str | None = None) -> None:
+    """Notes on which model the folder's vectors were learned, for `chat`."""
+    import melbo_lens as ml
+    from melbo_lens.serving.conversation import remember_model
+
+    remember_model(out, ml.ModelKey(model, dtype, device))
 
 
 @contextmanager

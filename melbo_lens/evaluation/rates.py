@@ -9,10 +9,11 @@ from scipy.stats import binomtest, false_discovery_control, fisher_exact
 
 from melbo_lens import tables
 from melbo_lens.arguments import public
+from melbo_lens.evaluation.judges import Judge
 from melbo_lens.generation.completions import Completions
 
 Behavior: TypeAlias = str | Callable[[str], bool]
-COLUMNS = "vector sign scale behavior n rate low high unsteered random p_value q_value beats_control".split()
+COLUMNS = "vector sign scale behavior n errors rate low high unsteered random p_value q_value beats_control".split()
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -20,13 +21,14 @@ class Evaluation:
     """The rates of behaviours.
 
     Attributes:
-        table: one row for each vector, sign, scale and behaviour, with n (completions), rate with a 95 % Wilson
-            interval (low, high), the unsteered and the pooled random rate, p_value of Fisher's exact test (is the
-            rate higher than with random vectors?), q_value after Benjamini and Hochberg over the rows of a
-            behaviour, and beats_control (q_value below the level of `evaluate`, .05 by default).
-        summary: one row for each behaviour, over all steered completions, with n, rate, low, high, unsteered, random,
-            p_value, vectors (how many of them elicited it with either sign at least once), and the numbers of
-            completions n_random and n_unsteered.
+        table: one row for each vector, sign, scale and behaviour, with n (completions), errors (further ones on which a
+            judge gave no verdict; they count in nothing else), rate with a 95 % Wilson interval (low, high), the
+            unsteered and the pooled random rate, p_value of Fisher's exact test (is the rate higher than with random
+            vectors?), q_value after Benjamini and Hochberg over the rows of a behaviour, and beats_control (q_value
+            below the level of `evaluate`, .05 by default).
+        summary: one row for each behaviour, over all steered completions, with n, errors, rate, low, high, unsteered,
+            random, p_value, vectors (how many of them elicited it with either sign at least once), the numbers of
+            completions n_random and n_unsteered, and errors_random and errors_unsteered.
         note: says what the tests could not show with so few completions; empty if there is no such limit.
     """
 
@@ -52,7 +54,7 @@ def evaluate(completions: Completions, behaviors: Mapping[str, Behavior], level:
 
     Args:
         completions: the completions, as `generate` returns them; tests need random controls among them.
-        behaviors: name -> a regular expression that is searched for, or a function of the text.
+        behaviors: name -> a regular expression that is searched for, a function of the text, or a `judge`.
         level: the false discovery rate at which a row counts as beating the control.
 
     Returns:
@@ -69,8 +71,8 @@ def evaluate(completions: Completions, behaviors: Mapping[str, Behavior], level:
         raise ValueError("there are no steered completions to evaluate: generate some with perturbations.")
     rows, summaries = [], []
     for name, behavior in behaviors.items():
-        shown = table.assign(shown=shows(table.text, behavior))
-        steered, random, unsteered = (shown[shown.kind == kind] for kind in ("steered", "random", "unsteered"))
+        judged = table.assign(shown=verdicts(table.text, behavior))
+        steered, random, unsteered = (judged[judged.kind == kind] for kind in ("steered", "random", "unsteered"))
         base = {"unsteered": unsteered.shown.mean(), "random": random.shown.mean()}
         block = [
             dict(zip(("vector", "sign", "scale"), key, strict=True))
@@ -80,28 +82,31 @@ def evaluate(completions: Completions, behaviors: Mapping[str, Behavior], level:
             | _test(group.shown, random.shown)
             for key, group in steered.groupby(["vector", "sign", "scale"])
         ]
-        p_values = [row["p_value"] for row in block]
-        tested = len(random) > 0
-        q_values = false_discovery_control(p_values) if tested else [float("nan")] * len(block)
+        q_values = _q_values([float(row["p_value"]) for row in block])
         rows += [
-            row | {"q_value": q, "beats_control": bool(tested and q < level)}
+            row | {"q_value": q, "beats_control": q < level}  # NaN is below nothing
             for row, q in zip(block, q_values, strict=True)
         ]
-        eliciting = steered[steered.shown].vector.nunique()
-        sizes = {"vectors": eliciting, "n_random": len(random), "n_unsteered": len(unsteered)}
+        eliciting = steered[steered.shown == 1].vector.nunique()
+        sizes: dict[str, Any] = {"vectors": eliciting}
+        for kind, group in (("random", random), ("unsteered", unsteered)):
+            sizes |= {f"n_{kind}": int(group.shown.count()), f"errors_{kind}": int(group.shown.isna().sum())}
         summaries.append({"behavior": name} | _rate(steered.shown) | base | _test(steered.shown, random.shown) | sizes)
     result = pd.DataFrame(rows)[COLUMNS].sort_values(["behavior", "vector", "sign", "scale"]).reset_index(drop=True)
     return Evaluation(result, pd.DataFrame(summaries), _note(table, len(rows) // len(behaviors), level))
 
 
-def shows(texts: pd.Series, behavior: Behavior) -> pd.Series:
-    """Whether each text shows the behaviour.
+def verdicts(texts: pd.Series, behavior: Behavior) -> pd.Series:
+    """1 for each text that shows the behaviour, 0 for each that doesn't, and NaN where a judge gave no verdict.
 
     Raises:
         ValueError: the behaviour's function raised; the message says on which text.
     """
+    if isinstance(behavior, Judge):
+        found = [float("nan") if verdict is None else verdict for verdict in behavior.verdicts(texts.tolist())]
+        return pd.Series(found, index=texts.index, dtype=float)
     if not callable(behavior):
-        return texts.str.contains(behavior, regex=True)
+        return texts.str.contains(behavior, regex=True).astype(float)
     found = []
     for i, text in enumerate(texts):
         try:
@@ -110,7 +115,12 @@ def shows(texts: pd.Series, behavior: Behavior) -> pd.Series:
             raise ValueError(
                 f"the behavior raised {error!r} on completion {i}, {text!r}: it must take any text."
             ) from error
-    return pd.Series(found, index=texts.index, dtype=bool)
+    return pd.Series(found, index=texts.index, dtype=float)
+
+
+def shows(texts: pd.Series, behavior: Behavior) -> pd.Series:
+    """Whether each text is known to show the behaviour; rates are made of `verdicts`, in which errors are missing."""
+    return verdicts(texts, behavior) == 1
 
 
 @public
@@ -121,7 +131,7 @@ def select(behaviors: Mapping[str, Behavior], on: Completions, score: Completion
     vector.
 
     Args:
-        behaviors: name -> a regular expression or a function of the text.
+        behaviors: name -> a regular expression, a function of the text, or a `judge`.
         on: the completions that are used for the choice.
         score: completions of the same perturbations on other prompts.
 
@@ -167,16 +177,27 @@ def select(behaviors: Mapping[str, Behavior], on: Completions, score: Completion
 
 
 def _rate(shown: pd.Series) -> dict[str, Any]:
-    """The rate of a behaviour with its 95 % Wilson interval."""
-    interval = binomtest(int(shown.sum()), len(shown)).proportion_ci(method="wilson")
-    return {"n": len(shown), "rate": float(shown.mean()), "low": interval.low, "high": interval.high}
+    """The rate of a behaviour among the verdicts, with its 95 % Wilson interval; NaN if there are none."""
+    n, known = int(shown.count()), {"n": int(shown.count()), "errors": int(shown.isna().sum())}
+    if not n:
+        return known | dict.fromkeys(("rate", "low", "high"), float("nan"))
+    interval = binomtest(int(shown.sum()), n).proportion_ci(method="wilson")
+    return known | {"rate": float(shown.mean()), "low": interval.low, "high": interval.high}
 
 
 def _test(steered: pd.Series, random: pd.Series) -> dict[str, float]:
-    """The p-value of the steered rate against the random one; NaN without random completions."""
-    if random.empty:
-        return {"p_value": float("nan")}
-    return {"p_value": _fisher(int(steered.sum()), len(steered), int(random.sum()), len(random))}
+    """The p-value of the steered rate against the random one; NaN without verdicts on completions of both."""
+    (k, n), (k_random, n_random) = ((int(shown.sum()), int(shown.count())) for shown in (steered, random))
+    return {"p_value": _fisher(k, n, k_random, n_random) if n and n_random else float("nan")}
+
+
+def _q_values(p_values: list[float]) -> list[float]:
+    """The p-values after Benjamini and Hochberg; NaN where there was no test."""
+    found = pd.Series(p_values, dtype=float)
+    tested = found.dropna()
+    if len(tested):
+        found[tested.index] = false_discovery_control(tested)
+    return found.tolist()
 
 
 def _fisher(k: int, n: int, k_control: int, n_control: int) -> float:

@@ -1,9 +1,10 @@
 """How are many completions written at once?  As rows of cached batches, each a prompt under one perturbation."""
 
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from melbo_lens.memory import in_batches
@@ -16,14 +17,34 @@ from melbo_lens.progress import Progress
 from melbo_lens.prompts import text_after
 from melbo_lens.randomness import uniform
 
-Written: TypeAlias = tuple[list[int], list[float], str]  # new ids, their log-probabilities and their text
+
+@dataclass
+class Written:
+    """What was written in one row.
+
+    Attributes:
+        tokens: the new ids, without the end token.
+        log_probs: their log-probabilities at temperature 1.
+        likely: at each of them, the most likely tokens with their log-probabilities, if they were asked for.
+        text: the text of the ids, cut off before a stop.
+        ended: why it ends: by the model's end token, by a stop, after `max_new_tokens`, or where the context is full.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+    likely: list[list[tuple[int, float]]] = field(default_factory=list)
+    text: str = ""
+    ended: Literal["", "end", "stop", "length", "context"] = ""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One completion to make: a row of a batch."""
+    """One completion to make: a row of a batch.
 
-    prompt: int
+    The prompt is its number or its text. With the seed and the other fields it decides which random numbers are drawn.
+    """
+
+    prompt: int | str
     kind: str
     vector: int | None
     sign: int
@@ -38,7 +59,7 @@ class Run:
             if self.vector is None
             else f"the {self.kind} vector {self.vector} at {self.sign * self.scale:+g}"
         )
-        return f"{who}, on prompt {self.prompt},"
+        return f"{who}, on prompt {self.prompt!r:.80},"
 
 
 @dataclass(frozen=True)
@@ -54,6 +75,8 @@ class Decoding:
     seed: int
     stops: list[str]
     turn: int = 0
+    top_p: float = 1.0
+    n_likely: int = 0
 
     def complete(self, runs: list[Run], rows: list[list[int]], batch_size: int | None, progress: bool) -> list[Written]:
         """Completes each run's prompt, at most `batch_size` at once; similar lengths share a batch to save padding.
@@ -85,33 +108,47 @@ class Decoding:
         draws = self._draws(runs).to(self.host.device)
         decoder = Decoder(self.host, rows, lambda some: self._steering([runs[i] for i in some]), self.positions, cached)
         ends = hooks.end_tokens(self.host)
-        new: list[list[int]] = [[] for _ in runs]
-        log_probs: list[list[float]] = [[] for _ in runs]
-        done: set[int] = set()
+        written = [Written() for _ in runs]
+        limits = [self._limit(row) for row in rows]
         chosen = draws  # a placeholder that the first step does not read
         for step in range(self.max_new_tokens):
             logits = decoder.next(chosen) if step else decoder.first()
             # without this check, NaN would silently be decoded as some token again and again
             hooks.check_finite(self.host, logits, [runs[i].name for i in decoder.alive], "the logits")
             chosen = self._choose(logits, draws[decoder.alive, step])
-            chosen_log_probs = logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0].tolist()
-            for i, token, log_prob in zip(decoder.alive, chosen.tolist(), chosen_log_probs, strict=True):
-                if i in done:
+            log_probs = logits.log_softmax(-1)
+            likely = self._likely(log_probs)
+            chosen_log_probs = log_probs.gather(1, chosen[:, None])[:, 0].tolist()
+            for place, (i, token) in enumerate(zip(decoder.alive, chosen.tolist(), strict=True)):
+                row = written[i]
+                if row.ended:
                     continue
-                if token not in ends:
-                    new[i].append(token)
-                    log_probs[i].append(log_prob)
-                if token in ends or step + 1 == self.max_new_tokens or (self.stops and self._stopped(rows[i], new[i])):
-                    done.add(i)
+                if token in ends:
+                    row.ended = "end"
+                else:
+                    row.tokens.append(token)
+                    row.log_probs.append(chosen_log_probs[place])
+                    row.likely.append(likely[place])
+                    if self.stops and self._stopped(rows[i], row.tokens):
+                        row.ended = "stop"
+                    elif step + 1 == limits[i]:
+                        row.ended = "length" if limits[i] == self.max_new_tokens else "context"
+                if row.ended:
                     bar.update()
-            if len(done) == len(runs):
+            if all(row.ended for row in written):
                 break
-            left = [place for place, i in enumerate(decoder.alive) if i not in done]
+            left = [place for place, i in enumerate(decoder.alive) if not written[i].ended]
             # copying the cache costs too, so a few finished rows are carried along
             if len(left) <= 0.9 * len(decoder.alive) and decoder.keep(left):
                 chosen = chosen[left]
-        written = [(ids, probs, self._text(row, ids)) for row, ids, probs in zip(rows, new, log_probs, strict=True)]
+        for before, row in zip(rows, written, strict=True):
+            row.text = self._text(before, row.tokens)
         return written, decoder.cached
+
+    def _limit(self, row: list[int]) -> int:
+        """How many tokens can be written after this prompt."""
+        n_ctx = getattr(self.host.cfg, "n_ctx", None)
+        return min(self.max_new_tokens, n_ctx - len(row)) if n_ctx else self.max_new_tokens
 
     def _steering(self, runs: list[Run]) -> list[Hook]:
         """The hooks for a batch whose rows are these runs."""
@@ -135,10 +172,24 @@ class Decoding:
         """The next token of each row: the most likely one, or the one that its uniform number selects."""
         if self.temperature == 0:
             return logits.argmax(-1)
-        cumulative = (logits.double() / self.temperature).softmax(-1).cumsum(-1)
-        return torch.searchsorted(cumulative, draws.double()[:, None] * cumulative[:, -1:]).clamp(
+        probs = (logits.double() / self.temperature).softmax(-1)
+        if self.top_p < 1:
+            probs = nucleus(probs, self.top_p)
+        cumulative = probs.cumsum(-1)
+        # to the right, since a token of no probability adds nothing to the sum before it
+        return torch.searchsorted(cumulative, draws.double()[:, None] * cumulative[:, -1:], right=True).clamp(
             max=logits.shape[-1] - 1
         )[:, 0]
+
+    def _likely(self, log_probs: Tensor) -> list[list[tuple[int, float]]]:
+        """The most likely tokens of each row, the first first, with their log-probabilities."""
+        if not self.n_likely:
+            return [[]] * len(log_probs)
+        top = log_probs.topk(min(self.n_likely, log_probs.shape[-1]))
+        return [
+            list(zip(ids, values, strict=True))
+            for ids, values in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        ]
 
     def _stopped(self, before: list[int], ids: list[int]) -> bool:
         text = text_after(self.host, before, ids)
@@ -148,3 +199,13 @@ class Decoding:
         """The new text, cut off before the first stop."""
         text = text_after(self.host, before, ids)
         return text[: min([text.find(stop) for stop in self.stops if stop in text], default=len(text))]
+
+
+def nucleus(probs: Float[Tensor, "row d_vocab"], top_p: float) -> Float[Tensor, "row d_vocab"]:
+    """The probabilities with 0 outside of the fewest tokens that together have at least `top_p` of a row.
+
+    The published rule (Holtzman et al., 2020), in which the token that crosses the limit is the last one kept.
+    """
+    ordered, order = probs.sort(dim=-1, descending=True, stable=True)
+    before = ordered.cumsum(-1) - ordered
+    return torch.zeros_like(probs).scatter(-1, order, ordered.masked_fill(before >= top_p, 0.0))

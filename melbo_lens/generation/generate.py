@@ -29,6 +29,7 @@ def generate(
     signs: int | Sequence[int] = (+1, -1),
     scales: float | Sequence[float] = (1.0,),
     temperature: float = 0.0,
+    top_p: float = 1.0,
     n_samples: int = 1,
     positions: Positions = "all",
     include_unsteered: bool = True,
@@ -51,6 +52,7 @@ def generate(
         scales: multiples at which each perturbation is applied.
         temperature: 0 decodes greedily. Otherwise tokens are sampled, with a separate random stream for each
             completion, which depends on `seed` and the row alone.
+        top_p: sampling leaves out the tokens beyond the fewest that together have this probability.
         n_samples: the number of completions of each row; more than one needs a temperature.
         positions: where the perturbation acts: at "all" tokens, only those of the "prompt", or only "generated" ones.
         include_unsteered: whether to complete the prompts without a perturbation as well.
@@ -82,6 +84,7 @@ def generate(
     all_signs: Sequence[int] = [signs] if isinstance(signs, int | float) else signs
     all_scales: Sequence[float] = [scales] if isinstance(scales, int | float) else scales
     _check_settings(max_new_tokens, all_signs, all_scales, temperature, n_samples, positions, batch_size)
+    check_top_p(top_p)
     if include_random < 0:
         raise ValueError(f"include_random={include_random} must be True, False, or how many controls to make.")
     by_ids = isinstance(prompts, Tensor | PromptBatch | AsPrompts)  # token ids are never chats
@@ -107,18 +110,23 @@ def generate(
     if not runs:
         raise ValueError("nothing to generate: give perturbations, or include_unsteered=True.")
     n_vectors = 0 if perturbations is None else len(perturbations)
-    decoding = Decoding(host, bank, n_vectors, max_new_tokens, temperature, positions, seed, _stops(stop))
+    decoding = Decoding(
+        host, bank, n_vectors, max_new_tokens, temperature, positions, seed, stops_of(stop), top_p=top_p
+    )
     settings = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
+        "top_p": top_p,
         "positions": positions,
         "seed": seed,
-        "stop": _stops(stop),
+        "stop": stops_of(stop),
         "perturbations": dict(perturbations.provenance) if perturbations else None,
     }
     asked = None if by_ids else as_list(prompts)
-    chats = [asked[run.prompt] for run in runs] if asked and all(isinstance(prompt, list) for prompt in asked) else None
-    texts, rows = [batch.texts[run.prompt] for run in runs], [batch.rows()[run.prompt] for run in runs]
+    order = [int(run.prompt) for run in runs]
+    chats = [asked[i] for i in order] if asked and all(isinstance(prompt, list) for prompt in asked) else None
+    ids = batch.rows()
+    texts, rows = [batch.texts[i] for i in order], [ids[i] for i in order]
     return _complete(decoding, runs, texts, rows, chats, settings, batch_size, progress)
 
 
@@ -135,8 +143,8 @@ def _complete(
     """Completes the runs; if they are chats, the result can be continued."""
     written = decoding.complete(runs, rows, batch_size, progress)
     columns = [
-        (run.prompt, text, run.kind, run.vector, run.sign, run.scale, run.sample, new_text, new, log_probs)
-        for run, text, (new, log_probs, new_text) in zip(runs, texts, written, strict=True)
+        (run.prompt, text, run.kind, run.vector, run.sign, run.scale, run.sample, new.text, new.tokens, new.log_probs)
+        for run, text, new in zip(runs, texts, written, strict=True)
     ]
 
     table = pd.DataFrame(columns, columns=COLUMNS).astype({"vector": "Int64"})
@@ -146,8 +154,8 @@ def _complete(
 
     def continue_with(message: str) -> Completions:
         longer = []
-        for chat, row, (new, _, text) in zip(chats, rows, written, strict=True):
-            answer = answered(chat, space_between(decoding.host, row, new), text)
+        for chat, row, new in zip(chats, rows, written, strict=True):
+            answer = answered(chat, space_between(decoding.host, row, new.tokens), new.text)
             longer.append([*answer, {"role": "user", "content": message}])
         batch = tokenize(decoding.host, longer, n_new_tokens=decoding.max_new_tokens)
         later = replace(decoding, turn=decoding.turn + 1)
@@ -167,12 +175,18 @@ def answered(chat: Chat, space: str, text: str) -> Chat:
     return [*chat, {"role": "assistant", "content": text}]
 
 
-def _stops(stop: str | Sequence[str] | None) -> list[str]:
+def stops_of(stop: str | Sequence[str] | None) -> list[str]:
     """The texts that end a completion, as a list."""
     stops = [] if stop is None else [stop] if isinstance(stop, str) else list(stop)
     if any(not text for text in stops):
         raise ValueError(f"stop={stop!r} holds an empty string, which every text contains: leave it out.")
     return stops
+
+
+def check_top_p(top_p: float) -> None:
+    """Refuses what is no share of probability."""
+    if isinstance(top_p, bool) or not isinstance(top_p, int | float) or not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p!r} must be a probability above 0, and 1 to leave nothing out.")
 
 
 def _check_settings(

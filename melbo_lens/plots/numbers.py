@@ -10,7 +10,7 @@ from scipy.cluster.hierarchy import dendrogram, fcluster, linkage
 from scipy.spatial.distance import squareform
 from sklearn.decomposition import PCA
 
-from melbo_lens.evaluation.rates import Behavior, Evaluation, shows
+from melbo_lens.evaluation.rates import Behavior, Evaluation, verdicts
 from melbo_lens.generation.completions import Completions
 from melbo_lens.measures.changes import ActivationChanges, TargetEffects
 from melbo_lens.measures.radius import Calibration
@@ -349,8 +349,9 @@ def scale_sweep(
         for name, behavior in behaviors.items():
             if kind == "random" and len(behaviors) > 1:
                 continue
-            hits = groups.text.agg(lambda texts, behavior=behavior: float(shows(texts, behavior).mean()))
-            bounds = np.array([wilson(rate, n) for rate, n in zip(hits, groups.size(), strict=True)])
+            shown = verdicts(part.text, behavior).groupby(part.multiple)
+            hits = shown.mean()
+            bounds = np.array([wilson(rate, n) for rate, n in zip(hits, shown.count(), strict=True)])
             label = name if kind == "steered" else f"{name}, random"
             rates.append(
                 Line(
@@ -363,10 +364,11 @@ def scale_sweep(
                 )
             )
         if kind == "random" and len(behaviors) > 1:
-            hits = groups.text.agg(
-                lambda texts: float(np.any([shows(texts, behavior) for behavior in behaviors.values()], axis=0).mean())
-            )
-            bounds = np.array([wilson(rate, n) for rate, n in zip(hits, groups.size(), strict=True)])
+            each = pd.DataFrame({name: verdicts(part.text, behavior) for name, behavior in behaviors.items()})
+            known = each.notna().all(axis=1) | each.eq(1).any(axis=1)  # else an error might have been the one
+            shown = each.eq(1).any(axis=1).astype(float).where(known).groupby(part.multiple)
+            hits = shown.mean()
+            bounds = np.array([wilson(rate, n) for rate, n in zip(hits, shown.count(), strict=True)])
             rates.append(
                 Line(
                     "any, random", hits.index.to_numpy(float), hits.to_numpy(), bounds[:, 0], bounds[:, 1], control=True

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 
 from melbo_lens.arguments import plain_json
-from melbo_lens.evaluation.rates import Behavior, shows
+from melbo_lens.evaluation.rates import Behavior, shows, verdicts
 from melbo_lens.evaluation.words import word_counts
 from melbo_lens.generation.completions import Completions
 from melbo_lens.generation.generate import generate
@@ -176,7 +176,7 @@ class HeldoutTask(Measurement[list[str]]):
 def heldout_rate(texts: Sequence[str], row: Any, behaviors: Mapping[str, Behavior]) -> float:
     """Returns the share of completions of held-out prompts that belong to the row's group."""
     if row.behavior:
-        return float(shows(pd.Series(list(texts)), behaviors[row.behavior]).mean())
+        return float(verdicts(pd.Series(list(texts)), behaviors[row.behavior]).mean())
     counts = word_counts([row.example, *texts])
     similar = torch.cosine_similarity(counts[:1], counts[1:])
     return float((similar > 1 - ALIKE).float().mean())

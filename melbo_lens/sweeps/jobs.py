@@ -38,7 +38,7 @@ class ModelKey:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r} must be one of {list(DTYPES)}.")
-        if self.name in organisms.names() and self.dtype != "float32":
+        if self.is_organism and self.dtype != "float32":
             raise ValueError(f"dtype={self.dtype!r} is not offered for organisms, which are float32: leave it out.")
 
     def load(self) -> Any:
@@ -48,9 +48,14 @@ class ModelKey:
             return organism.model
         return boot(self.name, device=self.device, dtype=getattr(torch, self.dtype))
 
+    @property
+    def is_organism(self) -> bool:
+        """Whether the name is an organism's."""
+        return self.name in organisms.names()
+
     def organism(self) -> Organism | None:
         """Loads the organism of this name, with its prompts and detectors; None if it is another model's name."""
-        if self.name not in organisms.names():
+        if not self.is_organism:
             return None
         found = organisms.load(self.name)
         model: Any = found.model

@@ -22,6 +22,7 @@ FILES = {
         "completions.csv",
         "completions.jsonl",
         "effects.safetensors",
+        "model.json",
         "ranking.csv",
     ),
     *("report.html", "vectors.safetensors"),

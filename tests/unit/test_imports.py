@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[2] / "melbo_lens"
 # folders in the order of a perturbation's life, after the files that everything rests on and before the doors
 ORDER = (
     "arguments randomness memory progress files tables prompts ascent perturbations imports models measures generation "
-    "evaluation methods exports organisms sweeps search plots studies reports cli __main__ __init__"
+    "evaluation methods exports organisms sweeps search plots studies reports serving cli __main__ __init__"
 ).split()
 # within a folder there is an order too, so that it has no circle
 WITHIN = {
@@ -24,7 +24,7 @@ WITHIN = {
         "low_rank derivatives melbo adapters cpe dct jacobian contrastive noise"
     ),
     "generation": "completions decoding steer generate",
-    "evaluation": "rates coherence departures words",
+    "evaluation": "judges openai_client rates coherence departures words",
     "imports": "gguf torch_files peft",
     "exports": (
         "standalone plain_models comparison weights layer_outputs gguf_files peft gguf_vectors gguf_lora transformers "
@@ -34,6 +34,7 @@ WITHIN = {
     "search": "arms pace groups rounds searching discovery layers",
     "plots": "arrays text labels paper numbers drawing figures embedding tokens exploring",
     "reports": "findings page",
+    "serving": "inspect_entry inspect_model conversation terminal",
 }
 ONLY_IN = {"transformer_lens": {"models"}, "plotly": {"plots"}, "circuitsvis": {"plots"}}
 # Files that attach hooks: to models of TransformerLens, and to plain Hugging Face models, where there may be no

@@ -1,0 +1,126 @@
+"""How does a conversation look in a terminal?  Two columns, and commands that begin with a slash.
+
+What a model wrote is shown as plain text: neither the terminal nor rich takes any of it for a command.
+"""
+
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from melbo_lens.serving.conversation import Conversation
+
+HELP = {
+    "/vector N": "steer with vector N",
+    "/sign +": "or -, the direction of the vector",
+    "/scale X": "the multiple at which it is added",
+    "/length N": "the longest answer, in tokens",
+    "/temperature X": "0 is greedy",
+    "/reset": "forget what was said",
+    "/save PATH": "write the transcript as JSON",
+    "/help": "these lines",
+    "/quit": "or the end of the input",
+}
+SIGNS = {"+": 1, "+1": 1, "1": 1, "-": -1, "-1": -1}
+
+
+def talk(conversation: Conversation, console: Console, read: Callable[[], str]) -> None:
+    """Reads lines until they end: messages to both sides, and commands.
+
+    Args:
+        conversation: what is talked with.
+        console: where answers are shown.
+        read: returns the next line; EOFError ends the conversation.
+    """
+    console.print(Text(f"{_setting(conversation)}; /help lists the commands"))
+    while True:
+        try:
+            line = read().strip()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if line == "/quit":
+            return
+        try:
+            if line.startswith("/"):
+                console.print(Text(command(conversation, line)))
+            elif line:
+                _show(conversation, console, line)
+        except KeyboardInterrupt:
+            console.print(Text("stopped; nothing was said"))
+        except (ValueError, FloatingPointError, OSError) as error:
+            console.print(Text(f"error: {harmless(str(error))}", style="red"))
+
+
+def command(conversation: Conversation, line: str) -> str:
+    """Carries a command out and returns what to say about it.
+
+    Raises:
+        ValueError: there is no such command, or what it was given breaks a rule.
+        OSError: a file can't be written.
+    """
+    name, _, given = line.partition(" ")
+    given = given.strip()
+    if name == "/help":
+        return "\n".join(f"{usage:<16}{what}" for usage, what in HELP.items())
+    if name == "/reset":
+        conversation.turns.clear()
+        return "both sides have forgotten what was said"
+    if name == "/save":
+        if not given:
+            raise ValueError("/save needs a path, as /save transcript.json.")
+        return f"wrote {conversation.save(Path(given).expanduser())}"
+    if name == "/sign":
+        if given not in SIGNS:
+            raise ValueError(f"/sign {given} must be /sign + or /sign -.")
+        conversation.choose(sign=SIGNS[given])
+    elif name in ("/vector", "/length"):
+        conversation.choose(**{"vector" if name == "/vector" else "max_new_tokens": _number(name, given, int)})
+    elif name in ("/scale", "/temperature"):
+        conversation.choose(**{name[1:]: _number(name, given, float)})
+    else:
+        raise ValueError(f"there is no command {name}: /help lists them.")
+    return _setting(conversation)
+
+
+def harmless(text: str) -> str:
+    """Returns the text with every character written out that is not seen but obeyed: control codes, marks of direction.
+
+    Line ends and tabs stay.
+    """
+    return "".join(
+        letter
+        if letter in "\n\t" or unicodedata.category(letter)[0] != "C"
+        else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
+
+
+def _number(name: str, given: str, kind: Callable[[str], float]) -> float:
+    try:
+        return kind(given)
+    except ValueError as error:
+        raise ValueError(f"{name} {given} must be a number, as {name} 3.") from error
+
+
+def _setting(conversation: Conversation) -> str:
+    """Which vector steers, and how."""
+    word, n = conversation.perturbations.word, len(conversation.perturbations)
+    multiple = conversation.sign * conversation.scale
+    return f"{word} {conversation.vector} of {n} (0 to {n - 1}), multiplied by {multiple:+g}"
+
+
+def _show(conversation: Conversation, console: Console, message: str) -> None:
+    """Says a message and shows both answers side by side."""
+    with console.status("writing"):
+        turn = conversation.say(message)
+    table = Table(expand=True, show_lines=True)
+    for heading in (
+        f"{conversation.perturbations.word} {turn.vector}, multiplied by {turn.sign * turn.scale:+g}",
+        "unsteered",
+    ):
+        table.add_column(Text(heading), ratio=1, overflow="fold")
+    table.add_row(Text(harmless(turn.steered)), Text(harmless(turn.unsteered)))
+    console.print(table)
