@@ -31,7 +31,7 @@ WITHIN = {
         "vllm_lens easysteer hotwire lm_eval neuronpedia"
     ),
     "sweeps": "trials running jobs tasks outcomes engines sweep",
-    "search": "arms pace groups rounds searching discovery layers",
+    "search": "arms pace groups looks written cards rounds searching discovery layers",
     "reports": "findings page",
 }
 ONLY_IN = {"transformer_lens": {"models"}, "plotly": {"plots"}, "circuitsvis": {"plots"}}
