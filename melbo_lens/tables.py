@@ -27,7 +27,9 @@ def seen(text: str) -> str:
 def _is_seen(text: str, place: int) -> bool:
     character = text[place]
     if character in "\n\t" or character == JOINER:
-        return character != JOINER or not any(map(_plain_or_none, (text[place - 1 : place], text[place + 1 : place + 2])))
+        return character != JOINER or not any(
+            map(_plain_or_none, (text[place - 1 : place], text[place + 1 : place + 2]))
+        )
     return unicodedata.category(character) not in HIDDEN and character not in FILLERS
 
 

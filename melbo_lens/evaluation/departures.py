@@ -78,9 +78,7 @@ def in_words(table: pd.DataFrame, natural: pd.Series | None = None) -> pd.DataFr
     }
     found = pd.DataFrame(index=table.index)
     before = table.prompt.map(lambda prompt: plain.get(prompt, ""))
-    found["new_words"] = [
-        new_words(text, known[prompt]) for text, prompt in zip(table.text, table.prompt, strict=True)
-    ]
+    found["new_words"] = [new_words(text, known[prompt]) for text, prompt in zip(table.text, table.prompt, strict=True)]
     found["natural"] = float("nan") if natural is None else natural
     found["surprise"] = float("nan")
     found["change"] = "wording"
@@ -103,19 +101,21 @@ def shares(rows: pd.DataFrame) -> dict[str, float]:
     "nothing" means that no completion changed. Otherwise it is "noise" if most of the changed completions are, else
     "content" if one of them is, else "wording".
     """
+    kinds = kinds_of(rows)
+    return {kind: float((kinds == kind).sum()) / max(len(kinds), 1) for kind in ("nothing", *KINDS[1:])}
+
+
+def kinds_of(rows: pd.DataFrame) -> pd.Series:
+    """Says what each direction does, as `shares` counts it; the index is trial, vector and sign."""
     steered = rows[rows.kind == "steered"]
-    found = dict.fromkeys(("nothing", *KINDS[1:]), 0)
-    directions = steered.groupby(["trial", "vector", "sign"])
-    for _, change in directions.change:
-        counts = change.value_counts()
-        changed = len(change) - counts.get("same", 0)
-        if not changed:
-            found["nothing"] += 1
-        elif 2 * counts.get("noise", 0) > changed:
-            found["noise"] += 1
-        else:
-            found["content" if counts.get("content", 0) else "wording"] += 1
-    return {kind: n / max(len(directions), 1) for kind, n in found.items()}
+    keys = [steered.trial, steered.vector, steered.sign]
+    counts = pd.crosstab(keys, steered.change).reindex(columns=list(KINDS), fill_value=0)
+    changed = counts[list(KINDS[1:])].sum(axis=1)
+    kinds = pd.Series("wording", index=counts.index)
+    kinds[counts.content > 0] = "content"
+    kinds[2 * counts.noise > changed] = "noise"
+    kinds[changed == 0] = "nothing"
+    return kinds
 
 
 def words(text: str) -> set[str]:

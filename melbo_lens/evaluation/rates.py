@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, TypeAlias
 
 import pandas as pd
@@ -175,6 +176,7 @@ def _test(steered: pd.Series, random: pd.Series) -> dict[str, float]:
     return {"p_value": _fisher(int(steered.sum()), len(steered), int(random.sum()), len(random))}
 
 
+@cache  # most vectors share their counts
 def _fisher(k: int, n: int, k_control: int, n_control: int) -> float:
     """The one-sided p-value of Fisher's exact test that k of n exceeds chance, given k_control of n_control."""
     return float(fisher_exact([[k, n - k], [k_control, n_control - k_control]], alternative="greater").pvalue)

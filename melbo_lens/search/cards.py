@@ -25,6 +25,7 @@ from melbo_lens.tables import seen
 SIGNS = {1: "+", -1: "−", 0: ""}
 MOST_SHOWN = 600  # characters of an example on a card
 MOST_NAMED = 12  # directions that a card names
+LIKELY = 0.005  # a first token that is less probable than this is no beginning
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b58900", "#56b4e9", "#8a6bbe", "#b07d2b")  # Okabe and Ito
 
 
@@ -48,7 +49,7 @@ class Rate:
         if not self.n:
             return "not measured"
         low, high = self.interval
-        return f"{self.k:,} of {self.n:,} ({self.share:.1%}; 95 % interval {low:.1%} to {high:.1%})"
+        return f"{self.k:,} of {self.n:,} ({100 * self.share:.1f} %; 95 % interval {100 * low:.1f} to {100 * high:.1f})"
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,14 @@ class Card:
 
     @property
     def title(self) -> str:
-        return self.name or "; ".join(self.example.split("\n"))[:60]
+        return self.name or " ".join(self.example.split())[:60] or "an empty text"
+
+    @property
+    def promoted(self) -> list[tuple[str, str, str]]:
+        """The tokens that it begins with, and their probabilities before and after in words."""
+        found = self.look.promoted if self.look is not None else ()
+        likely = [one for one in found if one[2] >= LIKELY] or list(found[:1])
+        return [(token, _percent(before), _percent(after)) for token, before, after in likely]
 
 
 def cards_of(
@@ -177,7 +185,7 @@ def cards_of(
 def namer(directions: pd.DataFrame) -> Callable[[int, int, int], str]:
     """Returns what a vector with a sign is called: its number and, if there are several trials, the trial's before."""
     several = directions.trial.nunique() > 1
-    return lambda trial, vector, sign: (f"{trial}.{vector}" if several else f"{vector}") + f" {SIGNS[int(sign)]}"
+    return lambda trial, vector, sign: (f"{trial}.{vector}" if several else f"{vector}") + f"\u202f{SIGNS[int(sign)]}"
 
 
 def anchor(trial: int, vector: int, sign: int) -> str:
@@ -198,9 +206,15 @@ def different(before: str | None, text: str) -> tuple[tuple[str, bool], ...]:
     return tuple(pieces)
 
 
-def html(cards: Sequence[Card], linked: bool = True) -> str:
-    """Returns cards as HTML; `linked` says whether a page around them has the places that they lead to."""
-    return _template("cards").render(cards=cards, linked=linked, signs=SIGNS, readable=NATURAL)
+def html(cards: Sequence[Card], linked: bool = True, prefix: str = "") -> str:
+    """Returns cards as HTML.
+
+    Args:
+        cards: the cards.
+        linked: whether a page around them has the places that they lead to.
+        prefix: what their names in the page begin with, where there are cards of several runs.
+    """
+    return _template("cards").render(cards=cards, linked=linked, prefix=prefix, readable=NATURAL)
 
 
 def in_a_notebook(sentence: str, cards: Sequence[Card], n_groups: int) -> str:
@@ -227,5 +241,9 @@ def _template(name: str) -> Any:
     return environment.get_template(f"{name}.html.jinja")
 
 
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if share >= 0.1 else f"{100 * share:.1f} %" if share >= 0.001 else "< 0.1 %"
+
+
 def _number(value: Any) -> float:
-    return math.nan if value is None or pd.isna(value) else float(value)
+    return math.nan if value is None or pd.isna(value) else float(value) + 0.0

@@ -122,7 +122,7 @@ class Discovery:
         Their column `vector` numbers the chosen vectors, and `prompt` the different prompts of all trials. If the
         search found no group, the vectors are those of its first trial.
         """
-        chosen = [(0, vector, 1) for vector in range(len(self.vectors[0]))] if self.table.empty else self._first(n)
+        chosen = self.numbers(n)
         parts: list[pd.DataFrame] = []
         for number, (trial, vector, sign) in enumerate(chosen):
             written = self.completions[trial]
@@ -137,6 +137,10 @@ class Discovery:
         ids = tuple(map(tuple, table.pop("known")))
         settings = self.completions[chosen[0][0]].settings
         return self._vectors(chosen), Completions(table, settings, ids if all(ids) else None)
+
+    def numbers(self, n: int = 20) -> list[tuple[int, int, int]]:
+        """The trial, vector and sign of each of the vectors of `shown`."""
+        return [(0, vector, 1) for vector in range(len(self.vectors[0]))] if self.table.empty else self._first(n)
 
     def _first(self, n: int) -> list[tuple[int, int, int]]:
         """The trial, vector and sign of the first groups whose vectors have the commonest form among them."""

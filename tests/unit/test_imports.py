@@ -32,7 +32,7 @@ WITHIN = {
     ),
     "sweeps": "trials running jobs tasks outcomes engines sweep",
     "search": "arms pace groups looks written cards rounds searching discovery layers",
-    "reports": "findings page",
+    "reports": "findings ladder limits again columns page comparison report",
 }
 ONLY_IN = {"transformer_lens": {"models"}, "plotly": {"plots"}, "circuitsvis": {"plots"}}
 # Files that attach hooks: to models of TransformerLens, and to plain Hugging Face models, where there may be no
