@@ -7,9 +7,8 @@ from html import escape
 import pandas as pd
 from torch import Tensor
 
-
-# control and format characters (bidirectional and zero-width ones are among them), separators of lines, lone surrogates,
-# private ones; and fillers, which count as letters or marks and show nothing
+# control and format characters (bidirectional and zero-width ones are among them), separators of lines, lone
+# surrogates, private ones; and fillers, which count as letters or marks and show nothing
 HIDDEN, FILLERS = {"Cc", "Cf", "Zl", "Zp", "Cs", "Co"}, set("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0")
 JOINER = "\u200d"
 

@@ -59,11 +59,7 @@ def evaluate(completions: Completions, behaviors: Mapping[str, Behavior], level:
     Raises:
         ValueError: there are no behaviours, or no steered completions.
     """
-    table = completions.table
-    if not behaviors:
-        raise ValueError("behaviors is empty: name at least one, as {'portuguese': r'\\ba resposta'}.")
-    if not (table.kind == "steered").any():
-        raise ValueError("there are no steered completions to evaluate: generate some with perturbations.")
+    table = _checked(completions, behaviors)
     rows, summaries = [], []
     for name, behavior in behaviors.items():
         shown = table.assign(shown=shows(table.text, behavior))
@@ -84,11 +80,37 @@ def evaluate(completions: Completions, behaviors: Mapping[str, Behavior], level:
             row | {"q_value": q, "beats_control": bool(tested and q < level)}
             for row, q in zip(block, q_values, strict=True)
         ]
-        eliciting = steered[steered.shown].vector.nunique()
-        sizes = {"vectors": eliciting, "n_random": len(random), "n_unsteered": len(unsteered)}
-        summaries.append({"behavior": name} | _rate(steered.shown) | base | _test(steered.shown, random.shown) | sizes)
+        summaries.append(_summary(name, shown))
     result = pd.DataFrame(rows)[COLUMNS].sort_values(["behavior", "vector", "sign", "scale"]).reset_index(drop=True)
     return Evaluation(result, pd.DataFrame(summaries), _note(table, len(rows) // len(behaviors), level))
+
+
+def overall(completions: Completions, behaviors: Mapping[str, Behavior], level: float = 0.05) -> Evaluation:
+    """Does the same as `evaluate` over all vectors together; the table of single ones, which takes long, is empty."""
+    table = _checked(completions, behaviors)
+    summaries = [
+        _summary(name, table.assign(shown=shows(table.text, behavior))) for name, behavior in behaviors.items()
+    ]
+    n_tests = table[table.kind == "steered"].groupby(["vector", "sign", "scale"]).ngroups
+    return Evaluation(pd.DataFrame(columns=COLUMNS), pd.DataFrame(summaries), _note(table, n_tests, level))
+
+
+def _checked(completions: Completions, behaviors: Mapping[str, Behavior]) -> pd.DataFrame:
+    if not behaviors:
+        raise ValueError("behaviors is empty: name at least one, as {'portuguese': r'\\ba resposta'}.")
+    if not (completions.table.kind == "steered").any():
+        raise ValueError("there are no steered completions to evaluate: generate some with perturbations.")
+    return completions.table
+
+
+def _summary(name: str, shown: pd.DataFrame) -> dict[str, Any]:
+    """The row of one behaviour over all steered completions."""
+    steered, random, unsteered = (shown[shown.kind == kind] for kind in ("steered", "random", "unsteered"))
+    base = {"unsteered": unsteered.shown.mean(), "random": random.shown.mean()}
+    sizes = {"n_random": len(random), "n_unsteered": len(unsteered)}
+    tested = _test(steered.shown, random.shown)
+    eliciting = {"vectors": steered[steered.shown].vector.nunique()}
+    return {"behavior": name} | _rate(steered.shown) | base | tested | eliciting | sizes
 
 
 def shows(texts: pd.Series, behavior: Behavior) -> pd.Series:

@@ -355,7 +355,7 @@ class Findings:
 
 
 def _measures(host: Host, prompts: Prompts, vectors: Perturbation) -> dict[str, Any]:
-    """The measures of vectors that a page begins with; those learned for several targets are read at the model's end."""
+    """The measures of vectors for a page; what was learned for several targets is read at the model's end."""
     aim = vectors.objective or Objective()
     batch = tokenize(host, prompts, aim.target_positions)
     known = aim.target_layer is not None or aim.target_hook is not None

@@ -35,13 +35,13 @@ def limits(findings: Findings, written: Written) -> Iterator[str]:
     per = written.steered.groupby(["trial", "vector", "sign"]).size()
     if len(per) and per.median() <= 3:
         yield (
-            f"How reliable a single vector is: it wrote {per.median():.0f} completion{'s' if per.median() > 1 else ''}. "
-            "More prompts or samples would tell."
+            "How reliable a single vector is: it wrote "
+            f"{per.median():.0f} completion{'s' if per.median() > 1 else ''}. More prompts or samples would tell."
         )
     if written.judged:
         yield (
-            f"Whether noise is only noise. Text whose tokens the unsteered model finds less probable than {NATURAL:.0f} "
-            "nats on the mean is called noise, and a language or a code that it does not know would be, too."
+            "Whether noise is only noise. Text whose tokens the unsteered model finds less probable than "
+            f"{NATURAL:.0f} nats on the mean is called noise, and so would be a language that it doesn't know."
         )
     else:
         yield "Which text is noise: no model judged it (Findings.measured does)."

@@ -19,7 +19,7 @@ from markupsafe import Markup
 
 from melbo_lens import plots
 from melbo_lens.evaluation.departures import KINDS, kinds_of
-from melbo_lens.evaluation.rates import Evaluation, evaluate
+from melbo_lens.evaluation.rates import Evaluation, overall
 from melbo_lens.files import write_text
 from melbo_lens.generation.completions import COLUMNS, Completions
 from melbo_lens.measures.changes import ActivationChanges
@@ -41,7 +41,10 @@ SECTIONS = (
 )
 FIGURES = "rates ladder scales radius layer-map layers changes cosines effect-cosines ranked objective".split()
 # only the page's own scripts, named by their digests, are run, and nothing is asked for from anywhere
-POLICY = "default-src 'none'; script-src SCRIPTS; style-src 'unsafe-inline'; img-src data: blob:; form-action 'none'; base-uri 'none'"
+POLICY = (
+    "default-src 'none'; script-src SCRIPTS; style-src 'unsafe-inline'; img-src data: blob:; form-action 'none'; "
+    "base-uri 'none'"
+)
 WHOLE, SHARE = "{:.0f}", "{:.0%}"
 TRIAL_CELLS = {
     "method": "{}",
@@ -69,7 +72,7 @@ def write_page(findings: Findings, path: str | os.PathLike[str]) -> Path:
     written = findings.everything
     behaviors = findings.behaviors
     has_steered = len(written.steered) > 0
-    evaluation = evaluate(_as_completions(written), behaviors) if behaviors and has_steered else None
+    evaluation = overall(_as_completions(written), behaviors) if behaviors and has_steered else None
     table = ladder.ladder(written) if has_steered else pd.DataFrame()
     pictures = {picture.anchor: picture for picture in _figures(findings, written, evaluation, table)}
     tokens = _token_views(findings.changes, findings.views)
@@ -138,7 +141,7 @@ def write_page(findings: Findings, path: str | os.PathLike[str]) -> Path:
 
 
 def rendered(name: str, **values: Any) -> str:
-    """Returns a page from its template, with its style, and with a policy that lets no other script run than its own."""
+    """Returns a page from its template, with its style, and with a policy that lets no script run but its own."""
     environment = Environment(
         loader=PackageLoader("melbo_lens.reports", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -166,7 +169,7 @@ def lead(written: Written) -> str:
     kinds, prompts = kinds_of(written.rows), written.rows.prompt.nunique()
     if not len(kinds):
         return "There are no steered completions."
-    parts = {name: f"{share:.0%}".replace("%", " %") for name, share in written.shares.items()}
+    parts = {name: f"{share:.0%}".replace("%", "\u00a0%") for name, share in written.shares.items()}
     noise = f", {parts['noise']} write noise" if written.judged else ""
     return (
         f"{len(kinds):,} directions of {len(written.directions):,} vectors were tried on {prompts} "
@@ -288,15 +291,15 @@ def _figures(
     ]
     drawn: list[tuple[str, str, Any, str]] = []  # a figure, or None with the reason
     planned.sort(key=lambda one: FIGURES.index(one[0]))  # the library stands before the first figure of the page
-    for anchor, caption, draw in planned:
+    for place, caption, draw in planned:
         if draw is not None:
             try:
-                drawn.append((anchor, caption, draw(), ""))
+                drawn.append((place, caption, draw(), ""))
             except ValueError as error:
-                drawn.append((anchor, caption, None, str(error)))
+                drawn.append((place, caption, None, str(error)))
     embedded = iter(plots.embed([figure for _, _, figure, _ in drawn if figure is not None]))
-    for anchor, caption, figure, reason in drawn:
-        yield Picture(anchor, caption, next(embedded) if figure is not None else "", reason)
+    for place, caption, figure, reason in drawn:
+        yield Picture(place, caption, next(embedded) if figure is not None else "", reason)
 
 
 def _if_given(value: T | None, draw: Callable[[T], Any]) -> Callable[[], Any] | None:

@@ -1,7 +1,7 @@
 """How is what was found shown?  A card for each group, with all that speaks for it and against it.
 
-Cards are HTML for a page and for a notebook. A model's text is shown as text: it is escaped, what can't be seen in it is
-spelled out, and its direction is kept to itself.
+Cards are HTML for a page and for a notebook. A model's text is shown as text: it is escaped, what can't be seen in it
+is spelled out, and its direction is kept to itself.
 """
 
 import difflib

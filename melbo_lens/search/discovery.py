@@ -54,8 +54,8 @@ class Discovery:
             (how many vectors elicit it), and of the example natural and surprise (nats).
         shares: the share of all directions, vectors with a sign, that do nothing (no completion changed), and of those
             that change the wording, the content, or write noise.
-        rows: every completion but the unsteered ones, with the number of its trial, how it departs, and its group, which
-            is a row of the table (NA: none).
+        rows: every completion but the unsteered ones, with the number of its trial, how it departs, and its group,
+            which is a row of the table (NA: none).
         plan: the trials that were completed; `discover(..., plan=found.plan)` repeats them exactly.
         vectors: the vectors or adapters of each trial.
         completions: the completions of each trial.

@@ -1,4 +1,4 @@
-"""How does a direction begin, and where does it act?  The next tokens that it promotes, and its change at each token."""
+"""How does a direction begin, and where does it act?  The first tokens that it promotes, and its change at each."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

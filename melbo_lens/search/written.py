@@ -48,7 +48,7 @@ class Written:
     def of_search(
         cls, rows: pd.DataFrame, written: Sequence[Completions], directions: pd.DataFrame, groups: pd.DataFrame
     ) -> "Written":
-        """Puts the rows of a search beside its unsteered completions, of which each prompt keeps one for each sample."""
+        """Puts the rows of a search beside its unsteered completions, of which each prompt has one for each sample."""
         plain = pd.concat([one.table[one.table.kind == "unsteered"] for one in written], ignore_index=True)
         plain = plain.drop_duplicates(["prompt_text", "sample"]).assign(**UNSTEERED, group=pd.NA)
         return cls(_tidied(pd.concat([plain[ROWS], rows[ROWS]], ignore_index=True)), directions, groups)
