@@ -395,7 +395,7 @@ def plane(effects: Tensor) -> list[tuple[float, float]]:
     """The two principal components of the directions of effects; rows with NaN are put at the middle."""
     rows = torch.nan_to_num(effects.double())
     unit = (rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-30)).numpy()
-    if min(unit.shape) < 2:
+    if min(unit.shape) < 2 or (unit == unit[0]).all():
         return [(0.0, 0.0)] * len(unit)
     return [(float(x), float(y)) for x, y in PCA(2, svd_solver="randomized", random_state=0).fit_transform(unit)]
 

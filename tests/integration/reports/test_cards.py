@@ -8,7 +8,7 @@ import torch
 
 import melbo_lens as ml
 from melbo_lens.search.cards import Rate, cards_of, different, html, in_a_notebook
-from melbo_lens.search.looks import Look
+from melbo_lens.search.looks import Look, look
 from melbo_lens.search.written import Written
 from melbo_lens.tables import seen
 from tests.integration.reports.test_page import completions
@@ -18,7 +18,7 @@ HIDDEN = "a\u202eb\u200bc\u2066d\ufeffe\u00adf\u061cg\x00h\u2028i"
 
 
 def written(judged=True):
-    """Two prompts; vector 0 with + loves cheese on both, with − on one, vector 1 says rome once; so does a random one."""
+    """Two prompts; vector 0 loves cheese on both with +, on one with −; vector 1 says rome once, as one random does."""
     texts = {
         (0, 1): [CHEESE, CHEESE],
         (0, -1): [CHEESE, PLAIN],
@@ -106,8 +106,8 @@ def test_what_cannot_be_seen_is_spelled_out():
 def test_cards_are_html_without_a_models_markup():
     evil = f"<script>alert(1)</script><img src=x onerror=alert(1)>{HIDDEN}"
     found = Written.of_run(ml.SteeringVectors(torch.eye(4), 1), completions(evil, prompts=("p",)), {evil: "steered 0"})
-    look = Look(((evil, 0.001, 0.5), ("<b>", 0.0, 0.2)), (evil, "<i>"), (0.5, 0.25), 4)
-    for text in (html(cards_of(found, {0: look})), in_a_notebook(evil, cards_of(found, {0: look}), 3)):
+    one = Look(((evil, 0.001, 0.5), ("<b>", 0.0, 0.2)), (evil, "<i>"), (0.5, 0.25), 4)
+    for text in (html(cards_of(found, {0: one})), in_a_notebook(evil, cards_of(found, {0: one}), 3)):
         assert "&lt;script&gt;" in text and "<script" not in text and "<img" not in text and '<b>"' not in text
         assert "⟨U+202E⟩" in text and "\u202e" not in text and "\u200b" not in text
         assert "50 %" in text and "entering layer 4: at most 0.5" in text
@@ -117,12 +117,11 @@ def test_a_look_finds_the_first_token_and_where_a_vector_acts():
     organism = ml.organisms.load("modes")
     prompt = organism.prompts["clean"][0]
     found = ml.discover(organism.model, prompt, plan=ml.make_plan(organism.model, prompt)[1:2], progress=False)
-    from melbo_lens.search.looks import look
-
     one = look(organism.model, prompt, found.vector(0), 4)
-    logits = organism.model(prompt)[0, -1]
-    with ml.steer(organism.model, found.vector(0)):
-        steered = organism.model(prompt)[0, -1]
+    with torch.no_grad():
+        logits = organism.model(prompt)[0, -1]
+        with ml.steer(organism.model, found.vector(0)):
+            steered = organism.model(prompt)[0, -1]
     gain = steered.softmax(-1) - logits.softmax(-1)
     token, before, after = one.promoted[0]
     best = int(gain.argmax())

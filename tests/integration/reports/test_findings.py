@@ -19,7 +19,7 @@ def body(path):
     """The page without the names that are drawn anew each time."""
     return (
         pd.Series(path.read_text().split("\n"))
-        .str.replace(r"tokens-\w{12}|[0-9a-f]{8}-[0-9a-f-]{27}", "", regex=True)
+        .str.replace(r"tokens-\w{12}|[0-9a-f]{8}-[0-9a-f-]{27}|'sha256-[^']*' ?", "", regex=True)
         .tolist()
     )
 

@@ -82,7 +82,7 @@ def test_the_command_writes_the_page_and_a_saved_one_is_the_same(organism, folde
     text = page.read_text()
     for what in ('id="group-0"', 'id="trials"', "target_layer=77", "What the trials in runs found", "cheese", "cpe"):
         assert what in text
-    assert len(re.findall(r"<tr><td>(?:melbo|cpe)</td>", text)) == 8
+    assert len(re.findall(r"<tr><td>(?:melbo|cpe)</td>", text[text.index('id="trials"') :])) == 8
     for share in ml.gather(folder).shares.values():
         assert f"{share:.0%}".replace("%", "\u00a0%") in text
     ml.Findings.of_sweep(folder, title="a title").save(tmp_path / "saved")
@@ -127,4 +127,4 @@ def test_the_folder_of_a_search_has_a_page_too(organism, tmp_path):
         organism.model, prompt, plan=plan, max_new_tokens=6, progress=False, directory=tmp_path / "kept"
     )
     page = ml.report_directory(tmp_path / "kept").read_text()
-    assert found.table.example.iloc[0] in page and len(re.findall(r"<tr><td>melbo</td>", page)) == 2
+    assert found.table.example.iloc[0] in page and page[page.index('id="trials"') :].count("<tr><td>melbo</td>") == 2
