@@ -39,7 +39,8 @@ def snippet(findings: Findings) -> str:
     if method is None or "parts" in known or known.get("init") is not None:
         return ""
     wanted = inspect.signature(method).parameters
-    given = {name: value for name, value in known.items() if name in wanted and name not in LEFT_OUT}
+    left_out = LEFT_OUT | ({"target_hook"} if known.get("target_layer") is not None else {"target_layer"})
+    given = {name: value for name, value in known.items() if name in wanted and name not in left_out}
     lines = [f"    {name}={_literal(name, value)}," for name, value in given.items()]
     return "\n".join([*head, f"vectors = ml.{method.__name__}(", "    model,", "    prompts,", *lines, ")"])
 

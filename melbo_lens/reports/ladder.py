@@ -11,6 +11,7 @@ from melbo_lens.search.cards import Rate
 from melbo_lens.search.written import Written
 
 MOST_GROUPS = 4
+MOST_RUNGS = 12  # more radii of one pair of layers are put together, two to an octave
 AT = ["method", "source_layer", "target_layer", "radius", "relative_radius"]
 
 
@@ -24,7 +25,9 @@ def ladder(written: Written) -> pd.DataFrame:
     facts = written.directions.assign(vector=written.directions.vector.astype(int))
     rows = written.steered.astype({"vector": int}).merge(facts, on=["trial", "vector"], how="left")
     for name in ("radius", "relative_radius"):
-        rows[name] = (rows[name] * rows.scale).map(lambda value: float(f"{value:.4g}") if value == value else value)
+        rows[name] = (rows[name] * rows.scale).map(lambda value: float(f"{value:.4g}"))
+        if rows.groupby(AT[:3], dropna=False)[name].nunique().max() > MOST_RUNGS:  # vectors with norms of their own
+            rows[name] = 2 ** ((2 * np.log2(rows[name].clip(lower=1e-30))).round() / 2)
     rows["readable"], rows["changed"] = rows.change != "noise", rows.change != "same"
     groups = [f"group {number}" for number in range(min(len(written.groups), MOST_GROUPS))]
     for number, name in enumerate(groups):
