@@ -213,7 +213,7 @@ async function main() {
     { name: "scale", label: "scale", number: true, value: i => R.scale[i], cell: i => R.kind[i] ? short(R.scale[i]) : "", off: () => !scales },
     { name: "change", value: i => R.change[i], cell: i => R.kind[i] ? CHANGES[R.change[i]] : "" },
     { name: "group", value: i => R.group[i] < 0 ? null : R.group[i], cell: i => groupCell(R.group[i]) },
-    { name: "behaviour", cell: i => make("span", {}, ...named(R.text[i]).map(b => make("span", { className: "tag" }, seen(D.behaviors[b])))), off: () => !D.behaviors.length },
+    { name: "behaviour", cell: i => make("span", {}, ...named(R.text[i]).map(b => make("span", { className: "tag" }, seen(D.behaviors[b].slice(0, 60))))), off: () => !D.behaviors.length },
     { name: "natural", label: "natural", number: true, value: i => R.natural[i], cell: i => short(R.natural[i]), off: () => !judged },
     { name: "unsteered", label: "unsteered", className: "text beside", cell: i => { const t = plain.get(`${R.prompt[i]} ${R.sample[i]}`) ?? plain.get(`${R.prompt[i]} 0`); return t === undefined ? "" : longText(D.texts[t]); }, off: () => !fields.beside.checked },
     { name: "text", className: "text", value: i => lower[R.text[i]], cell: i => longText(D.texts[R.text[i]]) },
