@@ -30,7 +30,7 @@ from melbo_lens.reports.again import snippet
 from melbo_lens.reports.columns import columns, map_says, packed
 from melbo_lens.reports.findings import Findings
 from melbo_lens.reports.limits import limits
-from melbo_lens.search.cards import anchor, cards_of, html, namer
+from melbo_lens.search.cards import anchor, cards_of, html, namer, short
 from melbo_lens.search.written import Written
 from melbo_lens.tables import seen
 
@@ -108,7 +108,9 @@ def write_page(findings: Findings, path: str | os.PathLike[str]) -> Path:
         note="" if evaluation is None else evaluation.note,
         pictures=list(pictures.values()),
         ladder=ladder.rows_of(table),
-        ladder_names=[row.behavior or row.example for row in written.groups.head(ladder.MOST_GROUPS).itertuples()],
+        ladder_names=[
+            short(row.behavior or row.example) for row in written.groups.head(ladder.MOST_GROUPS).itertuples()
+        ],
         anew=_numbered_anew(findings, written),
         has_layers=has["layers"],
         has_cosines=has["similarity"],
@@ -129,7 +131,7 @@ def write_page(findings: Findings, path: str | os.PathLike[str]) -> Path:
         data=packed(
             {
                 **data,
-                "groups": [row.behavior or row.example for row in written.groups.itertuples()],
+                "groups": [short(row.behavior or row.example) for row in written.groups.itertuples()],
                 "cards": len(cards),
             }
         ),

@@ -108,7 +108,7 @@ class Card:
 
     @property
     def title(self) -> str:
-        return self.name or " ".join(self.example.split())[:60] or "an empty text"
+        return short(self.name or self.example)
 
     @property
     def promoted(self) -> list[tuple[str, str, str]]:
@@ -239,6 +239,12 @@ def _template(name: str) -> Any:
     )
     environment.filters["seen"] = seen
     return environment.get_template(f"{name}.html.jinja")
+
+
+def short(text: str) -> str:
+    """Returns the beginning of a text in one line, by which a group is called."""
+    words = " ".join(text[:200].split())
+    return words[:60] + ("…" if len(words) > 60 else "") or "an empty text"
 
 
 def _percent(share: float) -> str:
