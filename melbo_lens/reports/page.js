@@ -189,7 +189,7 @@ async function main() {
     { name: "group", value: i => V.group[i] < 0 ? null : V.group[i], cell: i => groupCell(V.group[i]) },
     { name: "does", value: i => V.kind[i], cell: i => V.kind[i] },
     ...measures,
-  ], V.name.map((_, i) => i), () => {
+  ], V.name.map((_, i) => i).sort((i, j) => (V.group[i] < 0) - (V.group[j] < 0) || V.group[i] - V.group[j]), () => {
     const search = vectorFields.search.value.toLowerCase().trim(), kind = vectorFields.kind.value, group = vectorFields.group.value;
     return i => (kind === "" || V.kind[i] === kind) && (group === "" || String(V.group[i]) === group)
       && (!vectorFields.marked.checked || marks.has(V.anchor[i]))
