@@ -212,7 +212,7 @@ class Findings:
         """All that was written: in the search, or with the vectors alone."""
         if self.written is not None:
             return self.written
-        return Written.of_run(self.vectors, self.completions, self.behaviors, self.judged, self.coherence)
+        return Written.of_run(self.vectors, self.completions, self.behaviors, self.judged, as_list(self.coherence))
 
     @classmethod
     @public

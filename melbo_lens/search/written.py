@@ -72,7 +72,8 @@ class Written:
         table = completions.table.reset_index(drop=True)
         if judged is None:
             judged = in_words(table, None if natural is None else pd.Series(list(natural), index=table.index))
-        rows = table.assign(trial=0).join(judged.reset_index(drop=True))
+        facts: pd.DataFrame = judged
+        rows = table.assign(trial=0).join(facts.reset_index(drop=True))
         steered = rows.kind != "unsteered"
         names, directions = named(rows[steered], behaviors), _directions(vectors, rows)
         groups = grouped(directions, rows[steered], names)
