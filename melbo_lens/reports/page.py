@@ -39,9 +39,7 @@ MOST_CARDS, MOST_TRIALS, MOST_NOISE = 40, 1000, 20
 SECTIONS = (
     "Findings Map Controls Ladder Layers Similarity Tokens Trials Vectors Completions Prompts Settings Limits".split()
 )
-FIGURES: list[str] = (
-    "rates ladder scales radius layer-map layers changes cosines effect-cosines ranked objective".split()
-)
+FIGURES: Any = "rates ladder scales radius layer-map layers changes cosines effect-cosines ranked objective".split()
 # only the page's own scripts, named by their digests, are run, and nothing is asked for from anywhere
 POLICY = (
     "default-src 'none'; script-src SCRIPTS; style-src 'unsafe-inline'; img-src data: blob:; form-action 'none'; "
