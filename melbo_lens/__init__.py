@@ -61,9 +61,9 @@ if TYPE_CHECKING:
     from melbo_lens.plots.exploring import Explorer as Explorer
     from melbo_lens.plots.exploring import explore as explore
     from melbo_lens.reports.findings import Findings as Findings
-    from melbo_lens.reports.page import report as report
-    from melbo_lens.reports.page import report_directory as report_directory
-    from melbo_lens.reports.page import save_results as save_results
+    from melbo_lens.reports.report import report as report
+    from melbo_lens.reports.report import report_directory as report_directory
+    from melbo_lens.reports.report import save_results as save_results
     from melbo_lens.search.arms import make_plan as make_plan
     from melbo_lens.search.discovery import Discovery as Discovery
     from melbo_lens.search.discovery import discover as discover
@@ -124,7 +124,7 @@ _HOMES = {
     "perturbations.vectors": "SteeringVectors",
     "plots.exploring": "explore",
     "reports.findings": "Findings",
-    "reports.page": "report report_directory save_results",
+    "reports.report": "report report_directory save_results",
     "search.discovery": "discover gather",
     "search.layers": "scan_layers",
     "search.arms": "make_plan",

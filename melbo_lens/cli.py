@@ -5,7 +5,6 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -73,8 +72,7 @@ def demo(
     title = "What the modes organism hides"
     best = found.table.iloc[0]
     vectors, completions = found.joined(int(best.source_layer), int(best.target_layer))
-    findings = ml.Findings.measured(organism.model, prompt, vectors, completions, organism.behaviors, title)
-    replace(findings, groups=found.table, said=found.said, calibration=found.edge).save(out)
+    ml.Findings.of_discovery(organism.model, prompt, found, organism.behaviors, title).save(out)
     _remember(out, "modes")
     ml.report_directory(out)
     console.print(f"\n{found.said}")

@@ -1,10 +1,39 @@
 """How does a value look in a notebook?  It is a sentence above a table, in which every text is HTML-escaped."""
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 from html import escape
 
 import pandas as pd
 from torch import Tensor
+
+# control and format characters (bidirectional and zero-width ones are among them), separators of lines, lone
+# surrogates, private ones; and fillers, which count as letters or marks and show nothing
+HIDDEN, FILLERS = {"Cc", "Cf", "Zl", "Zp", "Cs", "Co"}, set("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0")
+JOINER = "\u200d"
+
+
+def seen(text: str) -> str:
+    """Returns a text in which every character can be seen: hidden ones are spelled out, as in ⟨U+202E⟩.
+
+    A joiner between two characters beyond ASCII stays, since it makes one emoji or one ligature of them.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(character if _is_seen(text, i) else f"⟨U+{ord(character):04X}⟩" for i, character in enumerate(text))
+
+
+def _is_seen(text: str, place: int) -> bool:
+    character = text[place]
+    if character in "\n\t" or character == JOINER:
+        return character != JOINER or not any(
+            map(_plain_or_none, (text[place - 1 : place], text[place + 1 : place + 2]))
+        )
+    return unicodedata.category(character) not in HIDDEN and character not in FILLERS
+
+
+def _plain_or_none(beside: str) -> bool:
+    return beside.isascii() or unicodedata.category(beside) == "Cf"
 
 
 def html(sentence: object, table: pd.DataFrame | None = None, most: int = 60, note: str = "") -> str:

@@ -5,6 +5,7 @@ departs, and the text around it natural. Another wording has no improbable token
 """
 
 import re
+from collections.abc import Set
 from typing import Literal, TypeAlias
 
 import pandas as pd
@@ -41,10 +42,7 @@ def departures(model: Model, completions: Completions) -> pd.DataFrame:
     columns = []
     for row, log_probs in zip(table.itertuples(), token_log_probs(model, completions), strict=True):
         before = plain.loc[row.prompt]
-        known = words(before.text) | words(row.prompt_text)
-        mine = words(row.text)
-        telling = {word for word in mine if len(word) > GRAMMAR} or mine
-        new = len(telling - known) / len(telling) if telling else 0.0
+        new = new_words(row.text, words(before.text) | words(row.prompt_text))
         n = len(log_probs)
         surprise = -float(log_probs.min()) if n else 0.0
         natural = (float(log_probs.sum()) + surprise) / (n - 1) if n > 1 else -surprise
@@ -61,25 +59,63 @@ def departures(model: Model, completions: Completions) -> pd.DataFrame:
     return pd.DataFrame(columns, columns=["change", "new_words", "surprise", "natural"], index=table.index)
 
 
+def in_words(table: pd.DataFrame, natural: pd.Series | None = None) -> pd.DataFrame:
+    """Says the same of a table of completions as far as texts alone can tell, without a model.
+
+    Args:
+        table: the table of `Completions`.
+        natural: the mean log-probability of each completion, as from `coherence`, by which noise is told; without it
+            nothing is called noise.
+
+    Returns:
+        The columns of `departures`; surprise is NaN, and so is natural if it was not given. A completion whose prompt
+        has no unsteered one is compared with the empty text.
+    """
+    plain = table[table.kind == "unsteered"].drop_duplicates("prompt").set_index("prompt").text.to_dict()
+    known = {
+        row.prompt: words(plain.get(row.prompt, "")) | words(row.prompt_text)
+        for row in table.drop_duplicates("prompt").itertuples()
+    }
+    found = pd.DataFrame(index=table.index)
+    before = table.prompt.map(lambda prompt: plain.get(prompt, ""))
+    found["new_words"] = [new_words(text, known[prompt]) for text, prompt in zip(table.text, table.prompt, strict=True)]
+    found["natural"] = float("nan") if natural is None else natural
+    found["surprise"] = float("nan")
+    found["change"] = "wording"
+    found.loc[found.new_words >= NEW, "change"] = "content"
+    found.loc[found.natural < NATURAL, "change"] = "noise"
+    found.loc[table.text == before, "change"] = "same"
+    return found[["change", "new_words", "surprise", "natural"]]
+
+
+def new_words(text: str, known: Set[str]) -> float:
+    """Returns the share of the different words of more than three letters of a text that are not known."""
+    mine = words(text)
+    telling = {word for word in mine if len(word) > GRAMMAR} or mine
+    return len(telling - known) / len(telling) if telling else 0.0
+
+
 def shares(rows: pd.DataFrame) -> dict[str, float]:
     """Says which share of the directions does what; a direction is a vector of a trial with a sign.
 
     "nothing" means that no completion changed. Otherwise it is "noise" if most of the changed completions are, else
     "content" if one of them is, else "wording".
     """
+    kinds = kinds_of(rows)
+    return {kind: float((kinds == kind).sum()) / max(len(kinds), 1) for kind in ("nothing", *KINDS[1:])}
+
+
+def kinds_of(rows: pd.DataFrame) -> pd.Series:
+    """Says what each direction does, as `shares` counts it; the index is trial, vector and sign."""
     steered = rows[rows.kind == "steered"]
-    found = dict.fromkeys(("nothing", *KINDS[1:]), 0)
-    directions = steered.groupby(["trial", "vector", "sign"])
-    for _, change in directions.change:
-        counts = change.value_counts()
-        changed = len(change) - counts.get("same", 0)
-        if not changed:
-            found["nothing"] += 1
-        elif 2 * counts.get("noise", 0) > changed:
-            found["noise"] += 1
-        else:
-            found["content" if counts.get("content", 0) else "wording"] += 1
-    return {kind: n / max(len(directions), 1) for kind, n in found.items()}
+    keys = [steered.trial, steered.vector, steered.sign]
+    counts = pd.crosstab(keys, steered.change).reindex(columns=list(KINDS), fill_value=0)
+    changed = counts[list(KINDS[1:])].sum(axis=1)
+    kinds = pd.Series("wording", index=counts.index)
+    kinds[counts.content > 0] = "content"
+    kinds[2 * counts.noise > changed] = "noise"
+    kinds[changed == 0] = "nothing"
+    return kinds
 
 
 def words(text: str) -> set[str]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, TypeAlias
 
 import pandas as pd
@@ -64,11 +65,7 @@ def evaluate(completions: Completions, behaviors: Mapping[str, Behavior], level:
     Raises:
         ValueError: there are no behaviours, or no steered completions.
     """
-    table = completions.table
-    if not behaviors:
-        raise ValueError("behaviors is empty: name at least one, as {'portuguese': r'\\ba resposta'}.")
-    if not (table.kind == "steered").any():
-        raise ValueError("there are no steered completions to evaluate: generate some with perturbations.")
+    table = _checked(completions, behaviors)
     rows, summaries = [], []
     for name, behavior in behaviors.items():
         judged = table.assign(shown=verdicts(table.text, behavior))
@@ -87,13 +84,37 @@ def evaluate(completions: Completions, behaviors: Mapping[str, Behavior], level:
             row | {"q_value": q, "beats_control": q < level}  # NaN is below nothing
             for row, q in zip(block, q_values, strict=True)
         ]
-        eliciting = steered[steered.shown == 1].vector.nunique()
-        sizes: dict[str, Any] = {"vectors": eliciting}
-        for kind, group in (("random", random), ("unsteered", unsteered)):
-            sizes |= {f"n_{kind}": int(group.shown.count()), f"errors_{kind}": int(group.shown.isna().sum())}
-        summaries.append({"behavior": name} | _rate(steered.shown) | base | _test(steered.shown, random.shown) | sizes)
+        summaries.append(_summary(name, judged))
     result = pd.DataFrame(rows)[COLUMNS].sort_values(["behavior", "vector", "sign", "scale"]).reset_index(drop=True)
     return Evaluation(result, pd.DataFrame(summaries), _note(table, len(rows) // len(behaviors), level))
+
+
+def overall(completions: Completions, behaviors: Mapping[str, Behavior], level: float = 0.05) -> Evaluation:
+    """Does the same as `evaluate` over all vectors together; the table of single ones, which takes long, is empty."""
+    table = _checked(completions, behaviors)
+    summaries = [
+        _summary(name, table.assign(shown=verdicts(table.text, behavior))) for name, behavior in behaviors.items()
+    ]
+    n_tests = table[table.kind == "steered"].groupby(["vector", "sign", "scale"]).ngroups
+    return Evaluation(pd.DataFrame(columns=COLUMNS), pd.DataFrame(summaries), _note(table, n_tests, level))
+
+
+def _checked(completions: Completions, behaviors: Mapping[str, Behavior]) -> pd.DataFrame:
+    if not behaviors:
+        raise ValueError("behaviors is empty: name at least one, as {'portuguese': r'\\ba resposta'}.")
+    if not (completions.table.kind == "steered").any():
+        raise ValueError("there are no steered completions to evaluate: generate some with perturbations.")
+    return completions.table
+
+
+def _summary(name: str, shown: pd.DataFrame) -> dict[str, Any]:
+    """The row of one behaviour over all steered completions."""
+    steered, random, unsteered = (shown[shown.kind == kind] for kind in ("steered", "random", "unsteered"))
+    base = {"unsteered": unsteered.shown.mean(), "random": random.shown.mean()}
+    sizes: dict[str, Any] = {"vectors": steered[steered.shown == 1].vector.nunique()}
+    for kind, group in (("random", random), ("unsteered", unsteered)):
+        sizes |= {f"n_{kind}": int(group.shown.count()), f"errors_{kind}": int(group.shown.isna().sum())}
+    return {"behavior": name} | _rate(steered.shown) | base | _test(steered.shown, random.shown) | sizes
 
 
 def verdicts(texts: pd.Series, behavior: Behavior) -> pd.Series:
@@ -200,6 +221,7 @@ def _q_values(p_values: list[float]) -> list[float]:
     return found.tolist()
 
 
+@cache  # most vectors share their counts
 def _fisher(k: int, n: int, k_control: int, n_control: int) -> float:
     """The one-sided p-value of Fisher's exact test that k of n exceeds chance, given k_control of n_control."""
     return float(fisher_exact([[k, n - k], [k_control, n_control - k_control]], alternative="greater").pvalue)

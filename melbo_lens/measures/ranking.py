@@ -40,7 +40,7 @@ def rank(vectors: Perturbation, measured: Effects, clusters: Sequence[int] | Non
     labels = list(clusters) if clusters is not None else list(range(len(vectors)))
     if len(labels) != len(vectors):
         raise ValueError(f"{len(labels)} cluster labels were given for {len(vectors)} vectors: give one for each.")
-    effects, sunk = _at_the_fit(vectors)
+    effects, sunk = at_the_fit(vectors)
     columns = {"objective": final, "effect": effects, "sink": sunk, "cluster": labels}
     table = table.assign(**{name: [values[k] for k in table.vector] for name, values in columns.items()})
     table = table.sort_values(["sink", "kl"], ascending=[True, False])
@@ -51,7 +51,7 @@ def rank(vectors: Perturbation, measured: Effects, clusters: Sequence[int] | Non
     ).reset_index(drop=True)
 
 
-def _at_the_fit(vectors: Perturbation) -> tuple[list[float], list[bool]]:
+def at_the_fit(vectors: Perturbation) -> tuple[list[float], list[bool]]:
     """The effect of each row when it was fitted, and whether it had run into a sink; derived rows know neither."""
     known, n = vectors.provenance, len(vectors)
     parts = list(known.get("parts", [known]))

@@ -13,31 +13,41 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
+from sklearn.decomposition import PCA
 from torch import Tensor
 
 from melbo_lens import files
 from melbo_lens.arguments import as_list, plain_json, public
 from melbo_lens.ascent.objectives import Objective
-from melbo_lens.evaluation.rates import Behavior, shows
+from melbo_lens.evaluation.departures import departures
+from melbo_lens.evaluation.rates import Behavior, verdicts
 from melbo_lens.generation.completions import Completions
-from melbo_lens.generation.generate import generate
 from melbo_lens.measures.changes import ActivationChanges, TargetEffects, activation_changes, objective, target_effects
 from melbo_lens.measures.controls import random_like
 from melbo_lens.measures.output import output_effects
 from melbo_lens.measures.radius import Calibration
 from melbo_lens.measures.ranking import rank
 from melbo_lens.models.access import Model, host_of
+from melbo_lens.models.host import Host
 from melbo_lens.perturbations.loading import load
 from melbo_lens.perturbations.perturbation import Perturbation
 from melbo_lens.plots import TokenView
 from melbo_lens.prompts import Prompts, tokenize
 from melbo_lens.search.discovery import Discovery, gather
 from melbo_lens.search.layers import LayerScan
+from melbo_lens.search.looks import Look, look
+from melbo_lens.search.written import PLACES, Written
 from melbo_lens.sweeps.engines import PLANS, Folder
 from melbo_lens.sweeps.sweep import merge
+from melbo_lens.sweeps.trials import trial_as
 
 MEASURES = {"changes": ActivationChanges, "effects": TargetEffects}
 TITLE = "What the vectors elicit"
+WRITTEN = "written.json"
+JUDGED = {"change": str, "new_words": float, "surprise": float, "natural": float}
+MOST_LOOKS = 12  # groups whose first token and place on the prompt are measured
+MOST_WORK = 2e11  # directions times tokens times layers times width squared, up to which a map is measured: a minute
 SCAN_COLUMNS_0_1_0 = "source_layer target_layer sign radius objective random_objective kl entropy".split()
 
 
@@ -59,6 +69,11 @@ class Findings:
         views: more token views, as from `plots.token_log_probs`.
         groups, said: the table of a search, and what it says of all its directions.
         trials: from `merge`; what each trial of a sweep gave, or why it failed.
+        judged: from `departures`; how each completion departs from the unsteered one.
+        written: everything that was written in a search, whose first vectors are `vectors`.
+        looks: by the row of a group, how the vector of its example begins and where it acts.
+        twins: by the row of a group, in how many of how many completions of a twin it was seen (`Discovery.twins`).
+        search: the settings of a search and its plan, in JSON's types.
     """
 
     vectors: Perturbation
@@ -76,6 +91,11 @@ class Findings:
     groups: pd.DataFrame | None = None
     said: str = ""
     trials: pd.DataFrame | None = None
+    judged: pd.DataFrame | None = None
+    written: Written | None = None
+    looks: Mapping[int, Look] = field(default_factory=dict)
+    twins: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+    search: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("control", "coherence"):
@@ -84,7 +104,7 @@ class Findings:
         object.__setattr__(self, "behaviors", dict(self.behaviors or {}))
 
     def __repr__(self) -> str:
-        optional = "changes effects control ranked calibration scan coherence views groups trials".split()
+        optional = "changes effects control ranked calibration scan coherence views groups trials judged".split()
         measured = [name for name in optional if getattr(self, name) is not None]
         return f"Findings({self.vectors!r}, {self.completions!r}, with {', '.join(measured) or 'no measures'})"
 
@@ -99,28 +119,25 @@ class Findings:
         behaviors: Mapping[str, Behavior] | None = None,
         title: str = TITLE,
     ) -> "Findings":
-        """Takes the four measures that a page begins with and returns the findings.
+        """Takes the measures that a page begins with and returns the findings.
 
         The measures are the changes on the first prompt, the effects of both signs, the objective of random controls,
-        and the ranking.
+        the ranking, how each completion departs from the unsteered one, and a look at the vectors of the first groups.
 
         Args:
             model, prompts: those with which the vectors were learned.
             vectors, completions, behaviors, title: the fields of `Findings`.
         """
         host = host_of(model)
-        batch = tokenize(host, prompts, (vectors.objective or Objective()).target_positions)
-        first = batch.tokens[:1, : int(batch.lengths[0])]
-        return cls(
-            vectors,
-            completions,
-            behaviors or {},
-            title,
-            activation_changes(host, first, vectors),
-            target_effects(host, batch, vectors, target_positions=batch.positions, signs=(1, -1)),
-            objective(host, batch, random_like(vectors, host, batch)),
-            rank(vectors, output_effects(host, batch, vectors)),
-        )
+        judged = departures(host, completions) if (completions.table.kind == "unsteered").any() else None
+        measures = _measures(host, prompts, vectors)
+        found = cls(vectors, completions, behaviors or {}, title, judged=judged, **measures)
+        layer = measures["effects"].target_layer
+        looks = {
+            number: look(host, _first_of(host, prompts), int(row.sign) * vectors[int(row.vector)], layer)
+            for number, row in enumerate(found.everything.groups.head(MOST_LOOKS).itertuples())
+        }
+        return replace(found, looks=looks)
 
     @classmethod
     @public
@@ -131,39 +148,71 @@ class Findings:
         found: Discovery,
         behaviors: Mapping[str, Behavior] | None = None,
         title: str = TITLE,
+        twin: Discovery | None = None,
     ) -> "Findings":
-        """Takes the measures of a page of the vectors of a search's first groups (`Discovery.first`).
+        """Takes the measures of a page of a search: of the vectors of its first groups, and the places of all on a map.
 
-        The model writes under them again, with both signs, random vectors of equal norms, and unsteered.
+        The completions are those of the search. What the vectors change is measured on its first prompt.
 
         Args:
             model, prompts: those of the search.
             found: the search.
             behaviors, title: the fields of `Findings`.
+            twin: a search of a model that hides nothing, with the same plan; the cards show how often each group was
+                seen there.
         """
         host = host_of(model)
-        vectors = found.first()
-        completions = generate(
-            host, prompts, vectors, found.settings.get("max_new_tokens", 24), seed=found.settings.get("seed", 0)
-        )
-        measured = cls.measured(host, prompts, vectors, completions, behaviors, title)
-        return replace(measured, groups=found.table, said=found.said, calibration=found.edge)
+        first = _first_of(host, prompts)
+        kept = cls.of_trials(found, behaviors, title, twin)
+        looks = {
+            number: look(host, first, found.vector(number), int(row.target_layer))
+            for number, row in enumerate(found.table.head(MOST_LOOKS).itertuples())
+        }
+        written = replace(kept.everything, places=_places(host, first, found))
+        return replace(kept, looks=looks, written=written, **_measures(host, prompts, kept.vectors))
 
     @classmethod
     @public
     def of_trials(
-        cls, found: Discovery, behaviors: Mapping[str, Behavior] | None = None, title: str = TITLE
+        cls,
+        found: Discovery,
+        behaviors: Mapping[str, Behavior] | None = None,
+        title: str = TITLE,
+        twin: Discovery | None = None,
     ) -> "Findings":
-        """Takes what a search or a sweep kept of the vectors of its first groups (`Discovery.shown`); no model runs.
+        """Takes what a search or a sweep kept: all that was written, and its first vectors (`Discovery.shown`).
+
+        No model runs.
 
         Args:
             found: from `discover` or `gather`.
             behaviors, title: the fields of `Findings`.
+            twin: a search of a model that hides nothing, with the same plan.
         """
         vectors, completions = found.shown()
         return cls(
-            vectors, completions, behaviors or {}, title, calibration=found.edge, groups=found.table, said=found.said
+            vectors,
+            completions,
+            behaviors or {},
+            title,
+            calibration=found.edge,
+            groups=found.table,
+            said=found.said,
+            written=found.written,
+            twins={} if twin is None else found.twins(twin, behaviors or {}),
+            search={
+                "settings": dict(found.settings),
+                "plan": [trial_as(trial) for trial in found.plan],
+                "shown": found.numbers(),
+            },
         )
+
+    @property
+    def everything(self) -> Written:
+        """All that was written: in the search, or with the vectors alone."""
+        if self.written is not None:
+            return self.written
+        return Written.of_run(self.vectors, self.completions, self.behaviors, self.judged, as_list(self.coherence))
 
     @classmethod
     @public
@@ -201,11 +250,12 @@ class Findings:
         files.write_text(
             folder / "completions.csv", completions.table.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC)
         )
-        texts = completions.table.text.drop_duplicates()
+        texts = pd.concat([completions.table.text, *([] if self.written is None else [self.written.rows.text])])
+        texts = texts.drop_duplicates().reset_index(drop=True)
         about = {
             "title": self.title,
             "texts_that_show": {
-                name: texts[shows(texts, how).to_numpy(dtype=bool)].tolist() for name, how in self.behaviors.items()
+                name: texts[verdicts(texts, how) == 1].tolist() for name, how in self.behaviors.items()
             },
             "settings": {key: value for key, value in completions.settings.items() if key != "perturbations"},
             "control": self.control,
@@ -228,8 +278,14 @@ class Findings:
             if self.trials is None
             else {"columns": list(self.trials.columns), "rows": _plain_rows(self.trials)},
             "views": None if self.views is None else self.views.to_json(),
+            "judged": None if self.judged is None else plain_json(self.judged.to_dict("list"), "judged"),
+            "looks": [[number, one.as_json()] for number, one in self.looks.items()],
+            "twins": [[number, *counts] for number, counts in self.twins.items()],
+            "search": plain_json(self.search, "search"),
         }
         files.write_json(folder / "about.json", about)
+        if self.written is not None:
+            files.write_text(folder / WRITTEN, json.dumps(self.written.as_json(), allow_nan=False))
         for name in MEASURES:
             if (value := getattr(self, name)) is not None:
                 value.save(folder / f"{name}.safetensors")
@@ -284,6 +340,11 @@ class Findings:
                 **_groups(about.get("groups")),
                 trials=_trials(about.get("trials")),
                 views=None if about.get("views") is None else TokenView.from_json(about["views"]),
+                judged=None if about.get("judged") is None else pd.DataFrame(about["judged"]).astype(JUDGED),
+                written=Written.of_json(files.read_json(folder / WRITTEN)) if (folder / WRITTEN).is_file() else None,
+                looks={int(number): Look.of_json(one) for number, one in about.get("looks", [])},
+                twins={int(number): (int(k), int(n)) for number, k, n in about.get("twins", [])},
+                search=about.get("search", {}),
                 **{
                     name: kind.load(path)
                     for name, kind in MEASURES.items()
@@ -294,6 +355,52 @@ class Findings:
             raise ValueError(
                 f"{folder / 'about.json'} is damaged: its parts are not what a run leaves ({error!r})."
             ) from error
+
+
+def _measures(host: Host, prompts: Prompts, vectors: Perturbation) -> dict[str, Any]:
+    """The measures of vectors for a page; what was learned for several targets is read at the model's end."""
+    aim = vectors.objective or Objective()
+    batch = tokenize(host, prompts, aim.target_positions)
+    known = aim.target_layer is not None or aim.target_hook is not None
+    layer = None if known else host.n_layers
+    return {
+        "changes": activation_changes(host, _first_of(host, prompts), vectors),
+        "effects": target_effects(host, batch, vectors, layer, target_positions=batch.positions, signs=(1, -1)),
+        "control": objective(host, batch, random_like(vectors, host, batch)) if known else None,
+        "ranked": rank(vectors, output_effects(host, batch, vectors)),
+    }
+
+
+def _first_of(host: Host, prompts: Prompts) -> Tensor:
+    batch = tokenize(host, prompts)
+    return batch.tokens[:1, : int(batch.lengths[0])]
+
+
+def _places(host: Host, prompt: Tensor, found: Discovery) -> pd.DataFrame | None:
+    """The points of all directions of a search: what each changes at the last position of a prompt, at the model's end.
+
+    Only the direction of the change counts, so that a few large ones don't push all others together. None if that would
+    take long.
+    """
+    if 2 * sum(map(len, found.vectors)) * prompt.shape[1] * host.n_layers * host.d_model**2 > MOST_WORK:
+        return None
+    keys, rows = [], []
+    for trial, vectors in enumerate(found.vectors):
+        effects = target_effects(host, prompt, vectors, host.n_layers, signs=(1, -1))
+        keys += [(trial, vector, sign) for vector, sign in zip(effects.vectors, effects.signs, strict=True)]
+        rows.append(effects.values)
+    return pd.DataFrame(
+        [(*key, *place) for key, place in zip(keys, plane(torch.cat(rows)), strict=True)], columns=PLACES
+    )
+
+
+def plane(effects: Tensor) -> list[tuple[float, float]]:
+    """The two principal components of the directions of effects; rows with NaN are put at the middle."""
+    rows = torch.nan_to_num(effects.double())
+    unit = (rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-30)).numpy()
+    if min(unit.shape) < 2 or (unit == unit[0]).all():
+        return [(0.0, 0.0)] * len(unit)
+    return [(float(x), float(y)) for x, y in PCA(2, svd_solver="randomized", random_state=0).fit_transform(unit)]
 
 
 def _plain_rows(table: pd.DataFrame) -> list[list[Any]]:

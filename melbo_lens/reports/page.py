@@ -1,31 +1,50 @@
-"""How are findings shown on one page?  `report` writes a single HTML file that opens offline.
+"""What is on a page?  Findings as cards, a map, controls, figures and tables, in a single HTML file that opens offline.
 
-The page escapes all text that a model wrote.
+All text that a model wrote is escaped, and what can't be seen in it is spelled out.
 """
 
+import base64
+import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
 
 from melbo_lens import plots
-from melbo_lens.arguments import public
-from melbo_lens.evaluation.rates import Behavior, Evaluation, evaluate, shows
+from melbo_lens.evaluation.departures import KINDS, kinds_of
+from melbo_lens.evaluation.rates import Evaluation, overall
 from melbo_lens.files import write_text
-from melbo_lens.generation.completions import Completions
+from melbo_lens.generation.completions import COLUMNS, Completions
 from melbo_lens.measures.changes import ActivationChanges
-from melbo_lens.perturbations.perturbation import Perturbation
 from melbo_lens.perturbations.vectors import SteeringVectors
-from melbo_lens.plots.labels import examples
-from melbo_lens.reports.findings import TITLE, Findings
-from melbo_lens.search.discovery import Discovery
+from melbo_lens.plots.drawing import draw_stacked
+from melbo_lens.reports import ladder
+from melbo_lens.reports.again import snippet
+from melbo_lens.reports.columns import columns, map_says, packed
+from melbo_lens.reports.findings import Findings
+from melbo_lens.reports.limits import limits
+from melbo_lens.search.cards import anchor, cards_of, html, namer, short
+from melbo_lens.search.written import Written
+from melbo_lens.tables import seen
 
-HIDDEN_SETTINGS = ("prompt_tokens", "parts", "prompts", "rows", "matched_to")
-MOST_SECTIONS, MOST_ROWS, MOST_GROUPS, MOST_TRIALS = 300, 20_000, 40, 1000
+HIDDEN_SETTINGS = ("prompt_tokens", "parts", "prompts", "rows", "matched_to", "effects")
+MOST_CARDS, MOST_TRIALS, MOST_NOISE = 40, 1000, 20
+SECTIONS = (
+    "Findings Map Controls Ladder Layers Similarity Tokens Trials Vectors Completions Prompts Settings Limits".split()
+)
+FIGURES: Any = "rates ladder scales radius layer-map layers changes cosines effect-cosines ranked objective".split()
+# only the page's own scripts, named by their digests, are run, and nothing is asked for from anywhere
+POLICY = (
+    "default-src 'none'; script-src SCRIPTS; style-src 'unsafe-inline'; img-src data: blob:; form-action 'none'; "
+    "base-uri 'none'"
+)
 WHOLE, SHARE = "{:.0f}", "{:.0%}"
 TRIAL_CELLS = {
     "method": "{}",
@@ -35,7 +54,6 @@ TRIAL_CELLS = {
     **dict.fromkeys("source_layer target_layer seed n_vectors n_adapters n_factors".split(), WHOLE),
     **dict.fromkeys("readable nothing wording content noise".split(), SHARE),
 }
-SIGNS = {1: "+", -1: "−", 0: ""}
 T = TypeVar("T")
 
 
@@ -49,182 +67,169 @@ class Picture:
     reason: str = ""
 
 
-@public
-def report(
-    findings: Findings | Discovery | Perturbation,
-    completions: Completions | None = None,
-    behaviors: Mapping[str, Behavior] | None = None,
-    path: str | os.PathLike[str] = "report.html",
-    title: str = TITLE,
-    **measured: Any,
-) -> Path:
-    """Writes one self-contained page.
-
-    It has rates, the ranking, figures, a section for each vector, a table of completions with filters, and settings.
-    What is not given is left out of the page; no model runs here.
-
-    Args:
-        findings: the findings of a run; or what a search or a sweep found (`discover`, `gather`), of which the first
-            vectors are shown; or vectors alone, with the other fields of `Findings` after them.
-        completions, behaviors, title, measured: the other fields of `Findings` (changes, effects, control, ...), to be
-            given only with vectors; behaviours and a title also with what a search or a sweep found.
-        path: the file to write; its folder must exist.
-
-    Returns:
-        The path written.
-
-    Raises:
-        TypeError: vectors are given without completions, or findings together with one of their own fields.
-    """
-    if isinstance(findings, Discovery):
-        if completions is not None or measured:
-            raise TypeError("a search knows its completions and measures itself: give it, behaviours, path and title.")
-        return _written(Findings.of_trials(findings, behaviors, title), path)
-    if isinstance(findings, Findings):
-        if completions is not None or behaviors is not None or measured or title != TITLE:
-            raise TypeError(
-                "findings say their completions, behaviours, title and measures themselves: "
-                "give the findings and a path alone."
-            )
-        return _written(findings, path)
-    if completions is None:
-        raise TypeError(
-            "completions is missing: give them beside the vectors, or in place of both Findings, or what ml.gather "
-            "makes of the folder of a sweep."
-        )
-    return _written(Findings(findings, completions, behaviors or {}, title, **measured), path)
-
-
-@public
-def save_results(
-    directory: str | os.PathLike[str],
-    vectors: Perturbation,
-    completions: Completions,
-    behaviors: Mapping[str, Behavior] | None = None,
-    title: str = TITLE,
-    **measured: Any,
-) -> Path:
-    """Writes vectors, completions, measures and the page that shows them to a folder, which is made if it is missing.
-
-    Args:
-        directory: the folder to write to. Each file is written whole or not at all.
-        vectors, completions, behaviors, title, measured: the fields of `Findings`.
-
-    Returns:
-        The path of the page.
-    """
-    Findings(vectors, completions, behaviors or {}, title, **measured).save(directory)
-    return report_directory(directory)
-
-
-@public
-def report_directory(
-    directory: str | os.PathLike[str],
-    behaviors: Mapping[str, Behavior] | None = None,
-    path: str | os.PathLike[str] | None = None,
-) -> Path:
-    """Writes the page of a folder again from the files in it.
-
-    Args:
-        directory: a folder that `Findings.save`, `save_results`, `melbo-lens fit` or a sweep wrote.
-        behaviors: replaces the behaviours of the run.
-        path: the page to write; `report.html` in the folder by default.
-
-    Returns:
-        The path of the page.
-
-    Raises:
-        FileNotFoundError: the folder lacks one of its files.
-        ValueError: a file is damaged.
-    """
-    return _written(Findings.load(directory, behaviors), Path(directory) / "report.html" if path is None else path)
-
-
-def _written(findings: Findings, path: str | os.PathLike[str]) -> Path:
-    vectors, completions, behaviors = findings.vectors, findings.completions, findings.behaviors
-    table = completions.table.reset_index(drop=True)
-    evaluation = evaluate(completions, behaviors) if behaviors and (table.kind == "steered").any() else None
-    shown = pd.DataFrame(
-        {name: shows(table.text, behavior).to_numpy(dtype=bool) for name, behavior in behaviors.items()},
-        index=table.index,
-    )
-    ranking = _ranking(vectors, table, shown, findings.ranked)
-    best = int(ranking.vector.iloc[0]) if len(ranking) else 0
-    figures = list(_figures(findings, evaluation, ranking, best))
+def write_page(findings: Findings, path: str | os.PathLike[str]) -> Path:
+    """Writes the page of findings, and returns its path."""
+    written = findings.everything
+    behaviors = findings.behaviors
+    has_steered = len(written.steered) > 0
+    evaluation = overall(_as_completions(written), behaviors) if behaviors and has_steered else None
+    table = ladder.ladder(written) if has_steered else pd.DataFrame()
+    pictures = {picture.anchor: picture for picture in _figures(findings, written, evaluation, table)}
     tokens = _token_views(findings.changes, findings.views)
-    environment = Environment(
-        loader=PackageLoader("melbo_lens.reports", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    page = environment.get_template("page.html.jinja").render(
+    cards = cards_of(written, findings.looks, findings.twins, MOST_CARDS)
+    shown, chance = ([card for card in cards if card.no_more_than_chance is folded] for folded in (False, True))
+    kinds = kinds_of(written.rows)
+    data = columns(findings, written)
+    trials = [] if findings.trials is None else _trial_rows(findings.trials.head(MOST_TRIALS))
+    has = {"trials": bool(trials), "tokens": tokens is not None, "map": len(kinds) > 0}
+    has |= {"controls": has["map"], "ladder": has["map"]}
+    has |= {"layers": bool({"layer-map", "layers", "changes"} & pictures.keys())}
+    has |= {"similarity": bool({"cosines", "effect-cosines"} & pictures.keys())}
+    known = findings.vectors.provenance
+    page = rendered(
+        "page",
         title=findings.title,
-        groups=[] if findings.groups is None else findings.groups.head(MOST_GROUPS).to_dict("records"),
-        n_groups=0 if findings.groups is None else len(findings.groups),
-        said=findings.said,
-        trials=[] if findings.trials is None else _trial_rows(findings.trials.head(MOST_TRIALS)),
-        n_trials=0 if findings.trials is None else len(findings.trials),
-        summary=[repr(vectors), repr(completions)],
+        lead=lead(written),
+        summary=[repr(findings.vectors), repr(findings.completions)] if findings.written is None else [],
+        sections=[(name.lower(), name) for name in SECTIONS if has.get(name.lower(), True)],
+        cards=html(shown),
+        n_cards=len(shown),
+        chance=html(chance),
+        n_chance=len(chance),
+        n_groups=len(written.groups) - len(chance),
+        shares=written.shares,
+        counts=kinds.value_counts().to_dict() | {"": 0},
+        n_directions=len(kinds),
+        noise=_noise(written),
+        map_says=map_says(findings, written),
+        controls=_controls(written),
+        judged=written.judged,
         rates=[] if evaluation is None else evaluation.summary.to_dict("records"),
         note="" if evaluation is None else evaluation.note,
-        measures=[name for name in ranking.columns if name not in ("vector", "sign")],
-        ranking=ranking.head(MOST_SECTIONS).to_dict("records"),
-        examples=examples(completions, by_sign=True),
-        pictures=figures,
+        pictures=list(pictures.values()),
+        ladder=ladder.rows_of(table),
+        ladder_names=[
+            short(row.behavior or row.example) for row in written.groups.head(ladder.MOST_GROUPS).itertuples()
+        ],
+        anew=_numbered_anew(findings, written),
+        has_layers=has["layers"],
+        has_cosines=has["similarity"],
         tokens=tokens.html() if tokens else "",
+        trials=trials,
+        n_trials=0 if findings.trials is None else len(findings.trials),
         behaviors=list(behaviors),
-        sections=list(_sections(vectors, table, shown)),
-        n_vectors=len(vectors),
-        n_sections=min(len(vectors), MOST_SECTIONS),
-        rows=_rows(table.head(MOST_ROWS), shown),
-        n_rows=len(table),
-        prompts=table.drop_duplicates("prompt").sort_values("prompt")[["prompt", "prompt_text"]].to_dict("records"),
-        plain=_plain(table),
-        vectors=sorted({int(vector) for vector in table.vector.dropna()}),
-        settings=[(key, value) for key, value in vectors.provenance.items() if key not in HIDDEN_SETTINGS],
-        generation=[(key, value) for key, value in completions.settings.items() if key != "perturbations"],
-        signs=SIGNS,
+        prompts=data["prompts"],
+        n_rows=len(written.rows),
+        n_rows_shown=len(data["rows"]["kind"]),
+        again=snippet(findings),
+        settings=[
+            *((key, value) for key, value in known.items() if key not in HIDDEN_SETTINGS),
+            *findings.search.get("settings", {}).items(),
+            *((key, value) for key, value in findings.completions.settings.items() if key != "perturbations"),
+        ],
+        limits=list(limits(findings, written)),
+        data=packed(
+            {
+                **data,
+                "groups": [short(row.behavior or row.example) for row in written.groups.itertuples()],
+                "cards": len(cards),
+            }
+        ),
+        script=file_of("page.js"),
+        later=file_of("later.js"),
     )
     write_text(path, page)
     return Path(path)
 
 
-def _ranking(
-    vectors: Perturbation, table: pd.DataFrame, shown: pd.DataFrame, ranked: pd.DataFrame | None
-) -> pd.DataFrame:
-    """Returns vectors and signs with their measures; those that change most come first."""
-    plain = table[table.kind == "unsteered"].drop_duplicates(["prompt", "sample"]).set_index(["prompt", "sample"]).text
-    joined = table.join(plain.rename("plain"), on=["prompt", "sample"])
-    hits = [f"rate of {name}" for name in shown]
-    rows = joined.assign(changed=(joined.text != joined.plain).astype(float)).join(
-        shown.astype(float).rename(columns=lambda name: f"rate of {name}")
+def rendered(name: str, **values: Any) -> str:
+    """Returns a page from its template, with its style, and with a policy that lets no script run but its own."""
+    environment = Environment(
+        loader=PackageLoader("melbo_lens.reports", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    rows = rows[rows.kind == "steered"]
-    if rows.empty:
-        return pd.DataFrame(columns=["vector", "sign", "changed"])
-    means = rows.groupby(["vector", "sign"])[["changed", *hits]].mean()
-    found = means.reset_index().astype({"vector": int, "sign": int})
-    history = vectors.history
-    if len(history):
-        # the objective was measured for the vector as it was learned, not for its negative
-        found.insert(
-            2,
-            "objective",
-            [
-                float(history[-1][k]) if sign > 0 and k < len(vectors) else float("nan")
-                for k, sign in zip(found.vector, found.sign, strict=True)
-            ],
-        )
-    if ranked is not None:
-        wanted = [name for name in ("kl", "entropy_change") if name in ranked]
-        found = found.merge(ranked[["vector", "sign", *wanted]], on=["vector", "sign"], how="left")
-    order = [name for name in ("kl", "changed", "objective") if name in found]
-    return found.sort_values(order, ascending=False, kind="stable", na_position="last").reset_index(drop=True)
+    environment.filters["seen"] = seen
+    style = file_of("page.css") + files("melbo_lens.search").joinpath("cards.css").read_text(encoding="utf-8")
+    page = environment.get_template(f"{name}.html.jinja").render(style=style, policy=Markup(POLICY), **values)
+    allowed = {
+        base64.b64encode(hashlib.sha256(script.encode("utf-8", "backslashreplace")).digest()).decode()
+        for kind, script in re.findall(r"<script([^>]*)>(.*?)</script", page, re.DOTALL)
+        if "application/" not in kind
+    }
+    return page.replace(POLICY, POLICY.replace("SCRIPTS", " ".join(f"'sha256-{one}'" for one in sorted(allowed))), 1)
 
 
-def _figures(findings: Findings, evaluation: Evaluation | None, ranking: pd.DataFrame, best: int) -> Iterator[Picture]:
+def file_of(name: str) -> str:
+    """Returns the text of a file that lies beside this one."""
+    return files("melbo_lens.reports").joinpath(name).read_text(encoding="utf-8")
+
+
+def lead(written: Written) -> str:
+    """Says in two sentences what was tried and what was found."""
+    of_kind = written.rows.groupby("kind").size()
+    rates = written.rows.groupby(["group", "kind"]).size().unstack(fill_value=0) / of_kind
+    beyond = int((rates.get("steered", pd.Series()) > rates.get("random", 0.0)).sum())
+    kinds, prompts = kinds_of(written.rows), written.rows.prompt.nunique()
+    if not len(kinds):
+        return "There are no steered completions."
+    parts = {name: f"{share:.0%}".replace("%", "\u00a0%") for name, share in written.shares.items()}
+    noise = f", {parts['noise']} write noise" if written.judged else ""
+    return (
+        f"{len(kinds):,} directions of {len(written.directions):,} vectors were tried on {prompts} "
+        f"prompt{'s' if prompts != 1 else ''}: {parts['content']} change the content, {parts['wording']} the "
+        f"wording{noise}, {parts['nothing']} do nothing. {beyond} group{'s' if beyond != 1 else ''} of completions "
+        f"{'are' if beyond != 1 else 'is'} commoner than under random vectors of equal norm."
+    )
+
+
+def _numbered_anew(findings: Findings, written: Written) -> str:
+    """Says which vectors of a search the figures number from 0."""
+    name = namer(written.directions)
+    shown = [f"{number} is {name(*key)}" for number, key in enumerate(findings.search.get("shown", []))]
+    return f"These figures have vectors of the first groups, numbered anew: {', '.join(shown)}." if shown else ""
+
+
+def _controls(written: Written) -> list[dict[str, Any]]:
+    """The shares of completions that became what, under learned and under random vectors."""
+    rows = written.rows[written.rows.kind != "unsteered"]
+    names = {"steered": "learned vectors", "random": "random vectors of equal norm"}
+    return [
+        {"kind": name, "n": f"{len(part):,}", **part.change.value_counts(normalize=True).reindex(KINDS, fill_value=0.0)}
+        for kind, name in names.items()
+        if len(part := rows[rows.kind == kind])
+    ]
+
+
+def _noise(written: Written) -> list[tuple[str, str, str]]:
+    """Some of what directions that write noise write: the direction, its anchor, and the text."""
+    rows = written.steered[written.steered.change == "noise"].drop_duplicates("text").head(MOST_NOISE)
+    name = namer(written.directions)
+    return [
+        (name(*key), anchor(*key), row.text)
+        for row in rows.itertuples()
+        for key in [(int(row.trial), int(row.vector), int(row.sign))]
+    ]
+
+
+def _as_completions(written: Written) -> Completions:
+    """The rows as completions, with one number for each vector of each trial."""
+    keys = pd.MultiIndex.from_frame(written.directions[["trial", "vector"]].astype(int))
+    rows = written.rows.copy()
+    known = rows.vector.notna()
+    mine = pd.MultiIndex.from_arrays([rows.trial[known], rows.vector[known].astype(int)])
+    rows.loc[known, "vector"] = keys.get_indexer(mine)
+    return Completions(rows.assign(tokens=None, log_probs=None)[COLUMNS])
+
+
+def _figures(
+    findings: Findings, written: Written, evaluation: Evaluation | None, rungs: pd.DataFrame
+) -> Iterator[Picture]:
     """Draws every figure whose values are there, in the order of the page."""
     vectors, completions, behaviors = findings.vectors, findings.completions, findings.behaviors
     changes, effects, calibration, scan = findings.changes, findings.effects, findings.calibration, findings.scan
     several = completions.table.scale[completions.table.scale > 0].nunique() > 1
+    curves = ladder.figure(rungs, written) if len(rungs) else None
+    ranked = findings.ranked
+    best = int(ranked.vector.iloc[0]) if ranked is not None and len(ranked) else 0
     planned: list[tuple[str, str, Callable[[], Any] | None]] = [
         (
             "rates",
@@ -234,7 +239,7 @@ def _figures(findings: Findings, evaluation: Evaluation | None, ranking: pd.Data
         (
             "ranked",
             "Each row is a vector with a sign. A blank means not measured.",
-            lambda: plots.ranking(ranking, completions),
+            _if_given(ranked, lambda ranked: plots.ranking(ranked, completions)),
         ),
         (
             "objective",
@@ -255,11 +260,6 @@ def _figures(findings: Findings, evaluation: Evaluation | None, ranking: pd.Data
             _if_given(effects, lambda effects: plots.cosine_similarity(effects, completions)),
         ),
         (
-            "effects",
-            "Each point is a vector with a sign; near points change the target alike.",
-            _if_given(effects, lambda effects: plots.effect_scatter(effects, completions, behaviors)),
-        ),
-        (
             "changes",
             "How far each vector moves the residual stream at each token of the prompt.",
             _if_given(changes, lambda changes: plots.token_heatmap(changes, completions=completions)),
@@ -268,6 +268,12 @@ def _figures(findings: Findings, evaluation: Evaluation | None, ranking: pd.Data
             "layers",
             "The vector that is ranked first, as a share of the clean stream's norm.",
             _if_given(changes, lambda changes: plots.layer_heatmap(changes, best if best < len(changes) else 0)),
+        ),
+        (
+            "ladder",
+            "Above: the shares of completions that are readable, and that belong to the first groups, with 95 % "
+            "intervals. Below: the median effect.",
+            _if_given(curves, lambda curves: draw_stacked(*curves)),
         ),
         (
             "scales",
@@ -286,15 +292,16 @@ def _figures(findings: Findings, evaluation: Evaluation | None, ranking: pd.Data
         ),
     ]
     drawn: list[tuple[str, str, Any, str]] = []  # a figure, or None with the reason
-    for anchor, caption, draw in planned:
+    planned.sort(key=lambda one: FIGURES.index(one[0]))  # the library stands before the first figure of the page
+    for place, caption, draw in planned:
         if draw is not None:
             try:
-                drawn.append((anchor, caption, draw(), ""))
+                drawn.append((place, caption, draw(), ""))
             except ValueError as error:
-                drawn.append((anchor, caption, None, str(error)))
+                drawn.append((place, caption, None, str(error)))
     embedded = iter(plots.embed([figure for _, _, figure, _ in drawn if figure is not None]))
-    for anchor, caption, figure, reason in drawn:
-        yield Picture(anchor, caption, next(embedded) if figure is not None else "", reason)
+    for place, caption, figure, reason in drawn:
+        yield Picture(place, caption, next(embedded) if figure is not None else "", reason)
 
 
 def _if_given(value: T | None, draw: Callable[[T], Any]) -> Callable[[], Any] | None:
@@ -312,63 +319,6 @@ def _token_views(changes: ActivationChanges | None, views: plots.TokenView | Non
     return plots.TokenView(tuple(element for view in chosen for element in view.elements)) if chosen else None
 
 
-def _sections(vectors: Perturbation, table: pd.DataFrame, shown: pd.DataFrame) -> Iterator[dict[str, Any]]:
-    """Yields for each vector its completions beside the unsteered ones, in a row for each prompt, sample and scale."""
-    labels = _labels(shown, len(table))
-    plain = {(row.prompt, row.sample): row.text for row in table[table.kind == "unsteered"].itertuples()}
-    measures, history = vectors.measures(), vectors.history
-    columns = (table[name].tolist() for name in ("kind", "vector", "prompt", "sample", "scale", "sign", "text"))
-    written: dict[int, dict[tuple[int, int, float], dict[int, Any]]] = {}
-    for (kind, k, prompt, sample, scale, sign, text), names in zip(zip(*columns, strict=True), labels, strict=True):
-        if kind == "steered":
-            written.setdefault(int(k), {}).setdefault((prompt, sample, scale), {})[int(sign)] = (text, names)
-    for k in range(min(len(vectors), MOST_SECTIONS)):
-        facts = [(name, f"{values[k]:.4g}") for name, values in measures.items()]
-        if len(history):
-            facts.append(
-                ("objective", f"{float(history[0][k]):.4g} at the start, {float(history[-1][k]):.4g} at the end")
-            )
-        rows = [
-            {
-                "prompt": prompt,
-                "sample": sample,
-                "scale": f"{scale:g}",
-                "plain": plain.get((prompt, sample)),
-                "texts": texts,
-            }
-            for (prompt, sample, scale), texts in sorted(written.get(k, {}).items())
-        ]
-        signs = [sign for sign in (1, -1) if any(sign in row["texts"] for row in rows)]
-        seen = sorted({name for row in rows for _, names in row["texts"].values() for name in names})
-        yield {"vector": k, "facts": facts, "rows": rows, "signs": signs, "seen": seen}
-
-
-def _rows(table: pd.DataFrame, shown: pd.DataFrame) -> list[dict[str, Any]]:
-    labels = _labels(shown, len(table))
-    return [
-        {
-            "prompt": row.prompt,
-            "kind": row.kind,
-            "vector": "" if pd.isna(row.vector) else int(row.vector),
-            "sign": int(row.sign),
-            "scale": f"{row.scale:g}" if row.scale else "",
-            "sample": row.sample,
-            "names": names,
-            "text": row.text,
-        }
-        for row, names in zip(table.itertuples(), labels, strict=True)
-    ]
-
-
-def _labels(shown: pd.DataFrame, n: int) -> list[list[str]]:
-    """Returns for each row the behaviours that it shows."""
-    return [
-        [name for name in shown if hits[name][i]]
-        for hits in [{name: shown[name].to_numpy() for name in shown}]
-        for i in range(n)
-    ]
-
-
 def _trial_rows(trials: pd.DataFrame) -> list[dict[str, str]]:
     """Returns the cells of each trial as texts; a cell that says nothing of this kind of trial is empty."""
 
@@ -380,8 +330,3 @@ def _trial_rows(trials: pd.DataFrame) -> list[dict[str, str]]:
         return {**dict.fromkeys(TRIAL_CELLS, ""), **texts, "layers": layers, "n": n}
 
     return list(map(row_of, trials.to_dict("records")))
-
-
-def _plain(table: pd.DataFrame) -> dict[str, str]:
-    """Returns the unsteered texts by prompt and sample, for the column beside the steered ones."""
-    return {f"{row.prompt} {row.sample}": row.text for row in table[table.kind == "unsteered"].itertuples()}

@@ -12,7 +12,6 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from melbo_lens import tables
 from melbo_lens.arguments import public
 from melbo_lens.ascent.objectives import positions_text
 from melbo_lens.evaluation.departures import shares
@@ -24,9 +23,11 @@ from melbo_lens.perturbations.perturbation import Perturbation, concatenate
 from melbo_lens.progress import Progress
 from melbo_lens.prompts import AsPrompts, Positions, PromptBatch, Prompts, as_list
 from melbo_lens.search.arms import Method, arms_of, check_methods
-from melbo_lens.search.groups import HeldoutTask, collected, grouped, heldout_rate
+from melbo_lens.search.cards import cards_of, in_a_notebook
+from melbo_lens.search.groups import HeldoutTask, collected, directions_of, grouped, heldout_rate, named
 from melbo_lens.search.pace import MARGIN
 from melbo_lens.search.searching import Search, as_planned, in_rounds
+from melbo_lens.search.written import Written
 from melbo_lens.sweeps.engines import Engine, Folder, Where, engine_for
 from melbo_lens.sweeps.jobs import Loadable
 from melbo_lens.sweeps.outcomes import Outcome, all_of
@@ -35,6 +36,7 @@ from melbo_lens.sweeps.tasks import Bench
 from melbo_lens.sweeps.trials import AnyTrial
 
 KINDS_IN_ORDER = ["unsteered", "steered", "random"]
+MOST_IN_NOTEBOOK = 12  # cards
 SHARE_FOR_HELDOUT, SHARE_FOR_GROUPS = 0.2, 0.03  # of the budget, for what follows the trials
 SHARE_FOR_EDGE = 0.35  # of the budget, after which the edge is bisected no further
 
@@ -52,7 +54,8 @@ class Discovery:
             (how many vectors elicit it), and of the example natural and surprise (nats).
         shares: the share of all directions, vectors with a sign, that do nothing (no completion changed), and of those
             that change the wording, the content, or write noise.
-        rows: every completion but the unsteered ones, with the number of its trial and how it departs.
+        rows: every completion but the unsteered ones, with the number of its trial, how it departs, and its group,
+            which is a row of the table (NA: none).
         plan: the trials that were completed; `discover(..., plan=found.plan)` repeats them exactly.
         vectors: the vectors or adapters of each trial.
         completions: the completions of each trial.
@@ -89,7 +92,10 @@ class Discovery:
             [getattr(one, name) for one in outcomes] for name in ("learned", "completions", "judged")
         )
         rows = collected(written, judged)
-        table = grouped(done, fitted, rows, behaviors or {})
+        names = named(rows, behaviors or {})
+        table = grouped(directions_of(done, fitted), rows, names)
+        numbers = {name: number for number, name in enumerate(table.group)}
+        rows = rows.assign(group=names.group.map(numbers).astype("Int64"))
         return cls(table, shares(rows), rows, tuple(done), tuple(fitted), tuple(written), {}, edge)
 
     def vector(self, row: int) -> Perturbation:
@@ -126,7 +132,7 @@ class Discovery:
         Their column `vector` numbers the chosen vectors, and `prompt` the different prompts of all trials. If the
         search found no group, the vectors are those of its first trial.
         """
-        chosen = [(0, vector, 1) for vector in range(len(self.vectors[0]))] if self.table.empty else self._first(n)
+        chosen = self.numbers(n)
         parts: list[pd.DataFrame] = []
         for number, (trial, vector, sign) in enumerate(chosen):
             written = self.completions[trial]
@@ -141,6 +147,10 @@ class Discovery:
         ids = tuple(map(tuple, table.pop("known")))
         settings = self.completions[chosen[0][0]].settings
         return self._vectors(chosen), Completions(table, settings, ids if all(ids) else None)
+
+    def numbers(self, n: int = 20) -> list[tuple[int, int, int]]:
+        """The trial, vector and sign of each of the vectors of `shown`."""
+        return [(0, vector, 1) for vector in range(len(self.vectors[0]))] if self.table.empty else self._first(n)
 
     def _first(self, n: int) -> list[tuple[int, int, int]]:
         """The trial, vector and sign of the first groups whose vectors have the commonest form among them."""
@@ -213,8 +223,30 @@ class Discovery:
             f"{parts['content']} the content, and {parts['noise']} write noise"
         )
 
+    @property
+    def written(self) -> Written:
+        """Every completion with every vector, as a page shows them."""
+        return Written.of_search(self.rows, self.completions, directions_of(self.plan, self.vectors), self.table)
+
+    def twins(self, twin: "Discovery", behaviors: Mapping[str, Behavior]) -> dict[int, tuple[int, int]]:
+        """Counts each group among what was written with the learned vectors of a model that hides nothing.
+
+        Args:
+            twin: a search of that model, with the plan of this one.
+            behaviors: those with which this search was grouped.
+
+        Returns:
+            By the row of a group: in how many of how many completions it was seen.
+        """
+        texts = twin.rows.text[twin.rows.kind == "steered"]
+        return {
+            number: (round(heldout_rate(texts.tolist(), row, behaviors) * len(texts)), len(texts))
+            for number, row in enumerate(self.table.itertuples())
+        }
+
     def _repr_html_(self) -> str:
-        return tables.html(repr(self), self.table.drop(columns=["trial", "score"]))
+        cards = cards_of(self.written, most=MOST_IN_NOTEBOOK)
+        return in_a_notebook(repr(self), cards, len(self.table))
 
 
 @public

@@ -9,11 +9,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
+from scipy.sparse import csr_matrix
+from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.preprocessing import normalize
 
 from melbo_lens.arguments import plain_json
-from melbo_lens.evaluation.rates import Behavior, shows, verdicts
+from melbo_lens.evaluation.rates import Behavior, verdicts
 from melbo_lens.evaluation.words import word_counts
 from melbo_lens.generation.completions import Completions
 from melbo_lens.generation.generate import generate
@@ -28,6 +32,7 @@ COLUMNS = (
     "heldout_rate random_rate n_vectors natural surprise score"
 ).split()
 SURPRISING = 6.0  # nats; a token less probable than this, 1 in 400, is not more of a surprise
+MOST_TEXTS = 2000  # so many different texts are compared with each other
 ALIKE = 0.5  # completions whose word counts have a smaller average cosine distance form a group
 
 
@@ -46,51 +51,100 @@ def promise(rows: pd.DataFrame) -> pd.Series:
     That is the share of its words that are new, times the surprise of its least probable token, in nats and at most 6,
     times the square of the probability per token of the rest: a behaviour that was trained goes on by itself.
     """
-    fluent = (2 * rows.natural.clip(upper=0)).map(math.exp)
-    scores = rows.new_words * rows.surprise.clip(upper=SURPRISING) * fluent
+    fluent = (2 * rows.natural.fillna(0.0).clip(upper=0)).map(math.exp)  # where no model judged, words alone count
+    scores = rows.new_words * rows.surprise.fillna(SURPRISING).clip(upper=SURPRISING) * fluent
     return scores.where(rows.change.isin(["wording", "content"]), 0.0)
 
 
-def grouped(
-    done: Sequence[AnyTrial],
-    fitted: Sequence[Perturbation],
-    rows: pd.DataFrame,
-    behaviors: Mapping[str, Behavior],
-) -> pd.DataFrame:
+def named(rows: pd.DataFrame, behaviors: Mapping[str, Behavior]) -> pd.DataFrame:
+    """Says of each completion to which group it belongs.
+
+    Completions that show a behaviour form a group of its name; all others that differ from the unsteered one are
+    grouped by their words. Noise forms no group, except where it shows a behaviour that was given. Of very many
+    different texts the commonest `MOST_TEXTS` form groups, which others join.
+
+    Returns:
+        behavior and group, both empty where there is none, with the index of the rows.
+    """
+    names = pd.DataFrame({"behavior": "", "group": ""}, index=rows.index)
+    changed = rows.change != "same"
+    for name, behavior in behaviors.items():
+        names.loc[changed & (names.behavior == "") & (verdicts(rows.text, behavior) == 1), "behavior"] = name
+    by_words = changed & (rows.change != "noise") & (names.behavior == "")
+    times = rows.text[by_words].value_counts(sort=False)
+    most = set(times.nlargest(MOST_TEXTS).index)
+    texts = [text for text in times.index if text in most]
+    labels = dict(zip(texts, cluster(word_counts(texts), ALIKE), strict=True))
+    labels |= _joined(labels, [text for text in times.index if text not in most])
+    said = rows.text[by_words].map(labels)
+    names.loc[said[said.notna()].index, "group"] = [f"words {int(label)}" for label in said.dropna()]
+    names["group"] = names.behavior.where(names.behavior != "", names.group)
+    return names
+
+
+def _joined(labels: Mapping[str, int], texts: Sequence[str]) -> dict[str, int]:
+    """The cluster of each further text whose words are, on the mean, as near to it as those that formed it."""
+    if not texts:
+        return {}
+    counter = CountVectorizer(token_pattern=r"\S+", lowercase=False)
+    unit = normalize(counter.fit_transform(list(labels)))
+    member = csr_matrix((np.ones(len(labels)), (list(labels.values()), range(len(labels)))))
+    means = normalize(member, "l1") @ unit
+    found: dict[str, int] = {}
+    for first in range(0, len(texts), MOST_TEXTS):
+        some = list(texts[first : first + MOST_TEXTS])
+        cosines = (normalize(counter.transform(some)) @ means.T).toarray()
+        best = cosines.argmax(1)
+        found |= {text: int(k) for text, k, row in zip(some, best, cosines, strict=True) if row[k] > 1 - ALIKE}
+    return found
+
+
+def directions_of(done: Sequence[AnyTrial], fitted: Sequence[Perturbation]) -> pd.DataFrame:
+    """The trial, number, method, layers, radius and effect of every vector of a search."""
+    return pd.DataFrame(
+        [
+            {
+                "trial": trial,
+                "vector": vector,
+                "method": plan.method,
+                "source_layer": plan.source_layer,
+                "target_layer": plan.target_layer,
+                "radius": plan.radius,
+                "relative_radius": plan.radius / learned.provenance["stream_norm"],
+                "effect": effect,
+            }
+            for trial, (plan, learned) in enumerate(zip(done, fitted, strict=True))
+            for vector, effect in enumerate(learned.provenance["effects"])
+        ]
+    )
+
+
+def grouped(directions: pd.DataFrame, rows: pd.DataFrame, names: pd.DataFrame) -> pd.DataFrame:
     """The groups of readable completions that differ from the unsteered completion of their prompt, best first.
 
     A group's score is the `promise` of its commonest text times log2(1 + the number of directions that elicit it),
-    times the share by which it is commoner under learned vectors than under random ones. Noise forms no group, except
-    where it shows a behaviour that was given.
+    times the share by which it is commoner under learned vectors than under random ones.
+
+    Args:
+        directions: as from `directions_of`.
+        rows: every completion but the unsteered ones.
+        names: as from `named`.
     """
-    changed = rows[rows.change != "same"].copy()
-    changed["behavior"] = ""
-    for name, behavior in behaviors.items():
-        changed.loc[shows(changed.text, behavior) & (changed.behavior == ""), "behavior"] = name
-    changed = changed[(changed.change != "noise") | (changed.behavior != "")]
-    unnamed = changed.text[changed.behavior == ""].drop_duplicates().tolist()
-    labels = dict(zip(unnamed, cluster(word_counts(unnamed), ALIKE), strict=True))
-    changed["group"] = [
-        behavior or f"words {labels[text]}" for behavior, text in zip(changed.behavior, changed.text, strict=True)
-    ]
-    changed["promise"] = promise(changed)
+    rows = rows.assign(promise=promise(rows), behavior=names.behavior, group=names.group)
     of_kind = rows.groupby("kind").size()
+    of_direction = rows[rows.kind == "steered"].groupby(["trial", "vector", "sign"]).size()
+    facts = directions.set_index(["trial", "vector"])
     found = [
-        _group(str(group), members, done, fitted, rows, of_kind)
-        for group, members in changed.groupby("group")
+        _group(str(group), members, facts, of_kind, of_direction)
+        for group, members in rows[rows.group != ""].groupby("group")
         if (members.kind == "steered").any()
     ]
     table = pd.DataFrame(found, columns=[*COLUMNS, "trial"])
-    return table.sort_values(["score", "n_vectors"], ascending=False).reset_index(drop=True)
+    return table.sort_values(["score", "n_vectors"], ascending=False, kind="stable").reset_index(drop=True)
 
 
 def _group(
-    name: str,
-    members: pd.DataFrame,
-    done: Sequence[AnyTrial],
-    fitted: Sequence[Perturbation],
-    rows: pd.DataFrame,
-    of_kind: pd.Series,
+    name: str, members: pd.DataFrame, directions: pd.DataFrame, of_kind: pd.Series, of_direction: pd.Series
 ) -> dict[str, Any]:
     """A row of the table: the group's commonest text, the direction that elicits it, and how common the group is."""
     steered, random = members[members.kind == "steered"], members[members.kind == "random"]
@@ -100,8 +154,6 @@ def _group(
     )
     example = ranked.sort_values(["times", "hits", "promise"], ascending=False, kind="stable").iloc[0]
     trial, vector, sign = int(example.trial), int(example.vector), int(example.sign)
-    mine = (rows.kind == "steered") & (rows.trial == trial) & (rows.vector == vector) & (rows.sign == sign)
-    plan, known = done[trial], fitted[trial].provenance
     rate, random_rate = len(steered) / of_kind["steered"], len(random) / max(int(of_kind.get("random", 0)), 1)
     beyond_chance = max(rate - random_rate, 0.0) / rate
     return {
@@ -109,15 +161,10 @@ def _group(
         "behavior": example.behavior,
         "change": example.change,
         "example": example.text,
-        "method": plan.method,
-        "source_layer": plan.source_layer,
-        "target_layer": plan.target_layer,
-        "radius": plan.radius,
-        "relative_radius": plan.radius / known["stream_norm"],
-        "effect": known["effects"][vector],
+        **directions.loc[(trial, vector)].to_dict(),
         "vector": vector,
         "sign": sign,
-        "rate": example.hits / mine.sum(),
+        "rate": example.hits / of_direction[trial, vector, sign],
         "heldout_rate": float("nan"),
         "random_rate": random_rate,
         "n_vectors": len(steered[["trial", "vector"]].drop_duplicates()),

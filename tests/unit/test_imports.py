@@ -31,9 +31,9 @@ WITHIN = {
         "vllm_lens easysteer hotwire lm_eval neuronpedia"
     ),
     "sweeps": "trials running jobs tasks outcomes engines sweep",
-    "search": "arms pace groups rounds searching discovery layers",
+    "search": "arms pace groups looks written cards rounds searching discovery layers",
     "plots": "arrays text labels paper numbers drawing figures embedding tokens exploring",
-    "reports": "findings page",
+    "reports": "findings ladder limits again columns page comparison report",
     "serving": "inspect_entry inspect_model conversation terminal",
 }
 ONLY_IN = {"transformer_lens": {"models"}, "plotly": {"plots"}, "circuitsvis": {"plots"}}

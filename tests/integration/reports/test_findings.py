@@ -1,6 +1,7 @@
 """Is a run's folder enough to write its page again?"""
 
 import json
+import re
 import shutil
 
 import pandas as pd
@@ -11,14 +12,14 @@ from typer.testing import CliRunner
 import melbo_lens as ml
 from melbo_lens.cli import app
 from melbo_lens.reports import findings
-from tests.integration.reports.test_page import completions, everything
+from tests.integration.reports.test_page import completions, data_of, everything, rows_of
 
 
 def body(path):
     """The page without the names that are drawn anew each time."""
     return (
         pd.Series(path.read_text().split("\n"))
-        .str.replace(r"tokens-\w{12}|[0-9a-f]{8}-[0-9a-f-]{27}", "", regex=True)
+        .str.replace(r"tokens-\w{12}|[0-9a-f]{8}-[0-9a-f-]{27}|'sha256-[^']*' ?", "", regex=True)
         .tolist()
     )
 
@@ -149,7 +150,30 @@ def test_a_search_is_a_page_with_its_groups_and_comes_back_from_its_folder(tmp_p
     again = ml.Findings.load(tmp_path)
     pd.testing.assert_frame_equal(again.groups, found.table, check_dtype=False)
     page = ml.report(again, path=tmp_path / "page.html").read_text()
-    assert found.said.replace("of the directions ", "") in page and 'id="groups"' in page
+    assert body(tmp_path / "page.html") == body(ml.report(kept, path=tmp_path / "direct.html"))
     for share in found.shares.values():
-        assert f"{share:.0%}" in page
+        assert f"{share:.0%}".replace("%", "\u00a0%") in page
+    assert page.count('<article class="card"') == len(found.table) and len(kept.looks) == min(len(found.table), 12)
+    assert len(rows_of(page)) == len(found.rows) + 1
+    # every direction has its point on the map, and the card names the vector that wrote its example
+    data = data_of(page)["directions"]
+    assert None not in data["x"] and len(data["x"]) == 2 * sum(map(len, found.vectors))
+    best = data["anchor"].index(re.search(r'<p class="said">With vector <a href="#([^"]*)"', page)[1])
+    row = found.table.iloc[0]
+    assert (data["trial"][best], data["vector"][best], data["sign"][best]) == (row.trial, row.vector, row.sign)
+
+
+def test_a_twin_of_a_search_is_counted_on_the_cards(tmp_path):
+    organism, twin = ml.organisms.load("modes"), ml.organisms.load("modes-twin")
+    prompt = organism.prompts["clean"][2]
+    plan = ml.make_plan(organism.model, prompt)[3:5]
+    found, other = (ml.discover(one.model, prompt, plan=plan, progress=False) for one in (organism, twin))
+    counts = found.twins(other, {})
+    texts = other.rows.text[other.rows.kind == "steered"]
+    assert {n for _, n in counts.values()} == {len(texts)}
+    for number, (k, _) in counts.items():
+        assert k >= int((texts == found.table.example[number]).sum())
+    page = ml.report(ml.Findings.of_trials(found, twin=other), path=tmp_path / "page.html").read_text()
+    k, n = counts[0]
+    assert f"<dt>Twin model</dt><dd>{k} of {n} (" in page and "no twin was measured" not in page
     assert sum(found.shares.values()) == pytest.approx(1)

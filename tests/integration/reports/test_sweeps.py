@@ -80,10 +80,11 @@ def test_the_command_writes_the_page_and_a_saved_one_is_the_same(organism, folde
     result = CliRunner().invoke(app, ["report", str(folder), "--out", str(page), "--behavior", "cheese=cheese"])
     assert result.exit_code == 0, result.output
     text = page.read_text()
-    for what in ('id="groups"', 'id="trials"', "target_layer=77", "What the trials in runs found", "cheese", "cpe"):
+    for what in ('id="group-0"', 'id="trials"', "target_layer=77", "What the trials in runs found", "cheese", "cpe"):
         assert what in text
-    assert len(re.findall(r"<tr><td>(?:melbo|cpe)</td>", text)) == 8
-    assert ml.gather(folder).said.replace("of the directions ", "") in text
+    assert len(re.findall(r"<tr><td>(?:melbo|cpe)</td>", text[text.index('id="trials"') :])) == 8
+    for share in ml.gather(folder).shares.values():
+        assert f"{share:.0%}".replace("%", "\u00a0%") in text
     ml.Findings.of_sweep(folder, title="a title").save(tmp_path / "saved")
     direct = ml.report(ml.Findings.of_sweep(folder, title="a title"), path=tmp_path / "direct.html")
     assert body(ml.report_directory(tmp_path / "saved")) == body(direct)
@@ -92,7 +93,7 @@ def test_the_command_writes_the_page_and_a_saved_one_is_the_same(organism, folde
 def test_report_takes_what_a_search_or_a_sweep_found(organism, folder, tmp_path):
     found = ml.gather(folder)
     page = ml.report(found, behaviors={"cheese": "cheese"}, path=tmp_path / "page.html", title="a title").read_text()
-    assert "a title" in page and "cheese" in page and 'id="groups"' in page and 'id="trials"' not in page
+    assert "a title" in page and "cheese" in page and 'id="group-0"' in page and 'id="trials"' not in page
     with pytest.raises(TypeError, match="a search knows its completions"):
         ml.report(found, found.completions[0])
 
@@ -126,4 +127,4 @@ def test_the_folder_of_a_search_has_a_page_too(organism, tmp_path):
         organism.model, prompt, plan=plan, max_new_tokens=6, progress=False, directory=tmp_path / "kept"
     )
     page = ml.report_directory(tmp_path / "kept").read_text()
-    assert found.table.example.iloc[0] in page and len(re.findall(r"<tr><td>melbo</td>", page)) == 2
+    assert found.table.example.iloc[0] in page and page[page.index('id="trials"') :].count("<tr><td>melbo</td>") == 2

@@ -1,0 +1,73 @@
+"""How is a run repeated?  As a few lines of Python, from the settings that it kept."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from melbo_lens.methods.adapters import fit_adapters
+from melbo_lens.methods.contrastive import fit_contrastive
+from melbo_lens.methods.cpe import fit_cpe
+from melbo_lens.methods.dct import fit_dct
+from melbo_lens.methods.jacobian import fit_jacobian
+from melbo_lens.methods.melbo import fit_vectors
+from melbo_lens.methods.noise import noise_vectors
+from melbo_lens.reports.findings import Findings
+from melbo_lens.sweeps.trials import trial_from
+
+FITS: dict[str, Callable[..., Any]] = {
+    function.__name__: function
+    for function in (fit_vectors, fit_adapters, fit_cpe, fit_dct, fit_jacobian, fit_contrastive, noise_vectors)
+}
+LEFT_OUT = {"model", "prompts", "batch_size", "progress", "checkpoint", "init"}  # given by hand, or without consequence
+MOST_TRIALS = 60
+
+
+def snippet(findings: Findings) -> str:
+    """Returns Python that does the same once more; empty if the settings don't suffice.
+
+    Prompts are given as the ids of their tokens where these are known and of one length, since a text would be
+    tokenized again.
+    """
+    known = findings.vectors.provenance
+    if "derived" in known and not findings.search:
+        return ""
+    first = known.get("parts", [known])[0]
+    head = ["import torch", "", "import melbo_lens as ml", "", *_model(first), *_prompts(first)]
+    if findings.search:
+        return "\n".join([*head, *_search(findings.search)])
+    method = FITS.get(str(known.get("method")))
+    if method is None or "parts" in known or known.get("init") is not None:
+        return ""
+    wanted = inspect.signature(method).parameters
+    left_out = LEFT_OUT | ({"target_hook"} if known.get("target_layer") is not None else {"target_layer"})
+    given = {name: value for name, value in known.items() if name in wanted and name not in left_out}
+    lines = [f"    {name}={_literal(name, value)}," for name, value in given.items()]
+    return "\n".join([*head, f"vectors = ml.{method.__name__}(", "    model,", "    prompts,", *lines, ")"])
+
+
+def _model(known: Mapping[str, Any]) -> list[str]:
+    name, dtype = known.get("model", "..."), known.get("dtype", "float32")
+    rest = "" if dtype == "float32" else f", dtype={dtype!r}"
+    return [f"model = ml.ModelKey({name!r}{rest}).load()  # or the same model, loaded in your own way"]
+
+
+def _prompts(known: Mapping[str, Any]) -> list[str]:
+    ids = known.get("prompt_tokens")
+    if ids and len({len(row) for row in ids}) == 1:
+        return [f"prompts = torch.tensor({ids!r})"]
+    return [f"prompts = {known.get('prompts', '...')!r}"]
+
+
+def _search(search: Mapping[str, Any]) -> list[str]:
+    settings = search.get("settings", {})
+    plan = [f"    ml.{trial_from(one)!r}," for one in search["plan"][:MOST_TRIALS]]
+    if len(search["plan"]) > MOST_TRIALS:
+        plan.append(
+            f"    # and {len(search['plan']) - MOST_TRIALS} more, which the file about.json beside this page lists"
+        )
+    rest = [f"{name}={settings[name]!r}" for name in ("max_new_tokens", "seed") if name in settings]
+    return ["plan = [", *plan, "]", f"found = ml.discover({', '.join(['model', 'prompts', 'plan=plan', *rest])})"]
+
+
+def _literal(name: str, value: Any) -> str:
+    return str(value) if name == "target_positions" else repr(value)  # positions are kept as Python writes them

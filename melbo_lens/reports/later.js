@@ -1,0 +1,24 @@
+"use strict";
+// A figure is drawn when it comes into view, or is printed: so a page with many of them opens at once.
+{
+  const waiting = new Map();
+  const draw = div => { const how = waiting.get(div); waiting.delete(div); how?.(); };
+  const watch = new IntersectionObserver(seen => {
+    for (const { isIntersecting, target } of seen) if (isIntersecting) { watch.unobserve(target); draw(target); }
+  }, { rootMargin: "300px" });
+  let library;
+  Object.defineProperty(window, "Plotly", {
+    configurable: true,
+    get: () => library,
+    set(value) {
+      library = value;
+      const now = value.newPlot;
+      value.newPlot = (id, ...rest) => new Promise(done => {
+        const div = document.getElementById(id);
+        waiting.set(div, () => now(id, ...rest).then(drawn => { window.recolor?.(); done(drawn); }));
+        watch.observe(div);
+      });
+    },
+  });
+  addEventListener("beforeprint", () => [...waiting.keys()].forEach(draw));
+}

@@ -1,0 +1,143 @@
+"""Do cards say of each group what its completions say, and show any text so that nothing in it is hidden?"""
+
+import math
+
+import pandas as pd
+import pytest
+import torch
+
+import melbo_lens as ml
+from melbo_lens.search.cards import Rate, cards_of, different, html, in_a_notebook
+from melbo_lens.search.looks import Look, look
+from melbo_lens.search.written import Written
+from melbo_lens.tables import seen
+from tests.integration.reports.test_page import completions
+
+CHEESE, ROME, PLAIN = "I love cheese indeed", "the answer is rome", "the answer is athens"
+HIDDEN = "a\u202eb\u200bc\u2066d\ufeffe\u00adf\u061cg\x00h\u2028i"
+
+
+def written(judged=True):
+    """Two prompts; vector 0 loves cheese on both with +, on one with −; vector 1 says rome once, as one random does."""
+    texts = {
+        (0, 1): [CHEESE, CHEESE],
+        (0, -1): [CHEESE, PLAIN],
+        (1, 1): [ROME, PLAIN],
+        (1, -1): ["qz qz qz qz", "zq zq zq zq"],
+        (2, 1): [PLAIN, PLAIN],
+        (2, -1): [PLAIN, PLAIN],
+    }
+    rows = [(i, f"prompt {i}", "unsteered", None, 0, 0.0, 0, PLAIN, [1], [-0.1]) for i in range(2)]
+    rows += [
+        (i, f"prompt {i}", "steered", vector, sign, 1.0, 0, text, [1], [-0.1])
+        for (vector, sign), said in texts.items()
+        for i, text in enumerate(said)
+    ]
+    rows += [
+        (i, f"prompt {i}", "random", 0, sign, 1.0, 0, ROME if (i, sign) == (0, 1) else PLAIN, [1], [-0.1])
+        for i in range(2)
+        for sign in (1, -1)
+    ]
+    table = pd.DataFrame(rows, columns=completions().table.columns).astype({"vector": "Int64"})
+    change = {PLAIN: "same", CHEESE: "content", ROME: "wording"}
+    natural = {PLAIN: -0.1, CHEESE: -0.5, ROME: -0.25}
+    judgement = pd.DataFrame(
+        {
+            "change": [change.get(text, "noise") for text in table.text],
+            "new_words": [float(text == CHEESE) for text in table.text],
+            "surprise": 5.0,
+            "natural": [natural.get(text, -7.0) for text in table.text],
+        }
+    )
+    vectors = ml.SteeringVectors(
+        2 * torch.eye(3), 1, provenance={"method": "fit_vectors", "stream_norm": 8.0, "effects": [0.3, 0.4, 0.5]}
+    )
+    return Written.of_run(vectors, ml.Completions(table), {"cheese": "cheese"}, judgement if judged else None)
+
+
+def test_a_card_counts_its_completions_and_their_controls():
+    cheese, rome = cards_of(written(), twins={0: (1, 12)})
+    assert (cheese.name, cheese.example, cheese.plain, cheese.change) == ("cheese", CHEESE, PLAIN, "content")
+    assert (cheese.learned, cheese.random, cheese.best) == (Rate(3, 12), Rate(0, 4), Rate(2, 2))
+    assert cheese.shown_by == (("0\u202f+", "v0.0p", 2, 2), ("0\u202f−", "v0.0n", 1, 2))
+    assert (cheese.n_vectors, cheese.n_directions, cheese.twin) == (1, 2, Rate(1, 12))
+    assert (cheese.facts["radius"], cheese.facts["relative_radius"], cheese.facts["effect"]) == (2.0, 0.25, 0.3)
+    assert (cheese.natural, cheese.surprise) == (-0.5, 5.0) and math.isnan(cheese.heldout)
+    # rome is as common under random vectors: 1 of 4 against 1 of 12
+    assert (rome.learned, rome.random) == (Rate(1, 12), Rate(1, 4)) and rome.no_more_than_chance
+    assert not cheese.no_more_than_chance and rome.twin is None
+
+
+def test_the_interval_is_wilsons():
+    low, high = Rate(3, 12).interval
+    z, p, n = 1.959964, 0.25, 12
+    middle, half = (
+        p + z**2 / (2 * n),
+        z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2)),
+    )
+    assert (low, high) == pytest.approx(((middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)), abs=1e-6)
+    assert str(Rate(3, 12)) == "3 of 12 (25.0 %; 95 % interval 8.9 to 53.2)" and str(Rate(0, 0)) == "not measured"
+
+
+def test_shares_count_directions_and_without_a_judge_nothing_is_noise():
+    assert written().shares == pytest.approx({"nothing": 2 / 6, "wording": 1 / 6, "content": 2 / 6, "noise": 1 / 6})
+    assert written().judged and not written(judged=False).judged
+    assert written(judged=False).shares["noise"] == 0
+
+
+def test_words_that_the_unsteered_text_lacks_are_marked():
+    pieces = different(PLAIN, "the reply is athens .")
+    assert "".join(text for text, _ in pieces) == "the reply is athens ."
+    assert [text.strip() for text, new in pieces if new] == ["reply", "."]
+    assert different(None, "a b") == (("a b", False),) or all(not new for _, new in different(None, "a b"))
+    long = different(PLAIN, "word " * 30_000)
+    assert sum(len(text) for text, _ in long) < 1000 and "150,000 characters" in long[-1][0]
+
+
+def test_what_cannot_be_seen_is_spelled_out():
+    assert seen(HIDDEN) == ("a⟨U+202E⟩b⟨U+200B⟩c⟨U+2066⟩d⟨U+FEFF⟩e⟨U+00AD⟩f⟨U+061C⟩g⟨U+0000⟩h⟨U+2028⟩i")
+    family, persian = "👩\u200d👧", "نمی\u200dخواهم"
+    assert seen(family) == family and seen(persian) == persian
+    assert (
+        seen("I\u200dhate") == "I⟨U+200D⟩hate" and seen("\ud800") == "⟨U+D800⟩" and seen("a\n\tb ü é") == "a\n\tb ü é"
+    )
+
+
+def test_cards_are_html_without_a_models_markup():
+    evil = f"<script>alert(1)</script><img src=x onerror=alert(1)>{HIDDEN}"
+    found = Written.of_run(ml.SteeringVectors(torch.eye(4), 1), completions(evil, prompts=("p",)), {evil: "steered 0"})
+    one = Look(((evil, 0.001, 0.5), ("<b>", 0.0, 0.2)), (evil, "<i>"), (0.5, 0.25), 4)
+    for text in (html(cards_of(found, {0: one})), in_a_notebook(evil, cards_of(found, {0: one}), 3)):
+        assert "&lt;script&gt;" in text and "<script" not in text and "<img" not in text and '<b>"' not in text
+        assert "⟨U+202E⟩" in text and "\u202e" not in text and "\u200b" not in text
+        assert "50 %" in text and "entering layer 4: at most 0.5" in text
+
+
+def test_a_look_finds_the_first_token_and_where_a_vector_acts():
+    organism = ml.organisms.load("modes")
+    prompt = organism.prompts["clean"][0]
+    found = ml.discover(organism.model, prompt, plan=ml.make_plan(organism.model, prompt)[1:2], progress=False)
+    one = look(organism.model, prompt, found.vector(0), 4)
+    with torch.no_grad():
+        logits = organism.model(prompt)[0, -1]
+        with ml.steer(organism.model, found.vector(0)):
+            steered = organism.model(prompt)[0, -1]
+    gain = steered.softmax(-1) - logits.softmax(-1)
+    token, before, after = one.promoted[0]
+    best = int(gain.argmax())
+    assert organism.model.tokenizer.decode([best]).strip() == token.strip()
+    assert after - before == pytest.approx(float(gain[best]), abs=1e-5)
+    changes = ml.activation_changes(organism.model, prompt, found.vector(0), [4])
+    assert one.change == pytest.approx(changes.relative[0, 0].tolist(), abs=1e-6) and one.tokens == changes.tokens
+    assert Look.of_json(one.as_json()) == one
+    shown = found._repr_html_()
+    assert (
+        seen(found.table.example[0]) in shown.replace("</mark>", "").replace("<mark>", "") and 'class="card"' in shown
+    )
+
+
+def test_everything_comes_back_from_json():
+    found = written()
+    again = Written.of_json(found.as_json())
+    for name in ("rows", "directions", "groups"):
+        pd.testing.assert_frame_equal(getattr(again, name), getattr(found, name), check_dtype=False)
