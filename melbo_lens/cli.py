@@ -96,7 +96,7 @@ def demo(
 @app.command()
 def reproduce(
     out: Annotated[Path, typer.Option(help="JSON file to write")] = Path("reproduction.json"),
-    real: Annotated[bool, typer.Option("--real", help="on the organisms of SmolLM2 (half an hour)")] = False,
+    real: Annotated[bool, typer.Option("--real", help="on the organisms of SmolLM2 (about an hour)")] = False,
     directory: Kept = None,
     engine: EngineName = "here",
 ) -> None:

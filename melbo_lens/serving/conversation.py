@@ -18,7 +18,7 @@ from melbo_lens.perturbations.perturbation import Perturbation
 from melbo_lens.sweeps.jobs import ModelKey
 
 Side: TypeAlias = Literal["steered", "unsteered"]
-MODEL_FILE, VECTORS_FILE = "model.json", "vectors.safetensors"
+MODEL_FILE, VECTORS_FILE = "loaded.json", "vectors.safetensors"
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ FILES = {
         "completions.csv",
         "completions.jsonl",
         "effects.safetensors",
-        "model.json",
+        "loaded.json",
         "ranking.csv",
     ),
     *("report.html", "vectors.safetensors"),

@@ -155,7 +155,7 @@ def test_a_folder_knows_its_model_and_says_what_it_lacks(directories, vectors, t
         what_to_open(None, KEY, None)
     with pytest.raises(FileNotFoundError, match="no file"):
         what_to_open(tmp_path, KEY, tmp_path / "none.pt")
-    (tmp_path / "model.json").write_text('{"path": "x"}')
+    (tmp_path / "loaded.json").write_text('{"path": "x"}')
     with pytest.raises(ValueError, match="damaged"):
         what_to_open(tmp_path, None, None)
     remember_model(tmp_path, ml.ModelKey("modes", "float32", "cpu"))
