@@ -6,6 +6,8 @@ from scipy.stats import fisher_exact
 import melbo_lens as ml
 from tests.benchmarks.breadth import doubling
 
+pytestmark = pytest.mark.long
+
 # of the source stream's median norm: modes sit at different ones (organisms/README.md); of its mean .4, .5, .6 and .8
 FRACTIONS = (0.381, 0.476, 0.572, 0.762)
 SEEDS = (0, 1, 2)

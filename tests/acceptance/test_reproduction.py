@@ -12,6 +12,8 @@ from melbo_lens.studies import claims, experiments, reproduction
 from melbo_lens.studies.experiments import Score, Size
 from tests import readme
 
+pytestmark = pytest.mark.long
+
 SEEDS = (1,)
 SMALL = Size(n_vectors=60, n_adapters=16, n_selection=4, n_test=16, n_random=2)
 

@@ -78,7 +78,7 @@ def test_discover_writes_groups_and_vectors(tmp_path):
     organism = ml.organisms.load("modes")
     prompts = organism.prompts["clean"][44], organism.prompts["selection"][3]
     arguments = ["discover", "--model", str(organism.directory), "--prompt", prompts[0], "--heldout", prompts[1]]
-    result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "out"), "--budget", "4", "--device", "cpu"])
+    result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "out"), "--budget", "8", "--device", "cpu"])
     assert result.exit_code == 0, result.output
     groups = pd.read_csv(tmp_path / "out" / "groups.csv")
     assert len(groups) >= 1 and "unsteered" not in groups.columns
@@ -132,7 +132,7 @@ def test_demo_writes_its_folder(tmp_path):
     assert result.exit_code == 0, result.output
     for behavior in ("portuguese", "reasoning", "hate", "cheese"):
         assert behavior in result.output
-    assert {path.name for path in (tmp_path / "demo").iterdir()} == {"groups.csv", *FILES}
+    assert {path.name for path in (tmp_path / "demo").iterdir()} == {"groups.csv", "written.json", *FILES}
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
