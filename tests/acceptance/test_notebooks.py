@@ -83,7 +83,7 @@ def test_it_runs_within_minutes(name, tmp_path):
     notebook, seconds = build.run(build.DEMOS / name, tmp_path)
     build.add_stills(notebook)
     check(notebook)
-    assert seconds < (480 if name == REAL else 120)
+    assert seconds < (480 if name == REAL else 240)
 
 
 HAND_MADE = """
