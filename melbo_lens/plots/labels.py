@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import binomtest
 
-from melbo_lens.evaluation.rates import Behavior, verdicts
+from melbo_lens.evaluation.rates import Behavior, shows
 from melbo_lens.generation.completions import Completions
 
 SIGNS = {1: "+", -1: "−", 0: ""}
@@ -45,7 +45,9 @@ def shown_behaviors(
     if completions is None or not behaviors:
         return {}
     steered = completions.table[completions.table.kind == "steered"].reset_index(drop=True)
-    hits = pd.DataFrame({name: verdicts(steered.text, behavior).to_numpy() for name, behavior in behaviors.items()})
+    hits = pd.DataFrame(
+        {name: shows(steered.text, behavior).to_numpy(dtype=float) for name, behavior in behaviors.items()}
+    )
     means = hits.groupby([steered.vector.astype(int), steered.sign.astype(int)]).mean()
     return {key: str(row.idxmax()) for key, row in means.iterrows() if row.max() > 0}
 

@@ -16,7 +16,7 @@ import torch
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from melbo_lens.evaluation.departures import kinds_of
-from melbo_lens.evaluation.rates import Behavior, verdicts
+from melbo_lens.evaluation.rates import Behavior, shows
 from melbo_lens.reports.findings import Findings, plane
 from melbo_lens.search.cards import anchor, namer
 from melbo_lens.search.written import Written
@@ -149,7 +149,7 @@ def _shown(texts: Any, behaviors: Mapping[str, Behavior]) -> dict[int, list[int]
     series = pd.Series(list(texts), dtype=object)
     found: dict[int, list[int]] = {}
     for b, behavior in enumerate(behaviors.values()):
-        for i in np.flatnonzero(verdicts(series, behavior) == 1) if len(series) else []:
+        for i in np.flatnonzero(shows(series, behavior)) if len(series) else []:
             found.setdefault(int(i), []).append(b)
     return found
 

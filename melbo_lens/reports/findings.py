@@ -21,7 +21,7 @@ from melbo_lens import files
 from melbo_lens.arguments import as_list, plain_json, public
 from melbo_lens.ascent.objectives import Objective
 from melbo_lens.evaluation.departures import departures
-from melbo_lens.evaluation.rates import Behavior, verdicts
+from melbo_lens.evaluation.rates import Behavior, shows
 from melbo_lens.generation.completions import Completions
 from melbo_lens.measures.changes import ActivationChanges, TargetEffects, activation_changes, objective, target_effects
 from melbo_lens.measures.controls import random_like
@@ -254,9 +254,7 @@ class Findings:
         texts = texts.drop_duplicates().reset_index(drop=True)
         about = {
             "title": self.title,
-            "texts_that_show": {
-                name: texts[verdicts(texts, how) == 1].tolist() for name, how in self.behaviors.items()
-            },
+            "texts_that_show": {name: texts[shows(texts, how)].tolist() for name, how in self.behaviors.items()},
             "settings": {key: value for key, value in completions.settings.items() if key != "perturbations"},
             "control": self.control,
             "coherence": self.coherence,

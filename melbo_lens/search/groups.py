@@ -17,7 +17,7 @@ from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.preprocessing import normalize
 
 from melbo_lens.arguments import plain_json
-from melbo_lens.evaluation.rates import Behavior, verdicts
+from melbo_lens.evaluation.rates import Behavior, shows, verdicts
 from melbo_lens.evaluation.words import word_counts
 from melbo_lens.generation.completions import Completions
 from melbo_lens.generation.generate import generate
@@ -69,7 +69,7 @@ def named(rows: pd.DataFrame, behaviors: Mapping[str, Behavior]) -> pd.DataFrame
     names = pd.DataFrame({"behavior": "", "group": ""}, index=rows.index)
     changed = rows.change != "same"
     for name, behavior in behaviors.items():
-        names.loc[changed & (names.behavior == "") & (verdicts(rows.text, behavior) == 1), "behavior"] = name
+        names.loc[changed & (names.behavior == "") & shows(rows.text, behavior), "behavior"] = name
     by_words = changed & (rows.change != "noise") & (names.behavior == "")
     times = rows.text[by_words].value_counts(sort=False)
     most = set(times.nlargest(MOST_TEXTS).index)
