@@ -19,11 +19,13 @@ from typer.testing import CliRunner
 
 import melbo_lens as ml
 from melbo_lens.cli import app
+from melbo_lens.generation.completions import COLUMNS, Completions
 from melbo_lens.search import discovery, pace
 from melbo_lens.search.arms import Arm, arms_of
 from melbo_lens.search.rounds import Rounds
 from melbo_lens.sweeps import outcomes, running
 from melbo_lens.sweeps.engines import Done, InMemory
+from melbo_lens.sweeps.jobs import Job
 
 pytestmark = pytest.mark.long
 
@@ -240,10 +242,11 @@ def test_with_several_workers_a_round_has_time_for_larger_trials():
         make = lambda arm, n, number: arm.trial(2.0, n, 64, number)  # noqa: E731
         trial = next(rounds.trials(clock, make))
         clock.learn(trial, 20.0, 5.0)
-        table = pd.DataFrame({"kind": ["steered"], "text": ["x"]})
+        table = pd.DataFrame(columns=COLUMNS, index=[0]).assign(kind="steered", text="x")
         judged = pd.DataFrame({"change": ["wording"], "new_words": [0.5], "surprise": [2.0], "natural": [-1.0]})
-        written = SimpleNamespace(table=table)
-        rounds.over(trial, SimpleNamespace(completions=written, judged=judged), clock, make, n_at_once)
+        job = Job(trial, ("x",), model=None)
+        outcome = outcomes.Outcome(job, job.digest("weights"), None, Completions(table), judged, 25.0)
+        rounds.over(trial, outcome, clock, make, n_at_once)
         return rounds.n_vectors
 
     alone, three = after_the_first(1), after_the_first(3)
@@ -251,7 +254,7 @@ def test_with_several_workers_a_round_has_time_for_larger_trials():
 
 
 def test_other_held_out_prompts_are_written_on_anew(organism, clock, tmp_path):
-    plan = [ml.Trial(0, 4, 10.0, 6, False, 0, 4)]
+    plan = [ml.Trial(0, 4, 12.0, 6, False, 0, 4)]
     rates = [
         search(organism, folder, plan=plan, heldout=organism.prompts["selection"][some], max_new_tokens=8).table
         for some in (slice(0, 3), slice(3, 9))
