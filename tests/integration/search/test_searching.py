@@ -241,7 +241,7 @@ def test_with_several_workers_a_round_has_time_for_larger_trials():
         rounds, clock = Rounds(list(arms), list(arms), 0), pace.Pace(1000.0, 1)
         make = lambda arm, n, number: arm.trial(2.0, n, 64, number)  # noqa: E731
         trial = next(rounds.trials(clock, make))
-        clock.learn(trial, 20.0, 5.0)
+        clock.learn(trial, 4.0, 1.0)
         table = pd.DataFrame(columns=COLUMNS, index=[0]).assign(kind="steered", text="x")
         judged = pd.DataFrame({"change": ["wording"], "new_words": [0.5], "surprise": [2.0], "natural": [-1.0]})
         job = Job(trial, ("x",), model=None)
