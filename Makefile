@@ -36,7 +36,7 @@ test: $(VENV)/.installed
 test-real: $(VENV)/.smollm2
 	$(VENV)/bin/python -m pytest -m real tests/real
 
-# the post's results on organisms, and what is killed and goes on, here and with Ray's workers: minutes of work that no version of TransformerLens changes
+# the post's results on organisms, the blocks of docs/, and what is killed and goes on, here and with Ray's workers: minutes of work that no version of TransformerLens changes
 test-long: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n logical --dist loadfile -m long
 

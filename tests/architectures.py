@@ -362,6 +362,7 @@ def outcome(name: str, folder: Path) -> Outcome:
                     "n_steps": 2,
                     "optimizer": "power",
                     "site": site,
+                    "radius": "auto" if not found else 1.0,  # finding it takes most of the time, and is the same
                     "progress": False,
                 }
                 adapters = ml.fit_adapters(bridge, PROMPTS, SOURCE, TARGET, **settings)

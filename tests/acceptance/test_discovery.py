@@ -10,6 +10,8 @@ from scipy.stats import fisher_exact
 import melbo_lens as ml
 from melbo_lens.search.groups import COLUMNS
 
+pytestmark = pytest.mark.long
+
 CASES = [(1, 10), (2, 20), (3, 30)]  # seed and clean prompt, none of them used in development
 N_TRIALS = 8  # free vectors at four radii from two source layers, the first of the plan
 

@@ -45,7 +45,7 @@ def fitted(model):
     return ml.fit_vectors(model, PROMPTS, 1, 3, n_vectors=2, radius=2.0, n_steps=2, progress=False)
 
 
-@some
+@settings(some, max_examples=4)  # seconds each
 @given(i=integers, x=numbers, many=sequences)
 def test_fits(model, i, x, many):
     settings = {"n_steps": 2, "optimizer": "adamw", "lr": 0.001, "batch_size": 4, "seed": 3, "progress": False}
