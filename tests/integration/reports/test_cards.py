@@ -1,13 +1,14 @@
 """Do cards say of each group what its completions say, and show any text so that nothing in it is hidden?"""
 
 import math
+import re
 
 import pandas as pd
 import pytest
 import torch
 
 import melbo_lens as ml
-from melbo_lens.search.cards import Rate, cards_of, different, html, in_a_notebook
+from melbo_lens.search.cards import Rate, cards_of, different, html, in_a_notebook, nats, percent, words
 from melbo_lens.search.looks import Look, look
 from melbo_lens.search.written import Written
 from melbo_lens.tables import seen
@@ -76,7 +77,43 @@ def test_the_interval_is_wilsons():
         z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2)),
     )
     assert (low, high) == pytest.approx(((middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)), abs=1e-6)
-    assert str(Rate(3, 12)) == "3 of 12 (25.0 %; 95 % interval 8.9 to 53.2)" and str(Rate(0, 0)) == "not measured"
+    assert str(Rate(3, 12)) == "3 of 12 (25.0\u00a0%; 95\u00a0% interval 8.9 to 53.2)"
+
+
+def test_where_nothing_can_be_estimated_no_interval_is_given():
+    assert str(Rate(0, 0)) == "not measured" and str(Rate(1, 1)) == "1 of 1, the only one"
+    assert "interval" in str(Rate(2, 2))
+
+
+def test_what_is_too_small_for_its_digits_is_not_called_zero():
+    shares = [percent(0.0), percent(0.004), percent(0.006), percent(0.0004, 1), percent(0.125, 1), percent(math.nan)]
+    assert shares == [
+        "0\u00a0%", "less than 1\u00a0%", "1\u00a0%", "less than 0.1\u00a0%", "12.5\u00a0%", ""
+    ]  # fmt: skip
+    assert [nats(-1e-7), nats(-0.009), nats(-0.01), nats(-2.5)] == ["less than 0.01", "less than 0.01", "0.01", "2.50"]
+    assert str(Rate(1, 4256)).startswith("1 of 4,256 (less than 0.1\u00a0%; ")
+
+
+def test_a_card_says_how_readable_its_example_is_and_how_it_begins():
+    promoted = (("mmm", 0.0004, 0.987), ("I", 0.0, 0.0123), ("rare", 0.0, 0.004))
+    one, none = (Look(tokens, ("a",), (0.5,), 4) for tokens in (promoted, promoted[2:]))
+    text = html(cards_of(written(), {0: one, 1: none}))
+    first, second = text.split('<article class="card"')[1:3]
+    assert "yes, 0.50 nats a token (the limit is 3); the most surprising token 5.0 nats" in first
+    begins = re.sub("<[^>]*>", "", re.search("<dt>First token</dt><dd>(.*?)</dd>", first)[1])
+    assert begins == "mmm less than 0.1\u00a0% → 99\u00a0%; I 0.0\u00a0% → 1.2\u00a0%"
+    assert "no token of 0.5\u00a0% or more becomes likelier" in second and "rare" not in second
+
+
+def test_words_on_cards_are_defined_once_and_name_vectors_as_the_cards_do():
+    assert "<b>1.4\u202f+</b> is vector 4 of trial 1" in words(True) and "<b>4\u202f+</b> is vector 4 as" in words(
+        False
+    )
+    said = in_a_notebook("found", cards_of(written()), 2, several=False)
+    assert said.index("<dt>Effect</dt>") < said.index('<article class="card"') and said.count("<dt>Effect</dt>") == 1
+    shown = set(re.findall("<dt>(.*?)</dt>", html(cards_of(written(), {0: Look((), ("a",), (0.5,), 4)}))))
+    explained = set(re.findall("<dt>(.*?)</dt>", words(True)))
+    assert shown - {"Vectors", "Where", "Radius, effect"} == explained - {"Other content", "Radius", "Effect"}
 
 
 def test_shares_count_directions_and_without_a_judge_nothing_is_noise():
@@ -110,7 +147,7 @@ def test_cards_are_html_without_a_models_markup():
     for text in (html(cards_of(found, {0: one})), in_a_notebook(evil, cards_of(found, {0: one}), 3)):
         assert "&lt;script&gt;" in text and "<script" not in text and "<img" not in text and '<b>"' not in text
         assert "⟨U+202E⟩" in text and "\u202e" not in text and "\u200b" not in text
-        assert "50 %" in text and "entering layer 4: at most 0.5" in text
+        assert "50\u00a0%" in text and "entering layer 4: at most 0.5" in text
 
 
 def test_a_look_finds_the_first_token_and_where_a_vector_acts():
