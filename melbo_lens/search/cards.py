@@ -49,7 +49,7 @@ class Rate:
         if not self.n:
             return "not measured"
         if self.n == 1:  # an interval of one completion says nothing
-            return f"{self.k} of 1, the only one"
+            return f"{self.k} of 1 (no more were written)"
         low, high = self.interval
         interval = f"95\u00a0% interval {100 * low:.1f} to {100 * high:.1f}"
         return f"{self.k:,} of {self.n:,} ({percent(self.share, 1)}; {interval})"

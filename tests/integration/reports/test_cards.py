@@ -81,7 +81,7 @@ def test_the_interval_is_wilsons():
 
 
 def test_where_nothing_can_be_estimated_no_interval_is_given():
-    assert str(Rate(0, 0)) == "not measured" and str(Rate(1, 1)) == "1 of 1, the only one"
+    assert str(Rate(0, 0)) == "not measured" and str(Rate(1, 1)) == "1 of 1 (no more were written)"
     assert "interval" in str(Rate(2, 2))
 
 
