@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -67,6 +68,7 @@ def test_a_card_counts_its_completions_and_their_controls():
     # rome is as common under random vectors: 1 of 4 against 1 of 12
     assert (rome.learned, rome.random) == (Rate(1, 12), Rate(1, 4)) and rome.no_more_than_chance
     assert not cheese.no_more_than_chance and rome.twin is None
+    assert replace(cheese, random=Rate(1, 4)).no_more_than_chance  # as common is no commoner
 
 
 def test_the_interval_is_wilsons():

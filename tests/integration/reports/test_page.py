@@ -159,7 +159,10 @@ def test_without_controls_and_of_one_completion_it_shows_no_number_that_is_none(
     assert re.findall("<td[^>]*>(.*?)</td>", row) == [
         "100.0\u00a0%", "one only", "not measured", "not measured", "1", ""
     ]  # fmt: skip
-    assert "1 of 1 (no more were written)" in text and "nan" not in text[text.index('id="findings"') : text.index("figure id")]
+    assert (
+        "1 of 1 (no more were written)" in text
+        and "nan" not in text[text.index('id="findings"') : text.index("figure id")]
+    )
 
 
 def test_a_page_without_behaviours_or_history_is_a_page_too(tmp_path):
