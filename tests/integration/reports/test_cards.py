@@ -71,6 +71,11 @@ def test_a_card_counts_its_completions_and_their_controls():
     assert replace(cheese, random=Rate(1, 4)).no_more_than_chance  # as common is no commoner
 
 
+def test_a_card_names_a_dozen_directions_and_counts_the_others():
+    (card,) = cards_of(Written.of_run(ml.SteeringVectors(torch.eye(8), 1), completions("x", 8, ("p",)), {"all": "x"}))
+    assert (card.n_directions, len(card.shown_by)) == (16, 12) and "and 4 more</dd>" in html([card])
+
+
 def test_the_interval_is_wilsons():
     low, high = Rate(3, 12).interval
     z, p, n = 1.959964, 0.25, 12

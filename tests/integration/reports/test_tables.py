@@ -23,7 +23,7 @@ VECTORS = ml.SteeringVectors(torch.eye(3), 1)
 
 
 def of(directions, steered):
-    """Directions are (trial, vector, source layer, radius, effect), completions (trial, vector, scale, change, group)."""
+    """Directions are (trial, vector, source layer, radius, effect), completions (trial, vector, scale, change, row)."""
     rows = [
         ("steered", trial, vector, 1, scale, 0, 0, "p", change, change, 0.5, 5.0, -0.1, group)
         for trial, vector, scale, change, group in steered
