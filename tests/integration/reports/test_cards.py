@@ -71,6 +71,17 @@ def test_a_card_counts_its_completions_and_their_controls():
     assert replace(cheese, random=Rate(1, 4)).no_more_than_chance  # as common is no commoner
 
 
+def test_an_example_stands_beside_the_unsteered_text_of_its_own_sample():
+    rows = [(0, "p", "unsteered", None, 0, 0.0, sample, text, [], []) for sample, text in enumerate(("one", "two"))]
+    rows += [(0, "p", "steered", 0, 1, 1.0, sample, text, [], []) for sample, text in enumerate(("one", "horses"))]
+    table = pd.DataFrame(rows, columns=completions().table.columns).astype({"vector": "Int64"})
+    run = Written.of_run(ml.SteeringVectors(torch.eye(1, 3), 1), ml.Completions(table), {})
+    searched = Written.of_search(run.rows[2:], [ml.Completions(table)] * 2, run.directions, run.groups)
+    for found in (run, searched):
+        (card,) = cards_of(found)
+        assert (card.example, card.plain, card.learned) == ("horses", "two", Rate(1, 2)) and len(found.rows) == 4
+
+
 def test_a_card_names_a_dozen_directions_and_counts_the_others():
     (card,) = cards_of(Written.of_run(ml.SteeringVectors(torch.eye(8), 1), completions("x", 8, ("p",)), {"all": "x"}))
     assert (card.n_directions, len(card.shown_by)) == (16, 12) and "and 4 more</dd>" in html([card])
