@@ -14,7 +14,7 @@ from melbo_lens.plots.drawing import draw_stacked
 from melbo_lens.reports import ladder
 from melbo_lens.reports.findings import Findings
 from melbo_lens.reports.page import file_of, lead, rendered
-from melbo_lens.search.cards import Card, cards_of, html
+from melbo_lens.search.cards import Card, cards_of, html, of_several, words
 from melbo_lens.search.groups import ALIKE
 
 MOST_COMPARED = 40  # groups of each run
@@ -46,7 +46,14 @@ def compare(several: Sequence[Findings], path: str | os.PathLike[str], title: st
         shown = html(cards[:MOST_CARDS], linked=False, prefix=f"run-{number}-")
         runs.append(Run(name, lead(written), written.shares, cards, shown, figure))
     page = rendered(
-        "comparison", title=title, runs=runs, rows=matched([run.cards for run in runs]), later=file_of("later.js")
+        "comparison",
+        title=title,
+        runs=runs,
+        rows=matched([run.cards for run in runs]),
+        alike=1 - ALIKE,
+        most=MOST_COMPARED,
+        words=words(any(of_several(written.directions) for written in everything)),
+        later=file_of("later.js"),
     )
     write_text(path, page)
     return Path(path)

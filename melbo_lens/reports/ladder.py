@@ -62,7 +62,7 @@ def figure(table: pd.DataFrame, written: Written) -> tuple[Lines, Lines] | None:
         _curve(label[:40], x, part[name].tolist(), part.n.tolist(), name == "readable") for name, label in names.items()
     )
     where = f"{key[0]}, layers {_layer(key[1])} to {_layer(key[2])}"
-    above = Lines(lines, axis, "share of completions", f"Ladder of radii: {where}", log_x=True, percent=True)
+    above = Lines(lines, axis, "share of completions", f"By radius: {where}", log_x=True, percent=True)
     below = Lines((Line("effect", x, part.effect.to_numpy(float)),), axis, "effect", "Effect", log_x=True)
     return above, below
 

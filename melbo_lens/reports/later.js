@@ -7,6 +7,17 @@
     for (const { isIntersecting, target } of seen) if (isIntersecting) { watch.unobserve(target); draw(target); }
   }, { rootMargin: "300px" });
   let library;
+  // Plotly's texts and backgrounds follow the page into the dark and back.
+  const dark = matchMedia("(prefers-color-scheme: dark)"), recolored = new WeakMap();
+  const recolor = () => {
+    const style = getComputedStyle(document.documentElement), ink = style.getPropertyValue("--ink"), page = style.getPropertyValue("--page");
+    for (const div of document.querySelectorAll(".js-plotly-plot")) {
+      if ((recolored.get(div) ?? "light") === (dark.matches ? "dark" : "light")) continue;
+      recolored.set(div, dark.matches ? "dark" : "light");
+      library.relayout(div, { "font.color": ink, paper_bgcolor: page });
+    }
+  };
+  dark.addEventListener("change", recolor);
   Object.defineProperty(window, "Plotly", {
     configurable: true,
     get: () => library,
@@ -15,7 +26,7 @@
       const now = value.newPlot;
       value.newPlot = (id, ...rest) => new Promise(done => {
         const div = document.getElementById(id);
-        waiting.set(div, () => now(id, ...rest).then(drawn => { window.recolor?.(); done(drawn); }));
+        waiting.set(div, () => now(id, ...rest).then(drawn => { recolor(); done(drawn); }));
         watch.observe(div);
       });
     },

@@ -40,8 +40,8 @@ def limits(findings: Findings, written: Written) -> Iterator[str]:
         )
     if written.judged:
         yield (
-            "Whether noise is only noise. Text whose tokens the unsteered model finds less probable than "
-            f"{NATURAL:.0f} nats on the mean is called noise, and so would be a language that it doesn't know."
+            f"Whether noise is only noise. Text of more than {-NATURAL:.0f} nats a token to the unsteered model is "
+            "called noise, and so would be a language that it doesn't know."
         )
     else:
         yield "Which text is noise: no model judged it (Findings.measured does)."

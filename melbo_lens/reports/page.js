@@ -3,7 +3,7 @@
 const COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b58900", "#56b4e9", "#8a6bbe", "#b07d2b"];
 const KINDS = ["unsteered", "steered", "random"], CHANGES = ["unchanged", "other wording", "other content", "noise"];
 const SIGNS = { "1": "+", "-1": "−", "0": "" }, PAGE = 50, LONG = 600;
-const at = id => document.getElementById(id);
+const at = id => document.getElementById(id), many = n => n.toLocaleString("en");
 
 // Every character is made visible, as `melbo_lens.tables.seen` does it.
 const HIDDEN = /[\p{Cc}\p{Cf}\p{Zl}\p{Zp}\p{Cs}\p{Co}\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0]/gu;
@@ -24,7 +24,7 @@ function make(tag, properties = {}, ...children) {
 function longText(text) {
   const box = make("span", { dir: "auto" }, seen(text.slice(0, LONG)));
   if (text.length > LONG) {
-    const more = make("button", { type: "button" }, `… all ${text.length.toLocaleString("en")} characters`);
+    const more = make("button", { type: "button" }, `… all ${many(text.length)} characters`);
     more.addEventListener("click", () => { box.textContent = seen(text); });
     box.append(more);
   }
@@ -78,8 +78,8 @@ function table(element, pages, what, columns, all, matches) {
     back.disabled = page === 0;
     next.disabled = page === last;
     const first = page * PAGE;
-    status.textContent = shown.length === 0 ? `none of ${all.length} ${what}`
-      : `${first + 1} to ${Math.min(first + PAGE, shown.length)} of ${shown.length === all.length ? "" : `${shown.length} that match, of `}${all.length} ${what}`;
+    status.textContent = shown.length === 0 ? `none of ${many(all.length)} ${what}`
+      : `${many(first + 1)} to ${many(Math.min(first + PAGE, shown.length))} of ${shown.length === all.length ? "" : `${many(shown.length)} that match, of `}${many(all.length)} ${what}`;
   }
   function filter() {
     shown = all.filter(matches());
@@ -112,6 +112,7 @@ async function main() {
   const plain = new Map();
   R.kind.forEach((kind, i) => { if (kind === 0) plain.set(`${R.prompt[i]} ${R.sample[i]}`, R.text[i]); });
   const short = value => value === null || value === undefined ? "" : String(value);
+  const nats = logProb => logProb === null ? "" : -logProb < .01 ? "less than 0.01" : (-logProb).toFixed(2);
   const dot = g => { const e = make("span", { className: "dot" }); e.style.setProperty("--dot", color(g)); return e; };
   const groupCell = g => g < 0 ? "" : make("span", {}, dot(g), g < D.cards ? make("a", { href: `#group-${g}` }, groupName(g)) : groupName(g));
   const link = d => make("a", { href: `#${V.anchor[d]}` }, V.name[d]);
@@ -180,7 +181,7 @@ async function main() {
   const measures = Object.entries(V.measures).map(([name, values]) => ({
     name: { relative_radius: "share of the norm", source_layer: "source", target_layer: "target", entropy_change: "entropy change", kl: "KL" }[name] ?? name,
     label: name.replaceAll("_", " "), number: true, value: i => values[i],
-    cell: i => name === "changed" && values[i] !== null ? `${Math.round(100 * values[i])} %` : short(values[i]),
+    cell: i => name === "changed" && values[i] !== null ? `${Math.round(100 * values[i])}\u00a0%` : short(values[i]),
   }));
   const vectors = table(at("vector-table"), at("vector-pages"), "directions", [
     { name: "vector", value: i => V.trial[i] * 1e6 + V.vector[i], cell: link },
@@ -214,7 +215,7 @@ async function main() {
     { name: "change", value: i => R.change[i], cell: i => R.kind[i] ? CHANGES[R.change[i]] : "" },
     { name: "group", value: i => R.group[i] < 0 ? null : R.group[i], cell: i => groupCell(R.group[i]) },
     { name: "behaviour", cell: i => make("span", {}, ...named(R.text[i]).map(b => make("span", { className: "tag" }, seen(D.behaviors[b].slice(0, 60))))), off: () => !D.behaviors.length },
-    { name: "natural", label: "natural", number: true, value: i => R.natural[i], cell: i => short(R.natural[i]), off: () => !judged },
+    { name: "nats a token", label: "nats a token", number: true, value: i => R.natural[i] === null ? null : -R.natural[i], cell: i => nats(R.natural[i]), off: () => !judged },
     { name: "unsteered", label: "unsteered", className: "text beside", cell: i => { const t = plain.get(`${R.prompt[i]} ${R.sample[i]}`) ?? plain.get(`${R.prompt[i]} 0`); return t === undefined ? "" : longText(D.texts[t]); }, off: () => !fields.beside.checked },
     { name: "text", className: "text", value: i => lower[R.text[i]], cell: i => longText(D.texts[R.text[i]]) },
   ], R.kind.map((_, i) => i), () => {
@@ -364,18 +365,4 @@ function drawMap(V, D, groupName, color) {
   draw();
 }
 
-// Plotly's texts and backgrounds follow the page into the dark and back
-const dark = matchMedia("(prefers-color-scheme: dark)");
-const recolored = new WeakMap();
-function recolor() {
-  const style = getComputedStyle(document.documentElement), ink = style.getPropertyValue("--ink"), page = style.getPropertyValue("--page");
-  for (const div of document.querySelectorAll(".js-plotly-plot")) {
-    if ((recolored.get(div) ?? "light") === (dark.matches ? "dark" : "light")) continue;
-    recolored.set(div, dark.matches ? "dark" : "light");
-    Plotly.relayout(div, { "font.color": ink, paper_bgcolor: page });
-  }
-}
-window.recolor = recolor;
-dark.addEventListener("change", recolor);
-recolor();
 main();

@@ -8,7 +8,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +18,7 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from melbo_lens import plots
-from melbo_lens.evaluation.departures import KINDS, kinds_of
+from melbo_lens.evaluation.departures import KINDS, NATURAL, kinds_of
 from melbo_lens.evaluation.rates import Evaluation, overall
 from melbo_lens.files import write_text
 from melbo_lens.generation.completions import COLUMNS, Completions
@@ -30,14 +30,14 @@ from melbo_lens.reports.again import snippet
 from melbo_lens.reports.columns import columns, map_says, packed
 from melbo_lens.reports.findings import Findings
 from melbo_lens.reports.limits import limits
-from melbo_lens.search.cards import anchor, cards_of, html, namer, short
+from melbo_lens.search.cards import anchor, cards_of, html, namer, of_several, percent, short, words
 from melbo_lens.search.written import Written
 from melbo_lens.tables import seen
 
 HIDDEN_SETTINGS = ("prompt_tokens", "parts", "prompts", "rows", "matched_to", "effects")
 MOST_CARDS, MOST_TRIALS, MOST_NOISE = 40, 1000, 20
 SECTIONS = (
-    "Findings Map Controls Ladder Layers Similarity Tokens Trials Vectors Completions Prompts Settings Limits".split()
+    "Findings Map Controls Radii Layers Similarity Tokens Trials Vectors Completions Prompts Settings Limits".split()
 )
 FIGURES: Any = "rates ladder scales radius layer-map layers changes cosines effect-cosines ranked objective".split()
 # only the page's own scripts, named by their digests, are run, and nothing is asked for from anywhere
@@ -82,7 +82,7 @@ def write_page(findings: Findings, path: str | os.PathLike[str]) -> Path:
     data = columns(findings, written)
     trials = [] if findings.trials is None else _trial_rows(findings.trials.head(MOST_TRIALS))
     has = {"trials": bool(trials), "tokens": tokens is not None, "map": len(kinds) > 0}
-    has |= {"controls": has["map"], "ladder": has["map"]}
+    has |= {"controls": has["map"], "radii": has["map"]}
     has |= {"layers": bool({"layer-map", "layers", "changes"} & pictures.keys())}
     has |= {"similarity": bool({"cosines", "effect-cosines"} & pictures.keys())}
     known = findings.vectors.provenance
@@ -92,6 +92,7 @@ def write_page(findings: Findings, path: str | os.PathLike[str]) -> Path:
         lead=lead(written),
         summary=[repr(findings.vectors), repr(findings.completions)] if findings.written is None else [],
         sections=[(name.lower(), name) for name in SECTIONS if has.get(name.lower(), True)],
+        words=words(of_several(written.directions)),
         cards=html(shown),
         n_cards=len(shown),
         chance=html(chance),
@@ -104,6 +105,7 @@ def write_page(findings: Findings, path: str | os.PathLike[str]) -> Path:
         map_says=map_says(findings, written),
         controls=_controls(written),
         judged=written.judged,
+        limit=-NATURAL,
         rates=[] if evaluation is None else evaluation.summary.to_dict("records"),
         note="" if evaluation is None else evaluation.note,
         pictures=list(pictures.values()),
@@ -147,7 +149,7 @@ def rendered(name: str, **values: Any) -> str:
     environment = Environment(
         loader=PackageLoader("melbo_lens.reports", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["seen"] = seen
+    environment.filters |= {"seen": seen, "percent": percent}
     style = file_of("page.css") + files("melbo_lens.search").joinpath("cards.css").read_text(encoding="utf-8")
     page = environment.get_template(f"{name}.html.jinja").render(style=style, policy=Markup(POLICY), **values)
     allowed = {
@@ -166,12 +168,13 @@ def file_of(name: str) -> str:
 def lead(written: Written) -> str:
     """Says in two sentences what was tried and what was found."""
     of_kind = written.rows.groupby("kind").size()
-    rates = written.rows.groupby(["group", "kind"]).size().unstack(fill_value=0) / of_kind
+    counts = written.rows.groupby(["group", "kind"]).size().unstack(fill_value=0)
+    rates = counts.reindex(columns=of_kind.index, fill_value=0) / of_kind
     beyond = int((rates.get("steered", pd.Series()) > rates.get("random", 0.0)).sum())
     kinds, prompts = kinds_of(written.rows), written.rows.prompt.nunique()
     if not len(kinds):
         return "There are no steered completions."
-    parts = {name: f"{share:.0%}".replace("%", "\u00a0%") for name, share in written.shares.items()}
+    parts = {name: percent(share) for name, share in written.shares.items()}
     noise = f", {parts['noise']} write noise" if written.judged else ""
     return (
         f"{len(kinds):,} directions of {len(written.directions):,} vectors were tried on {prompts} "
@@ -234,7 +237,8 @@ def _figures(
         (
             "rates",
             "Bars with 95 % Wilson intervals; grey and yellow are the controls.",
-            _if_given(evaluation, plots.behavior_rates),
+            # its note stands below the table
+            _if_given(evaluation, lambda evaluation: plots.behavior_rates(replace(evaluation, note=""))),
         ),
         (
             "ranked",
@@ -244,7 +248,10 @@ def _figures(
         (
             "objective",
             "A curve for each vector. The dotted line is what random vectors of the same norm reach.",
-            lambda: plots.objective_history(vectors, findings.control, completions),
+            # vectors of several trials have none
+            (lambda: plots.objective_history(vectors, findings.control, completions))
+            if findings.written is None or len(vectors.history)
+            else None,
         ),
         (
             "cosines",

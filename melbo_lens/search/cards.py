@@ -48,8 +48,11 @@ class Rate:
     def __str__(self) -> str:
         if not self.n:
             return "not measured"
+        if self.n == 1:  # an interval of one completion says nothing
+            return f"{self.k} of 1 (no more were written)"
         low, high = self.interval
-        return f"{self.k:,} of {self.n:,} ({100 * self.share:.1f} %; 95 % interval {100 * low:.1f} to {100 * high:.1f})"
+        interval = f"95\u00a0% interval {100 * low:.1f} to {100 * high:.1f}"
+        return f"{self.k:,} of {self.n:,} ({percent(self.share, 1)}; {interval})"
 
 
 @dataclass(frozen=True)
@@ -112,10 +115,10 @@ class Card:
 
     @property
     def promoted(self) -> list[tuple[str, str, str]]:
-        """The tokens that it begins with, and their probabilities before and after in words."""
+        """The tokens that it begins with, and their probabilities before and after in words; none if none is likely."""
         found = self.look.promoted if self.look is not None else ()
-        likely = [one for one in found if one[2] >= LIKELY] or list(found[:1])
-        return [(token, _percent(before), _percent(after)) for token, before, after in likely]
+        likely = [one for one in found if one[2] >= LIKELY]
+        return [(token, *(percent(share, int(share < 0.1)) for share in shares)) for token, *shares in likely]
 
 
 def cards_of(
@@ -184,8 +187,13 @@ def cards_of(
 
 def namer(directions: pd.DataFrame) -> Callable[[int, int, int], str]:
     """Returns what a vector with a sign is called: its number and, if there are several trials, the trial's before."""
-    several = directions.trial.nunique() > 1
+    several = of_several(directions)
     return lambda trial, vector, sign: (f"{trial}.{vector}" if several else f"{vector}") + f"\u202f{SIGNS[int(sign)]}"
+
+
+def of_several(directions: pd.DataFrame) -> bool:
+    """Whether vectors are those of several trials, so that a name has the trial's number too."""
+    return directions.trial.nunique() > 1
 
 
 def anchor(trial: int, vector: int, sign: int) -> str:
@@ -214,10 +222,15 @@ def html(cards: Sequence[Card], linked: bool = True, prefix: str = "") -> str:
         linked: whether a page around them has the places that they lead to.
         prefix: what their names in the page begin with, where there are cards of several runs.
     """
-    return _template("cards").render(cards=cards, linked=linked, prefix=prefix, readable=NATURAL)
+    return _template("cards").render(cards=cards, linked=linked, prefix=prefix, limit=-NATURAL, likely=LIKELY)
 
 
-def in_a_notebook(sentence: str, cards: Sequence[Card], n_groups: int) -> str:
+def words(several: bool) -> str:
+    """Returns as HTML what the words on cards mean; `several` is whether vectors are those of several trials."""
+    return _template("words").render(several=several, limit=-NATURAL, likely=LIKELY)
+
+
+def in_a_notebook(sentence: str, cards: Sequence[Card], n_groups: int, several: bool = True) -> str:
     """Returns cards with their style, as a notebook shows them: those that are no more than chance are folded."""
     style = files("melbo_lens.search").joinpath("cards.css").read_text(encoding="utf-8")
     shown = [card for card in cards if not card.no_more_than_chance]
@@ -225,6 +238,7 @@ def in_a_notebook(sentence: str, cards: Sequence[Card], n_groups: int) -> str:
     return _template("notebook").render(
         sentence=sentence,
         style=Markup(style),
+        words=Markup(words(several)),
         cards=Markup(html(shown, linked=False)),
         folded=Markup(html(folded, linked=False)),
         n_folded=len(folded),
@@ -237,7 +251,7 @@ def _template(name: str) -> Any:
     environment = Environment(
         loader=PackageLoader("melbo_lens.search", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["seen"] = seen
+    environment.filters |= {"seen": seen, "percent": percent, "nats": nats}
     return environment.get_template(f"{name}.html.jinja")
 
 
@@ -247,8 +261,17 @@ def short(text: str) -> str:
     return words[:60] + ("…" if len(words) > 60 else "") or "an empty text"
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %" if share >= 0.1 else f"{100 * share:.1f} %" if share >= 0.001 else "< 0.1 %"
+def percent(share: float | None, digits: int = 0) -> str:
+    """Returns a share in per cent; one that is not zero is not called zero. Empty if it was not measured."""
+    if share is None or math.isnan(share):
+        return ""
+    shown, least = f"{100 * share:.{digits}f}", f"{10.0**-digits:.{digits}f}"
+    return f"less than {least}\u00a0%" if share > 0 and float(shown) == 0 else f"{shown}\u00a0%"
+
+
+def nats(log_prob: float) -> str:
+    """Returns minus a log-probability, to two digits."""
+    return f"{-log_prob:.2f}" if -log_prob >= 0.01 else "less than 0.01"
 
 
 def _number(value: Any) -> float:

@@ -23,7 +23,7 @@ from melbo_lens.perturbations.perturbation import Perturbation, concatenate
 from melbo_lens.progress import Progress
 from melbo_lens.prompts import AsPrompts, Positions, PromptBatch, Prompts, as_list
 from melbo_lens.search.arms import Method, arms_of, check_methods
-from melbo_lens.search.cards import cards_of, in_a_notebook
+from melbo_lens.search.cards import cards_of, in_a_notebook, of_several
 from melbo_lens.search.groups import HeldoutTask, collected, directions_of, grouped, heldout_rate, named
 from melbo_lens.search.pace import MARGIN
 from melbo_lens.search.searching import Search, as_planned, in_rounds
@@ -245,8 +245,9 @@ class Discovery:
         }
 
     def _repr_html_(self) -> str:
-        cards = cards_of(self.written, most=MOST_IN_NOTEBOOK)
-        return in_a_notebook(repr(self), cards, len(self.table))
+        written = self.written
+        cards = cards_of(written, most=MOST_IN_NOTEBOOK)
+        return in_a_notebook(repr(self), cards, len(self.table), of_several(written.directions))
 
 
 @public

@@ -281,9 +281,24 @@ def test_runs_stand_side_by_side(open_browser, tmp_path):
         open_browser.resize(width)
         page = open_browser.open(path)
         assert page.run("return document.documentElement.scrollWidth") <= width
-        page.run("document.getElementById('ladders').scrollIntoView()")
+        page.run("document.getElementById('radii').scrollIntoView()")
         page.wait("document.querySelectorAll('.trace path').length > 0")
+    page.dark()
+    page.wait("getComputedStyle(document.querySelector('.main-svg')).backgroundColor === 'rgb(20, 23, 28)'")
+    page.dark(False)
     assert page.logged() == [] and page.requests() == []
+
+
+def test_at_400_pixels_no_section_is_out_of_sight_and_no_token_is_broken(search):
+    search.resize(400)
+    ends = search.run("return [...document.querySelectorAll('nav a')].map(link => link.getBoundingClientRect().right)")
+    assert len(ends) >= 10 and max(ends) <= 400
+    heights = search.run("return [...document.querySelectorAll('.card .token')].map(token => token.offsetHeight)")
+    assert len(heights) > 50 and max(heights) < 2 * min(heights)
+    words = search.run(
+        "return [...document.querySelectorAll('.wide th[scope=row]')].map(cell => cell.getBoundingClientRect().width)"
+    )
+    assert min(words) >= 144
 
 
 def test_5000_vectors_on_10_prompts_open_in_three_seconds(open_browser, tmp_path):
@@ -297,7 +312,7 @@ def test_5000_vectors_on_10_prompts_open_in_three_seconds(open_browser, tmp_path
         page.wait(READY)
         took.append(time.monotonic() - began)
     assert min(took) < 3
-    assert len(choose(page)) == 50 and "of 50010 completions" in page.run(
+    assert len(choose(page)) == 50 and "of 50,010 completions" in page.run(
         "return document.getElementById('pages').textContent"
     )
     began = time.monotonic()

@@ -1,13 +1,15 @@
 """Do cards say of each group what its completions say, and show any text so that nothing in it is hidden?"""
 
 import math
+import re
+from dataclasses import replace
 
 import pandas as pd
 import pytest
 import torch
 
 import melbo_lens as ml
-from melbo_lens.search.cards import Rate, cards_of, different, html, in_a_notebook
+from melbo_lens.search.cards import Rate, cards_of, different, html, in_a_notebook, nats, percent, words
 from melbo_lens.search.looks import Look, look
 from melbo_lens.search.written import Written
 from melbo_lens.tables import seen
@@ -66,6 +68,23 @@ def test_a_card_counts_its_completions_and_their_controls():
     # rome is as common under random vectors: 1 of 4 against 1 of 12
     assert (rome.learned, rome.random) == (Rate(1, 12), Rate(1, 4)) and rome.no_more_than_chance
     assert not cheese.no_more_than_chance and rome.twin is None
+    assert replace(cheese, random=Rate(1, 4)).no_more_than_chance  # as common is no commoner
+
+
+def test_an_example_stands_beside_the_unsteered_text_of_its_own_sample():
+    rows = [(0, "p", "unsteered", None, 0, 0.0, sample, text, [], []) for sample, text in enumerate(("one", "two"))]
+    rows += [(0, "p", "steered", 0, 1, 1.0, sample, text, [], []) for sample, text in enumerate(("one", "horses"))]
+    table = pd.DataFrame(rows, columns=completions().table.columns).astype({"vector": "Int64"})
+    run = Written.of_run(ml.SteeringVectors(torch.eye(1, 3), 1), ml.Completions(table), {})
+    searched = Written.of_search(run.rows[2:], [ml.Completions(table)] * 2, run.directions, run.groups)
+    for found in (run, searched):
+        (card,) = cards_of(found)
+        assert (card.example, card.plain, card.learned) == ("horses", "two", Rate(1, 2)) and len(found.rows) == 4
+
+
+def test_a_card_names_a_dozen_directions_and_counts_the_others():
+    (card,) = cards_of(Written.of_run(ml.SteeringVectors(torch.eye(8), 1), completions("x", 8, ("p",)), {"all": "x"}))
+    assert (card.n_directions, len(card.shown_by)) == (16, 12) and "and 4 more</dd>" in html([card])
 
 
 def test_the_interval_is_wilsons():
@@ -76,7 +95,43 @@ def test_the_interval_is_wilsons():
         z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2)),
     )
     assert (low, high) == pytest.approx(((middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)), abs=1e-6)
-    assert str(Rate(3, 12)) == "3 of 12 (25.0 %; 95 % interval 8.9 to 53.2)" and str(Rate(0, 0)) == "not measured"
+    assert str(Rate(3, 12)) == "3 of 12 (25.0\u00a0%; 95\u00a0% interval 8.9 to 53.2)"
+
+
+def test_where_nothing_can_be_estimated_no_interval_is_given():
+    assert str(Rate(0, 0)) == "not measured" and str(Rate(1, 1)) == "1 of 1 (no more were written)"
+    assert "interval" in str(Rate(2, 2))
+
+
+def test_what_is_too_small_for_its_digits_is_not_called_zero():
+    shares = [percent(0.0), percent(0.004), percent(0.006), percent(0.0004, 1), percent(0.125, 1), percent(math.nan)]
+    assert shares == [
+        "0\u00a0%", "less than 1\u00a0%", "1\u00a0%", "less than 0.1\u00a0%", "12.5\u00a0%", ""
+    ]  # fmt: skip
+    assert [nats(-1e-7), nats(-0.009), nats(-0.01), nats(-2.5)] == ["less than 0.01", "less than 0.01", "0.01", "2.50"]
+    assert str(Rate(1, 4256)).startswith("1 of 4,256 (less than 0.1\u00a0%; ")
+
+
+def test_a_card_says_how_readable_its_example_is_and_how_it_begins():
+    promoted = (("mmm", 0.0004, 0.987), ("I", 0.0, 0.0123), ("rare", 0.0, 0.004))
+    one, none = (Look(tokens, ("a",), (0.5,), 4) for tokens in (promoted, promoted[2:]))
+    text = html(cards_of(written(), {0: one, 1: none}))
+    first, second = text.split('<article class="card"')[1:3]
+    assert "yes, 0.50 nats a token (the limit is 3); the most surprising token 5.0 nats" in first
+    begins = re.sub("<[^>]*>", "", re.search("<dt>First token</dt><dd>(.*?)</dd>", first)[1])
+    assert begins == "mmm less than 0.1\u00a0% → 99\u00a0%; I 0.0\u00a0% → 1.2\u00a0%"
+    assert "no token of 0.5\u00a0% or more becomes likelier" in second and "rare" not in second
+
+
+def test_words_on_cards_are_defined_once_and_name_vectors_as_the_cards_do():
+    assert "<b>1.4\u202f+</b> is vector 4 of trial 1" in words(True) and "<b>4\u202f+</b> is vector 4 as" in words(
+        False
+    )
+    said = in_a_notebook("found", cards_of(written()), 2, several=False)
+    assert said.index("<dt>Effect</dt>") < said.index('<article class="card"') and said.count("<dt>Effect</dt>") == 1
+    shown = set(re.findall("<dt>(.*?)</dt>", html(cards_of(written(), {0: Look((), ("a",), (0.5,), 4)}))))
+    explained = set(re.findall("<dt>(.*?)</dt>", words(True)))
+    assert shown - {"Vectors", "Where", "Radius, effect"} == explained - {"Other content", "Radius", "Effect"}
 
 
 def test_shares_count_directions_and_without_a_judge_nothing_is_noise():
@@ -110,7 +165,7 @@ def test_cards_are_html_without_a_models_markup():
     for text in (html(cards_of(found, {0: one})), in_a_notebook(evil, cards_of(found, {0: one}), 3)):
         assert "&lt;script&gt;" in text and "<script" not in text and "<img" not in text and '<b>"' not in text
         assert "⟨U+202E⟩" in text and "\u202e" not in text and "\u200b" not in text
-        assert "50 %" in text and "entering layer 4: at most 0.5" in text
+        assert "50\u00a0%" in text and "entering layer 4: at most 0.5" in text
 
 
 def test_a_look_finds_the_first_token_and_where_a_vector_acts():

@@ -155,6 +155,8 @@ def test_a_search_is_a_page_with_its_groups_and_comes_back_from_its_folder(tmp_p
         assert f"{share:.0%}".replace("%", "\u00a0%") in page
     assert page.count('<article class="card"') == len(found.table) and len(kept.looks) == min(len(found.table), 12)
     assert len(rows_of(page)) == len(found.rows) + 1
+    assert "Not drawn" not in page  # vectors of several trials have no history, which is no news
+    assert "<b>1.4\u202f+</b> is vector 4 of trial 1" in page
     # every direction has its point on the map, and the card names the vector that wrote its example
     data = data_of(page)["directions"]
     assert None not in data["x"] and len(data["x"]) == 2 * sum(map(len, found.vectors))

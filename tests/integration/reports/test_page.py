@@ -129,8 +129,40 @@ def test_it_holds_every_figure_every_completion_and_a_card_for_each_group(page):
     assert [sum(row[0] == kind for row in rows) for kind in ("steered", "random", "unsteered")] == [16, 16, 1]
     assert ("steered", "2\u202f−", f"{EVIL} steered 2") in rows and ("random", "3\u202f+", f"{EVIL} random 3") in rows
     assert data_of(page)["directions"]["name"] == [f"{k}\u202f{sign}" for k in range(4) for sign in "−+"]
-    assert page.count('<article class="card"') == 1 and "100.0 %" in page and page.count("CircuitsVis.render(") == 4
-    assert "16 of 16 (100.0 %; 95 % interval 80.6 to 100.0) under all learned vectors" in page
+    assert (
+        page.count('<article class="card"') == 1 and "100.0\u00a0%" in page and page.count("CircuitsVis.render(") == 4
+    )
+    assert "16 of 16 (100.0\u00a0%; 95\u00a0% interval 80.6 to 100.0) under all learned vectors" in page
+
+
+def test_it_says_once_what_its_words_mean_and_what_few_completions_cannot_show(page):
+    own = without_libraries(page)
+    assert own.index("<b>4\u202f+</b> is vector 4") < own.index("<dt>Effect</dt>") < own.index('<article class="card"')
+    assert own.count("<dt>Effect</dt>") == 1
+    assert "With 1 completion for each vector and sign" in own and len(re.findall(r"\btogether\b", own)) == 1
+    assert '<a href="#radii">Radii</a>' in own and '<h2 id="radii">Radii</h2>' in own
+
+
+def test_it_counts_the_groups_that_random_vectors_show_less_often(tmp_path):
+    written = completions("it is")
+    written.table.loc[written.table.kind == "random", "text"] = "it is"
+    text = ml.report(ml.SteeringVectors(torch.randn(4, 6), 1), written, path=tmp_path / "r.html").read_text()
+    assert "1 group of completions is commoner than under random vectors" in text
+
+
+def test_without_controls_and_of_one_completion_it_shows_no_number_that_is_none(tmp_path):
+    written = ml.Completions(completions().table.iloc[1:2])
+    text = ml.report(
+        ml.SteeringVectors(torch.randn(4, 6), 1), written, {"x": "steered"}, tmp_path / "one.html"
+    ).read_text()
+    row = re.search('<tr><th scope="row">x</th>(.*?)</tr>', text)[1]
+    assert re.findall("<td[^>]*>(.*?)</td>", row) == [
+        "100.0\u00a0%", "one only", "not measured", "not measured", "1", ""
+    ]  # fmt: skip
+    assert (
+        "1 of 1 (no more were written)" in text
+        and "nan" not in text[text.index('id="findings"') : text.index("figure id")]
+    )
 
 
 def test_a_page_without_behaviours_or_history_is_a_page_too(tmp_path):
@@ -174,8 +206,10 @@ def test_two_runs_stand_side_by_side(tmp_path):
     several = [ml.Findings(*given, title=title, **more) for title in ("one", EVIL)]
     text = ml.report(several, path=tmp_path / "both.html", title="A and B").read_text()
     rows = re.findall(r'<tr><th scope="row"><bdi>(.*?)</bdi></th>(.*?)</tr>', text, re.DOTALL)
-    assert len(rows) == 1 and rows[0][1].count("16 of 16 (100.0 %") == 2
+    assert len(rows) == 1 and rows[0][1].count("16 of 16 (100.0\u00a0%") == 2
     assert "<script>alert" not in text and "A and B" in text and 'id="run-1-group-0"' in text
+    assert "matched by its name" in text and "a cosine similarity above 0.5 on the mean" in text
+    assert text.count("<dt>Effect</dt>") == 1 and '<a href="#radii">Radii</a>' in text
     with pytest.raises(ValueError, match="at least two"):
         ml.report(several[:1], path=tmp_path / "one.html")
     with pytest.raises(TypeError, match="know their completions"):
