@@ -192,10 +192,12 @@ def test_it_says_what_it_cannot_say_and_how_to_do_it_again(tmp_path):
     findings = ml.Findings.measured(organism.model, prompt, vectors, written)
     text = ml.report(findings, path=tmp_path / "r.html").read_text()
     snippet = html.unescape(re.search(r"<code>(.*?)</code>", text, re.DOTALL)[1])
-    snippet = re.sub(r"model = .*", "model = given", snippet)
-    scope = {"given": organism.model}
+    scope = {}
     exec(snippet, scope)
     torch.testing.assert_close(scope["vectors"].values, vectors.values)
+    assert "/" not in snippet  # whoever gets the page has other directories
+    with pytest.raises(ValueError, match=r"'modes-twin' have the fingerprint .*, not .*Load it as it was then"):
+        exec(snippet.replace("'modes'", "'modes-twin'"), {})
     limits = text[text.index('id="limits"') :]
     assert "no twin was measured" in limits and "no held-out prompts were given" in limits
     assert "What comes after 4 new tokens" in limits and "With 6 completions under random vectors" in limits
