@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import replace
+from types import MappingProxyType
 
 import pandas as pd
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 import melbo_lens as ml
 from melbo_lens.search.cards import Rate, cards_of, different, html, in_a_notebook, nats, percent, words
+from melbo_lens.search.groups import promise
 from melbo_lens.search.looks import Look, look
 from melbo_lens.search.written import Written
 from melbo_lens.tables import seen
@@ -19,7 +21,7 @@ CHEESE, ROME, PLAIN = "I love cheese indeed", "the answer is rome", "the answer 
 HIDDEN = "a\u202eb\u200bc\u2066d\ufeffe\u00adf\u061cg\x00h\u2028i"
 
 
-def written(judged=True):
+def written(judged=True, behaviors=MappingProxyType({"cheese": "cheese"})):
     """Two prompts; vector 0 loves cheese on both with +, on one with −; vector 1 says rome once, as one random does."""
     texts = {
         (0, 1): [CHEESE, CHEESE],
@@ -54,7 +56,7 @@ def written(judged=True):
     vectors = ml.SteeringVectors(
         2 * torch.eye(3), 1, provenance={"method": "fit_vectors", "stream_norm": 8.0, "effects": [0.3, 0.4, 0.5]}
     )
-    return Written.of_run(vectors, ml.Completions(table), {"cheese": "cheese"}, judgement if judged else None)
+    return Written.of_run(vectors, ml.Completions(table), behaviors, judgement if judged else None)
 
 
 def test_a_card_counts_its_completions_and_their_controls():
@@ -138,6 +140,16 @@ def test_shares_count_directions_and_without_a_judge_nothing_is_noise():
     assert written().shares == pytest.approx({"nothing": 2 / 6, "wording": 1 / 6, "content": 2 / 6, "noise": 1 / 6})
     assert written().judged and not written(judged=False).judged
     assert written(judged=False).shares["noise"] == 0
+
+
+def test_what_shows_a_behaviour_that_was_given_is_not_noise_however_improbable():
+    found = written(behaviors={"letters": "qz|zq"})
+    assert found.shares == pytest.approx({"nothing": 2 / 6, "wording": 1 / 6, "content": 3 / 6, "noise": 0})
+    assert found.groups.set_index("behavior").change["letters"] == "content"
+    # no new words in this table, but for cheese: a behaviour's score is that of its words and their surprise
+    rows = pd.DataFrame({"change": "content", "new_words": 0.5, "surprise": 4.0, "natural": -7.0}, index=[0])
+    assert promise(rows.assign(behavior="letters"))[0] == 2.0
+    assert promise(rows)[0] == promise(rows.assign(behavior=""))[0] == pytest.approx(2.0 * math.exp(-14))
 
 
 def test_words_that_the_unsteered_text_lacks_are_marked():

@@ -13,6 +13,7 @@ from melbo_lens.reports.again import snippet
 from melbo_lens.reports.columns import columns
 from melbo_lens.reports.comparison import matched
 from melbo_lens.reports.limits import limits
+from melbo_lens.reports.page import lead
 from melbo_lens.search.cards import Rate, cards_of
 from melbo_lens.search.written import ROWS, Written
 from melbo_lens.sweeps.trials import trial_as
@@ -112,6 +113,15 @@ def test_limits_are_those_of_what_was_measured():
     assert "no model judged it" in " ".join(limits(findings, written(judged=False)))
     bare = replace(found, rows=found.rows[found.rows.kind != "random"])
     assert "none were tried" in " ".join(limits(findings, bare))
+
+
+def test_the_first_sentences_count_what_random_vectors_write_as_well():
+    said = lead(written())
+    assert "6 directions of 3 vectors were tried on 2 prompts: 33\u00a0% change the content" in said
+    assert "forms 2 groups, of which random vectors of equal norm write 1 as well. In their 4 completions" in said
+    assert "a share of up to 49.0\u00a0% can go unseen" in said  # Wilson: z^2 / (n + z^2)
+    found = written()
+    assert "2 groups; no random" in lead(replace(found, rows=found.rows[found.rows.kind != "random"]))
 
 
 def test_a_snippet_gives_every_setting_that_has_a_consequence():
