@@ -106,6 +106,8 @@ class Discovery:
         Raises:
             IndexError: the table has no such row.
         """
+        if not -len(self.table) <= row < len(self.table):
+            raise IndexError(f"row={row} must be one of the {len(self.table)} rows of the table, from 0.")
         entry = self.table.iloc[row]
         return int(entry.sign) * self.vectors[int(entry.trial)][int(entry.vector)]
 

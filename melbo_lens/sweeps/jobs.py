@@ -5,6 +5,8 @@ import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -49,11 +51,13 @@ class ModelKey:
             expected: the fingerprint of its weights, as the provenance of what was learned on them has it.
 
         Raises:
-            ValueError: the model has another fingerprint.
+            ValueError: the model has another fingerprint, or the name is almost that of an organism.
         """
         organism = self.organism()
         if organism is not None:
             model = organism.model
+        elif not Path(self.name).exists() and (meant := get_close_matches(self.name, organisms.names(), 1, 0.85)):
+            raise ValueError(f"there is no model {self.name!r} here: did you mean the organism {meant[0]!r}?")
         else:
             model = boot(self.name, device=self.device, dtype=getattr(torch, self.dtype))
         if expected is not None and (found := fingerprint(host_of(model))) != expected:
