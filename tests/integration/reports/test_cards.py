@@ -73,13 +73,16 @@ def test_a_card_counts_its_completions_and_their_controls():
 
 def test_an_example_stands_beside_the_unsteered_text_of_its_own_sample():
     rows = [(0, "p", "unsteered", None, 0, 0.0, sample, text, [], []) for sample, text in enumerate(("one", "two"))]
-    rows += [(0, "p", "steered", 0, 1, 1.0, sample, text, [], []) for sample, text in enumerate(("one", "horses"))]
+    rows += [
+        (0, "p", "steered", 0, 1, 1.0, sample, text, [], []) for sample, text in enumerate(("one", "ho\u202erses"))
+    ]
     table = pd.DataFrame(rows, columns=completions().table.columns).astype({"vector": "Int64"})
     run = Written.of_run(ml.SteeringVectors(torch.eye(1, 3), 1), ml.Completions(table), {})
     searched = Written.of_search(run.rows[2:], [ml.Completions(table)] * 2, run.directions, run.groups)
     for found in (run, searched):
         (card,) = cards_of(found)
-        assert (card.example, card.plain, card.learned) == ("horses", "two", Rate(1, 2)) and len(found.rows) == 4
+        assert (card.example, card.plain, card.learned) == ("ho\u202erses", "two", Rate(1, 2)) and len(found.rows) == 4
+        assert "<mark>ho⟨U+202E⟩rses</mark>" in html([card])
 
 
 def test_a_card_names_a_dozen_directions_and_counts_the_others():
@@ -117,6 +120,7 @@ def test_a_card_says_how_readable_its_example_is_and_how_it_begins():
     one, none = (Look(tokens, ("a",), (0.5,), 4) for tokens in (promoted, promoted[2:]))
     text = html(cards_of(written(), {0: one, 1: none}))
     first, second = text.split('<article class="card"')[1:3]
+    assert "no, 3.50 nats a token" in html([replace(cards_of(written())[0], natural=-3.5)])
     assert "yes, 0.50 nats a token (the limit is 3); the most surprising token 5.0 nats" in first
     begins = re.sub("<[^>]*>", "", re.search("<dt>First token</dt><dd>(.*?)</dd>", first)[1])
     assert begins == "mmm less than 0.1\u00a0% → 99\u00a0%; I 0.0\u00a0% → 1.2\u00a0%"
