@@ -83,6 +83,7 @@ def test_an_example_stands_beside_the_unsteered_text_of_its_own_sample():
         (card,) = cards_of(found)
         assert (card.example, card.plain, card.learned) == ("ho\u202erses", "two", Rate(1, 2)) and len(found.rows) == 4
         assert "<mark>ho⟨U+202E⟩rses</mark>" in html([card])
+        assert html([card]).count("<a href") == 2 and "<a href" not in html([card], linked=False)
 
 
 def test_a_card_names_a_dozen_directions_and_counts_the_others():
@@ -189,6 +190,15 @@ def test_a_look_finds_the_first_token_and_where_a_vector_acts():
     changes = ml.activation_changes(organism.model, prompt, found.vector(0), [4])
     assert one.change == pytest.approx(changes.relative[0, 0].tolist(), abs=1e-6) and one.tokens == changes.tokens
     assert Look.of_json(one.as_json()) == one
+    # a weak vector raises other tokens than the one that stays the most probable, and none at all raises none
+    weak = look(organism.model, prompt, 0.2 * found.vector(0), 4)
+    with torch.no_grad(), ml.steer(organism.model, 0.2 * found.vector(0)):
+        gain = organism.model(prompt)[0, -1].softmax(-1) - logits.softmax(-1)
+    assert [after - before for _, before, after in weak.promoted] == pytest.approx(
+        gain.topk(5).values.tolist(), abs=1e-6
+    )
+    assert int(logits.argmax()) != int(gain.argmax())
+    assert look(organism.model, prompt, 0.0 * found.vector(0), 4).promoted == ()
     shown = found._repr_html_()
     assert (
         seen(found.table.example[0]) in shown.replace("</mark>", "").replace("<mark>", "") and 'class="card"' in shown
