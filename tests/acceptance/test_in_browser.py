@@ -320,6 +320,8 @@ def test_5000_vectors_on_10_prompts_open_in_three_seconds(open_browser, tmp_path
     assert time.monotonic() - began < 1
     page.run("[...document.querySelectorAll('#pages button')].at(-1).click()")
     assert "51 to 100" in page.run("return document.getElementById('pages').textContent")
+    page.run("document.querySelector('#pages button').click()")
+    assert "1 to 50 of" in page.run("return document.getElementById('pages').textContent")
     assert page.logged() == [] and page.requests() == []
 
 

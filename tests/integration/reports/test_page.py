@@ -148,6 +148,8 @@ def test_it_counts_the_groups_that_random_vectors_show_less_often(tmp_path):
     written.table.loc[written.table.kind == "random", "text"] = "it is"
     text = ml.report(ml.SteeringVectors(torch.randn(4, 6), 1), written, path=tmp_path / "r.html").read_text()
     assert "1 group of completions is commoner than under random vectors" in text
+    path = ml.report(ml.SteeringVectors(torch.randn(4, 6), 1), completions(), path=tmp_path / "same.html")
+    assert "0 groups of completions are commoner" in path.read_text()
 
 
 def test_without_controls_and_of_one_completion_it_shows_no_number_that_is_none(tmp_path):
@@ -181,7 +183,7 @@ def test_adapters_have_a_page_and_nothing_to_show_is_said(tmp_path):
     assert "SteeringAdapters(4 x rank 2" in text and "figure-cosines" not in text
     empty = ml.Completions(completions().table.head(1))
     text = ml.report(adapters, empty, {"x": "steered"}, tmp_path / "b.html").read_text()
-    assert "There are no steered completions." in text and 'id="map"' not in text
+    assert "There are no steered completions." in text and 'id="map"' not in text and 'href="#map"' not in text
 
 
 def test_it_says_what_it_cannot_say_and_how_to_do_it_again(tmp_path):

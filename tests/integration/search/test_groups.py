@@ -46,6 +46,8 @@ def test_the_score_of_a_group_is_promise_times_directions_times_what_exceeds_cha
     promise, exceeds = 0.5 * 6 * math.exp(-1), (4 / 6 - 1 / 4) / (4 / 6)
     assert row.score == pytest.approx(promise * math.log2(1 + 3) * exceeds)
     assert found.rows.group[found.rows.text == "zz"].isna().all()
+    commoner = grouped({(0, 1): ["alpha beta now"] * 2, (1, 1): ["alpha beta", PLAIN]})
+    assert commoner.groups.example.tolist() == ["alpha beta now"]
 
 
 def test_noise_forms_a_group_only_where_it_shows_a_behaviour():
