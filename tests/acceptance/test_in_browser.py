@@ -7,6 +7,7 @@ import io
 import json
 import time
 from importlib.resources import files
+from urllib.parse import quote
 
 import pytest
 from PIL import Image
@@ -101,6 +102,15 @@ def choose(page, form="filters", **fields):
             value,
         )
     return page.run(f"return {ROWS}.map(row => [...row.cells].map(cell => cell.textContent))")
+
+
+def exported(page):
+    """What the page exports of its marks."""
+    page.run(
+        "const make = URL.createObjectURL; URL.createObjectURL = blob => { window.kept = blob; return make(blob); };"
+        " document.getElementById('export').click()"
+    )
+    return json.loads(page.run("return window.kept.text()"))
 
 
 def test_every_figure_is_drawn_when_it_comes_into_view(page):
@@ -208,11 +218,7 @@ def test_marks_and_names_are_kept_in_the_address_and_exported(search, found):
     # a link within the page loses no mark
     search.run("document.querySelector('nav a[href=\"#limits\"]').click()")
     search.wait("location.hash.startsWith('#limits&marks=')")
-    search.run(
-        "const make = URL.createObjectURL; URL.createObjectURL = blob => { window.kept = blob; return make(blob); };"
-        " document.getElementById('export').click()"
-    )
-    said = json.loads(search.run("return window.kept.text()"))
+    said = exported(search)
     row = found[1].table.iloc[0]
     assert said["page"] == "A search" and said["marks"][0] == {
         "name": "a <b>name</b> & more",
@@ -227,6 +233,12 @@ def test_marks_and_names_are_kept_in_the_address_and_exported(search, found):
     assert search.run(f"return {rows}.length") == 2
     search.run("document.getElementById('unmark').click()")
     search.wait("!location.hash.includes('marks')")
+    # an address may name what the page doesn't have
+    search.driver.get("about:blank")
+    search.open(found[0], "#marks=" + quote(json.dumps({"v1.2n": "minus", "nowhere": "x"}))).wait(READY)
+    assert [(mark["name"], mark["trial"], mark["vector"], mark["sign"]) for mark in exported(search)["marks"]] == [
+        ("minus", 1, 2, -1)
+    ]
 
 
 def test_the_keyboard_is_enough(page):
