@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 import melbo_lens as ml
+from melbo_lens import tables
 from tests import browser
 from tests.integration.reports.test_page import everything, many
 from tests.unit.plots.test_tokens import HARD, hard_changes
@@ -197,6 +198,19 @@ def test_a_point_of_the_map_says_what_it_is_and_leads_to_its_card(search, found)
     plane.send_keys(Keys.ARROW_RIGHT)
     x, y = search.run(f"{spot} return [parseFloat(t.style.left), parseFloat(t.style.top)]")
     assert x > 0 and y > 0 and search.run("return document.getElementById('tip').hidden") is False
+    # the mouse finds a point, too, and a click on it leads somewhere
+    search.run("location.hash = ''")
+    said, place = search.run(
+        "const box = document.getElementById('plane'), tip = document.getElementById('tip');"
+        " const { left, top, width, height } = box.getBoundingClientRect();"
+        " for (let y = 5; y < height; y += 10) for (let x = 5; x < width; x += 10) {"
+        "   const where = { clientX: left + x, clientY: top + y };"
+        "   box.dispatchEvent(new PointerEvent('pointermove', where));"
+        "   if (!tip.hidden) { box.dispatchEvent(new MouseEvent('click', where));"
+        "     return [tip.textContent, location.hash]; } }"
+        " return ['', '']"
+    )
+    assert said.startswith("vector ") and len(place) > 2
     legend = search.run("return [...document.querySelectorAll('#legend button')].map(b => b.textContent)")
     n = int(legend[0].rsplit("(", 1)[1][:-1])
     main = found[1].rows[found[1].rows.kind == "steered"].groupby(["trial", "vector", "sign"]).group.first()
@@ -419,6 +433,11 @@ def test_text_that_hides_or_is_very_long_is_shown_and_pushes_nothing_aside(open_
     assert page.run(f"return {cell}.textContent.length") > 99_000
     assert page.run("return document.documentElement.scrollWidth") <= width
     assert page.logged() == [] and page.requests() == []
+
+
+def test_its_script_spells_characters_out_as_its_cards_do(page):
+    for text in (*HARD, HIDDEN[:40], "é\u202eé", "👩\u200d👧", "نمی\u200dخواهم", "I\u200dhate", "a\u00ad\u3164b\n\tc"):
+        assert page.run("return seen(arguments[0])", text) == tables.seen(text)
 
 
 def test_token_views_are_drawn_with_any_token_and_without_a_request(open_browser, tmp_path):
