@@ -1,6 +1,7 @@
 """Do the ladder, the comparison, the limits, the snippet and the columns of a page hold the numbers of their tables?"""
 
 import math
+import re
 from dataclasses import replace
 
 import pandas as pd
@@ -95,6 +96,29 @@ def test_runs_of_one_title_are_numbered_and_show_their_first_cards(tmp_path, mon
     text = ml.report([one, one], path=tmp_path / "both.html").read_text()
     assert "<th>run 1</th><th>run 2</th>" in text and text.count('<article class="card"') == 2
     assert text.count("1 of 12") == 2  # the second group stands in the table
+
+
+def test_a_page_counts_what_completions_became_and_the_vectors_of_all_trials(tmp_path, monkeypatch):
+    monkeypatch.setattr("melbo_lens.reports.page.MOST_NOISE", 1)
+    text = ml.report(ml.Findings(VECTORS, completions(), written=written()), path=tmp_path / "r.html").read_text()
+
+    def cells(row):
+        return [cell.replace("\u00a0", " ") for cell in re.findall("<td[^>]*>(.*?)</td>", row)]
+
+    rows = {name: cells(row) for name, row in re.findall('<tr><th scope="row">(.*?)</th>(.*?)</tr>', text)}
+    assert rows["learned vectors"] == ["12", "50.0 %", "8.3 %", "25.0 %", "16.7 %"]
+    assert rows["random vectors of equal norm"] == ["4", "75.0 %", "25.0 %", "0.0 %", "0.0 %"]
+    noise = text[text.index('<details id="noise"') :]
+    assert noise[: noise.index("</details>")].count("<li>") == 1  # of two such texts
+    found = of(
+        [(0, 0, 1, 2.0, 0.2), (1, 0, 1, 2.0, 0.2)],
+        [(0, 0, 1.0, "content", pd.NA), (1, 0, 1.0, "content", pd.NA), (1, 0, 1.0, "same", pd.NA)],
+    )
+    found = replace(found, groups=written().groups.head(0))
+    findings = ml.Findings(VECTORS, completions(), {"x": "content"}, written=found)
+    completed = ml.report(findings, path=tmp_path / "trials.html").read_text()
+    (row,) = re.findall('<tr><th scope="row">x</th>(.*?)</tr>', completed)
+    assert (cells(row)[0], cells(row)[4]) == ("66.7 %", "2")
 
 
 def test_limits_are_those_of_what_was_measured():
