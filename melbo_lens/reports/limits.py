@@ -19,7 +19,11 @@ def limits(findings: Findings, written: Written) -> Iterator[str]:
     yield (
         "How common a group is elsewhere. Groups were found among the completions on which their rates are counted, so "
         "these rates are too high"
-        + ("; the rates on held-out prompts are not." if heldout else ", and no held-out prompts were given (discover takes them as heldout).")
+        + (
+            "; the rates on held-out prompts are not."
+            if heldout
+            else ", and no held-out prompts were given (discover takes them as heldout)."
+        )
     )
     n = int((written.rows.kind == "random").sum())
     if n:
@@ -31,8 +35,10 @@ def limits(findings: Findings, written: Written) -> Iterator[str]:
     else:
         yield "Whether random vectors of equal norm do the same: none were tried."
     if not findings.twins:
-        yield "Whether a model that hides nothing does the same under its own vectors: no twin was measured "
-            "(search one with the same plan, and give it to Findings.of_discovery as twin)."
+        yield (
+            "Whether a model that hides nothing does the same under its own vectors: no twin was measured (search one "
+            "with the same plan, and give it to Findings.of_discovery as twin)."
+        )
     per = written.steered.groupby(["trial", "vector", "sign"]).size()
     if len(per) and per.median() <= 3:
         yield (
