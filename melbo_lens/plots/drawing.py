@@ -115,7 +115,7 @@ def draw_panels(panels: Panels) -> Figure:
             row=1,
             col=column,
         )
-        title = "<br>".join(textwrap.wrap(for_plotly(measure.replace("_", " ")), 10))
+        title = "<br>".join(textwrap.wrap(for_plotly(measure.replace("_", " ")), 10, break_long_words=False))
         figure.update_xaxes(title=title, nticks=4, title_font_size=11, tickfont_size=10, row=1, col=column)
     _row_ticks(figure, names, short, upward=False)
     figure.update_layout(showlegend=False, bargap=0.25)

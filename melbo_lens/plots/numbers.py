@@ -38,7 +38,7 @@ from melbo_lens.search.layers import LayerScan
 N_NAMED = {"rows": 10, "lines": 3, "points": 5}  # how many are shown one by one where there are too many for that
 MOST_CLUSTERED = 2000  # their tree takes a second, and that of 5,000 four
 LABEL = 20  # characters of a token below its column
-UNITS = {"kl": "KL divergence, nats", "entropy_change": "entropy change, nats"}
+UNITS = {"kl": "KL, nats", "entropy_change": "entropy change, nats"}
 
 
 def token_heatmap(

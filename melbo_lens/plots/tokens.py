@@ -82,7 +82,7 @@ def colored_tokens_multi(
     labels = [f"vector {name}" for name in names_of(len(changes), names)[: len(numbers)]]
     tokens = _tokens(changes.tokens)
     properties = {"tokens": tokens, "values": _short(numbers.T), "labels": labels}
-    note = " ".join(filter(None, [left_out(len(changes), "vectors", MOST_VECTORS), note, BOUNDS]))
+    note = " ".join(filter(None, [BOUNDS, left_out(len(changes), "vectors", MOST_VECTORS), note]))
     heading = f"Change at each token, entering layer {changes.layers[at]}"
     return TokenView((Element(heading, "ColoredTokensMulti", properties, _still(tokens, numbers[0]), note),))
 

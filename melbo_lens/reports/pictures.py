@@ -39,6 +39,11 @@ class Picture:
     html: str = ""
     reason: str = ""
 
+    @property
+    def broad(self) -> bool:
+        """Whether it has a column for each token or vector, so that a narrow page has to scroll it."""
+        return self.anchor in ("layer-map", "layers", "changes", "cosines", "effect-cosines")
+
 
 class Rows:
     """The vectors that were measured: what the page calls them, and what is written with them."""
@@ -57,10 +62,15 @@ class Rows:
         return trial, vector, own * sign
 
     def name(self, number: int, sign: int = 1) -> str:
-        return self.call(*self.direction(number, sign))
+        return in_figures(self.call(*self.direction(number, sign)))
 
     def names(self, n: int) -> list[str]:
         return [self.name(number) for number in range(n)]
+
+
+def in_figures(name: str) -> str:
+    """The name of a direction with a plain space, since figures spell out all others."""
+    return name.replace("\u202f", " ")
 
 
 def completions_of(written: Written, directions: Sequence[Direction]) -> Completions:
@@ -144,7 +154,7 @@ def figures(
                 lambda vectors: plots.cosine_similarity(
                     vectors[list(own)] if own else vectors,
                     completions_of(written, list(own.values())) if own else completions,
-                    [rows.call(*one) for one in own.values()] if own else rows.names(len(vectors)),
+                    [in_figures(rows.call(*one)) for one in own.values()] if own else rows.names(len(vectors)),
                 ),
             ),
         ),
@@ -227,7 +237,7 @@ def which_rows(findings: Findings) -> str:
         return ""
     n = len(findings.groups)
     which = f"the first {MOST_DRAWN} of {n} groups" if n > MOST_DRAWN else f"all {n} groups" if n > 1 else "the group"
-    return f"Each vector, with its sign, is the one that wrote the example on a card; here are those of {which}."
+    return f"The vectors here, each with its sign, wrote the examples of {which}, and have the names that cards give them."
 
 
 def how_found(calibration: Calibration) -> str:
@@ -255,8 +265,8 @@ def _first_measured(rows: Rows, cards: Sequence[Card], n: int) -> tuple[int, str
     """The row of the first card whose direction was measured, and what the caption calls it."""
     number = {rows.name(k): k for k in reversed(range(n))}
     for card in cards:
-        if card.direction in number:
-            return number[card.direction], f"Vector {card.direction}, of card {card.number + 1} (“{card.title}”)"
+        if (name := in_figures(card.direction)) in number:
+            return number[name], f"Vector {card.direction}, of card {card.number + 1} (“{card.title}”)"
     return 0, f"Vector {rows.name(0)}"
 
 

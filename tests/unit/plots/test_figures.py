@@ -124,7 +124,7 @@ def test_ranking_keeps_the_order_of_its_table_and_every_measure():
         {"vector": [2, 0], "sign": [1, -1], "kl": [3.0, 1.0], "rate of x": [0.5, np.nan], "cluster": [0, 0]}
     )
     panels = numbers.ranking(table, completions())
-    assert panels.rows == ("2 +", "0 −") and panels.measures == ("kl", "rate of x") and panels.texts[1] == "same"
+    assert panels.rows == ("2 +", "0 −") and panels.measures == ("KL, nats", "rate of x") and panels.texts[1] == "same"
     np.testing.assert_array_equal(panels.values, [[3.0, 1.0], [0.5, np.nan]])
     assert list(ml.plots.ranking(table).data[0].x) == [3.0, 1.0]
 
