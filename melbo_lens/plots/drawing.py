@@ -116,7 +116,7 @@ def draw_panels(panels: Panels) -> Figure:
             col=column,
         )
         title = "<br>".join(textwrap.wrap(for_plotly(measure.replace("_", " ")), 10, break_long_words=False))
-        figure.update_xaxes(title=title, nticks=4, title_font_size=11, tickfont_size=10, row=1, col=column)
+        figure.update_xaxes(title=title, nticks=3, title_font_size=11, tickfont_size=10, row=1, col=column)
     _row_ticks(figure, names, short, upward=False)
     figure.update_layout(showlegend=False, bargap=0.25)
     return _styled(figure, panels.title, panels.note, max(300, 17 * len(panels.rows) + 170))
@@ -349,7 +349,8 @@ def _number(value: float) -> str:
 def _styled(figure: Figure, title: str, note: str, height: int) -> Figure:
     """Sets the title, the note below it, and the margins and fonts that all figures share."""
     wrapped = textwrap.wrap(for_plotly(note, 10**6, 10**6), 58)
-    above = 52 + 15 * len(wrapped) + 20 * _legend_rows(figure)
+    legend = 20 * _legend_rows(figure)
+    above = 52 + 15 * len(wrapped) + legend
     figure.update_layout(
         template="plotly_white",
         title={
@@ -364,6 +365,7 @@ def _styled(figure: Figure, title: str, note: str, height: int) -> Figure:
         },
         font={"family": "system-ui, -apple-system, Segoe UI, sans-serif", "size": 12},
         margin={"l": 60, "r": 20, "t": above, "b": 50},
+        meta={"legend": legend},  # a page that knows its own width corrects these pixels
         height=height + above - 52,
         legend={
             "orientation": "h",

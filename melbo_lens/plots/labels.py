@@ -30,7 +30,7 @@ def examples(completions: Completions | None, by_sign: bool = False) -> dict[Any
         .drop_duplicates(["vector", "sign"])
         .sort_values(["vector", "sign"], ascending=[True, False])
     )
-    found = {(int(row.vector), int(row.sign)): row.text if row.text.strip() else EMPTY for row in first.itertuples()}
+    found = {(int(row.vector), int(row.sign)): row.text.strip() or EMPTY for row in first.itertuples()}
     if by_sign:
         return found
     joined: dict[Any, str] = {}

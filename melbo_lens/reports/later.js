@@ -18,6 +18,14 @@
     }
   };
   dark.addEventListener("change", recolor);
+  // The room for a legend is reserved for a narrow page; where it needs less, or more, the margin above follows.
+  const fit = div => {
+    const { meta, margin, height } = div.layout, legend = div.querySelector("g.legend");
+    const extra = legend && meta?.legend ? Math.ceil(legend.getBBox().height) - meta.legend : 0;
+    if (Math.abs(extra) < 5) return;
+    div.style.height = `${height + extra}px`;
+    library.relayout(div, { "meta.legend": meta.legend + extra, "margin.t": margin.t + extra, height: height + extra });
+  };
   Object.defineProperty(window, "Plotly", {
     configurable: true,
     get: () => library,
@@ -26,7 +34,12 @@
       const now = value.newPlot;
       value.newPlot = (id, ...rest) => new Promise(done => {
         const div = document.getElementById(id);
-        waiting.set(div, () => now(id, ...rest).then(drawn => { recolor(); done(drawn); }));
+        waiting.set(div, () => now(id, ...rest).then(drawn => {
+          drawn.on("plotly_afterplot", () => fit(drawn));
+          fit(drawn);
+          recolor();
+          done(drawn);
+        }));
         watch.observe(div);
       });
     },

@@ -350,7 +350,7 @@ function drawMap(V, D, groupName, color) {
   const keys = [...counted.keys()].sort((a, b) => (a < 0) - (b < 0) || (a < 0 ? b - a : a - b));
   const nameOf = key => key === D.n_colors ? "other groups" : key >= 0 ? groupName(key).slice(0, 40) : key === -1 ? "noise" : "nothing";
   at("legend").append(...keys.map(key => {
-    const dot = make("span", { className: "dot" }), button = make("button", { type: "button" }, dot, `${nameOf(key)} (${counted.get(key)})`);
+    const dot = make("span", { className: `dot${key < 0 ? ` ${nameOf(key)}` : ""}` }), button = make("button", { type: "button" }, dot, `${nameOf(key)} (${counted.get(key)})`);
     dot.style.setProperty("--dot", color(key));
     button.setAttribute("aria-pressed", "false");
     button.addEventListener("click", () => {

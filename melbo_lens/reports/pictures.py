@@ -237,7 +237,9 @@ def which_rows(findings: Findings) -> str:
         return ""
     n = len(findings.groups)
     which = f"the first {MOST_DRAWN} of {n} groups" if n > MOST_DRAWN else f"all {n} groups" if n > 1 else "the group"
-    return f"The vectors here, each with its sign, wrote the examples of {which}, and have the names that cards give them."
+    return (
+        f"The vectors here, each with its sign, wrote the examples of {which}, and have the names that cards give them."
+    )
 
 
 def how_found(calibration: Calibration) -> str:

@@ -28,7 +28,7 @@ MOST_NAMED = 12  # directions that a card names
 LIKELY = 0.005  # a first token that is less probable than this is no beginning
 # Groups have these colours (Okabe and Ito) everywhere on a page. Those after them share one, which has its own name.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b58900", "#56b4e9", "#8a6bbe")
-OTHER = "#6f7d95"
+OTHER = "#66799c"
 
 
 @dataclass(frozen=True)
