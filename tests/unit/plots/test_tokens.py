@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import melbo_lens as ml
+from melbo_lens.plots.embedding import circuitsvis_script
 from melbo_lens.plots.text import for_html, for_plotly, visible
 from tests.unit.plots.test_figures import changes, with_sinks
 
