@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -150,7 +150,7 @@ def cosine_similarity(
         notes.insert(0, f"{kept:,} rows in {len(sizes)} clusters, each named by its most typical row, with its size.")
     order, joins = _tree(cosines)
     of_effects = isinstance(of, TargetEffects)
-    texts = examples(completions, by_sign=True) if of_effects else examples_of_rows(completions, names)
+    texts: dict[Any, str] = examples(completions, True) if of_effects else examples_of_rows(completions, names)
     labels = tuple(called[i] for i in order)
     matrix = Matrix(
         cosines[np.ix_(order, order)],
@@ -220,7 +220,7 @@ def ranking(table: pd.DataFrame, completions: Completions | None = None, names: 
     return Panels(
         values.T,
         (*called, *rest),
-        tuple(UNITS.get(name, name) for name in numeric),
+        tuple(UNITS.get(str(name), str(name)) for name in numeric),
         f"Vectors, {_in_order(table, numeric)}",
         (*(texts.get(key, "") for key in keys), *[""] * len(rest)) if texts else (),
         f"The first {len(shown)} of {n:,} rows, and the quantiles of each measure over all." if many else "",
