@@ -18,13 +18,11 @@
     }
   };
   dark.addEventListener("change", recolor);
-  // The room for a legend is reserved for a narrow page; where it needs less, or more, the margin above follows.
+  // The room for a legend is reserved for a narrow page; where it needs less, or more, the plot has the difference.
   const fit = div => {
-    const { meta, margin, height } = div.layout, legend = div.querySelector("g.legend");
+    const { meta, margin } = div.layout, legend = div.querySelector("g.legend");
     const extra = legend && meta?.legend ? Math.ceil(legend.getBBox().height) - meta.legend : 0;
-    if (Math.abs(extra) < 5) return;
-    div.style.height = `${height + extra}px`;
-    library.relayout(div, { "meta.legend": meta.legend + extra, "margin.t": margin.t + extra, height: height + extra });
+    if (Math.abs(extra) >= 5) library.relayout(div, { "meta.legend": meta.legend + extra, "margin.t": margin.t + extra });
   };
   Object.defineProperty(window, "Plotly", {
     configurable: true,
