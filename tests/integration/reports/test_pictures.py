@@ -141,12 +141,15 @@ def test_the_pair_of_layers_of_an_edge_is_known_and_kept(search, tmp_path):
 
 
 def test_completions_of_directions_are_numbered_in_their_order_with_the_example_first():
-    found = written()
-    row = found.groups.iloc[0]
+    bare = written()
+    row = bare.groups.iloc[0]
     key = (int(row.trial), int(row.vector), int(row.sign))
+    own = (bare.rows.trial == key[0]) & (bare.rows.vector == key[1]) & (bare.rows.sign == key[2])
+    before = bare.rows[own & (bare.rows.kind == "steered")].head(1).assign(text="something else")
+    found = replace(bare, rows=pd.concat([before, bare.rows], ignore_index=True))
     table = completions_of(found, [(9, 9, 1), key]).table
     mine = table[table.kind == "steered"]
     assert set(mine.vector) == {1} and set(mine.sign) == {1} and mine.text.iloc[0] == row.example
     every = found.steered
     same = (every.trial == key[0]) & (every.vector == key[1]) & (every.sign == key[2])
-    assert sorted(mine.text) == sorted(every.text[same]) and isinstance(table, pd.DataFrame)
+    assert sorted(mine.text) == sorted(every.text[same]) and "something else" in set(mine.text)
