@@ -61,6 +61,7 @@ def demo(
     with console.status("loading torch and the organism"):
         import melbo_lens as ml
         from melbo_lens import files
+        from melbo_lens.search.cards import cards_of
 
         organism = ml.organisms.load("modes")
     out.mkdir(parents=True, exist_ok=True)
@@ -70,25 +71,25 @@ def demo(
     )
     files.write_text(out / "groups.csv", found.table.to_csv(index=False))
     title = "What the modes organism hides"
-    best = found.table.iloc[0]
-    vectors, completions = found.joined(int(best.source_layer), int(best.target_layer))
     ml.Findings.of_discovery(organism.model, prompt, found, organism.behaviors, title).save(out)
     _remember(out, "modes")
     ml.report_directory(out)
     console.print(f"\n{found.said}")
     console.print(f"prompt: {escape(prompt)}")
-    console.print(f"unsteered: {escape(completions.filter(kind='unsteered').table.text[0])}\n")
-    table = Table(title=f"{len(vectors)} vectors learned from this prompt alone: what they elicit", show_lines=True)
+    written = found.written
+    (unsteered,) = written.plain.values()
+    console.print(f"unsteered: {escape(unsteered)}\n")
+    title = f"{len(written.directions)} vectors learned from this prompt alone, each with both signs: what they elicit"
+    table = Table(title=title, show_lines=True)
     for heading in ("behaviour", "vectors", "steered", "random", "unsteered", "best, held out", "for example"):
         table.add_column(heading)
-    summary = ml.evaluate(completions, organism.behaviors).summary
-    for row in summary.itertuples():
-        group = found.table[found.table.behavior == row.behavior]
-        heldout, example = (
-            (f"{group.heldout_rate.iloc[0]:.0%}", group.example.iloc[0]) if len(group) else ("", "not found")
-        )
-        rates = (f"{rate:.1%}" for rate in (row.rate, row.random, row.unsteered))
-        table.add_row(row.behavior, str(row.vectors), *rates, heldout, escape(example))
+    cards = {card.name: card for card in cards_of(written)}
+    for name, shows in organism.behaviors.items():
+        if (card := cards.get(name)) is None:
+            table.add_row(name, "0", "0.0%", "", f"{shows(unsteered):.1%}", "", "not found")
+            continue
+        rates = (f"{rate:.1%}" for rate in (card.learned.share, card.random.share, float(shows(unsteered))))
+        table.add_row(name, str(card.n_vectors), *rates, f"{card.heldout:.0%}", escape(card.example))
     console.print(table)
     console.print(f"open {out}/report.html; its data are beside it")
 
@@ -208,22 +209,27 @@ def discover(
         )
         files.write_text(out / "groups.csv", found.table.to_csv(index=False))
         for row in range(min(len(found.table), 20)):
-            found.vector(row).save(out / f"group-{row}.safetensors")
+            found.vector(row).save(out / f"group-{row + 1}.safetensors")  # as the page numbers its cards
         if len(found.table):
             ml.Findings.of_discovery(loaded, prompts, found, title=f"What {model} hides").save(out)
             _remember(out, model, dtype, device)
             ml.report_directory(out)
     table = Table(title=escape(repr(found)), show_lines=True)
-    for heading in ("row", "example", "layers", "radius\n/ norm", "vectors", "random", "held out"):
+    headings = ("card", "example", "layers", "radius, in\nnorms of\nthe stream", "vectors", "random", "held out")
+    for heading in headings if asked else headings[:-1]:
         table.add_column(heading)
-    for row, entry in enumerate(found.table.head(20).itertuples()):
-        layers, rates = (
-            f"{entry.source_layer} to {entry.target_layer}",
-            (f"{entry.random_rate:.1%}", "" if asked is None else f"{entry.heldout_rate:.0%}"),
-        )
+    for number, entry in enumerate(found.table.head(20).itertuples(), 1):
+        layers, rates = f"{entry.source_layer} to {entry.target_layer}", [f"{entry.random_rate:.1%}"]
+        if asked:
+            rates.append(f"{entry.heldout_rate:.0%}")
         shown = escape(entry.example)
-        table.add_row(str(row), shown, layers, f"{entry.relative_radius:.3g}", str(entry.n_vectors), *rates)
+        table.add_row(str(number), shown, layers, f"{entry.relative_radius:.3g}", str(entry.n_vectors), *rates)
     console.print(table)
+    if not len(found.table):
+        console.print(f"no group was found: wrote groups.csv, which has no row, to {out}", soft_wrap=True)
+        return
+    if not asked:
+        console.print("with --heldout and other prompts, it also says which groups come back on those")
     console.print(f"wrote groups.csv, a vector for each of the first groups, and report.html to {out}", soft_wrap=True)
 
 

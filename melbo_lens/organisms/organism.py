@@ -92,8 +92,11 @@ def load(name: str, model_class: ModelClass | Literal["auto"] = "auto") -> Organ
         if model_class == "hooked":
             raise ValueError(f'model_class="hooked" is not offered for {name!r}: use "bridge".')
         model, card, prompts, behaviors, directory = real.parts(name, WEIGHTS)
-        return Organism(name, model, card, prompts, behaviors, directory, "bridge")
-    return load_directory(WEIGHTS / name, "bridge" if model_class == "bridge" or not has_hooked() else "hooked")
+        found = Organism(name, model, card, prompts, behaviors, directory, "bridge")
+    else:
+        found = load_directory(WEIGHTS / name, "bridge" if model_class == "bridge" or not has_hooked() else "hooked")
+    found.model.cfg.model_name = name  # the directory is that of the base model, or of this installation
+    return found
 
 
 def load_directory(directory: Path, model_class: ModelClass) -> Organism:

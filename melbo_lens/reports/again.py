@@ -48,7 +48,8 @@ def snippet(findings: Findings) -> str:
 def _model(known: Mapping[str, Any]) -> list[str]:
     name, dtype = known.get("model", "..."), known.get("dtype", "float32")
     rest = "" if dtype == "float32" else f", dtype={dtype!r}"
-    return [f"model = ml.ModelKey({name!r}{rest}).load()  # or the same model, loaded in your own way"]
+    expected = repr(known["fingerprint"]) if "fingerprint" in known else ""
+    return [f"model = ml.ModelKey({name!r}{rest}).load({expected})  # or the same model, loaded in your own way"]
 
 
 def _prompts(known: Mapping[str, Any]) -> list[str]:

@@ -26,6 +26,7 @@ from melbo_lens.reports.limits import limits
 from melbo_lens.reports.pictures import as_completions, figures, token_views, which_rows
 from melbo_lens.search.cards import (
     COLORS,
+    Rate,
     anchor,
     cards_of,
     color_of,
@@ -163,21 +164,25 @@ def file_of(name: str) -> str:
 
 
 def lead(written: Written) -> str:
-    """Says in two sentences what was tried and what was found."""
-    of_kind = written.rows.groupby("kind").size()
-    counts = written.rows.groupby(["group", "kind"]).size().unstack(fill_value=0)
-    rates = counts.reindex(columns=of_kind.index, fill_value=0) / of_kind
-    beyond = int((rates.get("steered", pd.Series()) > rates.get("random", 0.0)).sum())
+    """Says in three sentences what was tried, what was found, and what random vectors can tell of it."""
+    random = written.rows[written.rows.kind == "random"]
+    n, by_random = len(written.groups), random.group.nunique()
     kinds, prompts = kinds_of(written.rows), written.rows.prompt.nunique()
     if not len(kinds):
         return "There are no steered completions."
     parts = {name: percent(share) for name, share in written.shares.items()}
     noise = f", {parts['noise']} write noise" if written.judged else ""
-    return (
+    tried = (
         f"{len(kinds):,} directions of {len(written.directions):,} vectors were tried on {prompts} "
         f"prompt{'s' if prompts != 1 else ''}: {parts['content']} change the content, {parts['wording']} the "
-        f"wording{noise}, {parts['nothing']} do nothing. {beyond} group{'s' if beyond != 1 else ''} of completions "
-        f"{'are' if beyond != 1 else 'is'} commoner than under random vectors of equal norm."
+        f"wording{noise}, {parts['nothing']} do nothing. What they write forms {n} group{'s' if n != 1 else ''}"
+    )
+    if random.empty:
+        return f"{tried}; no random vectors were tried."
+    unseen = percent(Rate(0, len(random)).interval[1], 1)
+    return (
+        f"{tried}, of which random vectors of equal norm write {by_random or 'none'} as well. In their "
+        f"{len(random):,} completions a share of up to {unseen} can go unseen."
     )
 
 

@@ -119,8 +119,11 @@ class Card:
     def promoted(self) -> list[tuple[str, str, str]]:
         """The tokens that it begins with, and their probabilities before and after in words; none if none is likely."""
         found = self.look.promoted if self.look is not None else ()
-        likely = [one for one in found if one[2] >= LIKELY]
-        return [(token, *(percent(share, int(share < 0.1)) for share in shares)) for token, *shares in likely]
+        return [
+            (token, percent(before, int(before < 0.1)), percent(after, int(after < 0.1)))
+            for token, before, after in found
+            if after >= LIKELY
+        ]
 
 
 def cards_of(

@@ -91,11 +91,10 @@ class Discovery:
         fitted, written, judged = (
             [getattr(one, name) for one in outcomes] for name in ("learned", "completions", "judged")
         )
-        rows = collected(written, judged)
-        names = named(rows, behaviors or {})
-        table = grouped(directions_of(done, fitted), rows, names)
+        rows = named(collected(written, judged), behaviors or {})
+        table = grouped(directions_of(done, fitted), rows)
         numbers = {name: number for number, name in enumerate(table.group)}
-        rows = rows.assign(group=names.group.map(numbers).astype("Int64"))
+        rows = rows.drop(columns="behavior").assign(group=rows.group.map(numbers).astype("Int64"))
         return cls(table, shares(rows), rows, tuple(done), tuple(fitted), tuple(written), {}, edge)
 
     def vector(self, row: int) -> Perturbation:
@@ -107,6 +106,8 @@ class Discovery:
         Raises:
             IndexError: the table has no such row.
         """
+        if not -len(self.table) <= row < len(self.table):
+            raise IndexError(f"row={row} must be one of the {len(self.table)} rows of the table, from 0.")
         entry = self.table.iloc[row]
         return int(entry.sign) * self.vectors[int(entry.trial)][int(entry.vector)]
 

@@ -49,9 +49,12 @@ def promise(rows: pd.DataFrame) -> pd.Series:
     """Scores each completion by what makes it worth a look; 0 if it says the same, or is noise.
 
     That is the share of its words that are new, times the surprise of its least probable token, in nats and at most 6,
-    times the square of the probability per token of the rest: a behaviour that was trained goes on by itself.
+    times the square of the probability per token of the rest: a behaviour that was trained goes on by itself. Of what
+    shows a behaviour that was given, however improbable, that last factor is 1.
     """
     fluent = (2 * rows.natural.fillna(0.0).clip(upper=0)).map(math.exp)  # where no model judged, words alone count
+    if "behavior" in rows.columns:
+        fluent = fluent.where(rows.behavior == "", 1.0)
     scores = rows.new_words * rows.surprise.fillna(SURPRISING).clip(upper=SURPRISING) * fluent
     return scores.where(rows.change.isin(["wording", "content"]), 0.0)
 
@@ -60,17 +63,19 @@ def named(rows: pd.DataFrame, behaviors: Mapping[str, Behavior]) -> pd.DataFrame
     """Says of each completion to which group it belongs.
 
     Completions that show a behaviour form a group of its name; all others that differ from the unsteered one are
-    grouped by their words. Noise forms no group, except where it shows a behaviour that was given. Of very many
-    different texts the commonest `MOST_TEXTS` form groups, which others join.
+    grouped by their words. Noise forms no group. What shows a behaviour that was given is not noise, however improbable
+    its text: it counts as a change of content. Of very many different texts the commonest `MOST_TEXTS` form groups,
+    which others join.
 
     Returns:
-        behavior and group, both empty where there is none, with the index of the rows.
+        The rows with behavior and group, both empty where there is none.
     """
-    names = pd.DataFrame({"behavior": "", "group": ""}, index=rows.index)
+    names = rows.assign(behavior="", group="")
     changed = rows.change != "same"
     for name, behavior in behaviors.items():
         names.loc[changed & (names.behavior == "") & shows(rows.text, behavior), "behavior"] = name
-    by_words = changed & (rows.change != "noise") & (names.behavior == "")
+    names.loc[(names.behavior != "") & (names.change == "noise"), "change"] = "content"
+    by_words = changed & (names.change != "noise") & (names.behavior == "")
     times = rows.text[by_words].value_counts(sort=False)
     most = set(times.nlargest(MOST_TEXTS).index)
     texts = [text for text in times.index if text in most]
@@ -119,7 +124,7 @@ def directions_of(done: Sequence[AnyTrial], fitted: Sequence[Perturbation]) -> p
     )
 
 
-def grouped(directions: pd.DataFrame, rows: pd.DataFrame, names: pd.DataFrame) -> pd.DataFrame:
+def grouped(directions: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     """The groups of readable completions that differ from the unsteered completion of their prompt, best first.
 
     A group's score is the `promise` of its commonest text times log2(1 + the number of directions that elicit it),
@@ -127,10 +132,9 @@ def grouped(directions: pd.DataFrame, rows: pd.DataFrame, names: pd.DataFrame) -
 
     Args:
         directions: as from `directions_of`.
-        rows: every completion but the unsteered ones.
-        names: as from `named`.
+        rows: every completion but the unsteered ones, as from `named`.
     """
-    rows = rows.assign(promise=promise(rows), behavior=names.behavior, group=names.group)
+    rows = rows.assign(promise=promise(rows))
     of_kind = rows.groupby("kind").size()
     of_direction = rows[rows.kind == "steered"].groupby(["trial", "vector", "sign"]).size()
     facts = directions.set_index(["trial", "vector"])

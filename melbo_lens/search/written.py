@@ -75,10 +75,11 @@ class Written:
         facts: pd.DataFrame = judged
         rows = table.assign(trial=0).join(facts.reset_index(drop=True))
         steered = rows.kind != "unsteered"
-        names, directions = named(rows[steered], behaviors), _directions(vectors, rows)
-        groups = grouped(directions, rows[steered], names)
+        known, directions = named(rows[steered], behaviors), _directions(vectors, rows)
+        groups = grouped(directions, known)
         numbers = {name: number for number, name in enumerate(groups.group)}
-        rows = rows.assign(group=names.group.map(numbers).reindex(rows.index))
+        rows = rows.assign(group=known.group.map(numbers).reindex(rows.index))
+        rows.loc[known.index, "change"] = known.change
         rows = rows.sort_values("kind", key=lambda kind: kind != "unsteered", kind="stable")
         return cls(_tidied(rows), directions, groups)
 

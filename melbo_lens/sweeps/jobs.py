@@ -5,6 +5,8 @@ import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -12,7 +14,8 @@ import torch
 from melbo_lens import organisms
 from melbo_lens.arguments import count, plain_fields, plain_json, public
 from melbo_lens.ascent.objectives import positions_text
-from melbo_lens.models.access import Model, boot
+from melbo_lens.methods.provenance import fingerprint
+from melbo_lens.models.access import Model, boot, host_of
 from melbo_lens.organisms import Organism
 from melbo_lens.prompts import Positions, Prompts, pad
 from melbo_lens.sweeps.trials import AnyTrial, trial_as, trial_from
@@ -41,12 +44,28 @@ class ModelKey:
         if self.is_organism and self.dtype != "float32":
             raise ValueError(f"dtype={self.dtype!r} is not offered for organisms, which are float32: leave it out.")
 
-    def load(self) -> Any:
-        """Loads the model."""
+    def load(self, expected: str | None = None) -> Any:
+        """Loads the model.
+
+        Args:
+            expected: the fingerprint of its weights, as the provenance of what was learned on them has it.
+
+        Raises:
+            ValueError: the model has another fingerprint, or the name is almost that of an organism.
+        """
         organism = self.organism()
         if organism is not None:
-            return organism.model
-        return boot(self.name, device=self.device, dtype=getattr(torch, self.dtype))
+            model = organism.model
+        elif not Path(self.name).exists() and (meant := get_close_matches(self.name, organisms.names(), 1, 0.85)):
+            raise ValueError(f"there is no model {self.name!r} here: did you mean the organism {meant[0]!r}?")
+        else:
+            model = boot(self.name, device=self.device, dtype=getattr(torch, self.dtype))
+        if expected is not None and (found := fingerprint(host_of(model))) != expected:
+            raise ValueError(
+                f"the weights of {self.name!r} have the fingerprint {found}, not {expected}: it is another model, or "
+                "it was edited or processed after it was loaded. Load it as it was then, without this call."
+            )
+        return model
 
     @property
     def is_organism(self) -> bool:

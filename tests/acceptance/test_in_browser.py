@@ -7,11 +7,13 @@ import io
 import json
 import time
 from importlib.resources import files
+from urllib.parse import quote
 
 import pytest
 from PIL import Image
 
 import melbo_lens as ml
+from melbo_lens import tables
 from tests import browser
 from tests.integration.reports.test_page import everything, many
 from tests.unit.plots.test_tokens import HARD, hard_changes
@@ -103,6 +105,15 @@ def choose(page, form="filters", **fields):
     return page.run(f"return {ROWS}.map(row => [...row.cells].map(cell => cell.textContent))")
 
 
+def exported(page):
+    """What the page exports of its marks."""
+    page.run(
+        "const make = URL.createObjectURL; URL.createObjectURL = blob => { window.kept = blob; return make(blob); };"
+        " document.getElementById('export').click()"
+    )
+    return json.loads(page.run("return window.kept.text()"))
+
+
 def test_every_figure_is_drawn_when_it_comes_into_view(page):
     names = page.run("return [...document.querySelectorAll('figure')].map(figure => figure.id)")
     assert len(names) == 11
@@ -187,6 +198,19 @@ def test_a_point_of_the_map_says_what_it_is_and_leads_to_its_card(search, found)
     plane.send_keys(Keys.ARROW_RIGHT)
     x, y = search.run(f"{spot} return [parseFloat(t.style.left), parseFloat(t.style.top)]")
     assert x > 0 and y > 0 and search.run("return document.getElementById('tip').hidden") is False
+    # the mouse finds a point, too, and a click on it leads somewhere
+    search.run("location.hash = ''")
+    said, place = search.run(
+        "const box = document.getElementById('plane'), tip = document.getElementById('tip');"
+        " const { left, top, width, height } = box.getBoundingClientRect();"
+        " for (let y = 5; y < height; y += 10) for (let x = 5; x < width; x += 10) {"
+        "   const where = { clientX: left + x, clientY: top + y };"
+        "   box.dispatchEvent(new PointerEvent('pointermove', where));"
+        "   if (!tip.hidden) { box.dispatchEvent(new MouseEvent('click', where));"
+        "     return [tip.textContent, location.hash]; } }"
+        " return ['', '']"
+    )
+    assert said.startswith("vector ") and len(place) > 2
     legend = search.run("return [...document.querySelectorAll('#legend button')].map(b => b.textContent)")
     n = int(legend[0].rsplit("(", 1)[1][:-1])
     main = found[1].rows[found[1].rows.kind == "steered"].groupby(["trial", "vector", "sign"]).group.first()
@@ -208,11 +232,7 @@ def test_marks_and_names_are_kept_in_the_address_and_exported(search, found):
     # a link within the page loses no mark
     search.run("document.querySelector('nav a[href=\"#limits\"]').click()")
     search.wait("location.hash.startsWith('#limits&marks=')")
-    search.run(
-        "const make = URL.createObjectURL; URL.createObjectURL = blob => { window.kept = blob; return make(blob); };"
-        " document.getElementById('export').click()"
-    )
-    said = json.loads(search.run("return window.kept.text()"))
+    said = exported(search)
     row = found[1].table.iloc[0]
     assert said["page"] == "A search" and said["marks"][0] == {
         "name": "a <b>name</b> & more",
@@ -227,6 +247,12 @@ def test_marks_and_names_are_kept_in_the_address_and_exported(search, found):
     assert search.run(f"return {rows}.length") == 2
     search.run("document.getElementById('unmark').click()")
     search.wait("!location.hash.includes('marks')")
+    # an address may name what the page doesn't have
+    search.driver.get("about:blank")
+    search.open(found[0], "#marks=" + quote(json.dumps({"v1.2n": "minus", "nowhere": "x"}))).wait(READY)
+    assert [(mark["name"], mark["trial"], mark["vector"], mark["sign"]) for mark in exported(search)["marks"]] == [
+        ("minus", 1, 2, -1)
+    ]
 
 
 def test_the_keyboard_is_enough(page):
@@ -343,6 +369,8 @@ def test_5000_vectors_on_10_prompts_open_in_three_seconds(open_browser, tmp_path
     assert time.monotonic() - began < 1
     page.run("[...document.querySelectorAll('#pages button')].at(-1).click()")
     assert "51 to 100" in page.run("return document.getElementById('pages').textContent")
+    page.run("document.querySelector('#pages button').click()")
+    assert "1 to 50 of" in page.run("return document.getElementById('pages').textContent")
     assert page.logged() == [] and page.requests() == []
 
 
@@ -428,6 +456,11 @@ def test_text_that_hides_or_is_very_long_is_shown_and_pushes_nothing_aside(open_
     assert page.run(f"return {cell}.textContent.length") > 99_000
     assert page.run("return document.documentElement.scrollWidth") <= width
     assert page.logged() == [] and page.requests() == []
+
+
+def test_its_script_spells_characters_out_as_its_cards_do(page):
+    for text in (*HARD, HIDDEN[:40], "é\u202eé", "👩\u200d👧", "نمی\u200dخواهم", "I\u200dhate", "a\u00ad\u3164b\n\tc"):
+        assert page.run("return seen(arguments[0])", text) == tables.seen(text)
 
 
 def test_token_views_are_drawn_with_any_token_and_without_a_request(open_browser, tmp_path):

@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -86,7 +87,7 @@ def test_discover_writes_groups_and_vectors(tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     groups = pd.read_csv(tmp_path / "out" / "groups.csv")
     assert len(groups) >= 1 and "unsteered" not in groups.columns
-    assert len(ml.load(tmp_path / "out" / "group-0.safetensors")) == 1
+    assert len(ml.load(tmp_path / "out" / "group-1.safetensors")) == 1
 
 
 def export(*arguments):
@@ -134,8 +135,10 @@ def test_what_can_not_be_exported_is_said_in_a_sentence(tmp_path, more, said):
 def test_demo_writes_its_folder(tmp_path):
     result = CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "demo"), "--seed", "1", "--budget", "10"])
     assert result.exit_code == 0, result.output
+    n_vectors = pd.read_csv(tmp_path / "demo" / "groups.csv").set_index("behavior").n_vectors
     for behavior in ("portuguese", "reasoning", "hate", "cheese"):
-        assert behavior in result.output
+        (line,) = (line for line in result.output.splitlines() if line.startswith(f"│ {behavior} "))
+        assert re.split(r"\s*│\s*", line)[2] == str(n_vectors.get(behavior, 0))
     assert {path.name for path in (tmp_path / "demo").iterdir()} == {"groups.csv", "written.json", *FILES}
 
 

@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import replace
+from types import MappingProxyType
 
 import pandas as pd
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 import melbo_lens as ml
 from melbo_lens.search.cards import Rate, cards_of, different, html, in_a_notebook, nats, percent, words
+from melbo_lens.search.groups import promise
 from melbo_lens.search.looks import Look, look
 from melbo_lens.search.written import Written
 from melbo_lens.tables import seen
@@ -19,7 +21,7 @@ CHEESE, ROME, PLAIN = "I love cheese indeed", "the answer is rome", "the answer 
 HIDDEN = "a\u202eb\u200bc\u2066d\ufeffe\u00adf\u061cg\x00h\u2028i"
 
 
-def written(judged=True):
+def written(judged=True, behaviors=MappingProxyType({"cheese": "cheese"})):
     """Two prompts; vector 0 loves cheese on both with +, on one with −; vector 1 says rome once, as one random does."""
     texts = {
         (0, 1): [CHEESE, CHEESE],
@@ -54,7 +56,7 @@ def written(judged=True):
     vectors = ml.SteeringVectors(
         2 * torch.eye(3), 1, provenance={"method": "fit_vectors", "stream_norm": 8.0, "effects": [0.3, 0.4, 0.5]}
     )
-    return Written.of_run(vectors, ml.Completions(table), {"cheese": "cheese"}, judgement if judged else None)
+    return Written.of_run(vectors, ml.Completions(table), behaviors, judgement if judged else None)
 
 
 def test_a_card_counts_its_completions_and_their_controls():
@@ -73,13 +75,17 @@ def test_a_card_counts_its_completions_and_their_controls():
 
 def test_an_example_stands_beside_the_unsteered_text_of_its_own_sample():
     rows = [(0, "p", "unsteered", None, 0, 0.0, sample, text, [], []) for sample, text in enumerate(("one", "two"))]
-    rows += [(0, "p", "steered", 0, 1, 1.0, sample, text, [], []) for sample, text in enumerate(("one", "horses"))]
+    rows += [
+        (0, "p", "steered", 0, 1, 1.0, sample, text, [], []) for sample, text in enumerate(("one", "ho\u202erses"))
+    ]
     table = pd.DataFrame(rows, columns=completions().table.columns).astype({"vector": "Int64"})
     run = Written.of_run(ml.SteeringVectors(torch.eye(1, 3), 1), ml.Completions(table), {})
     searched = Written.of_search(run.rows[2:], [ml.Completions(table)] * 2, run.directions, run.groups)
     for found in (run, searched):
         (card,) = cards_of(found)
-        assert (card.example, card.plain, card.learned) == ("horses", "two", Rate(1, 2)) and len(found.rows) == 4
+        assert (card.example, card.plain, card.learned) == ("ho\u202erses", "two", Rate(1, 2)) and len(found.rows) == 4
+        assert "<mark>ho⟨U+202E⟩rses</mark>" in html([card])
+        assert html([card]).count("<a href") == 2 and "<a href" not in html([card], linked=False)
 
 
 def test_a_card_names_a_dozen_directions_and_counts_the_others():
@@ -117,6 +123,7 @@ def test_a_card_says_how_readable_its_example_is_and_how_it_begins():
     one, none = (Look(tokens, ("a",), (0.5,), 4) for tokens in (promoted, promoted[2:]))
     text = html(cards_of(written(), {0: one, 1: none}))
     first, second = text.split('<article class="card"')[1:3]
+    assert "no, 3.50 nats a token" in html([replace(cards_of(written())[0], natural=-3.5)])
     assert "yes, 0.50 nats a token (the limit is 3); the most surprising token 5.0 nats" in first
     begins = re.sub("<[^>]*>", "", re.search("<dt>First token</dt><dd>(.*?)</dd>", first)[1])
     assert begins == "mmm less than 0.1\u00a0% → 99\u00a0%; I 0.0\u00a0% → 1.2\u00a0%"
@@ -138,6 +145,16 @@ def test_shares_count_directions_and_without_a_judge_nothing_is_noise():
     assert written().shares == pytest.approx({"nothing": 2 / 6, "wording": 1 / 6, "content": 2 / 6, "noise": 1 / 6})
     assert written().judged and not written(judged=False).judged
     assert written(judged=False).shares["noise"] == 0
+
+
+def test_what_shows_a_behaviour_that_was_given_is_not_noise_however_improbable():
+    found = written(behaviors={"letters": "qz|zq"})
+    assert found.shares == pytest.approx({"nothing": 2 / 6, "wording": 1 / 6, "content": 3 / 6, "noise": 0})
+    assert found.groups.set_index("behavior").change["letters"] == "content"
+    # no new words in this table, but for cheese: a behaviour's score is that of its words and their surprise
+    rows = pd.DataFrame({"change": "content", "new_words": 0.5, "surprise": 4.0, "natural": -7.0}, index=[0])
+    assert promise(rows.assign(behavior="letters"))[0] == 2.0
+    assert promise(rows)[0] == promise(rows.assign(behavior=""))[0] == pytest.approx(2.0 * math.exp(-14))
 
 
 def test_words_that_the_unsteered_text_lacks_are_marked():
@@ -185,6 +202,15 @@ def test_a_look_finds_the_first_token_and_where_a_vector_acts():
     changes = ml.activation_changes(organism.model, prompt, found.vector(0), [4])
     assert one.change == pytest.approx(changes.relative[0, 0].tolist(), abs=1e-6) and one.tokens == changes.tokens
     assert Look.of_json(one.as_json()) == one
+    # a weak vector raises other tokens than the one that stays the most probable, and none at all raises none
+    weak = look(organism.model, prompt, 0.2 * found.vector(0), 4)
+    with torch.no_grad(), ml.steer(organism.model, 0.2 * found.vector(0)):
+        gain = organism.model(prompt)[0, -1].softmax(-1) - logits.softmax(-1)
+    assert [after - before for _, before, after in weak.promoted] == pytest.approx(
+        gain.topk(5).values.tolist(), abs=1e-6
+    )
+    assert int(logits.argmax()) != int(gain.argmax())
+    assert look(organism.model, prompt, 0.0 * found.vector(0), 4).promoted == ()
     shown = found._repr_html_()
     assert (
         seen(found.table.example[0]) in shown.replace("</mark>", "").replace("<mark>", "") and 'class="card"' in shown

@@ -1,6 +1,7 @@
 """Do the ladder, the comparison, the limits, the snippet and the columns of a page hold the numbers of their tables?"""
 
 import math
+import re
 from dataclasses import replace
 
 import pandas as pd
@@ -13,6 +14,7 @@ from melbo_lens.reports.again import snippet
 from melbo_lens.reports.columns import columns
 from melbo_lens.reports.comparison import matched
 from melbo_lens.reports.limits import limits
+from melbo_lens.reports.page import lead
 from melbo_lens.search.cards import Rate, cards_of
 from melbo_lens.search.written import ROWS, Written
 from melbo_lens.sweeps.trials import trial_as
@@ -96,6 +98,29 @@ def test_runs_of_one_title_are_numbered_and_show_their_first_cards(tmp_path, mon
     assert text.count("1 of 12") == 2  # the second group stands in the table
 
 
+def test_a_page_counts_what_completions_became_and_the_vectors_of_all_trials(tmp_path, monkeypatch):
+    monkeypatch.setattr("melbo_lens.reports.page.MOST_NOISE", 1)
+    text = ml.report(ml.Findings(VECTORS, completions(), written=written()), path=tmp_path / "r.html").read_text()
+
+    def cells(row):
+        return [cell.replace("\u00a0", " ") for cell in re.findall("<td[^>]*>(.*?)</td>", row)]
+
+    rows = {name: cells(row) for name, row in re.findall('<tr><th scope="row">(.*?)</th>(.*?)</tr>', text)}
+    assert rows["learned vectors"] == ["12", "50.0 %", "8.3 %", "25.0 %", "16.7 %"]
+    assert rows["random vectors of equal norm"] == ["4", "75.0 %", "25.0 %", "0.0 %", "0.0 %"]
+    noise = text[text.index('<details id="noise"') :]
+    assert noise[: noise.index("</details>")].count("<li>") == 1  # of two such texts
+    found = of(
+        [(0, 0, 1, 2.0, 0.2), (1, 0, 1, 2.0, 0.2)],
+        [(0, 0, 1.0, "content", pd.NA), (1, 0, 1.0, "content", pd.NA), (1, 0, 1.0, "same", pd.NA)],
+    )
+    found = replace(found, groups=written().groups.head(0))
+    findings = ml.Findings(VECTORS, completions(), {"x": "content"}, written=found)
+    completed = ml.report(findings, path=tmp_path / "trials.html").read_text()
+    (row,) = re.findall('<tr><th scope="row">x</th>(.*?)</tr>', completed)
+    assert (cells(row)[0], cells(row)[4]) == ("66.7 %", "2")
+
+
 def test_limits_are_those_of_what_was_measured():
     found, findings = written(), ml.Findings(VECTORS, completions(), {"cheese": "cheese"})
     said = " ".join(limits(findings, found))
@@ -112,6 +137,15 @@ def test_limits_are_those_of_what_was_measured():
     assert "no model judged it" in " ".join(limits(findings, written(judged=False)))
     bare = replace(found, rows=found.rows[found.rows.kind != "random"])
     assert "none were tried" in " ".join(limits(findings, bare))
+
+
+def test_the_first_sentences_count_what_random_vectors_write_as_well():
+    said = lead(written())
+    assert "6 directions of 3 vectors were tried on 2 prompts: 33\u00a0% change the content" in said
+    assert "forms 2 groups, of which random vectors of equal norm write 1 as well. In their 4 completions" in said
+    assert "a share of up to 49.0\u00a0% can go unseen" in said  # Wilson: z^2 / (n + z^2)
+    found = written()
+    assert "2 groups; no random" in lead(replace(found, rows=found.rows[found.rows.kind != "random"]))
 
 
 def test_a_snippet_gives_every_setting_that_has_a_consequence():

@@ -53,6 +53,8 @@ def test_a_plan_may_hold_trials_of_every_method_and_repeats_them(organism, promp
         assert (row.relative_radius > 0) == (row.method != "cpe")  # NaN, since unit factors have no radius
     assert set(found.table.method) <= set(methods) and len(set(found.table.method)) > 1
     completions = ml.generate(model, prompt, found.vector(0), 4, include_random=False, progress=False)
+    with pytest.raises(IndexError, match=rf"row={len(found.table)} must be one of the {len(found.table)} rows"):
+        found.vector(len(found.table))
     assert len(completions.filter(kind="steered")) == 2
 
 

@@ -218,6 +218,13 @@ def test_a_bench_keeps_the_last_slices_as_far_as_they_are_small(model, monkeypat
     assert made == [(0, 3), (0, 4), (0, 3)]
 
 
+def test_a_model_that_is_not_there_is_no_other_one(tmp_path):
+    with pytest.raises(ValueError, match="did you mean the organism 'modes-twin'"):
+        ml.ModelKey("mode-twin").load()
+    with pytest.raises(ValueError, match=r"'modes' have the fingerprint \w+, not 1234: it is another model"):
+        ml.ModelKey("modes").load("1234")
+
+
 def test_shards_share_out_a_plan_and_slurm_names_them(plan, monkeypatch):
     parts = [plan[of_shard((i, 4))] for i in range(1, 5)]
     assert sorted(map(repr, [job for part in parts for job in part])) == sorted(map(repr, plan))
