@@ -40,6 +40,7 @@ class Calibration:
         target: the value that was to be reached.
         norm: the median norm of the stream that leaves the source block, at the prompts' own positions.
         share: the share of the solution that `radius` is; below 1 it stays short of an edge.
+        layers: the source and the target layer where it was solved, if they are known.
         effects: of rules that learn vectors, (radius, learned, random) in the order of the radius: the median over the
             vectors of ``||change|| / ||target||`` at the target positions, for learned and for random vectors.
     """
@@ -51,6 +52,7 @@ class Calibration:
     norm: float | None = None
     effects: tuple[tuple[float, float, float], ...] = ()
     share: float = 1.0
+    layers: tuple[int, int] | None = None
 
     @property
     def why(self) -> str:
@@ -74,7 +76,8 @@ class Calibration:
             for name in ("curve", "effects")
             if name in said
         }
-        return cls(**{**said, **rows})
+        layers = None if said.get("layers") is None else tuple(map(int, said["layers"]))
+        return cls(**{**said, **rows, "layers": layers})
 
     def _repr_html_(self) -> str:
         table = pd.DataFrame(self.curve, columns=["radius", self.rule])

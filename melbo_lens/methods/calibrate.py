@@ -1,6 +1,7 @@
 """Which radius should vectors have, by which rule?  `calibrate_radius`: the door to all rules."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal, TypeAlias
 
 from melbo_lens.arguments import positive, public
@@ -58,6 +59,6 @@ def calibrate_radius(
         raise ValueError(f"rule={rule!r} must be one of {sorted(RULES)}.")
     if target is not None:
         positive("target", target, "")
-    return RULES[rule](
-        slice_model(model, prompts, source_layer, target_layer, target_positions, target_hook, site), target, seed
-    )
+    sliced = slice_model(model, prompts, source_layer, target_layer, target_positions, target_hook, site)
+    found = RULES[rule](sliced, target, seed)
+    return found if sliced.target_layer is None else replace(found, layers=(source_layer, sliced.target_layer))

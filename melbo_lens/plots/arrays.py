@@ -60,7 +60,7 @@ class Clustered:
 
 @dataclass(frozen=True, eq=False)
 class Line:
-    """One curve, with an interval around it if `low` and `high` are given."""
+    """One curve, with an interval around it if `low` and `high` are given, and a colour of its own if it has one."""
 
     name: str
     x: np.ndarray
@@ -69,6 +69,7 @@ class Line:
     high: np.ndarray | None = None
     text: str = ""
     control: bool = False
+    color: str = ""
 
 
 @dataclass(frozen=True, eq=False)

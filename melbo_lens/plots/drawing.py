@@ -52,7 +52,9 @@ def draw_clustered(clustered: Clustered) -> Figure:
     _matrix_axes(figure, matrix, row=2)
     # the tree has a numeric axis: on a categorical one, a position between two categories would add a category
     figure.update_xaxes(visible=False, range=[-0.5, n - 0.5], row=1, col=1)
-    figure.update_yaxes(showgrid=False, zeroline=False, nticks=3, title="1 − cosine", row=1, col=1)
+    # in two lines, since the tree is too low for one
+    title = {"text": "1 −<br>cosine", "font": {"size": 11}}
+    figure.update_yaxes(showgrid=False, zeroline=False, nticks=3, title=title, row=1, col=1)
     return _styled(figure, matrix.title, matrix.note, int(np.clip(n * 13 + 230, 440, 1100)))
 
 
@@ -113,8 +115,8 @@ def draw_panels(panels: Panels) -> Figure:
             row=1,
             col=column,
         )
-        title = "<br>".join(textwrap.wrap(for_plotly(measure.replace("_", " ")), 10))
-        figure.update_xaxes(title=title, nticks=4, title_font_size=11, tickfont_size=10, row=1, col=column)
+        title = "<br>".join(textwrap.wrap(for_plotly(measure.replace("_", " ")), 10, break_long_words=False))
+        figure.update_xaxes(title=title, nticks=3, title_font_size=11, tickfont_size=10, row=1, col=column)
     _row_ticks(figure, names, short, upward=False)
     figure.update_layout(showlegend=False, bargap=0.25)
     return _styled(figure, panels.title, panels.note, max(300, 17 * len(panels.rows) + 170))
@@ -164,7 +166,11 @@ def _heatmaps(matrix: Matrix) -> list[go.Heatmap]:
     cells = {"x": [for_plotly(name) for name in matrix.columns], "y": names, "hoverongaps": False}
     main = go.Heatmap(
         z=np.where(marked, np.nan, values).astype(np.float32),  # halves the size of the page
-        colorbar={"title": {"text": matrix.quantity, "side": "right"}, "thickness": 12},
+        # beside the bar, a short title would stand on the ticks; a long one has no room above it
+        colorbar={
+            "title": {"text": matrix.quantity, "side": "top" if len(matrix.quantity) < 12 else "right"},
+            "thickness": 12,
+        },
         hovertemplate=place.replace("VALUE", "z") + "<extra></extra>",
         **cells,
         **scale,
@@ -226,7 +232,7 @@ def _add_lines(figure: Figure, lines: Lines, row: int | None = None) -> None:
         figure.add_scatter(y=band.low, showlegend=False, **edge, **where)
         figure.add_scatter(y=band.high, fill="tonexty", fillcolor=BAND, name=for_plotly(band.name), **edge, **where)
     for i, line in enumerate(lines.lines):
-        color = CONTROL if line.control else COLORS[0] if many else COLORS[i % len(COLORS)]
+        color = line.color or (CONTROL if line.control else COLORS[0] if many else COLORS[i % len(COLORS)])
         value = "%{y:.3%}" if lines.percent else "%{y:.6g}"
         between = (
             []
@@ -256,7 +262,13 @@ def _add_lines(figure: Figure, lines: Lines, row: int | None = None) -> None:
         # on a logarithmic axis, plotly places a line by its value, but a text by the logarithm of its value
         y = float(np.log10(value)) if lines.log_y else value
         figure.add_annotation(
-            x=1, xref="paper", xanchor="right", y=y, yanchor="bottom", text=f"{name}: {value:.4g}", **said
+            x=1,
+            xref="paper",
+            xanchor="right",
+            y=y,
+            yanchor="bottom",
+            text=f"{name}: {100 * value:g} %" if lines.percent else f"{name}: {value:.4g}",
+            **said,
         )
     if lines.mark is not None:
         name, value = lines.mark
@@ -337,7 +349,8 @@ def _number(value: float) -> str:
 def _styled(figure: Figure, title: str, note: str, height: int) -> Figure:
     """Sets the title, the note below it, and the margins and fonts that all figures share."""
     wrapped = textwrap.wrap(for_plotly(note, 10**6, 10**6), 58)
-    above = 52 + 15 * len(wrapped) + 20 * _legend_rows(figure)
+    legend = 20 * _legend_rows(figure)
+    above = 52 + 15 * len(wrapped) + legend
     figure.update_layout(
         template="plotly_white",
         title={
@@ -352,6 +365,7 @@ def _styled(figure: Figure, title: str, note: str, height: int) -> Figure:
         },
         font={"family": "system-ui, -apple-system, Segoe UI, sans-serif", "size": 12},
         margin={"l": 60, "r": 20, "t": above, "b": 50},
+        meta={"legend": legend},  # a page that knows its own width corrects these pixels
         height=height + above - 52,
         legend={
             "orientation": "h",

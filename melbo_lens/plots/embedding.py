@@ -158,6 +158,10 @@ def circuitsvis_script() -> str:
         raise RuntimeError(
             f"circuitsvis {version('circuitsvis')} writes tokens in an unknown way: install circuitsvis 1.43.3."
         )
+    # it shows a bound of 0 as a bare "0" where the button belongs that sets it again
+    safe = re.sub(
+        r'(\w+)&&(\w+\.default\.createElement\("button",[^"]+"button",[^"]+"Reset"\))', r"\1!==void 0&&\2", safe
+    )
     as_text = 'function asText(text){return String(text).replace(/&/g,"&amp;").replace(/</g,"&lt;")}'
     return f"<script>{as_text}\n" + safe.replace("</script>", "<\\/script>") + "</script>"
 

@@ -4,7 +4,7 @@ It is one of plotly with one method more: `to_paper` makes it a figure of a pape
 function of the same name in `plots.numbers` returns; use that one for exact numbers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
@@ -19,7 +19,11 @@ from melbo_lens.search.layers import LayerScan
 
 
 def token_heatmap(
-    changes: ActivationChanges, layer: int | None = None, relative: bool = True, completions: Completions | None = None
+    changes: ActivationChanges,
+    layer: int | None = None,
+    relative: bool = True,
+    completions: Completions | None = None,
+    names: Sequence[str] | None = None,
 ) -> Figure:
     """Shows how far each perturbation moves the stream at each token, as a heat map of vectors and tokens.
 
@@ -31,17 +35,21 @@ def token_heatmap(
         layer: shows the stream that enters this layer; the last measured layer by default.
         relative: shows the change as a share of the clean stream's norm at that token; False shows its norm.
         completions: shows what the vectors write, beside the rows and on hovering.
+        names: what the vectors are called, one for each; their numbers by default. A name stands for the vector as it
+            was measured, so that only what its sign + writes is shown beside it.
 
     Returns:
         The figure, which is not shown by itself.
 
     Raises:
-        ValueError: there is nothing to draw, or the layer was not measured.
+        ValueError: there is nothing to draw, the layer was not measured, or there is not one name for each vector.
     """
-    return drawing.draw_matrix(numbers.token_heatmap(changes, layer, relative, completions))
+    return drawing.draw_matrix(numbers.token_heatmap(changes, layer, relative, completions, names))
 
 
-def layer_heatmap(changes: ActivationChanges, vector: int = 0, relative: bool = True) -> Figure:
+def layer_heatmap(
+    changes: ActivationChanges, vector: int = 0, relative: bool = True, name: str | None = None
+) -> Figure:
     """Shows how far one perturbation moves the stream at each token, as a heat map of layers and tokens.
 
     Attention sinks have a colour of their own and are left out of the scale.
@@ -51,6 +59,7 @@ def layer_heatmap(changes: ActivationChanges, vector: int = 0, relative: bool = 
         vector: the index of the perturbation.
         relative: shows the change as a share of the clean stream's norm at that place, which grows with the layer;
             False shows its norm.
+        name: what the perturbation is called in the title; its index by default.
 
     Returns:
         The figure, which is not shown by itself.
@@ -58,10 +67,12 @@ def layer_heatmap(changes: ActivationChanges, vector: int = 0, relative: bool = 
     Raises:
         ValueError: there is no such vector.
     """
-    return drawing.draw_matrix(numbers.layer_heatmap(changes, vector, relative))
+    return drawing.draw_matrix(numbers.layer_heatmap(changes, vector, relative, name))
 
 
-def cosine_similarity(of: Perturbation | TargetEffects, completions: Completions | None = None) -> Figure:
+def cosine_similarity(
+    of: Perturbation | TargetEffects, completions: Completions | None = None, names: Sequence[str] | None = None
+) -> Figure:
     """Shows the cosines between vectors, or between effects at the target, in the order of a clustering with its tree.
 
     Blue means alike and red opposite (plotly's RdBu with midpoint 0). Leaves that join low in the tree are
@@ -70,14 +81,17 @@ def cosine_similarity(of: Perturbation | TargetEffects, completions: Completions
     Args:
         of: `SteeringVectors`, another perturbation with `cosine_similarity()`, or `TargetEffects`.
         completions: shows what the vectors write, on hovering.
+        names: what the rows are called, one for each; their numbers by default. The name of a vector stands for it as
+            it is, so that only what its sign + writes is shown beside it.
 
     Returns:
         The figure, which is not shown by itself.
 
     Raises:
         TypeError: the perturbations have no cosines, as adapters have none.
+        ValueError: there is nothing to draw, or there is not one name for each row.
     """
-    return drawing.draw_clustered(numbers.cosine_similarity(of, completions))
+    return drawing.draw_clustered(numbers.cosine_similarity(of, completions, names))
 
 
 def objective_history(
@@ -103,7 +117,7 @@ def objective_history(
     return drawing.draw_lines(numbers.objective_history(vectors, control, completions))
 
 
-def ranking(table: pd.DataFrame, completions: Completions | None = None) -> Figure:
+def ranking(table: pd.DataFrame, completions: Completions | None = None, names: Sequence[str] | None = None) -> Figure:
     """Shows vectors and signs in the order of a table, with a panel of bars for each of its measures.
 
     Of over sixty rows, the first twenty and the quantiles of each measure are shown.
@@ -112,14 +126,15 @@ def ranking(table: pd.DataFrame, completions: Completions | None = None) -> Figu
         table: as from `rank`, with columns for vector and sign and numeric ones such as kl, objective, or rates of
             behaviours.
         completions: shows what the vectors write, beside the rows and on hovering.
+        names: what the rows are called, one for each; their numbers with their signs by default.
 
     Returns:
         The figure, which is not shown by itself.
 
     Raises:
-        ValueError: the table has no row or no measure.
+        ValueError: the table has no row or no measure, or there is not one name for each row.
     """
-    return drawing.draw_panels(numbers.ranking(table, completions))
+    return drawing.draw_panels(numbers.ranking(table, completions, names))
 
 
 def radius_curve(calibration: Calibration) -> Figure:

@@ -1,6 +1,6 @@
 """What stands beside a number?  The completions and behaviours of a vector and sign, and the interval of a rate."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from melbo_lens.evaluation.rates import Behavior, shows
 from melbo_lens.generation.completions import Completions
 
 SIGNS = {1: "+", -1: "−", 0: ""}
+EMPTY = "(empty)"  # what stands for a completion without a visible character
 
 
 def examples(completions: Completions | None, by_sign: bool = False) -> dict[Any, str]:
@@ -29,13 +30,31 @@ def examples(completions: Completions | None, by_sign: bool = False) -> dict[Any
         .drop_duplicates(["vector", "sign"])
         .sort_values(["vector", "sign"], ascending=[True, False])
     )
-    found = {(int(row.vector), int(row.sign)): row.text for row in first.itertuples()}
+    found = {(int(row.vector), int(row.sign)): row.text.strip() or EMPTY for row in first.itertuples()}
     if by_sign:
         return found
     joined: dict[Any, str] = {}
     for (vector, sign), text in found.items():
         joined[vector] = "\n".join(filter(None, [joined.get(vector), f"{SIGNS[sign]} {text}"]))
     return joined
+
+
+def examples_of_rows(completions: Completions | None, names: Sequence[str] | None) -> dict[int, str]:
+    """Returns one text for each vector; of vectors with names, which say a sign, it is what that sign writes."""
+    if names is None:
+        return examples(completions)
+    return {vector: text for (vector, sign), text in examples(completions, by_sign=True).items() if sign == 1}
+
+
+def names_of(n: int, names: Sequence[str] | None) -> list[str]:
+    """Returns the names of n rows, which are their numbers if they are not given.
+
+    Raises:
+        ValueError: there is not one name for each row.
+    """
+    if names is not None and len(names) != n:
+        raise ValueError(f"{len(names)} names were given for {n} rows: give one for each, or none.")
+    return list(map(str, range(n) if names is None else names))
 
 
 def shown_behaviors(

@@ -1,8 +1,8 @@
 """Which numbers does each picture show?  Each function turns measured values or completions into labelled arrays."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -31,17 +31,22 @@ from melbo_lens.plots.arrays import (
     left_out,
     without_numbers,
 )
-from melbo_lens.plots.labels import SIGNS, examples, shown_behaviors, some, wilson
+from melbo_lens.plots.labels import SIGNS, examples, examples_of_rows, names_of, shown_behaviors, some, wilson
 from melbo_lens.plots.text import visible
 from melbo_lens.search.layers import LayerScan
 
 N_NAMED = {"rows": 10, "lines": 3, "points": 5}  # how many are shown one by one where there are too many for that
 MOST_CLUSTERED = 2000  # their tree takes a second, and that of 5,000 four
 LABEL = 20  # characters of a token below its column
+UNITS = {"kl": "KL, nats", "entropy_change": "entropy change, nats"}
 
 
 def token_heatmap(
-    changes: ActivationChanges, layer: int | None = None, relative: bool = True, completions: Completions | None = None
+    changes: ActivationChanges,
+    layer: int | None = None,
+    relative: bool = True,
+    completions: Completions | None = None,
+    names: Sequence[str] | None = None,
 ) -> Matrix:
     """Returns the changes at one layer (the last measured one by default), [vector token].
 
@@ -51,9 +56,9 @@ def token_heatmap(
     some(n, "perturbations")
     at = _layer_index(changes, layer)
     values, sinks = _changes(changes, relative)[:, at], changes.sinks[:, at].numpy()
-    texts, rows = examples(completions), list(range(n))
-    note = without_numbers(values, "vectors")
-    names: tuple[str, ...] = tuple(map(str, rows))
+    texts, rows = examples_of_rows(completions, names), list(range(n))
+    called = names_of(n, names)
+    note = without_numbers(values, "vectors", called)
     if n > MOST_ROWS:
         ordinary = np.where(sinks, np.nan, values)
         rows = _first(_means(ordinary), N_NAMED["rows"])
@@ -61,25 +66,27 @@ def token_heatmap(
             np.concatenate([values[rows], _quantiles(ordinary)]),
             np.concatenate([sinks[rows], np.repeat(sinks.all(axis=0, keepdims=True), len(QUANTILES), axis=0)]),
         )
-        names = (*map(str, rows), *QUANTILES.values())
+        called = [*(called[k] for k in rows), *QUANTILES.values()]
         note = f"The {len(rows)} of {n:,} vectors that change most on average, and the quantiles of all. {note}".strip()
     shown = [texts.get(k, "") for k in rows]
     return Matrix(
         values,
-        names,
+        tuple(called),
         _columns(changes.tokens),
         "vector",
         "token",
         "change / clean norm" if relative else "norm of the change",
         f"Change at each token, entering layer {changes.layers[at]}",
-        texts=(*shown, *[""] * (len(names) - len(shown))) if texts else (),
+        texts=(*shown, *[""] * (len(called) - len(shown))) if texts else (),
         note=note,
         bound=_bound(values, sinks),
         marked=sinks,
     )
 
 
-def layer_heatmap(changes: ActivationChanges, vector: int = 0, relative: bool = True) -> Matrix:
+def layer_heatmap(
+    changes: ActivationChanges, vector: int = 0, relative: bool = True, name: str | None = None
+) -> Matrix:
     """Returns the changes of one vector, [layer token]."""
     _one_of(vector, len(changes), "vector")
     values, sinks = _changes(changes, relative)[vector], changes.sinks[vector].numpy()
@@ -90,7 +97,7 @@ def layer_heatmap(changes: ActivationChanges, vector: int = 0, relative: bool = 
         "layer entered",
         "token",
         "change / clean norm" if relative else "norm of the change",
-        f"Change by layer and token, vector {vector}",
+        f"Change by layer and token, vector {vector if name is None else name}",
         upward=True,
         note=without_numbers(values, "layers", changes.layers),
         bound=_bound(values, sinks),
@@ -98,7 +105,9 @@ def layer_heatmap(changes: ActivationChanges, vector: int = 0, relative: bool = 
     )
 
 
-def cosine_similarity(of: Perturbation | TargetEffects, completions: Completions | None = None) -> Clustered:
+def cosine_similarity(
+    of: Perturbation | TargetEffects, completions: Completions | None = None, names: Sequence[str] | None = None
+) -> Clustered:
     """Returns cosines of vectors or of rows of `TargetEffects`, in the order of average linkage on 1 - cosine.
 
     Over sixty are joined to sixty clusters: a cell is then the mean cosine between the members of two clusters, and a
@@ -115,33 +124,34 @@ def cosine_similarity(of: Perturbation | TargetEffects, completions: Completions
     if isinstance(of, TargetEffects):
         keys = list(zip(of.vectors[:kept], of.signs[:kept], strict=True))
         both = len({sign for _, sign in keys}) > 1
-        names, what = [f"{k}{SIGNS[s] if both else ''}" for k, s in keys], f"effects at layer {of.target_layer}"
+        numbers, what = [f"{k}{SIGNS[s] if both else ''}" for k, s in keys], f"effects at layer {of.target_layer}"
         shown = of
         if kept < n:
             shown = replace(of, values=of.values[:kept], vectors=of.vectors[:kept], signs=of.signs[:kept])
     else:
-        keys, names = list(range(kept)), [str(k) for k in range(kept)]
-        what = "vectors"
+        keys, numbers, what = list(range(kept)), list(map(str, range(kept))), "vectors"
         shown = cast(SteeringVectors, of)  # or another kind that has cosines
         if kept < n:
             shown = shown[list(range(kept))]
+    called = numbers if names is None else names_of(n, names)[:kept]
     cosines = shown.cosine_similarity().cpu().double().numpy()
     notes = [
         left_out(n, "vectors", MOST_CLUSTERED),
-        without_numbers(np.diagonal(cosines)[:, None], "rows", names),
+        without_numbers(np.diagonal(cosines)[:, None], "rows", called),
     ]
     title, quantity = f"Cosine similarity of {what}", "cosine"
     if kept > MOST_ROWS:
         cosines, firsts, sizes = _clusters(cosines)
-        keys, names = (
+        keys, called = (
             [keys[k] for k in firsts],
-            [_cluster_name(names[k], m) for k, m in zip(firsts, sizes, strict=True)],
+            [_cluster_name(called[k], m) for k, m in zip(firsts, sizes, strict=True)],
         )
         quantity = "mean cosine"
         notes.insert(0, f"{kept:,} rows in {len(sizes)} clusters, each named by its most typical row, with its size.")
     order, joins = _tree(cosines)
-    texts = examples(completions, by_sign=isinstance(of, TargetEffects))
-    labels = tuple(names[i] for i in order)
+    of_effects = isinstance(of, TargetEffects)
+    texts: dict[Any, str] = examples(completions, True) if of_effects else examples_of_rows(completions, names)
+    labels = tuple(called[i] for i in order)
     matrix = Matrix(
         cosines[np.ix_(order, order)],
         labels,
@@ -187,7 +197,7 @@ def objective_history(
     return Lines(lines + rest, "step", "objective", title, log_y=positive, level=level, note=note, bands=bands)
 
 
-def ranking(table: pd.DataFrame, completions: Completions | None = None) -> Panels:
+def ranking(table: pd.DataFrame, completions: Completions | None = None, names: Sequence[str] | None = None) -> Panels:
     """Returns the measures of each vector and sign in the order of the table; every numeric column is a measure.
 
     Of over sixty rows, it returns the first ones and the quantiles of each measure over all.
@@ -203,14 +213,15 @@ def ranking(table: pd.DataFrame, completions: Completions | None = None) -> Pane
     many = n > MOST_ROWS
     shown, texts = table.head(2 * N_NAMED["rows"] if many else n), examples(completions, by_sign=True)
     keys = [(int(row.vector), int(row.sign)) for row in shown.itertuples()]
+    called = [f"{k} {SIGNS[s]}" for k, s in keys] if names is None else names_of(n, names)[: len(keys)]
     values, rest = shown[numeric].to_numpy(dtype=float), list(QUANTILES.values()) if many else []
     if many:
         values = np.concatenate([values, _quantiles(table[numeric].to_numpy(dtype=float))])
     return Panels(
         values.T,
-        (*(f"{k} {SIGNS[s]}" for k, s in keys), *rest),
-        tuple(numeric),
-        "Vectors, best first",
+        (*called, *rest),
+        tuple(UNITS.get(str(name), str(name)) for name in numeric),
+        f"Vectors, {_in_order(table, numeric)}",
         (*(texts.get(key, "") for key in keys), *[""] * len(rest)) if texts else (),
         f"The first {len(shown)} of {n:,} rows, and the quantiles of each measure over all." if many else "",
         len(rest),
@@ -220,13 +231,15 @@ def ranking(table: pd.DataFrame, completions: Completions | None = None) -> Pane
 def radius_curve(calibration: Calibration) -> Lines:
     """Returns the curve on which a radius was solved, with the target and the solution."""
     radii, values = (np.array(column, dtype=float) for column in zip(*calibration.curve, strict=True))
+    share = calibration.rule == "readable"  # it can be 0, which no logarithmic axis has
     return Lines(
         (Line(calibration.rule, radii, values),),
         "radius",
-        calibration.rule,
+        "readable completions" if share else calibration.rule,
         "Calibration of the radius",
         log_x=True,
-        log_y=True,
+        log_y=not share,
+        percent=share,
         level=("target", calibration.target),
         mark=(f"radius {calibration.radius:.3g}", calibration.radius),
     )
@@ -452,6 +465,13 @@ def _quantiles(values: np.ndarray) -> np.ndarray:
 def _first(values: np.ndarray, n: int) -> list[int]:
     """Returns where the n largest values are, the largest first and NaN last."""
     return np.argsort(-np.where(np.isfinite(values), values, -np.inf), kind="stable")[:n].tolist()
+
+
+def _in_order(table: pd.DataFrame, measures: Sequence[str]) -> str:
+    """Says by which measure a table is ordered; rows that ran into a sink come last whatever theirs is."""
+    ordinary = table[~table.sink.astype(bool)] if "sink" in table else table
+    by = next((name for name in measures if len(table) > 1 and ordinary[name].is_monotonic_decreasing), None)
+    return "in the order of the table" if by is None else f"the largest {UNITS.get(by, by).split(',')[0]} first"
 
 
 def _far_apart(places: np.ndarray, n: int) -> tuple[int, ...]:

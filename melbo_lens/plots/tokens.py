@@ -1,7 +1,7 @@
 """How do changes look on the text itself?  These token views open offline: circuitsvis elements and a token table."""
 
 import html
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,10 +11,15 @@ from melbo_lens.measures.changes import ActivationChanges
 from melbo_lens.measures.next_tokens import NextTokens
 from melbo_lens.plots.arrays import left_out
 from melbo_lens.plots.embedding import Element, TokenView
+from melbo_lens.plots.labels import names_of
 from melbo_lens.plots.text import visible
 
 MOST_VECTORS = 60  # each of them has a button or an entry in a menu
 MOST_NUMBERS = 40_000  # they take a third of a megabyte on a page
+BOUNDS = (
+    "A token is the bluer, the nearer its number is to the positive bound, which is the largest one unless you write "
+    "another. Negative numbers would be red, down to the negative bound; a change has none."
+)
 
 
 def colored_tokens(
@@ -53,34 +58,49 @@ def colored_tokens(
     return TokenView((Element(heading, "ColoredTokens", properties, _still(tokens, numbers), note),))
 
 
-def colored_tokens_multi(changes: ActivationChanges, layer: int | None = None, relative: bool = True) -> TokenView:
+def colored_tokens_multi(
+    changes: ActivationChanges,
+    layer: int | None = None,
+    relative: bool = True,
+    names: Sequence[str] | None = None,
+) -> TokenView:
     """Shows the text with one button for each perturbation, which colours the tokens by that perturbation's change.
 
     Args:
         changes, layer, relative: as in `colored_tokens`.
+        names: what the perturbations are called, one for each; their numbers by default.
 
     Returns:
         The view, which shows itself in a notebook; `save` writes it as a file that opens offline.
+
+    Raises:
+        ValueError: there is nothing to draw, or there is not one name for each perturbation.
     """
     _some(changes)
     at = _layer(changes, layer)
     numbers, note = _changes(changes, relative, slice(MOST_VECTORS), at)
-    labels = [f"vector {k}" for k in range(len(numbers))]
+    labels = [f"vector {name}" for name in names_of(len(changes), names)[: len(numbers)]]
     tokens = _tokens(changes.tokens)
     properties = {"tokens": tokens, "values": _short(numbers.T), "labels": labels}
-    note = " ".join(filter(None, [left_out(len(changes), "vectors", MOST_VECTORS), note]))
+    note = " ".join(filter(None, [BOUNDS, left_out(len(changes), "vectors", MOST_VECTORS), note]))
     heading = f"Change at each token, entering layer {changes.layers[at]}"
     return TokenView((Element(heading, "ColoredTokensMulti", properties, _still(tokens, numbers[0]), note),))
 
 
-def text_neuron_activations(changes: ActivationChanges, relative: bool = True) -> TokenView:
+def text_neuron_activations(
+    changes: ActivationChanges, relative: bool = True, names: Sequence[str] | None = None
+) -> TokenView:
     """Shows the text with menus for the layer and the perturbation; tokens are coloured by the change.
 
     Args:
         changes, relative: as in `colored_tokens`.
+        names: what the perturbations are called, one for each; their numbers by default.
 
     Returns:
         The view, which shows itself in a notebook; `save` writes it as a file that opens offline.
+
+    Raises:
+        ValueError: there is nothing to draw, or there is not one name for each perturbation.
     """
     _some(changes)
     most = max(1, min(MOST_VECTORS, MOST_NUMBERS // changes.clean.numel()))
@@ -92,7 +112,7 @@ def text_neuron_activations(changes: ActivationChanges, relative: bool = True) -
         "firstDimensionName": "Layer entered",
         "secondDimensionName": "Vector",
         "firstDimensionLabels": [str(layer) for layer in changes.layers],
-        "secondDimensionLabels": [str(k) for k in range(len(numbers))],
+        "secondDimensionLabels": names_of(len(changes), names)[: len(numbers)],
     }
     note = " ".join(filter(None, [left_out(len(changes), "vectors", most), note]))
     return TokenView(

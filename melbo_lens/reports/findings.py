@@ -47,6 +47,7 @@ TITLE = "What the vectors elicit"
 WRITTEN = "written.json"
 JUDGED = {"change": str, "new_words": float, "surprise": float, "natural": float}
 MOST_LOOKS = 12  # groups whose first token and place on the prompt are measured
+MOST_DRAWN = 20  # groups whose vectors are in the figures
 MOST_WORK = 2e11  # directions times tokens times layers times width squared, up to which a map is measured: a minute
 SCAN_COLUMNS_0_1_0 = "source_layer target_layer sign radius objective random_objective kl entropy".split()
 
@@ -73,7 +74,8 @@ class Findings:
         written: everything that was written in a search, whose first vectors are `vectors`.
         looks: by the row of a group, how the vector of its example begins and where it acts.
         twins: by the row of a group, in how many of how many completions of a twin it was seen (`Discovery.twins`).
-        search: the settings of a search and its plan, in JSON's types.
+        search: the settings of a search and its plan, in JSON's types; and by trial, vector and sign, which of its
+            directions `vectors` are ("shown"), and which were measured ("measured").
     """
 
     vectors: Perturbation
@@ -169,7 +171,9 @@ class Findings:
             for number, row in enumerate(found.table.head(MOST_LOOKS).itertuples())
         }
         written = replace(kept.everything, places=_places(host, first, found))
-        return replace(kept, looks=looks, written=written, **_measures(host, prompts, kept.vectors))
+        chosen = found.directions(MOST_DRAWN) or found.numbers()
+        measures = _measures_of_directions(host, prompts, found, chosen)
+        return replace(kept, looks=looks, written=written, search={**kept.search, "measured": chosen}, **measures)
 
     @classmethod
     @public
@@ -189,7 +193,7 @@ class Findings:
             behaviors, title: the fields of `Findings`.
             twin: a search of a model that hides nothing, with the same plan.
         """
-        vectors, completions = found.shown()
+        vectors, completions = found.shown(MOST_DRAWN)
         return cls(
             vectors,
             completions,
@@ -203,7 +207,7 @@ class Findings:
             search={
                 "settings": dict(found.settings),
                 "plan": [trial_as(trial) for trial in found.plan],
-                "shown": found.numbers(),
+                "shown": found.numbers(MOST_DRAWN),
             },
         )
 
@@ -366,6 +370,37 @@ def _measures(host: Host, prompts: Prompts, vectors: Perturbation) -> dict[str, 
         "effects": target_effects(host, batch, vectors, layer, target_positions=batch.positions, signs=(1, -1)),
         "control": objective(host, batch, random_like(vectors, host, batch)) if known else None,
         "ranked": rank(vectors, output_effects(host, batch, vectors)),
+    }
+
+
+def _measures_of_directions(
+    host: Host, prompts: Prompts, found: Discovery, chosen: Sequence[tuple[int, int, int]]
+) -> dict[str, Any]:
+    """The measures of directions of a search, each by itself, since they act at several layers and in several forms.
+
+    What they change is read at the model's end, which all of them reach.
+    """
+    each = [sign * found.vectors[trial][vector] for trial, vector, sign in chosen]
+    first, start = _first_of(host, prompts), min(min(one.source_layers) for one in each)
+    changes = [activation_changes(host, first, one, range(start + 1, host.n_layers + 1)) for one in each]
+    batch = tokenize(host, prompts, (each[0].objective or Objective()).target_positions)
+    effects = [target_effects(host, batch, one, host.n_layers, batch.positions) for one in each]
+    known = {(int(row.trial), int(row.vector), int(row.sign)): row.effect for row in found.table.itertuples()}
+    ranked = [
+        rank(one, output_effects(host, batch, one, signs=(1,))).assign(
+            vector=number, cluster=number, effect=known.get(key, math.nan)
+        )
+        for number, (one, key) in enumerate(zip(each, chosen, strict=True))
+    ]
+    return {
+        "changes": replace(changes[0], change=torch.cat([one.change for one in changes])),
+        "effects": replace(
+            effects[0],
+            values=torch.cat([one.values for one in effects]),
+            vectors=tuple(range(len(each))),
+            signs=(1,) * len(each),
+        ),
+        "ranked": pd.concat(ranked).sort_values(["sink", "kl"], ascending=[True, False], ignore_index=True),
     }
 
 

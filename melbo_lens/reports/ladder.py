@@ -7,10 +7,12 @@ import numpy as np
 import pandas as pd
 
 from melbo_lens.plots.arrays import Line, Lines
-from melbo_lens.search.cards import Rate
+from melbo_lens.plots.drawing import CONTROL
+from melbo_lens.search.cards import Rate, color_of, short
 from melbo_lens.search.written import Written
 
 MOST_GROUPS = 4
+LABEL = 32  # characters of a group in the legend
 MOST_RUNGS = 12  # more radii of one pair of layers are put together, two to an octave
 AT = ["method", "source_layer", "target_layer", "radius", "relative_radius"]
 
@@ -58,8 +60,9 @@ def figure(table: pd.DataFrame, written: Written) -> tuple[Lines, Lines] | None:
         for name, row in ((f"group {i}", row) for i, row in enumerate(written.groups.itertuples()))
         if name in table
     }
+    colors = {"readable": CONTROL} | {f"group {i}": color_of(i) for i in range(MOST_GROUPS)}
     lines = tuple(
-        _curve(label[:40], x, part[name].tolist(), part.n.tolist(), name == "readable") for name, label in names.items()
+        _curve(_called(label), x, part[name].tolist(), part.n.tolist(), colors[name]) for name, label in names.items()
     )
     where = f"{key[0]}, layers {_layer(key[1])} to {_layer(key[2])}"
     above = Lines(lines, axis, "share of completions", f"By radius: {where}", log_x=True, percent=True)
@@ -79,10 +82,15 @@ def rows_of(table: pd.DataFrame) -> list[dict[str, Any]]:
     ]
 
 
-def _curve(name: str, x: np.ndarray, hits: list[int], n: list[int], control: bool) -> Line:
+def _curve(name: str, x: np.ndarray, hits: list[int], n: list[int], color: str) -> Line:
     rates = [Rate(int(k), int(m)) for k, m in zip(hits, n, strict=True)]
     low, high = (np.array(bounds) for bounds in zip(*(rate.interval for rate in rates), strict=True))
-    return Line(name, x, np.array([rate.share for rate in rates]), low, high, control=control)
+    return Line(name, x, np.array([rate.share for rate in rates]), low, high, control=color == CONTROL, color=color)
+
+
+def _called(label: str) -> str:
+    label = short(label)
+    return label if len(label) <= LABEL else label[: LABEL - 1] + "…"
 
 
 def _layer(value: float) -> str:

@@ -18,6 +18,12 @@
     }
   };
   dark.addEventListener("change", recolor);
+  // The room for a legend is reserved for a narrow page; where it needs less, or more, the plot has the difference.
+  const fit = div => {
+    const { meta, margin } = div.layout, legend = div.querySelector("g.legend");
+    const extra = legend && meta?.legend ? Math.ceil(legend.getBBox().height) - meta.legend : 0;
+    if (Math.abs(extra) >= 5) library.relayout(div, { "meta.legend": meta.legend + extra, "margin.t": margin.t + extra });
+  };
   Object.defineProperty(window, "Plotly", {
     configurable: true,
     get: () => library,
@@ -26,7 +32,12 @@
       const now = value.newPlot;
       value.newPlot = (id, ...rest) => new Promise(done => {
         const div = document.getElementById(id);
-        waiting.set(div, () => now(id, ...rest).then(drawn => { recolor(); done(drawn); }));
+        waiting.set(div, () => now(id, ...rest).then(drawn => {
+          drawn.on("plotly_afterplot", () => fit(drawn));
+          fit(drawn);
+          recolor();
+          done(drawn);
+        }));
         watch.observe(div);
       });
     },

@@ -1,6 +1,5 @@
 "use strict";
 // The page's tables, its map, and the marks that a reader sets. What a model wrote is only ever set as text.
-const COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b58900", "#56b4e9", "#8a6bbe", "#b07d2b"];
 const KINDS = ["unsteered", "steered", "random"], CHANGES = ["unchanged", "other wording", "other content", "noise"];
 const SIGNS = { "1": "+", "-1": "−", "0": "" }, PAGE = 50, LONG = 600;
 const at = id => document.getElementById(id), many = n => n.toLocaleString("en");
@@ -106,7 +105,7 @@ async function unpacked(text) {
 async function main() {
   const D = await unpacked(at("data").textContent), R = D.rows, V = D.directions;
   const groups = D.groups, groupName = g => g < 0 ? "" : `${g + 1}. ${seen(groups[g])}`;
-  const color = g => g < 0 ? "#8c8c8c" : g < COLORS.length ? COLORS[g] : "#7a7a7a";
+  const color = g => g < 0 ? "#8c8c8c" : D.colors[g];
   const numberOf = new Map(V.anchor.map((anchor, i) => [anchor, i]));
   const lower = D.texts.map(text => text.toLowerCase());
   const plain = new Map();
@@ -275,7 +274,9 @@ function drawMap(V, D, groupName, color) {
   const rank = i => V.group[i] >= 0 ? 2 : V.kind[i] === "noise" ? 1 : 0;
   const order = points.map((_, p) => p).sort((p, q) => rank(points[p]) - rank(points[q]) || V.group[points[q]] - V.group[points[p]]);
   let spots = [], chosen = -1, only = null;
-  const belongs = i => only === null || (only >= 0 ? V.group[i] === only : V.group[i] < 0 && V.kind[i] === ["", "noise", "nothing"][-only]);
+  // groups without a colour of their own share an entry of the legend, and what belongs to none has one for each kind
+  const keyOf = i => V.group[i] >= 0 ? Math.min(V.group[i], D.n_colors) : { noise: -1, nothing: -2 }[V.kind[i]] ?? null;
+  const belongs = i => only === null || keyOf(i) === only;
   function draw() {
     const { width, height } = box.getBoundingClientRect(), ratio = devicePixelRatio || 1, pad = 52;
     canvas.width = width * ratio;
@@ -341,21 +342,20 @@ function drawMap(V, D, groupName, color) {
     } else return;
     event.preventDefault();
   });
-  // groups, and what belongs to none, with how many directions each has
   const counted = new Map();
   for (const i of points) {
-    const key = V.group[i] >= 0 ? V.group[i] : V.kind[i] === "noise" ? -1 : V.kind[i] === "nothing" ? -2 : null;
+    const key = keyOf(i);
     if (key !== null) counted.set(key, (counted.get(key) ?? 0) + 1);
   }
   const keys = [...counted.keys()].sort((a, b) => (a < 0) - (b < 0) || (a < 0 ? b - a : a - b));
-  const chosenKeys = [...keys.filter(k => k >= 0).slice(0, 16), ...keys.filter(k => k < 0)];
-  at("legend").append(...chosenKeys.map(key => {
-    const dot = make("span", { className: "dot" }), button = make("button", { type: "button" }, dot, `${key >= 0 ? groupName(key).slice(0, 40) : key === -1 ? "noise" : "nothing"} (${counted.get(key)})`);
-    dot.style.setProperty("--dot", key >= 0 ? color(key) : "#8c8c8c");
+  const nameOf = key => key === D.n_colors ? "other groups" : key >= 0 ? groupName(key).slice(0, 40) : key === -1 ? "noise" : "nothing";
+  at("legend").append(...keys.map(key => {
+    const dot = make("span", { className: `dot${key < 0 ? ` ${nameOf(key)}` : ""}` }), button = make("button", { type: "button" }, dot, `${nameOf(key)} (${counted.get(key)})`);
+    dot.style.setProperty("--dot", color(key));
     button.setAttribute("aria-pressed", "false");
     button.addEventListener("click", () => {
       only = only === key ? null : key;
-      at("legend").querySelectorAll("button").forEach((other, k) => other.setAttribute("aria-pressed", String(chosenKeys[k] === only)));
+      at("legend").querySelectorAll("button").forEach((other, k) => other.setAttribute("aria-pressed", String(keys[k] === only)));
       choose(-1, false);
     });
     return button;

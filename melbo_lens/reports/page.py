@@ -7,30 +7,36 @@ import base64
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
-from melbo_lens import plots
 from melbo_lens.evaluation.departures import KINDS, NATURAL, kinds_of
-from melbo_lens.evaluation.rates import Evaluation, overall
+from melbo_lens.evaluation.rates import overall
 from melbo_lens.files import write_text
-from melbo_lens.generation.completions import COLUMNS, Completions
-from melbo_lens.measures.changes import ActivationChanges
-from melbo_lens.perturbations.vectors import SteeringVectors
-from melbo_lens.plots.drawing import draw_stacked
 from melbo_lens.reports import ladder
 from melbo_lens.reports.again import snippet
 from melbo_lens.reports.columns import columns, map_says, packed
 from melbo_lens.reports.findings import Findings
 from melbo_lens.reports.limits import limits
-from melbo_lens.search.cards import Rate, anchor, cards_of, html, namer, of_several, percent, short, words
+from melbo_lens.reports.pictures import as_completions, figures, token_views, which_rows
+from melbo_lens.search.cards import (
+    COLORS,
+    Rate,
+    anchor,
+    cards_of,
+    color_of,
+    html,
+    namer,
+    of_several,
+    percent,
+    short,
+    words,
+)
 from melbo_lens.search.written import Written
 from melbo_lens.tables import seen
 
@@ -39,7 +45,6 @@ MOST_CARDS, MOST_TRIALS, MOST_NOISE = 40, 1000, 20
 SECTIONS = (
     "Findings Map Controls Radii Layers Similarity Tokens Trials Vectors Completions Prompts Settings Limits".split()
 )
-FIGURES: Any = "rates ladder scales radius layer-map layers changes cosines effect-cosines ranked objective".split()
 # only the page's own scripts, named by their digests, are run, and nothing is asked for from anywhere
 POLICY = (
     "default-src 'none'; script-src SCRIPTS; style-src 'unsafe-inline'; img-src data: blob:; form-action 'none'; "
@@ -54,17 +59,6 @@ TRIAL_CELLS = {
     **dict.fromkeys("source_layer target_layer seed n_vectors n_adapters n_factors".split(), WHOLE),
     **dict.fromkeys("readable nothing wording content noise".split(), SHARE),
 }
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A figure of the page with its caption, or the reason why it is missing."""
-
-    anchor: str
-    caption: str
-    html: str = ""
-    reason: str = ""
 
 
 def write_page(findings: Findings, path: str | os.PathLike[str]) -> Path:
@@ -72,12 +66,13 @@ def write_page(findings: Findings, path: str | os.PathLike[str]) -> Path:
     written = findings.everything
     behaviors = findings.behaviors
     has_steered = len(written.steered) > 0
-    evaluation = overall(_as_completions(written), behaviors) if behaviors and has_steered else None
+    evaluation = overall(as_completions(written), behaviors) if behaviors and has_steered else None
     table = ladder.ladder(written) if has_steered else pd.DataFrame()
-    pictures = {picture.anchor: picture for picture in _figures(findings, written, evaluation, table)}
-    tokens = _token_views(findings.changes, findings.views)
     cards = cards_of(written, findings.looks, findings.twins, MOST_CARDS)
     shown, chance = ([card for card in cards if card.no_more_than_chance is folded] for folded in (False, True))
+    drawn = figures(findings, written, evaluation, table, [*shown, *chance])
+    pictures = {picture.anchor: picture for picture in drawn}
+    tokens = token_views(findings, written)
     kinds = kinds_of(written.rows)
     data = columns(findings, written)
     trials = [] if findings.trials is None else _trial_rows(findings.trials.head(MOST_TRIALS))
@@ -111,9 +106,10 @@ def write_page(findings: Findings, path: str | os.PathLike[str]) -> Path:
         pictures=list(pictures.values()),
         ladder=ladder.rows_of(table),
         ladder_names=[
-            short(row.behavior or row.example) for row in written.groups.head(ladder.MOST_GROUPS).itertuples()
+            (short(row.behavior or row.example), color_of(number))
+            for number, row in enumerate(written.groups.head(ladder.MOST_GROUPS).itertuples())
         ],
-        anew=_numbered_anew(findings, written),
+        which_rows=which_rows(findings),
         has_layers=has["layers"],
         has_cosines=has["similarity"],
         tokens=tokens.html() if tokens else "",
@@ -134,6 +130,8 @@ def write_page(findings: Findings, path: str | os.PathLike[str]) -> Path:
             {
                 **data,
                 "groups": [short(row.behavior or row.example) for row in written.groups.itertuples()],
+                "colors": [color_of(number) for number in range(len(written.groups))],
+                "n_colors": len(COLORS),
                 "cards": len(cards),
             }
         ),
@@ -188,13 +186,6 @@ def lead(written: Written) -> str:
     )
 
 
-def _numbered_anew(findings: Findings, written: Written) -> str:
-    """Says which vectors of a search the figures number from 0."""
-    name = namer(written.directions)
-    shown = [f"{number} is {name(*key)}" for number, key in enumerate(findings.search.get("shown", []))]
-    return f"These figures have vectors of the first groups, numbered anew: {', '.join(shown)}." if shown else ""
-
-
 def _controls(written: Written) -> list[dict[str, Any]]:
     """The shares of completions that became what, under learned and under random vectors."""
     rows = written.rows[written.rows.kind != "unsteered"]
@@ -215,119 +206,6 @@ def _noise(written: Written) -> list[tuple[str, str, str]]:
         for row in rows.itertuples()
         for key in [(int(row.trial), int(row.vector), int(row.sign))]
     ]
-
-
-def _as_completions(written: Written) -> Completions:
-    """The rows as completions, with one number for each vector of each trial."""
-    keys = pd.MultiIndex.from_frame(written.directions[["trial", "vector"]].astype(int))
-    rows = written.rows.copy()
-    known = rows.vector.notna()
-    mine = pd.MultiIndex.from_arrays([rows.trial[known], rows.vector[known].astype(int)])
-    rows.loc[known, "vector"] = keys.get_indexer(mine)
-    return Completions(rows.assign(tokens=None, log_probs=None)[COLUMNS])
-
-
-def _figures(
-    findings: Findings, written: Written, evaluation: Evaluation | None, rungs: pd.DataFrame
-) -> Iterator[Picture]:
-    """Draws every figure whose values are there, in the order of the page."""
-    vectors, completions, behaviors = findings.vectors, findings.completions, findings.behaviors
-    changes, effects, calibration, scan = findings.changes, findings.effects, findings.calibration, findings.scan
-    several = completions.table.scale[completions.table.scale > 0].nunique() > 1
-    curves = ladder.figure(rungs, written) if len(rungs) else None
-    ranked = findings.ranked
-    best = int(ranked.vector.iloc[0]) if ranked is not None and len(ranked) else 0
-    planned: list[tuple[str, str, Callable[[], Any] | None]] = [
-        (
-            "rates",
-            "Bars with 95 % Wilson intervals; grey and yellow are the controls.",
-            # its note stands below the table
-            _if_given(evaluation, lambda evaluation: plots.behavior_rates(replace(evaluation, note=""))),
-        ),
-        (
-            "ranked",
-            "Each row is a vector with a sign. A blank means not measured.",
-            _if_given(ranked, lambda ranked: plots.ranking(ranked, completions)),
-        ),
-        (
-            "objective",
-            "A curve for each vector. The dotted line is what random vectors of the same norm reach.",
-            # vectors of several trials have none
-            (lambda: plots.objective_history(vectors, findings.control, completions))
-            if findings.written is None or len(vectors.history)
-            else None,
-        ),
-        (
-            "cosines",
-            "Blue alike, red opposite. Branches that join low are near-duplicates.",
-            _if_given(
-                vectors if isinstance(vectors, SteeringVectors) else None,
-                lambda vectors: plots.cosine_similarity(vectors, completions),
-            ),
-        ),
-        (
-            "effect-cosines",
-            "The same for what the vectors change at the target: different vectors may do the same.",
-            _if_given(effects, lambda effects: plots.cosine_similarity(effects, completions)),
-        ),
-        (
-            "changes",
-            "How far each vector moves the residual stream at each token of the prompt.",
-            _if_given(changes, lambda changes: plots.token_heatmap(changes, completions=completions)),
-        ),
-        (
-            "layers",
-            "The vector that is ranked first, as a share of the clean stream's norm.",
-            _if_given(changes, lambda changes: plots.layer_heatmap(changes, best if best < len(changes) else 0)),
-        ),
-        (
-            "ladder",
-            "Above: the shares of completions that are readable, and that belong to the first groups, with 95 % "
-            "intervals. Below: the median effect.",
-            _if_given(curves, lambda curves: draw_stacked(*curves)),
-        ),
-        (
-            "scales",
-            "Above: how often each behaviour is seen at multiples of the vectors. Below: how coherent the text is.",
-            (lambda: plots.scale_sweep(completions, behaviors, findings.coherence)) if several and behaviors else None,
-        ),
-        (
-            "radius",
-            "The rule's value at each radius that was tried.",
-            _if_given(calibration, plots.radius_curve),
-        ),
-        (
-            "layer-map",
-            "Objective of a few vectors over that of random ones, the larger sign.",
-            _if_given(scan, plots.layer_map),
-        ),
-    ]
-    drawn: list[tuple[str, str, Any, str]] = []  # a figure, or None with the reason
-    planned.sort(key=lambda one: FIGURES.index(one[0]))  # the library stands before the first figure of the page
-    for place, caption, draw in planned:
-        if draw is not None:
-            try:
-                drawn.append((place, caption, draw(), ""))
-            except ValueError as error:
-                drawn.append((place, caption, None, str(error)))
-    embedded = iter(plots.embed([figure for _, _, figure, _ in drawn if figure is not None]))
-    for place, caption, figure, reason in drawn:
-        yield Picture(place, caption, next(embedded) if figure is not None else "", reason)
-
-
-def _if_given(value: T | None, draw: Callable[[T], Any]) -> Callable[[], Any] | None:
-    """Returns a function that draws the value, or None if there is no value."""
-    return None if value is None else lambda: draw(value)
-
-
-def _token_views(changes: ActivationChanges | None, views: plots.TokenView | None) -> plots.TokenView | None:
-    own = (
-        [plots.colored_tokens_multi(changes), plots.text_neuron_activations(changes)]
-        if changes is not None and len(changes)
-        else []
-    )
-    chosen = [view for view in (*own, views) if view is not None]
-    return plots.TokenView(tuple(element for view in chosen for element in view.elements)) if chosen else None
 
 
 def _trial_rows(trials: pd.DataFrame) -> list[dict[str, str]]:

@@ -4,7 +4,7 @@ import itertools
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from melbo_lens.arguments import plain_json, public
@@ -179,6 +179,7 @@ class LadderTask(Measurement[Ladder]):
     def run(self, bench: Bench) -> Ladder:
         began = time.monotonic()
         found = edge(bench.slice(self.prompts, *self.pair, self.where), self.seed, self.seconds)
+        found = replace(found, layers=self.pair)
         seconds = time.monotonic() - began
         norms = {n: median_norm(bench.slice(self.prompts, n, n + 2, None)) for n in self.sources}
         return Ladder(found, norms, seconds)

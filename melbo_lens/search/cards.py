@@ -26,7 +26,9 @@ SIGNS = {1: "+", -1: "−", 0: ""}
 MOST_SHOWN = 600  # characters of an example on a card
 MOST_NAMED = 12  # directions that a card names
 LIKELY = 0.005  # a first token that is less probable than this is no beginning
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b58900", "#56b4e9", "#8a6bbe", "#b07d2b")  # Okabe and Ito
+# Groups have these colours (Okabe and Ito) everywhere on a page. Those after them share one, which has its own name.
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b58900", "#56b4e9", "#8a6bbe")
+OTHER = "#66799c"
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ class Card:
 
     @property
     def color(self) -> str:
-        return COLORS[self.number % len(COLORS)]
+        return color_of(self.number)
 
     @property
     def no_more_than_chance(self) -> bool:
@@ -186,6 +188,11 @@ def cards_of(
             )
         )
     return found
+
+
+def color_of(group: int) -> str:
+    """Returns the colour of a group, which is a row of the table of groups."""
+    return COLORS[group] if group < len(COLORS) else OTHER
 
 
 def namer(directions: pd.DataFrame) -> Callable[[int, int, int], str]:

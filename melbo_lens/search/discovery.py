@@ -153,6 +153,11 @@ class Discovery:
         """The trial, vector and sign of each of the vectors of `shown`."""
         return [(0, vector, 1) for vector in range(len(self.vectors[0]))] if self.table.empty else self._first(n)
 
+    def directions(self, n: int = 20) -> list[tuple[int, int, int]]:
+        """The trial, vector and sign that wrote the example of each of the first groups, in their order, each once."""
+        rows = self.table.head(n).itertuples()
+        return list(dict.fromkeys((int(row.trial), int(row.vector), int(row.sign)) for row in rows))
+
     def _first(self, n: int) -> list[tuple[int, int, int]]:
         """The trial, vector and sign of the first groups whose vectors have the commonest form among them."""
         rows = [(int(row.trial), int(row.vector), int(row.sign)) for row in self.table.head(n).itertuples()]

@@ -325,6 +325,29 @@ def test_at_400_pixels_no_section_is_out_of_sight_and_no_token_is_broken(search)
         "return [...document.querySelectorAll('.wide th[scope=row]')].map(cell => cell.getBoundingClientRect().width)"
     )
     assert min(words) >= 144
+    # only what has a column for each token or vector is scrolled, and a table's row is folded
+    for selector in (".figure:not(.broad)", ".stack"):
+        cut = search.run(
+            "return [...document.querySelectorAll(arguments[0])].filter(box => box.scrollWidth > box.clientWidth)"
+            ".map(box => box.ariaLabel)",
+            selector,
+        )
+        assert cut == []
+
+
+def test_the_table_of_radii_fits_and_a_legend_stands_on_its_figure(search):
+    boxes = search.run("const b = document.querySelector('#radii ~ .scroll'); return [b.scrollWidth, b.clientWidth]")
+    assert boxes[0] <= boxes[1]
+    search.run("document.querySelector('#figure-ladder').scrollIntoView()")
+    search.wait("document.querySelector('#figure-ladder g.legend')")
+    place = "document.querySelector('#figure-ladder {}').getBoundingClientRect().{}"
+    legend, title, plot = (
+        place.format(*of) for of in (("g.legend", "top"), (".gtitle", "bottom"), (".bglayer", "top"))
+    )
+    for width in (1400, 400):
+        search.resize(width)
+        search.wait(f"{legend} - {title} < 45")
+        assert search.run(f"return {legend} >= {title} && {place.format('g.legend', 'bottom')} <= {plot} + 2")
 
 
 def test_5000_vectors_on_10_prompts_open_in_three_seconds(open_browser, tmp_path):

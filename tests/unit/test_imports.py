@@ -33,7 +33,7 @@ WITHIN = {
     "sweeps": "trials running jobs tasks outcomes engines sweep",
     "search": "arms pace groups looks written cards rounds searching discovery layers",
     "plots": "arrays text labels paper numbers drawing figures embedding tokens exploring",
-    "reports": "findings ladder limits again columns page comparison report",
+    "reports": "findings ladder limits again columns pictures page comparison report",
     "serving": "inspect_entry inspect_model conversation terminal",
 }
 ONLY_IN = {"transformer_lens": {"models"}, "plotly": {"plots"}, "circuitsvis": {"plots"}}

@@ -124,7 +124,7 @@ def test_ranking_keeps_the_order_of_its_table_and_every_measure():
         {"vector": [2, 0], "sign": [1, -1], "kl": [3.0, 1.0], "rate of x": [0.5, np.nan], "cluster": [0, 0]}
     )
     panels = numbers.ranking(table, completions())
-    assert panels.rows == ("2 +", "0 −") and panels.measures == ("kl", "rate of x") and panels.texts[1] == "same"
+    assert panels.rows == ("2 +", "0 −") and panels.measures == ("KL, nats", "rate of x") and panels.texts[1] == "same"
     np.testing.assert_array_equal(panels.values, [[3.0, 1.0], [0.5, np.nan]])
     assert list(ml.plots.ranking(table).data[0].x) == [3.0, 1.0]
 
@@ -342,3 +342,42 @@ def test_figures_are_readable_at_100_vectors_and_200_tokens():
     figure = ml.plots.token_heatmap(changes(100, 200), completions=completions(100, "text"))
     assert np.array(figure.data[0].z).shape == (15, 200) and figure.layout.height >= 15 * 16
     assert len(figure.to_json()) < 500_000  # completions are said once a row, not once a cell
+
+
+def test_rows_have_the_names_that_are_given_and_the_text_of_their_own_sign():
+    measured, names = changes(), ["0.3 +", "3.7 −", "1.1 +"]
+    matrix = numbers.token_heatmap(measured, completions=completions(), names=names)
+    assert matrix.rows == tuple(names) and matrix.texts[1] == f"{EVIL} steered 1"
+    assert numbers.layer_heatmap(measured, 1, name="3.7 −").title == "Change by layer and token, vector 3.7 −"
+    vectors = ml.SteeringVectors(torch.eye(3), 0)
+    assert sorted(numbers.cosine_similarity(vectors, names=names).matrix.rows) == sorted(names)
+    table = pd.DataFrame({"vector": [2, 0, 1], "sign": [1, -1, 1], "kl": [3.0, 1.0, 0.5]})
+    assert numbers.ranking(table, names=names).rows == tuple(names)
+    many = numbers.token_heatmap(changes(100), names=[f"name {k}" for k in range(100)])
+    usual = numbers.token_heatmap(changes(100))
+    assert many.rows[:10] == tuple(f"name {row}" for row in usual.rows[:10])
+    for draw in (
+        lambda: ml.plots.token_heatmap(measured, names=names[:2]),
+        lambda: ml.plots.cosine_similarity(vectors, names=names[:2]),
+        lambda: ml.plots.ranking(table, names=names[:2]),
+        lambda: ml.plots.colored_tokens_multi(measured, names=names[:2]),
+    ):
+        with pytest.raises(ValueError, match="2 names were given for 3 rows"):
+            draw()
+
+
+def test_the_title_of_a_ranking_says_by_what_it_is_ordered():
+    table = pd.DataFrame({"vector": [0, 1, 2], "sign": 1, "kl": [3.0, 1.0, 9.0], "sink": [False, False, True]})
+    assert numbers.ranking(table).title == "Vectors, the largest KL first"
+    assert numbers.ranking(table.assign(kl=[1.0, 2.0, 9.0])).title == "Vectors, in the order of the table"
+
+
+def test_a_completion_without_text_is_called_empty_and_a_line_break_before_it_hides_nothing():
+    written = completions()
+    steered = written.table.kind == "steered"
+    written.table.loc[steered & (written.table.vector == 0), "text"] = " \n"
+    written.table.loc[steered & (written.table.vector == 1) & (written.table.sign == 1), "text"] = "\n\n it is"
+    matrix = numbers.token_heatmap(changes(), completions=written, names=["0 +", "1 +", "2 +"])
+    assert matrix.texts[:2] == ("(empty)", "it is")
+    ticks = ml.plots.token_heatmap(changes(), completions=written).layout.yaxis.ticktext
+    assert ticks[0].startswith("0  + (empty)") and ticks[1].startswith("1  + it is")

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import melbo_lens as ml
+from melbo_lens.plots.embedding import circuitsvis_script
 from melbo_lens.plots.text import for_html, for_plotly, visible
 from tests.unit.plots.test_figures import changes, with_sinks
 
@@ -175,3 +176,14 @@ def test_views_that_are_joined_bring_the_library_once(tmp_path):
 def test_a_text_of_one_token_has_no_next_token():
     with pytest.raises(ValueError, match="the text has one token"):
         ml.plots.token_log_probs(next_tokens(("a",)))
+
+
+def test_a_bound_of_zero_has_its_button_and_no_bare_number():
+    assert len(re.findall(r'(\w+)!==void 0&&\w+\.default\.createElement\("button"', circuitsvis_script())) == 1
+    view = ml.plots.colored_tokens_multi(changes(), names=["0.3 +", "3.7 −", "1.1 +"])
+    assert properties(view.html(bundle=False), "ColoredTokensMulti")["labels"] == [
+        "vector 0.3 +",
+        "vector 3.7 −",
+        "vector 1.1 +",
+    ]
+    assert "positive bound" in view.elements[0].note and "negative bound" in view.elements[0].note
