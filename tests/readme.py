@@ -1,8 +1,8 @@
 """Where do the outputs and numbers in the README and in docs/ come from?  `python -m tests.readme` fills them in.
 
 A table stands between `<!-- NAME -->` and `<!-- end -->`. The output of a block stands after it, below
-`<!-- output -->`; the blocks of a page run one after another. `--outputs PAGE` runs those of a page and writes what they
-print, and with `--real` those that need SmolLM2. Without it only tables are filled in.
+`<!-- output -->`. Tables are always filled in. `--outputs PAGE` also runs the blocks of a page, one after another, and
+writes what they print; with `--real` it runs those that need SmolLM2, too.
 """
 
 import argparse
