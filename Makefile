@@ -120,4 +120,4 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
 clean:
-	rm -rf $(VENV) .venv .venv-tl4 .venv-newest .venv-docs demo-output real-output build
+	rm -rf $(VENV) .venv .venv-tl4 .venv-newest .venv-docs demo-output real-output tutorial-output build

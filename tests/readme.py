@@ -1,16 +1,21 @@
 """Where do the outputs and numbers in the README and in docs/ come from?  `python -m tests.readme` fills them in.
 
 A table stands between `<!-- NAME -->` and `<!-- end -->`. The output of a block stands after it, below
-`<!-- output -->`.
+`<!-- output -->`. Tables are always filled in. `--outputs PAGE` also runs the blocks of a page, one after another, and
+writes what they print; with `--real` it runs those that need SmolLM2, too.
 """
 
+import argparse
 import contextlib
 import io
 import json
 import re
+import tempfile
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-from melbo_lens.studies.reproduction import table
+from melbo_lens.studies.reproduction import CONTROLS, table
 from tests.benchmarks.discovery import summary
 
 ROOT = Path(__file__).parents[1]
@@ -18,7 +23,10 @@ README = ROOT / "README.md"
 BENCHMARKS = ROOT / "tests" / "benchmarks"
 RESULTS = BENCHMARKS / "results.json"
 MARKED = re.compile(r"<!-- ([\w-]+) -->\n((?:(?!<!--).)*)\n<!-- end -->", re.DOTALL)
-BLOCK = re.compile(r"```python\n(.*?)```\n\n<!-- output -->\n```text\n(.*?)```", re.DOTALL)
+BLOCK = re.compile(
+    r"^```python(?: (?P<mark>no-run|real))?\n(?P<code>.*?)^```\n(?:\n<!-- output -->\n```text\n(?P<shown>.*?)^```\n)?",
+    re.MULTILINE | re.DOTALL,
+)
 REPRODUCTION = BENCHMARKS / "reproduction.json"
 REPRODUCTION_REAL = BENCHMARKS / "reproduction-real.json"
 ARCHITECTURES = ROOT / "tests" / "architectures.json"
@@ -32,11 +40,11 @@ SEARCHES = BENCHMARKS / "results-search.json"
 REAL = BENCHMARKS / "results-real.json"
 
 
-def run(code: str) -> str:
-    """What a block prints."""
+def run(code: str, names: dict[str, Any] | None = None) -> str:
+    """What a block prints, which finds and leaves the names of the blocks before it."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        exec(compile(code, "README.md", "exec"), {})
+        exec(compile(code, "a page", "exec"), {} if names is None else names)
     return "\n".join(line.rstrip() for line in printed.getvalue().splitlines()) + "\n"
 
 
@@ -115,12 +123,18 @@ def benchmark() -> str:
 
 
 def reproduction(file: Path = REPRODUCTION) -> str:
-    """The table of the post's results."""
+    """The table of the post's results, with what each claim asks for."""
     results = json.loads(file.read_text())
-    rows = table(results)
-    lines = [
-        f"| {' | '.join(row)} |" for row in (rows.columns, ["---"] * len(rows.columns), *rows.itertuples(index=False))
-    ]
+    rows = table(results).drop(columns="holds").to_dict("records")
+    required = ""
+    for row, said in zip(rows, results["rows"], strict=True):
+        row |= {control: row[control] or "–" for control in CONTROLS}
+        required = required if said["required"] == "the same" else said["required"]
+        if said["experiment"].startswith("backdoor"):
+            row["95 % interval"] += f" of {said['scores'][0]['n']}"
+        row["seconds"] += " s"
+        row |= {"holds if": required, "holds": "yes" if said["holds"] else "NO"}
+    lines = [f"| {' | '.join(row)} |" for row in (rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows))]
     return "\n".join(lines)
 
 
@@ -252,14 +266,40 @@ def pages() -> list[Path]:
 
 
 def filled(text: str) -> str:
-    """A page with outputs and numbers of now."""
-    text = BLOCK.sub(
-        lambda found: found[0].replace(found[2], run(found[1])) if found[2] else found[0][:-3] + run(found[1]) + "```",
-        text,
-    )
+    """A page with the numbers of the last measurements."""
     return MARKED.sub(lambda found: f"<!-- {found[1]} -->\n{TABLES[found[1]]()}\n<!-- end -->", text)
 
 
-if __name__ == "__main__":
+def with_outputs(text: str, marks: Iterable[str | None] = (None,)) -> str:
+    """A page with what its blocks print now; only those with one of these marks are run, in a scratch folder."""
+    names: dict[str, Any] = {}
+
+    def renewed(found: re.Match[str]) -> str:
+        if found["mark"] not in marks:
+            return found[0]
+        printed = run(found["code"], names)
+        if found["shown"] is None:
+            return found[0]
+        before, after = found.start("shown") - found.start(), found.end("shown") - found.start()
+        return found[0][:before] + printed + found[0][after:]
+
+    with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch):
+        return BLOCK.sub(renewed, text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--outputs", nargs="+", default=[], metavar="PAGE", help="names of pages, as in tutorial.md")
+    parser.add_argument("--real", action="store_true", help="run the blocks of these pages that need SmolLM2, too")
+    asked = parser.parse_args()
+    if unknown := set(asked.outputs) - {page.name for page in pages()}:
+        parser.error(f"there is no page {', '.join(sorted(unknown))}")
     for page in pages():
-        page.write_text(filled(page.read_text()))
+        text = page.read_text()
+        if page.name in asked.outputs:
+            text = with_outputs(text, (None, "real") if asked.real else (None,))
+        page.write_text(filled(text))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,7 @@
 """Does what the pages of docs/ say still hold?  Their blocks run, their tables are those of the last measurements."""
 
 import ast
+import json
 import re
 
 import pytest
@@ -44,6 +45,69 @@ def test_blocks_that_do_not_run_are_few_and_name_what_exists():
 def test_the_tables_of_a_page_are_those_of_the_last_measurements(page):
     for name, shown in readme.MARKED.findall(page.read_text()):
         assert shown == readme.TABLES[name](), f"{page.name}: run python -m tests.readme to renew {name}"
+
+
+@pytest.mark.parametrize("page", readme.pages(), ids=lambda page: page.name)
+def test_a_page_with_outputs_shows_what_each_of_its_blocks_prints(page):
+    blocks = [block for block in readme.BLOCK.finditer(page.read_text()) if block["mark"] != "no-run"]
+    if any(block["shown"] is not None for block in blocks):
+        printing = [block for block in blocks if "print(" in block["code"]]
+        assert [block["code"] for block in printing if not (block["shown"] or "").strip()] == []
+
+
+PAGE = """```python
+a = 2
+```
+
+```python
+print(a + {number})
+```
+
+<!-- output -->
+```text
+{shown}
+```
+
+```python real
+raise SystemExit
+```
+
+<!-- output -->
+```text
+of another day
+```
+"""
+
+
+def test_outputs_are_those_of_the_blocks_one_after_another():
+    assert readme.with_outputs(PAGE.format(number=3, shown="4")) == PAGE.format(number=3, shown="5")
+
+
+def test_the_table_of_the_posts_results_says_what_a_claim_asks_for_and_what_was_not_measured(tmp_path):
+    claims = {
+        "experiment": "backdoors",
+        "what": "vectors",
+        "post": "",
+        "holds": False,
+        "median": 1 / 64,
+        "least": 0.0,
+        "most": 3 / 64,
+        "interval": [0.0, 5 / 64],
+        "unsteered": 0.0,
+        "random": 0.0,
+        "covariance": None,
+        "twin": 0.0,
+        "seconds": 8.2,
+        "scores": [{"n": 64}],
+    }
+    rows = [{**claims, "required": "median at least 2"}, {**claims, "required": "the same", "holds": True}]
+    (tmp_path / "results.json").write_text(json.dumps({"rows": rows}))
+    _, _, first, second = readme.reproduction(tmp_path / "results.json").splitlines()
+    assert first == (
+        "| backdoors | vectors |  | 1 of 64 (0 to 3) | 0 to 5 of 64 | 0.0% | 0.0% | – | 0.0% | 8 s | median at least 2 "
+        "| NO |"
+    )
+    assert second == first.replace("NO", "yes")
 
 
 def test_every_table_stands_on_a_page():

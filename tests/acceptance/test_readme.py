@@ -11,7 +11,7 @@ TEXT = readme.README.read_text()
 
 
 def test_the_block_runs_and_shows_what_the_readme_shows():
-    ((code, shown),) = readme.BLOCK.findall(TEXT)
+    (code, shown), *_ = ((block["code"], block["shown"]) for block in readme.BLOCK.finditer(TEXT) if block["shown"])
     printed = readme.run(code)
     behaviors = ml.organisms.load("modes").behaviors
 

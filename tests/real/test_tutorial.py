@@ -24,4 +24,8 @@ def test_the_blocks_of_the_tutorial_run_and_show_what_the_page_says(tmp_path, mo
     assert any(shows(text) for text in found.table.example.head(10) for shows in planted.values())
     summary = ml.evaluate(names["scored_on"], names["behaviors"]).summary
     assert (summary.random == 0).all() and (summary.unsteered == 0).all()
-    assert {"report.html", "vector.safetensors", "folder", "vector.json"} <= {path.name for path in tmp_path.iterdir()}
+    assert [path.name for path in tmp_path.iterdir()] == ["tutorial-output"]
+    made = {path.name for path in (tmp_path / "tutorial-output").iterdir()}
+    assert {"report.html", "vector.safetensors", "exported", "vector.json"} <= made
+    twin = names["there"].rows
+    assert not any(twin.text[twin.kind == "steered"].map(shows).any() for shows in planted.values())
