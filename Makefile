@@ -56,7 +56,7 @@ newest:
 
 # the page and the notebooks as a person sees them; needs chromium and chromedriver
 look: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "browser or notebook"
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n logical --dist load -m "browser or notebook"
 
 # the pages in docs/ as a site in build/site, which opens from a disk as well; it reads the sources and runs nothing
 .venv-docs/.installed: requirements-docs.lock
