@@ -376,29 +376,31 @@ def _measures(host: Host, prompts: Prompts, vectors: Perturbation) -> dict[str, 
 def _measures_of_directions(
     host: Host, prompts: Prompts, found: Discovery, chosen: Sequence[tuple[int, int, int]]
 ) -> dict[str, Any]:
-    """The measures of directions of a search, each by itself, since they act at several layers and in several forms.
+    """The measures of directions of a search, form by form, since they act at several layers and in several ways.
 
     What they change is read at the model's end, which all of them reach.
     """
-    each = [sign * found.vectors[trial][vector] for trial, vector, sign in chosen]
-    first, start = _first_of(host, prompts), min(min(one.source_layers) for one in each)
-    changes = [activation_changes(host, first, one, range(start + 1, host.n_layers + 1)) for one in each]
-    batch = tokenize(host, prompts, (each[0].objective or Objective()).target_positions)
-    effects = [target_effects(host, batch, one, host.n_layers, batch.positions) for one in each]
-    known = {(int(row.trial), int(row.vector), int(row.sign)): row.effect for row in found.table.itertuples()}
-    ranked = [
-        rank(one, output_effects(host, batch, one, signs=(1,))).assign(
-            vector=number, cluster=number, effect=known.get(key, math.nan)
-        )
-        for number, (one, key) in enumerate(zip(each, chosen, strict=True))
-    ]
+    joined = list(found.together(chosen))
+    first, start = _first_of(host, prompts), min(min(vectors.source_layers) for _, vectors in joined)
+    batch = tokenize(host, prompts, (joined[0][1].objective or Objective()).target_positions)
+    effect_of = {(int(row.trial), int(row.vector), int(row.sign)): row.effect for row in found.table.itertuples()}
+    places, changes, effects, ranked = [], [], [], []
+    for mine, vectors in joined:
+        places += mine
+        changes.append(activation_changes(host, first, vectors, range(start + 1, host.n_layers + 1)))
+        effects.append(target_effects(host, batch, vectors, host.n_layers, batch.positions))
+        table = rank(vectors, output_effects(host, batch, vectors, signs=(1,)))
+        number = table.vector.map(dict(enumerate(mine)))
+        effect = [effect_of.get(chosen[place], math.nan) for place in number]
+        ranked.append(table.assign(vector=number, cluster=number, effect=effect))
+    order = torch.tensor(places, device="cpu").argsort()  # back to that of the chosen
     return {
-        "changes": replace(changes[0], change=torch.cat([one.change for one in changes])),
+        "changes": replace(changes[0], change=torch.cat([one.change for one in changes])[order]),
         "effects": replace(
             effects[0],
-            values=torch.cat([one.values for one in effects]),
-            vectors=tuple(range(len(each))),
-            signs=(1,) * len(each),
+            values=torch.cat([one.values for one in effects])[order],
+            vectors=tuple(range(len(chosen))),
+            signs=(1,) * len(chosen),
         ),
         "ranked": pd.concat(ranked).sort_values(["sink", "kl"], ascending=[True, False], ignore_index=True),
     }

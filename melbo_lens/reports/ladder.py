@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from melbo_lens.evaluation.departures import NATURAL
 from melbo_lens.plots.arrays import Line, Lines
 from melbo_lens.plots.drawing import CONTROL
 from melbo_lens.search.cards import Rate, color_of, short
@@ -21,8 +22,9 @@ def ladder(written: Written) -> pd.DataFrame:
     """Returns one row for each method, pair of layers and radius, which is the norm times the multiple of it.
 
     Returns:
-        The columns of `AT`, n (completions), readable (how many are not noise), changed (how many differ from the
-        unsteered ones), group 0, group 1, ... (how many belong to each of the first groups), and effect (the median).
+        The columns of `AT`, n (completions), readable (how many are natural text, or the unsteered one), changed (how
+        many differ from the unsteered ones), group 0, group 1, ... (how many belong to each of the first groups), and
+        effect (the median).
     """
     facts = written.directions.assign(vector=written.directions.vector.astype(int))
     rows = written.steered.astype({"vector": int}).merge(facts, on=["trial", "vector"], how="left")
@@ -30,7 +32,9 @@ def ladder(written: Written) -> pd.DataFrame:
         rows[name] = (rows[name] * rows.scale).map(lambda value: float(f"{value:.4g}"))
         if rows.groupby(AT[:3], dropna=False)[name].nunique().max() > MOST_RUNGS:  # vectors with norms of their own
             rows[name] = 2 ** ((2 * np.log2(rows[name].clip(lower=1e-30))).round() / 2)
-    rows["readable"], rows["changed"] = rows.change != "noise", rows.change != "same"
+    # what shows a behaviour that was named counts as content, and may be unreadable all the same
+    rows["changed"] = rows.change != "same"
+    rows["readable"] = ~(rows.changed & (rows.natural < NATURAL))
     groups = [f"group {number}" for number in range(min(len(written.groups), MOST_GROUPS))]
     for number, name in enumerate(groups):
         rows[name] = (rows.group == number).fillna(False)

@@ -42,5 +42,11 @@
       });
     },
   });
-  addEventListener("beforeprint", () => [...waiting.keys()].forEach(draw));
+  let opened = [];  // what is folded would be missing on paper
+  addEventListener("beforeprint", () => {
+    [...waiting.keys()].forEach(draw);
+    opened = [...document.querySelectorAll("main details:not([open])")];
+    for (const one of opened) one.open = true;
+  });
+  addEventListener("afterprint", () => { for (const one of opened) one.open = false; });
 }

@@ -41,7 +41,7 @@ from melbo_lens.search.written import Written
 from melbo_lens.tables import seen
 
 HIDDEN_SETTINGS = ("prompt_tokens", "parts", "prompts", "rows", "matched_to", "effects")
-MOST_CARDS, MOST_TRIALS, MOST_NOISE = 40, 1000, 20
+FIRST_CARDS, MOST_CARDS, MOST_TRIALS, MOST_NOISE = 12, 40, 1000, 20  # the cards after the first ones are folded
 SECTIONS = (
     "Findings Map Controls Radii Layers Similarity Tokens Trials Vectors Completions Prompts Settings Limits".split()
 )
@@ -88,7 +88,9 @@ def write_page(findings: Findings, path: str | os.PathLike[str]) -> Path:
         summary=[repr(findings.vectors), repr(findings.completions)] if findings.written is None else [],
         sections=[(name.lower(), name) for name in SECTIONS if has.get(name.lower(), True)],
         words=words(of_several(written.directions)),
-        cards=html(shown),
+        cards=html(shown[:FIRST_CARDS]),
+        more=html(shown[FIRST_CARDS:]),
+        n_more=len(shown[FIRST_CARDS:]),
         n_cards=len(shown),
         chance=html(chance),
         n_chance=len(chance),

@@ -1,7 +1,6 @@
 """What does an unknown model hide?  A search of layers and radii within a time budget finds groups of completions."""
 
 import sys
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -161,9 +160,26 @@ class Discovery:
     def _first(self, n: int) -> list[tuple[int, int, int]]:
         """The trial, vector and sign of the first groups whose vectors have the commonest form among them."""
         rows = [(int(row.trial), int(row.vector), int(row.sign)) for row in self.table.head(n).itertuples()]
-        forms = [_form(self.vectors[trial][vector]) for trial, vector, _ in rows]
-        (common, _), *_ = Counter(forms).most_common()
-        return [row for row, form in zip(rows, forms, strict=True) if form == common]
+        return [rows[place] for place in max(self._by_form(rows), key=len)]
+
+    def together(self, chosen: Sequence[tuple[int, int, int]]) -> Iterator[tuple[list[int], Perturbation]]:
+        """Joins chosen directions as far as they can stand side by side, so that each form needs one pass.
+
+        Args:
+            chosen: a trial, a vector and a sign each.
+
+        Yields:
+            For each form the places of its directions among the chosen, and these, joined in that order.
+        """
+        for places in self._by_form(chosen):
+            yield places, self._vectors([chosen[place] for place in places])
+
+    def _by_form(self, chosen: Sequence[tuple[int, int, int]]) -> list[list[int]]:
+        """The places of chosen directions, apart by form, in the order in which the forms come."""
+        found: dict[tuple[Any, ...], list[int]] = {}
+        for place, (trial, vector, _) in enumerate(chosen):
+            found.setdefault(_form(self.vectors[trial][vector]), []).append(place)
+        return list(found.values())
 
     def _vectors(self, chosen: Sequence[tuple[int, int, int]]) -> Perturbation:
         """Joins chosen vectors, given by trial, vector and sign."""
@@ -337,10 +353,13 @@ def discover(
                 in_rounds(search, methods, SHARE_FOR_EDGE * budget, bar)
             else:
                 as_planned(search, plan, bar)
-        found = Discovery.of(search.outcomes, behaviors, search.edge)
-        if held_out is not None:
-            ends = budget if plan is None else float("inf")
-            _score(found, search, held_out, behaviors or {}, ends)
+            found = Discovery.of(search.outcomes, behaviors, search.edge)
+            if held_out is not None:
+                bar.set_postfix_str("held-out prompts")
+                ends = budget if plan is None else float("inf")
+                _score(found, search, held_out, behaviors or {}, ends)
+            if plan is None:
+                bar.update(bar.total - bar.n)  # the rest of the budget is too short for anything more
     settings = {
         "budget": budget,
         "seed": seed,

@@ -3,8 +3,10 @@
 Nothing in the page may run a model's text or ask for anything.
 """
 
+import base64
 import io
 import json
+import re
 import time
 from importlib.resources import files
 from urllib.parse import quote
@@ -52,7 +54,9 @@ def found(tmp_path_factory):
     plan = ml.make_plan(organism.model, prompt)[1:6]
     found = ml.discover(organism.model, prompt, plan=plan, progress=False)
     findings = ml.Findings.of_discovery(organism.model, prompt, found, title="A search")
-    return ml.report(findings, path=tmp_path_factory.mktemp("search") / "report.html"), found
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("melbo_lens.reports.page.FIRST_CARDS", 1)
+        return ml.report(findings, path=tmp_path_factory.mktemp("search") / "report.html"), found
 
 
 @pytest.fixture
@@ -204,7 +208,7 @@ def test_a_point_of_the_map_says_what_it_is_and_leads_to_its_card(search, found)
         "const box = document.getElementById('plane'), tip = document.getElementById('tip');"
         " const { left, top, width, height } = box.getBoundingClientRect();"
         " for (let y = 5; y < height; y += 10) for (let x = 5; x < width; x += 10) {"
-        "   const where = { clientX: left + x, clientY: top + y };"
+        "   const where = { clientX: Math.round(left + x), clientY: Math.round(top + y) };"  # a click has whole pixels
         "   box.dispatchEvent(new PointerEvent('pointermove', where));"
         "   if (!tip.hidden) { box.dispatchEvent(new MouseEvent('click', where));"
         "     return [tip.textContent, location.hash]; } }"
@@ -290,11 +294,20 @@ def test_axe_finds_no_serious_fault(search, dark, width):
     assert found == []
 
 
-def test_it_prints_every_card_and_every_figure(search, tmp_path):
-    import base64
+def test_cards_after_the_first_ones_are_folded_and_open_for_whoever_is_led_there(search):
+    opened = "document.getElementById('group-1').closest('details').open"
+    assert search.run("return document.getElementById('group-0').closest('details')") is None
+    assert search.run(f"return {opened}") is False
+    search.run("location.hash = '#group-1'")
+    search.wait(f"{opened} && Math.abs(document.getElementById('group-1').getBoundingClientRect().top) < 200")
+
+
+def test_it_prints_every_card_and_every_figure(search, found):
+    from pypdf import PdfReader
 
     printed = search.driver.execute_cdp_cmd("Page.printToPDF", {"printBackground": True})
-    assert len(base64.b64decode(printed["data"])) > 30_000
+    text = " ".join(page.extract_text() for page in PdfReader(io.BytesIO(base64.b64decode(printed["data"]))).pages)
+    assert len(re.findall(r"nats\s+a\s+token\s+\(the\s+limit", text)) == len(found[1].table) > 1  # a line of each card
     n = search.run("return document.querySelectorAll('.plotly-graph-div').length")
     search.wait(f"document.querySelectorAll('.js-plotly-plot .main-svg').length >= {n}")
 

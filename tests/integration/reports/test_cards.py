@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import melbo_lens as ml
+from melbo_lens.reports.ladder import ladder
 from melbo_lens.search.cards import Rate, cards_of, different, html, in_a_notebook, nats, percent, words
 from melbo_lens.search.groups import promise
 from melbo_lens.search.looks import Look, look
@@ -151,6 +152,7 @@ def test_what_shows_a_behaviour_that_was_given_is_not_noise_however_improbable()
     found = written(behaviors={"letters": "qz|zq"})
     assert found.shares == pytest.approx({"nothing": 2 / 6, "wording": 1 / 6, "content": 3 / 6, "noise": 0})
     assert found.groups.set_index("behavior").change["letters"] == "content"
+    assert ladder(found).readable.sum() == ladder(written()).readable.sum() == 10  # two of twelve are unreadable
     # no new words in this table, but for cheese: a behaviour's score is that of its words and their surprise
     rows = pd.DataFrame({"change": "content", "new_words": 0.5, "surprise": 4.0, "natural": -7.0}, index=[0])
     assert promise(rows.assign(behavior="letters"))[0] == 2.0

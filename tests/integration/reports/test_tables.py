@@ -26,8 +26,9 @@ VECTORS = ml.SteeringVectors(torch.eye(3), 1)
 
 def of(directions, steered):
     """Directions are (trial, vector, source layer, radius, effect), completions (trial, vector, scale, change, row)."""
+    natural = {"noise": -7.0}
     rows = [
-        ("steered", trial, vector, 1, scale, 0, 0, "p", change, change, 0.5, 5.0, -0.1, group)
+        ("steered", trial, vector, 1, scale, 0, 0, "p", change, change, 0.5, 5.0, natural.get(change, -0.1), group)
         for trial, vector, scale, change, group in steered
     ]
     facts = [(t, v, "melbo", source, 3, radius, radius / 8, effect) for t, v, source, radius, effect in directions]
