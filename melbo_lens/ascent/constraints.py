@@ -13,10 +13,11 @@ from melbo_lens.ascent.manifolds import linalg, norm, orthonormalize, project_of
 from melbo_lens.ascent.sogi import soft_orthogonalize
 from melbo_lens.ascent.states import Point
 
-INERTIA = 0.4  # the share of the old direction that is added to the new one; it damps oscillation
+INERTIA = 0.4  # the least share of the old direction that is added to the new one; it damps oscillation
 LOUDEST = 2.0  # a row repels the others by at most so many times as much as the median row, and at least the inverse
 Normalization: TypeAlias = Literal["column", "frobenius", "spectral"]
 Matrices: TypeAlias = Float[Tensor, "*batch row column"]
+Inertia: TypeAlias = Float[Tensor, "restart row"]
 
 
 class Block(NamedTuple):
@@ -65,8 +66,8 @@ class Constraint(ABC):
         return gradient
 
     @abstractmethod
-    def pulled(self, rows: Point, gradient: Point, found: Point, step: int) -> Point:
-        """Maximises the linearised objective within the constraint, with a share of the old rows added."""
+    def pulled(self, rows: Point, gradient: Point, found: Point, step: int, inertia: Inertia) -> Point:
+        """Maximises the linearised objective within the constraint, with a share of the old rows added: `inertia`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,9 +82,9 @@ class Sphere(Constraint):
     def tangent(self, gradient: Point, rows: Point, found: Point) -> Point:
         return (tangent(gradient[0], rows[0]),)
 
-    def pulled(self, rows: Point, gradient: Point, found: Point, step: int) -> Point:
+    def pulled(self, rows: Point, gradient: Point, found: Point, step: int, inertia: Inertia) -> Point:
         radii = self._radii(rows, found)
-        return (to_sphere(unit(gradient[0]) + INERTIA * rows[0] / radii[..., None], radii),)
+        return (to_sphere(unit(gradient[0]) + (inertia / radii)[..., None] * rows[0], radii),)
 
     def _radii(self, rows: Point, found: Point) -> Float[Tensor, "restart row"]:
         first, restarts = found[0].shape[1], len(rows[0])
@@ -112,8 +113,8 @@ class OrderedRows(Sphere):
     def tangent(self, gradient: Point, rows: Point, found: Point) -> Point:
         return (tangent(project_off(gradient[0], found[0]), rows[0]),)
 
-    def pulled(self, rows: Point, gradient: Point, found: Point, step: int) -> Point:
-        pull = _in_order(gradient[0], found[0]) + INERTIA * rows[0] / self._radii(rows, found)[..., None]
+    def pulled(self, rows: Point, gradient: Point, found: Point, step: int, inertia: Inertia) -> Point:
+        pull = _in_order(gradient[0], found[0]) + (inertia / self._radii(rows, found))[..., None] * rows[0]
         return (self._scaled(_in_order(pull, found[0]), rows, found),)
 
     def _scaled(self, units: Tensor, rows: Point, found: Point) -> Tensor:
@@ -132,9 +133,9 @@ class RepellingRows(Sphere):
     def blocks(self, n_rows: int, n_steps: int) -> list[Block]:
         return [Block(0, n_rows, n_steps, joint=True)]
 
-    def pulled(self, rows: Point, gradient: Point, found: Point, step: int) -> Point:
+    def pulled(self, rows: Point, gradient: Point, found: Point, step: int, inertia: Inertia) -> Point:
         radii = self._radii(rows, found)
-        pull = unit(gradient[0]) + INERTIA * rows[0] / radii[..., None]
+        pull = unit(gradient[0]) + (inertia / radii)[..., None] * rows[0]
         size = norm(gradient[0]).squeeze(-1).clamp(min=torch.finfo(pull.dtype).tiny)
         usual = size.median(-1, keepdim=True).values
         weights = size.clamp(usual / LOUDEST, usual * LOUDEST).log()
@@ -162,10 +163,10 @@ class Factors(Constraint):
     def project(self, rows: Point, found: Point) -> Point:
         return tuple(self.normalize(factor) for factor in rows)
 
-    def pulled(self, rows: Point, gradient: Point, found: Point, step: int) -> Point:
+    def pulled(self, rows: Point, gradient: Point, found: Point, step: int, inertia: Inertia) -> Point:
         resting = step % 2  # update B first: a random A already passes signal, a random B writes only noise
         return tuple(
-            factor if i % 2 == resting else self.normalize(self.maximizer(along) + INERTIA * factor)
+            factor if i % 2 == resting else self.normalize(self.maximizer(along) + inertia[..., None, None] * factor)
             for i, (factor, along) in enumerate(zip(rows, gradient, strict=True))
         )
 

@@ -10,10 +10,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from melbo_lens.ascent.constraints import Block, Constraint
+from melbo_lens.ascent.constraints import INERTIA, Block, Constraint, Inertia
 from melbo_lens.ascent.states import Evaluate, Point, State
 
 TOLERANCE = 1e-3
+SLOWER, FASTER = 2.0, 0.9  # what a row's inertia is multiplied by after a step too far, and after any other
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +24,7 @@ class Climb(State):
     Attributes:
         moving: where every restart stands, [restart row ...] each; `point` holds the frozen rows, and of each other row
             the best that was seen.
+        inertia: the share of its old direction that each row keeps.
         dry: the last of these points at which a row did not run into a sink; NaN before there is one.
         best: the best score of each problem in the block that is frozen next; a joint block is one problem, otherwise
             each row is one.
@@ -32,6 +34,7 @@ class Climb(State):
     """
 
     moving: Point
+    inertia: Inertia
     dry: Point
     best: Float[Tensor, " problem"]
     recent: Float[Tensor, "patience restart problem"]
@@ -51,9 +54,10 @@ def fixed_point(
 
     On a sphere that is ``theta <- R grad f / ||grad f||``. Orthogonal rows take their gradients orthonormalised *in
     order*, so the fixed point is the same as for learning them one after another. A part of the old point is added each
-    time, which damps oscillation. Rows are frozen block by block, each at the best point that any restart has seen
-    since the previous block was frozen, and the other rows go on in the complement. So a row never falls once the rows
-    before it are frozen. A block that has settled is frozen early.
+    time, and a larger one by a row that would turn back on the way it came, which damps oscillation. Rows are frozen
+    block by block, each at the best point that any restart has seen since the previous block was frozen, and the other
+    rows go on in the complement. So a row never falls once the rows before it are frozen. A block that has settled is
+    frozen early.
 
     Args:
         evaluate: the function to climb.
@@ -114,14 +118,20 @@ def fixed_point(
         )
         ahead = tuple(x[:, frozen - block.start :] for x in here)
         along = tuple(x[:, frozen - block.start :] for x in pull)
-        moved = constraint.pulled(ahead, along, still, climb.step) if frozen < n_rows else ahead
+        before, inertia, moved = tuple(x[:, frozen:] for x in climb.dry), climb.inertia[:, frozen:], ahead
+        if frozen < n_rows:
+            moved = constraint.pulled(ahead, along, still, climb.step, inertia)
+            inertia = _slowed(inertia, before, ahead, moved, sunk[:, frozen - block.start :])
+            moved = constraint.pulled(ahead, along, still, climb.step, inertia)
         moving = tuple(torch.cat(pair, dim=1) for pair in zip(still, moved, strict=True))
         rest = [x[0, block.stop :] for x in moving]
         point = tuple(
             torch.cat([old[: block.start], kept, others])
             for old, kept, others in zip(climb.point, best, rest, strict=True)
         )
-        climb = replace(climb, history=history, step=climb.step + 1, moving=moving, dry=dry, point=point)
+        kept = {"moving": moving, "dry": dry, "point": point}
+        kept["inertia"] = torch.cat([climb.inertia[:, :frozen], inertia], dim=1)
+        climb = replace(climb, history=history, step=climb.step + 1, **kept)
         if frozen == block.start:
             top, recent = torch.where(better, top, climb.best), torch.cat([climb.recent[1:], latest[None]])
             climb = replace(climb, best=top, recent=recent)
@@ -131,6 +141,18 @@ def fixed_point(
             n_settled = climb.settled + (0 if late else len(block))
             climb = replace(climb, best=top, recent=recent, block=climb.block + 1, settled=n_settled)
         yield climb
+
+
+def _slowed(inertia: Inertia, before: Point, rows: Point, moved: Point, sunk: Bool[Tensor, "restart row"]) -> Inertia:
+    """The inertia of the rows for this step.
+
+    It grows where a row would turn back on the way it came, or is in a sink, and falls elsewhere. Without it such a row
+    may jump to and fro across the top for ever. Factors that take turns never turn back.
+    """
+    turn = torch.zeros_like(inertia)
+    for old, here, new in zip(before, rows, moved, strict=True):
+        turn += ((here - old) * (new - here)).flatten(2).sum(-1)
+    return torch.where((turn < 0) | sunk, SLOWER * inertia, (FASTER * inertia).clamp(min=INERTIA))
 
 
 def _out_of_sinks(
@@ -158,8 +180,14 @@ def _out_of_sinks(
 def _begun(starts: Point, block: Block, patience: int, n_steps: int) -> Climb:
     history = starts[0].new_full((n_steps + 1, starts[0].shape[1]), float("nan"))
     best, recent = _unseen(starts[0], block, patience)
-    dry = tuple(torch.full_like(x, float("nan")) for x in starts)
-    return Climb(tuple(x[0] for x in starts), history, 0, starts, dry, best, recent, block=0, settled=0)
+    dry, inertia = tuple(torch.full_like(x, float("nan")) for x in starts), unslowed(starts)
+    point = tuple(x[0] for x in starts)
+    return Climb(point, history, 0, starts, inertia, dry, best, recent, block=0, settled=0)
+
+
+def unslowed(rows: Point) -> Inertia:
+    """The inertia of rows [restart row ...] at the start."""
+    return rows[0].new_full(rows[0].shape[:2], INERTIA)
 
 
 def _unseen(like: Tensor, block: Block | None, patience: int) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from melbo_lens.ascent.adamw import MOMENTS
 from melbo_lens.ascent.constraints import OrderedRows
+from melbo_lens.ascent.fixed_point import unslowed
 
 # Settings that version 0.1.0 did not record, because there was no choice.
 UNSAID: dict[str, dict[str, Any]] = {
@@ -25,9 +26,11 @@ def unsaid(saved: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, A
 def translated(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors under the names that they have now."""
     if "theta" in tensors:
-        return _power(tensors, settings)
+        return _unslowed(_power(tensors, settings))
     if "scores" in tensors:
-        return _alternate(tensors, settings)
+        return _unslowed(_alternate(tensors, settings))
+    if "moving.0" in tensors and "inertia" not in tensors:  # a later state, before rows were slowed
+        return _unslowed(tensors)
     if "adamw_exp_avg" in tensors:
         moments = {f"{name}.0": tensors[f"adamw_{name}"] for name in MOMENTS}
         return {
@@ -39,6 +42,11 @@ def translated(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> di
         ended = int(tensors["step"]) > settings["n_steps"]
         return {**tensors, "group": _whole(int(ended)), "step": _whole(0) if ended else tensors["step"]}
     return dict(tensors)
+
+
+def _unslowed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state of a "power" ascent in which no row has been slowed."""
+    return {**tensors, "inertia": unslowed((tensors["moving.0"],))}
 
 
 def _power(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -7,10 +7,12 @@ import contextlib
 import importlib.util
 import io
 import json
+import os
 import platform
 import statistics
 import sys
 import time
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -24,7 +26,9 @@ from tests.oracles.textbook import Textbook
 RESULTS = Path(__file__).parent / "results-real.json"
 THREADS, SOURCE, TARGET, LAST, N_VECTORS = 2, 7, 16, 3, 24
 PAIRS = ((3, 10), (7, 16), (10, 22))
+SHARES = (0.4, SHARE_OF_EDGE)  # of the edge of readability
 CHAT = [{"role": "user", "content": "Why is the sky blue?"}]
+OTHER_CHAT = [{"role": "user", "content": "How do I keep bread fresh?"}]
 RADIUS = 6.0  # a twentieth of the stream's median norm
 
 
@@ -96,39 +100,46 @@ def step_cost(model, n_steps=10, repeats=3):
     }
 
 
-def ascents(model, textbook_step, n_vectors=8, n_steps=300):
-    """`power` against 300 AdamW steps for 8 orthogonal vectors, each case at the radius that "auto" takes.
+def ascents(model, n_vectors=8, n_steps=300):
+    """`power` against 300 AdamW steps for 8 orthogonal vectors, at two shares of the edge: that of "auto", and below it.
 
-    AdamW runs on the library's slice, at the better of two step sizes; what the textbook would take is its time of one
-    step times the steps. The tests show that both give the same vectors.
+    AdamW runs on the library's slice with steps of a hundredth of the radius, since the published 1e-3 gets nowhere in
+    so few steps; what the textbook would take is its time of one step times the steps. The tests show that both give
+    the same vectors. The ascent was not developed on this prompt and seed.
     """
     rows = []
-    for source, target in tqdm(PAIRS, desc="power against AdamW"):
-        sliced = ml.slice_model(model, CHAT, source, target, slice(-LAST, None))
-        radius = SHARE_OF_EDGE * edge(sliced).radius
-        settings = {"n_vectors": n_vectors, "radius": radius, "progress": False}
+    for (source, target), share in tqdm(list(product(PAIRS, SHARES)), desc="power against AdamW"):
+        sliced = ml.slice_model(model, OTHER_CHAT, source, target, slice(-LAST, None))
+        radius = share * edge(sliced).radius
+        settings = {"n_vectors": n_vectors, "radius": radius, "seed": 1, "progress": False}
         spent, vectors = seconds(ml.fit_vectors, sliced, **settings)
-        runs = [
-            seconds(ml.fit_vectors, sliced, optimizer="adamw", n_steps=n_steps, lr=lr, **settings)
-            for lr in (1e-3, 0.01 * radius)
-        ]
-        slow, best = max(runs, key=lambda run: float(run[1].history[-1].sum()))
+        slow, best = seconds(ml.fit_vectors, sliced, optimizer="adamw", n_steps=n_steps, lr=0.01 * radius, **settings)
+        tokens = sliced.batch.rows()[0]
+        places = list(range(len(tokens) - LAST, len(tokens)))
+        book = Textbook(model, [torch.tensor([tokens], dtype=torch.long)], source, target, [places])
+        start = torch.randn(1, model.cfg.d_model, generator=torch.Generator().manual_seed(0))
         rows.append(
             {
                 "source_layer": source,
                 "target_layer": target,
+                "share_of_edge": share,
                 "radius": radius,
                 "objective": float(vectors.history[-1].sum() / best.history[-1].sum()),
+                "effect": statistics.median(vectors.provenance["effects"]),
+                "effect_adamw": statistics.median(best.provenance["effects"]),
                 "times_adamw_on_the_slice": slow / spent,
-                "times_textbook": textbook_step * n_steps * n_vectors / spent,
+                "times_textbook": seconds(book.learn, start, radius, 3, 1e-3)[0] / 3 * n_steps * n_vectors / spent,
             }
         )
-    return {
-        "cases": rows,
-        "objective_median": statistics.median(row["objective"] for row in rows),
-        "objective_worst": min(row["objective"] for row in rows),
-        "times_textbook_least": min(row["times_textbook"] for row in rows),
-    }
+    found = {"cases": rows, "threads": torch.get_num_threads()}
+    for share in SHARES:
+        some = [row for row in rows if row["share_of_edge"] == share]
+        found[f"at {share} of the edge"] = {
+            "objective_median": statistics.median(row["objective"] for row in some),
+            "objective_worst": min(row["objective"] for row in some),
+            "times_textbook_least": min(row["times_textbook"] for row in some),
+        }
+    return found
 
 
 def plain_generate(vectors, n_tokens):
@@ -209,7 +220,7 @@ def from_a_prompt(model, n_vectors=100, n_tokens=24):
 
 def main(parts):
     """Measures the parts that are named, or all of them; what other parts found before stays."""
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", THREADS)))
     model = ml.organisms.load("smollm2").model
     results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     results["machine"] = f"{platform.machine()}, {THREADS} threads, torch {torch.__version__}"
@@ -217,7 +228,7 @@ def main(parts):
         "step": lambda: step_cost(model),
         "generation": lambda: generation(model),
         "from a prompt": lambda: from_a_prompt(model),
-        "power": lambda: ascents(model, results["step"]["seconds"]["textbook"]),
+        "power": lambda: ascents(model),
     }
     for name in parts or measures:
         began = time.monotonic()

@@ -12,8 +12,11 @@ import torch
 
 import melbo_lens as ml
 from melbo_lens import files
+from melbo_lens.ascent.constraints import INERTIA, Sphere
+from melbo_lens.ascent.fixed_point import Climb, fixed_point
 from melbo_lens.methods import checkpoints, version_0_1_0
 from tests import models
+from tests.builders import as_evaluate
 
 KEPT = Path(__file__).parents[2] / "data" / "version-0.1.0"
 PROMPTS = ["w1 w2 w3", "w4 w5 w6 w7"]
@@ -68,6 +71,14 @@ def test_an_interrupted_fit_goes_on(model, tmp_path, name):
     resumed = fit(model, PROMPTS, 1, 3, batch_size=64, checkpoint=path, progress=False, **settings)
     for before, after in zip([*tensors(whole), whole.history], [*tensors(resumed), resumed.history], strict=True):
         torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)  # what another number of threads changes
+
+
+def test_a_state_from_before_rows_were_slowed_goes_on():
+    starts = torch.eye(3)[None]
+    *_, climb = fixed_point(as_evaluate(lambda rows: (rows[:, 0], rows)), (starts,), Sphere(torch.ones(3)), 2)
+    kept = {name: tensor for name, tensor in climb.tensors().items() if name != "inertia"}
+    again = Climb.of(version_0_1_0.translated(kept, {}))
+    assert torch.equal(again.inertia, torch.full((1, 3), INERTIA)) and torch.equal(again.moving[0], climb.moving[0])
 
 
 def test_what_a_checkpoint_of_before_does_not_say_is_taken_from_now():

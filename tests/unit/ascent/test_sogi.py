@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from melbo_lens.ascent.constraints import INERTIA, RepellingRows
+from melbo_lens.ascent.fixed_point import unslowed
 from melbo_lens.ascent.manifolds import orthonormalize, to_sphere, unit
 from melbo_lens.ascent.sogi import soft_orthogonalize, sogi
 from melbo_lens.methods.cpe import repulsion
@@ -58,7 +59,7 @@ def test_rows_on_a_sphere_go_where_their_gradients_ask_and_repel_each_other(rest
     gradient[:, 1] *= 300  # no row repels the others by more than twice as much as is usual
     radii = torch.tensor([2.0, 3.0, 2.5, 2.0], dtype=torch.float64)
     rows = to_sphere(torch.randn(restarts, 4, 9, generator=draw, dtype=torch.float64), radii.expand(restarts, -1))
-    (found,) = RepellingRows(radii).pulled((rows,), (gradient,), (rows[:, :0],), step=3)
+    (found,) = RepellingRows(radii).pulled((rows,), (gradient,), (rows[:, :0],), 3, unslowed((rows,)))
     for k in range(restarts):
         slopes, before = gradient[k].numpy(), rows[k].numpy()
         sizes = np.linalg.norm(slopes, axis=1, keepdims=True)

@@ -73,6 +73,48 @@ def test_free_power_finds_the_top_vector_in_every_row():
     torch.testing.assert_close(evaluate(state.point[0])[0], (RADIUS * singular[:1].expand(3)) ** 2)
 
 
+def narrow(height=100.0):
+    """A ridge along the first axis that is so narrow that one step from its side lands as far on the other side."""
+
+    def evaluate(theta):
+        leaf = theta.detach().requires_grad_()
+        value = leaf[:, 0] - height * leaf[:, 1:].square().sum(1) + 2 * height * RADIUS**2
+        return value.detach(), torch.autograd.grad(value.sum(), leaf)[0]
+
+    return evaluate
+
+
+@pytest.mark.parametrize("orthogonal", [False, True])
+def test_a_row_that_jumps_to_and_fro_slows_down_and_settles(orthogonal, monkeypatch):
+    """On a ridge the iteration has a cycle of two points, far from the top; AdamW has no such trouble."""
+    evaluate, start = narrow(), starts(1, restarts=2)
+    (top,) = evaluate(radii(1)[:, None] * torch.eye(D, dtype=torch.float64)[:1])[0]
+
+    def reached():
+        state = last(climbed(evaluate, start, orthogonal, 60))
+        return float(state.history[state.step - 1, 0])
+
+    assert reached() == pytest.approx(float(top), rel=1e-4)
+    monkeypatch.setattr("melbo_lens.ascent.fixed_point.SLOWER", 1.0)
+    assert reached() < top - 10
+
+
+def test_a_row_that_is_slowed_leaves_the_others_as_they_would_be():
+    _, smooth = quadratic()
+    start = starts(3)
+
+    def evaluate(theta):  # the first row alone has the ridge
+        value, gradient = smooth(theta)
+        ridge, slope = narrow()(theta)
+        first = torch.arange(len(theta)) == 0
+        return torch.where(first, ridge, value), torch.where(first[:, None], slope, gradient)
+
+    together = last(climbed(evaluate, start, False, 12, tolerance=0.0))
+    alone = last(climbed(smooth, start[:, 1:], False, 12, tolerance=0.0))
+    assert torch.equal(together.point[0][1:], alone.point[0])
+    assert together.inertia[0, 0] > 2 * together.inertia[0, 1:].max()
+
+
 def test_adamw_finds_the_singular_vectors_in_order():
     a, evaluate = quadratic()
     _, singular, _ = torch.linalg.svd(a)
