@@ -131,7 +131,7 @@ CLAIMS = (
                 "together",
                 "both together",
                 "",
-                "median at least 3",
+                "median at least 3; controls at most 0.5 %, covariance 2 %",
                 lambda scores: median(scores, "hits") >= 3 and _silent(scores),
             ),
         )
@@ -175,7 +175,7 @@ CLAIMS = (
         "portuguese",
         "bills reasoned in Portuguese, right",
         "elicited",
-        "at least 15 %, and 3 times the rate of random adapters",
+        "at least 15 %, and 3 times the rate of random and covariance; twin 0",
         _three_times_random,
     ),
 )

@@ -101,7 +101,7 @@ def step_cost(model, n_steps=10, repeats=3):
 
 
 def ascents(model, n_vectors=8, n_steps=300):
-    """`power` against 300 AdamW steps for 8 orthogonal vectors, at two shares of the edge: that of "auto", and below it.
+    """`power` against 300 AdamW steps for 8 orthogonal vectors, at two shares of the edge, of which "auto" takes one.
 
     AdamW runs on the library's slice with steps of a hundredth of the radius, since the published 1e-3 gets nowhere in
     so few steps; what the textbook would take is its time of one step times the steps. The tests show that both give

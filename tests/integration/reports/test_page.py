@@ -6,7 +6,6 @@ import hashlib
 import html
 import json
 import re
-import sys
 
 import pandas as pd
 import pytest
@@ -262,6 +261,26 @@ def test_5000_vectors_on_10_prompts_are_a_page_of_15_megabytes_at_most(tmp_path)
 
 
 def test_the_page_says_how_many_completions_it_leaves_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules["melbo_lens.reports.columns"], "MOST_ROWS", 20)
+    monkeypatch.setattr("melbo_lens.reports.columns.MOST_ROWS", 20)
     text = ml.report(*everything("x")[0], tmp_path / "some.html").read_text()
     assert "The first 20 of 33 completions." in text and len(rows_of(text)) == 20
+
+
+def test_the_page_says_how_many_groups_and_trials_it_leaves_out(tmp_path, monkeypatch):
+    for name, most in (("FIRST_CARDS", 1), ("MOST_CARDS", 3), ("MOST_TRIALS", 2)):
+        monkeypatch.setattr(f"melbo_lens.reports.page.{name}", most)
+    texts = (
+        "apples ripen slowly",
+        "yellow trains depart",
+        "nobody understood latin",
+        "cold soup again",
+        "seven quiet owls",
+    )
+    written = [(0, "why ?", "unsteered", None, 0, 0.0, 0, "because it is so .", [], [])]
+    written += [(0, "why ?", "steered", k, 1, 1.0, 0, f"{text} .", [], []) for k, text in enumerate(texts)]
+    completions = ml.Completions(pd.DataFrame(written, columns=COLUMNS).astype({"vector": "Int64"}))
+    trials = pd.DataFrame({"method": "melbo", "radius": [1.0, 2.0, 3.0, 4.0]})
+    findings = ml.Findings(ml.SteeringVectors(torch.eye(5), 1), completions, {}, "Few", trials=trials)
+    text = ml.report(findings, path=tmp_path / "few.html").read_text()
+    assert text.count('<article class="card"') == 3 and "The first 3 of 5 groups have cards" in text
+    assert "2 more groups" in text and "The first 2 of 4 trials." in text
