@@ -118,11 +118,13 @@ def fixed_point(
         )
         ahead = tuple(x[:, frozen - block.start :] for x in here)
         along = tuple(x[:, frozen - block.start :] for x in pull)
-        before, inertia, moved = tuple(x[:, frozen:] for x in climb.dry), climb.inertia[:, frozen:], ahead
+        moved, inertia = ahead, climb.inertia[:, frozen:]
         if frozen < n_rows:
             moved = constraint.pulled(ahead, along, still, climb.step, inertia)
-            inertia = _slowed(inertia, before, ahead, moved, sunk[:, frozen - block.start :])
-            moved = constraint.pulled(ahead, along, still, climb.step, inertia)
+            came = tuple(x[:, frozen:] for x in climb.dry)
+            slowed = _slowed(inertia, came, ahead, moved, sunk[:, frozen - block.start :])
+            if not torch.equal(slowed, inertia):
+                inertia, moved = slowed, constraint.pulled(ahead, along, still, climb.step, slowed)
         moving = tuple(torch.cat(pair, dim=1) for pair in zip(still, moved, strict=True))
         rest = [x[0, block.stop :] for x in moving]
         point = tuple(
@@ -143,14 +145,14 @@ def fixed_point(
         yield climb
 
 
-def _slowed(inertia: Inertia, before: Point, rows: Point, moved: Point, sunk: Bool[Tensor, "restart row"]) -> Inertia:
-    """The inertia of the rows for this step.
+def _slowed(inertia: Inertia, came: Point, rows: Point, moved: Point, sunk: Bool[Tensor, "restart row"]) -> Inertia:
+    """The inertia of the rows for this step; `came` is where they stood before.
 
-    It grows where a row would turn back on the way it came, or is in a sink, and falls elsewhere. Without it such a row
-    may jump to and fro across the top for ever. Factors that take turns never turn back.
+    It grows where a row would turn back on the way that it came, or is in a sink, and falls elsewhere. If it stayed the
+    same, such a row might jump to and fro across the top for ever. Factors that take turns never turn back.
     """
     turn = torch.zeros_like(inertia)
-    for old, here, new in zip(before, rows, moved, strict=True):
+    for old, here, new in zip(came, rows, moved, strict=True):
         turn += ((here - old) * (new - here)).flatten(2).sum(-1)
     return torch.where((turn < 0) | sunk, SLOWER * inertia, (FASTER * inertia).clamp(min=INERTIA))
 
