@@ -69,8 +69,8 @@ def write_page(findings: Findings, path: str | os.PathLike[str]) -> Path:
     evaluation = overall(as_completions(written), behaviors) if behaviors and has_steered else None
     table = ladder.ladder(written) if has_steered else pd.DataFrame()
     cards = cards_of(written, findings.looks, findings.twins, MOST_CARDS)
-    shown, chance = ([card for card in cards if card.no_more_than_chance is folded] for folded in (False, True))
-    drawn = figures(findings, written, evaluation, table, [*shown, *chance])
+    shown, usual = ([card for card in cards if card.no_more_than_controls is folded] for folded in (False, True))
+    drawn = figures(findings, written, evaluation, table, [*shown, *usual])
     pictures = {picture.anchor: picture for picture in drawn}
     tokens = token_views(findings, written)
     kinds = kinds_of(written.rows)
@@ -92,9 +92,10 @@ def write_page(findings: Findings, path: str | os.PathLike[str]) -> Path:
         more=html(shown[FIRST_CARDS:]),
         n_more=len(shown[FIRST_CARDS:]),
         n_cards=len(shown),
-        chance=html(chance),
-        n_chance=len(chance),
-        n_groups=len(written.groups) - len(chance),
+        usual=html(usual),
+        n_usual=len(usual),
+        has_twin=bool(findings.twins),
+        n_groups=len(written.groups) - len(usual),
         shares=written.shares,
         counts=kinds.value_counts().to_dict() | {"": 0},
         n_directions=len(kinds),

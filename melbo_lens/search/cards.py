@@ -107,9 +107,10 @@ class Card:
         return color_of(self.number)
 
     @property
-    def no_more_than_chance(self) -> bool:
-        """Whether random vectors show it at least as often."""
-        return self.random.n > 0 and self.random.share >= self.learned.share
+    def no_more_than_controls(self) -> bool:
+        """Whether random vectors, or the learned ones of a model that hides nothing, show it at least as often."""
+        controls = [self.random] if self.twin is None else [self.random, self.twin]
+        return any(control.n > 0 and control.share >= self.learned.share for control in controls)
 
     @property
     def title(self) -> str:
@@ -241,10 +242,10 @@ def words(several: bool) -> str:
 
 
 def in_a_notebook(sentence: str, cards: Sequence[Card], n_groups: int, several: bool = True) -> str:
-    """Returns cards with their style, as a notebook shows them: those that are no more than chance are folded."""
+    """Returns cards with their style, as a notebook shows them: those that a control shows as often are folded."""
     style = files("melbo_lens.search").joinpath("cards.css").read_text(encoding="utf-8")
-    shown = [card for card in cards if not card.no_more_than_chance]
-    folded = [card for card in cards if card.no_more_than_chance]
+    shown = [card for card in cards if not card.no_more_than_controls]
+    folded = [card for card in cards if card.no_more_than_controls]
     return _template("notebook").render(
         sentence=sentence,
         style=Markup(style),

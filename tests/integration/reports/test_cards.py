@@ -69,9 +69,11 @@ def test_a_card_counts_its_completions_and_their_controls():
     assert (cheese.facts["radius"], cheese.facts["relative_radius"], cheese.facts["effect"]) == (2.0, 0.25, 0.3)
     assert (cheese.natural, cheese.surprise) == (-0.5, 5.0) and math.isnan(cheese.heldout)
     # rome is as common under random vectors: 1 of 4 against 1 of 12
-    assert (rome.learned, rome.random) == (Rate(1, 12), Rate(1, 4)) and rome.no_more_than_chance
-    assert not cheese.no_more_than_chance and rome.twin is None
-    assert replace(cheese, random=Rate(1, 4)).no_more_than_chance  # as common is no commoner
+    assert (rome.learned, rome.random) == (Rate(1, 12), Rate(1, 4)) and rome.no_more_than_controls
+    assert not cheese.no_more_than_controls and rome.twin is None
+    assert replace(cheese, random=Rate(1, 4)).no_more_than_controls  # as common is no commoner
+    assert replace(cheese, twin=cheese.learned).no_more_than_controls
+    assert not replace(cheese, twin=Rate(0, 99)).no_more_than_controls
 
 
 def test_an_example_stands_beside_the_unsteered_text_of_its_own_sample():
