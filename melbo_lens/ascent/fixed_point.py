@@ -14,7 +14,8 @@ from melbo_lens.ascent.constraints import INERTIA, Block, Constraint, Inertia
 from melbo_lens.ascent.states import Evaluate, Point, State
 
 TOLERANCE = 1e-3
-SLOWER, FASTER = 2.0, 0.9  # what a row's inertia is multiplied by after a step too far, and after any other
+SLOWER, FASTER = 2.0, 0.9  # what a row's inertia is multiplied by where the row would turn back, and elsewhere
+HEAVIEST = 32.0  # the largest inertia
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,13 +149,14 @@ def fixed_point(
 def _slowed(inertia: Inertia, came: Point, rows: Point, moved: Point, sunk: Bool[Tensor, "restart row"]) -> Inertia:
     """The inertia of the rows for this step; `came` is where they stood before.
 
-    It grows where a row would turn back on the way that it came, or is in a sink, and falls elsewhere. If it stayed the
-    same, such a row might jump to and fro across the top for ever. Factors that take turns never turn back.
+    It grows where a row would turn back on the way that it came, and falls elsewhere. If it stayed the same, such a row
+    might jump to and fro across the top for ever. A row in a sink goes back for another reason, and factors that take
+    turns don't turn back.
     """
     turn = torch.zeros_like(inertia)
     for old, here, new in zip(came, rows, moved, strict=True):
         turn += ((here - old) * (new - here)).flatten(2).sum(-1)
-    return torch.where((turn < 0) | sunk, SLOWER * inertia, (FASTER * inertia).clamp(min=INERTIA))
+    return torch.where((turn < 0) & ~sunk, SLOWER * inertia, FASTER * inertia).clamp(INERTIA, HEAVIEST)
 
 
 def _out_of_sinks(

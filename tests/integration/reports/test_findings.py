@@ -180,7 +180,5 @@ def test_a_twin_of_a_search_is_counted_on_the_cards(tmp_path):
     assert f"<dt>Twin model</dt><dd>{k} of {n} (" in page and "no twin was measured" not in page
     page = ml.report(ml.Findings.of_trials(found, twin=found), path=tmp_path / "alike.html").read_text()
     assert "No group of completions is commoner under the vectors than under random ones, and than in the twin" in page
-    assert (
-        f"<summary>{len(found.table)} groups are no commoner than under random vectors of equal norm, or" in page
-    )
+    assert f"<summary>{len(found.table)} groups are no commoner than under random vectors of equal norm, or" in page
     assert sum(found.shares.values()) == pytest.approx(1)

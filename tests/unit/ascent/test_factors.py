@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from melbo_lens.ascent.adamw import Descent, adamw
-from melbo_lens.ascent.constraints import NORMALIZATIONS
+from melbo_lens.ascent.constraints import INERTIA, NORMALIZATIONS
 from melbo_lens.ascent.fixed_point import Climb, fixed_point
 from melbo_lens.ascent.states import Evaluation
 
@@ -121,3 +121,10 @@ def test_an_interrupted_ascent_goes_on_where_it_was(ascent):
         assert torch.equal(rest[-1].tensors()[name].nan_to_num(-1), tensor.nan_to_num(-1)), name
     for name, tensor in kept.items():  # a state that was yielded is never written to
         assert torch.equal(whole[4].tensors()[name].nan_to_num(-1.0), tensor.nan_to_num(-1.0)), name
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_factors_that_take_turns_do_not_turn_back(how):
+    start = gaussian(2, 3, 5), gaussian(2, 4, 3, seed=1)
+    states = list(alternate(bilinear(gaussian(4, 5, seed=2)), start, how, 30, tolerance=0.0))
+    assert len(states) == 31 and all((state.inertia == INERTIA).all() for state in states)

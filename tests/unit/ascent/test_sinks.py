@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from melbo_lens.ascent.constraints import Columns, OrderedRows, Sphere
+from melbo_lens.ascent.constraints import INERTIA, Columns, OrderedRows, Sphere
 from melbo_lens.ascent.fixed_point import Climb, fixed_point
 from melbo_lens.ascent.states import Evaluation
 
@@ -11,14 +11,14 @@ D = 6
 STRETCH = torch.tensor([3.0, 2.0, 1.5, 1.0, 0.5, 0.1])
 
 
-def with_sink(depth, edge=0.8):
+def with_sink(depth, edge=0.8, stretch=STRETCH):
     """A quadratic form over the sphere, and a pit of huge values around its top: beyond `edge` along the first axis."""
 
     def evaluate(point, first=0):
         rows = point[0][:, first:].flatten(2)[..., :D]
         sunk = rows[..., 0].abs() > edge * rows.norm(dim=-1)
-        value = (STRETCH * rows.square()).sum(-1) * torch.where(sunk, depth, 1.0)
-        gradient = 2 * STRETCH * rows * torch.where(sunk, depth, 1.0)[..., None]
+        value = (stretch * rows.square()).sum(-1) * torch.where(sunk, depth, 1.0)
+        gradient = 2 * stretch * rows * torch.where(sunk, depth, 1.0)[..., None]
         whole = torch.zeros_like(point[0][:, first:])
         whole.flatten(2)[..., :D] = gradient
         rest = tuple(torch.zeros_like(x[:, first:]) for x in point[1:])
@@ -76,3 +76,15 @@ def test_factors_come_back_too():
     begin = (torch.randn(1, 2, D, 1, generator=torch.Generator().manual_seed(1)), torch.ones(1, 2, 1, 1))
     *_, climb = fixed_point(with_sink(1e6), begin, Columns(), 60)
     assert (climb.point[0][:, 0, 0].abs() <= 0.8 + 1e-5).all()
+
+
+def test_a_row_that_begins_in_a_sink_leaves_it_by_the_usual_steps():
+    begin = torch.tensor([[[0.9, 0.436, 0, 0, 0, 0]]])
+    stretch = torch.tensor([1.0, 3.0, 1, 1, 1, 1])
+    *_, climb = fixed_point(with_sink(10.0, stretch=stretch), (begin,), Sphere(torch.ones(1)), 3)
+    expected = begin[0, 0]
+    for _ in range(3):  # the second step starts outside already
+        expected = torch.nn.functional.normalize(
+            torch.nn.functional.normalize(stretch * expected, dim=0) + INERTIA * expected, dim=0
+        )
+    torch.testing.assert_close(climb.point[0][0], expected)

@@ -5,7 +5,7 @@ import torch
 
 from melbo_lens.ascent.adamw import Descent, adamw
 from melbo_lens.ascent.constraints import OrderedRows, Sphere
-from melbo_lens.ascent.fixed_point import Climb, fixed_point
+from melbo_lens.ascent.fixed_point import HEAVIEST, Climb, fixed_point
 from melbo_lens.ascent.manifolds import to_sphere
 from tests.builders import as_evaluate
 
@@ -97,6 +97,11 @@ def test_a_row_that_jumps_to_and_fro_slows_down_and_settles(orthogonal, monkeypa
     assert reached() == pytest.approx(float(top), rel=1e-4)
     monkeypatch.setattr("melbo_lens.ascent.fixed_point.SLOWER", 1.0)
     assert reached() < top - 10
+
+
+def test_however_often_a_row_turns_back_it_stays_finite():
+    state = last(climbed(narrow(1e6), starts(2), False, 400, tolerance=0.0))
+    assert state.inertia.max() <= HEAVIEST and state.point[0].isfinite().all()
 
 
 def test_a_row_that_is_slowed_leaves_the_others_as_they_would_be():
