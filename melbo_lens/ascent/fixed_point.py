@@ -107,12 +107,15 @@ def fixed_point(
 
         # With patience, the best recent score counts, since scores fall and rise again while factors take turns.
         latest = torch.fmax(score, climb.recent[-1]) if constraint.patience > 1 else score
-        settled = bool(((latest - climb.recent[0]).abs() <= tolerance * latest.abs()).all())
+        # a row that was slowed moves so much less
+        stride = (1 + INERTIA) / (1 + climb.inertia[:, block.start : block.stop])
+        stride = stride.amin(1, keepdim=True) if block.joint else stride
+        settled = bool(((latest - climb.recent[0]).abs() <= tolerance * stride * latest.abs()).all())
         late = climb.step >= block.deadline
         frozen = block.stop if settled or late else block.start
         dry, here, pull = climb.moving, active, seen.gradient
         if sunk.any():
-            dry, here, pull = _out_of_sinks(sunk, climb.dry, active, seen.gradient)
+            dry, here, pull = _out_of_sinks(sunk, climb, active, seen.gradient, constraint)
         still = tuple(
             torch.cat([x[:, : block.start], kept.expand(len(x), *kept.shape)], dim=1)[:, :frozen]
             for x, kept in zip(climb.moving, best, strict=True)
@@ -151,7 +154,7 @@ def _slowed(inertia: Inertia, came: Point, rows: Point, moved: Point, sunk: Bool
 
     It grows where a row would turn back on the way that it came, and falls elsewhere. If it stayed the same, such a row
     might jump to and fro across the top for ever. A row in a sink goes back for another reason, and factors that take
-    turns don't turn back.
+    turns don't turn back, except after a sink.
     """
     turn = torch.zeros_like(inertia)
     for old, here, new in zip(came, rows, moved, strict=True):
@@ -160,7 +163,7 @@ def _slowed(inertia: Inertia, came: Point, rows: Point, moved: Point, sunk: Bool
 
 
 def _out_of_sinks(
-    sunk: Bool[Tensor, "restart row"], dry: Point, active: Point, gradient: Point
+    sunk: Bool[Tensor, "restart row"], climb: Climb, active: Point, gradient: Point, constraint: Constraint
 ) -> tuple[Point, Point, Point]:
     """Takes the rows that run into a sink half of the way back to where they last did not.
 
@@ -168,12 +171,14 @@ def _out_of_sinks(
         `Climb.dry`, then the active rows' points and gradients from which the step goes on. A row that goes back has
         its point as its gradient, so that it stays there.
     """
-    first = dry[0].shape[1] - active[0].shape[1]
+    first = climb.dry[0].shape[1] - active[0].shape[1]
     dry = tuple(
-        torch.cat([old[:, :first], _where(~sunk, x, old[:, first:])], dim=1) for x, old in zip(active, dry, strict=True)
+        torch.cat([old[:, :first], _where(~sunk, x, old[:, first:])], dim=1)
+        for x, old in zip(active, climb.dry, strict=True)
     )
     leaving = sunk & ~dry[0][:, first:].flatten(2).isnan().any(-1)
-    back = tuple((x + last[:, first:]) / 2 for x, last in zip(active, dry, strict=True))
+    between = tuple(_where(leaving, (x + last[:, first:]) / 2, x) for x, last in zip(active, dry, strict=True))
+    back = constraint.project(between, tuple(x[:, :first] for x in climb.moving))
     here, pull = (
         tuple(_where(leaving, half, x) for half, x in zip(back, ordinary, strict=True))
         for ordinary in (active, gradient)

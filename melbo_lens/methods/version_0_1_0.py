@@ -1,4 +1,4 @@
-"""How are checkpoints of version 0.1.0 read?  Their tensors are renamed, since its four ascents used other names."""
+"""How are earlier checkpoints read?  Those of version 0.1.0 are renamed, since its four ascents used other names."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -382,7 +382,9 @@ def _measures_of_directions(
     """
     joined = list(found.together(chosen))
     first, start = _first_of(host, prompts), min(min(vectors.source_layers) for _, vectors in joined)
-    batch = tokenize(host, prompts, (joined[0][1].objective or Objective()).target_positions)
+    trial, vector, _ = chosen[0]
+    aim = found.vectors[trial][vector].objective or Objective()  # joined ones, of several targets, have none
+    batch = tokenize(host, prompts, aim.target_positions)
     effect_of = {(int(row.trial), int(row.vector), int(row.sign)): row.effect for row in found.table.itertuples()}
     places, changes, effects, ranked = [], [], [], []
     for mine, vectors in joined:

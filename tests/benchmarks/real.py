@@ -131,7 +131,7 @@ def ascents(model, n_vectors=8, n_steps=300):
                 "times_textbook": seconds(book.learn, start, radius, 3, 1e-3)[0] / 3 * n_steps * n_vectors / spent,
             }
         )
-    found = {"cases": rows, "threads": torch.get_num_threads()}
+    found = {"cases": rows}
     for share in SHARES:
         some = [row for row in rows if row["share_of_edge"] == share]
         found[f"at {share} of the edge"] = {
@@ -223,7 +223,7 @@ def main(parts):
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", THREADS)))
     model = ml.organisms.load("smollm2").model
     results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    results["machine"] = f"{platform.machine()}, {THREADS} threads, torch {torch.__version__}"
+    results["machine"] = f"{platform.machine()}, {THREADS} threads, torch {torch.__version__}"  # each part says its own
     measures = {
         "step": lambda: step_cost(model),
         "generation": lambda: generation(model),
@@ -233,7 +233,10 @@ def main(parts):
     for name in parts or measures:
         began = time.monotonic()
         found = measures[name]()
-        results[name] = found | {"seconds_measured": round(time.monotonic() - began)}
+        results[name] = found | {
+            "threads": torch.get_num_threads(),
+            "seconds_measured": round(time.monotonic() - began),
+        }
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
         print(name, json.dumps(results[name], indent=1), flush=True)
 

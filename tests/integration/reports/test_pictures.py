@@ -22,10 +22,11 @@ def search():
     """A search whose groups were found at two source layers, its prompt, and what was measured of it."""
     organism = ml.organisms.load("modes")
     prompt = organism.prompts["clean"][2]
-    at = {0: (10.5, 14.6), 1: (25.7, 38.5)}  # radii at which each source layer writes something else
+    at = {0: (10.5,), 1: (25.7, 38.5)}  # radii at which each source layer writes something else
     every = ml.make_plan(organism.model, prompt, n_vectors=12)
     first = {source: next(trial for trial in every if trial.source_layer == source) for source in at}
     plan = [replace(first[source], radius=radius) for source in at for radius in at[source]]
+    plan.append(replace(plan[1], target_layer=3, seed=1))  # stands beside those of the same source
     found = ml.discover(organism.model, prompt, plan=plan, progress=False)
     return organism.model, prompt, found, ml.Findings.of_discovery(organism.model, prompt, found)
 
