@@ -99,6 +99,26 @@ def test_a_row_that_jumps_to_and_fro_slows_down_and_settles(orthogonal, monkeypa
     assert reached() < top - 10
 
 
+@pytest.mark.parametrize("constraint", [OrderedRows, Sphere])
+def test_a_slowed_row_has_not_settled_because_its_steps_are_small(constraint):
+    """A slope in one direction, steep walls in five others: what a slowed row gains in a step says little."""
+    generator, one = torch.Generator().manual_seed(0), torch.ones(1, dtype=torch.float64)
+    slope = torch.randn(40, generator=generator, dtype=torch.float64)
+    start = torch.randn(1, 1, 40, generator=generator, dtype=torch.float64)
+    walls = torch.tensor([100.0] * 5 + [0.0] * 35, dtype=torch.float64)
+
+    def evaluate(theta):
+        value = torch.exp(2 * theta @ slope / slope.norm() - theta.square() @ walls / 2)
+        return value, value[:, None] * (2 * slope / slope.norm() - walls * theta)
+
+    def reached(tolerance):
+        state = last(fixed_point(as_evaluate(evaluate), (start,), constraint(one), 400, tolerance))
+        return state.step, float(state.history[state.step - 1, 0])
+
+    (steps, settled), (_, best) = reached(1e-3), reached(0.0)
+    assert steps < 200 and settled > 0.997 * best
+
+
 def test_however_often_a_row_turns_back_it_stays_finite():
     state = last(climbed(narrow(1e6), starts(2), False, 400, tolerance=0.0))
     assert state.inertia.max() <= HEAVIEST and state.point[0].isfinite().all()
