@@ -8,7 +8,6 @@ import json
 import math
 import secrets
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,7 +40,7 @@ from melbo_lens.generation.generate import check_top_p, stops_of
 from melbo_lens.generation.steer import fitting
 from melbo_lens.imports import load
 from melbo_lens.measures.controls import random_like
-from melbo_lens.methods.provenance import check_same_model, fingerprint
+from melbo_lens.methods.provenance import fingerprint, warn_of_another_model
 from melbo_lens.models.access import host_of
 from melbo_lens.perturbations.adapters import SteeringAdapters
 from melbo_lens.perturbations.perturbation import Perturbation
@@ -211,10 +210,7 @@ class SteeredModelAPI(ModelAPI):
         self.host = host_of(ModelKey(model_name, dtype, device).load())
         self.chat = bool(getattr(self.host.tokenizer, "chat_template", None)) if chat is None else chat
         if perturbation is not None:
-            try:
-                check_same_model(perturbation, self.host)
-            except ValueError as error:
-                warnings.warn(str(error), stacklevel=2)
+            warn_of_another_model(perturbation, self.host)
             perturbation = fitting(self.host, perturbation)
             if random:
                 texts = [prompts] if isinstance(prompts, str) else prompts

@@ -3,7 +3,6 @@
 What a model wrote is shown as plain text: neither the terminal nor rich takes any of it for a command.
 """
 
-import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from melbo_lens.serving.conversation import Conversation
+from melbo_lens.serving.harmless import harmless
 
 HELP = {
     "/vector N": "steer with vector N",
@@ -35,7 +35,7 @@ def talk(conversation: Conversation, console: Console, read: Callable[[], str]) 
         console: where answers are shown.
         read: returns the next line; EOFError ends the conversation.
     """
-    console.print(Text(f"{_setting(conversation)}; /help lists the commands"))
+    console.print(Text(harmless(f"{_setting(conversation)}; /help lists the commands")))
     while True:
         try:
             line = read().strip()
@@ -45,13 +45,13 @@ def talk(conversation: Conversation, console: Console, read: Callable[[], str]) 
             return
         try:
             if line.startswith("/"):
-                console.print(Text(command(conversation, line)))
+                console.print(Text(harmless(command(conversation, line))))
             elif line:
                 _show(conversation, console, line)
         except KeyboardInterrupt:
             console.print(Text("stopped; nothing was said"))
-        except (ValueError, FloatingPointError, OSError) as error:
-            console.print(Text(f"error: {harmless(str(error))}", style="red"))
+        except Exception as error:  # also of memory that ran out, or of a kernel: what was said before can be saved
+            console.print(Text(f"error: {harmless(str(error) or repr(error))}", style="red"))
 
 
 def command(conversation: Conversation, line: str) -> str:
@@ -83,19 +83,6 @@ def command(conversation: Conversation, line: str) -> str:
     else:
         raise ValueError(f"there is no command {name}: /help lists them.")
     return _setting(conversation)
-
-
-def harmless(text: str) -> str:
-    """Returns the text with every character written out that is not seen but obeyed: control codes, marks of direction.
-
-    Line ends and tabs stay.
-    """
-    return "".join(
-        letter
-        if letter in "\n\t" or unicodedata.category(letter)[0] != "C"
-        else letter.encode("unicode_escape").decode()
-        for letter in text
-    )
 
 
 def _number(name: str, given: str, kind: Callable[[str], float]) -> float:

@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 import melbo_lens as ml
 from melbo_lens.cli import app
 from melbo_lens.serving.conversation import Conversation, remember_model, what_to_open
-from melbo_lens.serving.terminal import HELP, command, harmless, talk
+from melbo_lens.serving.harmless import harmless
+from melbo_lens.serving.terminal import HELP, command, talk
 from tests import models
 
 KEY = ml.ModelKey("here")
@@ -129,6 +130,19 @@ def test_what_a_model_writes_is_no_command_to_the_terminal(conversation, monkeyp
     assert harmless("two\nlines\tand ünïcode 日本 🧀") == "two\nlines\tand ünïcode 日本 🧀"
 
 
+@pytest.mark.parametrize("error", [RuntimeError("CUDA out of memory \x1b]0;x\x07"), MemoryError(), KeyError("x")])
+def test_an_answer_that_fails_ends_no_chat(conversation, monkeypatch, tmp_path, error):
+    conversation.say("w1 w2")
+
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr(type(conversation), "_answer", fails)
+    out = shown(conversation, "w3", f"/save {tmp_path / 'said.json'}", width=400)
+    assert f"error: {harmless(str(error) or repr(error))}" in out and "\x1b" not in out
+    assert [turn["message"] for turn in json.loads((tmp_path / "said.json").read_text())["turns"]] == ["w1 w2"]
+
+
 def test_an_interrupted_answer_was_not_said(conversation, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
@@ -178,3 +192,19 @@ def test_the_command_talks_by_standard_input(directories, vectors, tmp_path):
     assert "vector 1, multiplied by -0.5" in " ".join(result.output.split())
     result = CliRunner().invoke(app, ["chat", str(tmp_path), "--vector", "9"])
     assert result.exit_code == 1 and "choose from 0 to 2" in result.output
+
+
+def test_a_model_of_other_weights_is_said_before_the_chat_begins(directories, build, tmp_path):
+    learned = ml.fit_vectors(build("llama"), "w1 w2 w3", 1, 3, n_vectors=1, radius=2.0, n_steps=1, progress=False)
+    learned.save(tmp_path / "vectors.safetensors")
+    other = models.save("llama", tmp_path / "other", seed=1)
+    with pytest.warns(UserWarning, match="other weights than those of this model"):
+        Conversation(models.bridge(other), learned, KEY)
+    Conversation(build("llama"), learned, KEY)
+    for model, warned in ((other, True), (directories("llama"), False)):
+        arguments = ["chat", str(tmp_path), "--model", model, "--device", "cpu", "--max-new-tokens", "2"]
+        result = CliRunner().invoke(app, arguments, input="w1\n/quit\n")
+        assert result.exit_code == 0, result.output
+        said = " ".join(result.output.split())
+        assert ("warning: the perturbation was learned on" in said) == warned
+        assert not warned or said.index("warning") < said.index("/help")

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import time
+import warnings
 
 import pytest
 
@@ -282,6 +283,18 @@ def test_a_random_adapter_that_was_not_fitted_needs_prompts(folder, build, tmp_p
         assert torch.equal(api.api.bank.scales, control.scales) and asked(api)[0].metadata["kind"] == "random"
     with pytest.raises(ValueError, match="leave them out"):
         model(folder, vectors=folder[1], index=0, prompts="w1")
+
+
+def test_a_vector_of_other_weights_is_used_with_a_warning(folder, build, tmp_path):
+    path = tmp_path / "v.safetensors"
+    ml.fit_vectors(build("llama"), "w1 w2", 1, 3, n_vectors=1, radius=2.0, n_steps=1, progress=False).save(path)
+    other = models.save("llama", tmp_path / "other", seed=1)
+    with pytest.warns(UserWarning, match="other weights than those of this model"):
+        api = model((other, ""), vectors=str(path))
+    assert asked(api)[0].metadata["kind"] == "steered"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model(folder, vectors=str(path))
 
 
 def test_messages_without_a_template_are_lines(folder):
