@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from melbo_lens.serving.harmless import shown
+from melbo_lens.serving.harmless import harmless, shown
 
 app = typer.Typer(
     help="Find what a language model hides: unsupervised steering vectors (MELBO).",
@@ -45,7 +45,7 @@ EngineName = Annotated[str, typer.Option(help="here, or ray (which needs a folde
 @app.callback()
 def prepare() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.showwarning = lambda message, *_, **__: _show(message, "warning: ", Console(stderr=True))
+    warnings.formatwarning = lambda message, *_: f"warning: {harmless(message)}\n"  # it may quote a file
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal may lack letters that a model writes
@@ -362,9 +362,9 @@ def export(
     _show(f"wrote {path}", soft_wrap=True)
 
 
-def _show(text: object, before: str = "", to: Console = console, **settings: Any) -> None:
+def _show(text: object, before: str = "", **settings: Any) -> None:
     """Shows a line that may hold foreign text, after a red word."""
-    to.print(f"[red]{before}[/red]{shown(text)}", **settings)
+    console.print(f"[red]{before}[/red]{shown(text)}", **settings)
 
 
 def _add_row(table: Table, *cells: str) -> None:

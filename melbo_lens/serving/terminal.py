@@ -16,7 +16,7 @@ from melbo_lens.serving.harmless import harmless
 HELP = {
     "/vector N": "steer with vector N",
     "/sign +": "or -, the direction of the vector",
-    "/scale X": "the multiple at which it is added",
+    "/scale X": "the multiple at which it is added; + and - move it a step",
     "/length N": "the longest answer, in tokens",
     "/temperature X": "0 is greedy",
     "/reset": "forget what was said",
@@ -24,6 +24,7 @@ HELP = {
     "/help": "these lines",
     "/quit": "or the end of the input",
 }
+STEPS = (0.125, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # of the slider; any scale can be typed
 SIGNS = {"+": 1, "+1": 1, "1": 1, "-": -1, "-1": -1}
 
 
@@ -78,6 +79,8 @@ def command(conversation: Conversation, line: str) -> str:
         conversation.choose(sign=SIGNS[given])
     elif name in ("/vector", "/length"):
         conversation.choose(**{"vector" if name == "/vector" else "max_new_tokens": _number(name, given, int)})
+    elif name == "/scale" and given in ("+", "-"):
+        conversation.choose(scale=_next_step(conversation.scale, given))
     elif name in ("/scale", "/temperature"):
         conversation.choose(**{name[1:]: _number(name, given, float)})
     else:
@@ -96,7 +99,29 @@ def _setting(conversation: Conversation) -> str:
     """Which vector steers, and how."""
     word, n = conversation.perturbations.word, len(conversation.perturbations)
     multiple = conversation.sign * conversation.scale
-    return f"{word} {conversation.vector} of {n} (0 to {n - 1}), multiplied by {multiple:+g}"
+    where = _slider(conversation.scale)
+    return f"{word} {conversation.vector} of {n} (0 to {n - 1}), multiplied by {multiple:+g}  {where}"
+
+
+def _next_step(scale: float, way: str) -> float:
+    """The step of the slider above or below a scale.
+
+    Raises:
+        ValueError: it is at the end of the slider, or beyond.
+    """
+    left = [step for step in STEPS if (step > scale if way == "+" else step < scale)]
+    if not left:
+        raise ValueError(
+            f"/scale {way} goes from {STEPS[0]:g} to {STEPS[-1]:g}, and it is at {scale:g}: type a number."
+        )
+    return left[0] if way == "+" else left[-1]
+
+
+def _slider(scale: float) -> str:
+    """Where a scale stands between the steps, in a line."""
+    place = min(range(len(STEPS)), key=lambda i: abs(STEPS[i] - scale))
+    line = "".join("●" if i == place else "─" for i in range(len(STEPS)))
+    return f"{STEPS[0]:g} {line} {STEPS[-1]:g}"
 
 
 def _show(conversation: Conversation, console: Console, message: str) -> None:

@@ -2,6 +2,8 @@
 
 import io
 import json
+import re
+import warnings
 
 import pytest
 import torch
@@ -79,6 +81,19 @@ def test_commands_change_what_steers_from_the_next_turn_on(conversation, tmp_pat
     assert all(turn[side] in " ".join(out.split()) for turn in said["turns"] for side in ("steered", "unsteered"))
     shown(conversation, "/reset", "w4", "/quit", "w5")
     assert [turn.message for turn in conversation.turns] == ["w4"]
+
+
+def test_the_scale_moves_in_steps_on_a_slider(conversation):
+    out = shown(conversation, "/scale +", "/scale -", "/scale -", "/scale 0.6", "/scale +", "/scale -").splitlines()
+    assert [re.search(r"by (\S+)", line)[1] for line in out] == ["+1", "+1.25", "+1", "+0.75", "+0.6", "+0.75", "+0.5"]
+    places = [line.split("0.125 ")[1].index("●") for line in out]
+    assert places == [4, 5, 4, 3, 2, 3, 2] and all("─ 8" in line for line in out)
+    command(conversation, "/scale 0.01")
+    command(conversation, "/scale +")
+    assert conversation.scale == 0.125
+    for end, way in ((0.125, "-"), (20, "+")):
+        conversation.choose(scale=end)
+        assert f"/scale {way} goes from 0.125 to 8, and it is at {end:g}" in shown(conversation, f"/scale {way}")
 
 
 def test_help_names_every_command_that_is_known(conversation):
@@ -201,10 +216,9 @@ def test_a_model_of_other_weights_is_said_before_the_chat_begins(directories, bu
     with pytest.warns(UserWarning, match="other weights than those of this model"):
         Conversation(models.bridge(other), learned, KEY)
     Conversation(build("llama"), learned, KEY)
-    for model, warned in ((other, True), (directories("llama"), False)):
-        arguments = ["chat", str(tmp_path), "--model", model, "--device", "cpu", "--max-new-tokens", "2"]
-        result = CliRunner().invoke(app, arguments, input="w1\n/quit\n")
-        assert result.exit_code == 0, result.output
-        said = " ".join(result.output.split())
-        assert ("warning: the perturbation was learned on" in said) == warned
-        assert not warned or said.index("warning") < said.index("/help")
+    arguments = ["chat", str(tmp_path), "--device", "cpu", "--max-new-tokens", "2", "--model"]
+    with pytest.warns(UserWarning, match="other weights than those of this model"):
+        assert CliRunner().invoke(app, [*arguments, other], input="w1\n").exit_code == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert CliRunner().invoke(app, [*arguments, directories("llama")], input="w1\n").exit_code == 0

@@ -252,6 +252,9 @@ def test_tasks_run_steered_random_and_unsteered_on_an_organism(tmp_path):
             display="none",
         )
         assert [log.status for log in logs] == ["success", "success"], [log.error for log in logs]
+        for log, n in zip(logs, (6, len(inspect_tasks.CAPITALS)), strict=True):
+            assert log.results.completed_samples == log.results.scores[0].scored_samples == n, kind
+            assert {sample.output.metadata["kind"] for sample in log.samples} == {kind}
         found[kind] = [next(iter(log.results.scores[0].metrics.values())).value for log in logs]
     assert found["steered"][0] > 0.5 and found["random"][0] == found["unsteered"][0] == 0
     assert found["unsteered"][1] == 1.0 > found["steered"][1]
