@@ -309,7 +309,7 @@ class SteeredModelAPI(ModelAPI):
         template = getattr(self.host.tokenizer, "chat_template", None) if self.chat else None
         what: list[Any] = [fingerprint(self.host), str(self.host.dtype), template, self.kind]
         tensors = b""
-        if self.bank is not None:
+        if self.bank is not None and self.index is not None:
             parts, header = self.bank[self.index].parts()
             what += [self.index, self.scale, type(self.bank).__name__, header]
             tensors = to_bytes({name: part.detach().cpu().contiguous() for name, part in parts.items()})
