@@ -10,8 +10,9 @@ from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+
+from melbo_lens.serving.harmless import harmless, shown
 
 app = typer.Typer(
     help="Find what a language model hides: unsupervised steering vectors (MELBO).",
@@ -44,6 +45,7 @@ EngineName = Annotated[str, typer.Option(help="here, or ray (which needs a folde
 @app.callback()
 def prepare() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.formatwarning = lambda message, *_: f"warning: {harmless(message)}\n"  # it may quote a file
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal may lack letters that a model writes
@@ -74,24 +76,24 @@ def demo(
     ml.Findings.of_discovery(organism.model, prompt, found, organism.behaviors, title).save(out)
     _remember(out, "modes")
     ml.report_directory(out)
-    console.print(f"\n{found.said}")
-    console.print(f"prompt: {escape(prompt)}")
+    _show(f"\n{found.said}")
+    _show(f"prompt: {prompt}")
     written = found.written
     (unsteered,) = written.plain.values()
-    console.print(f"unsteered: {escape(unsteered)}\n")
+    _show(f"unsteered: {unsteered}\n")
     title = f"{len(written.directions)} vectors learned from this prompt alone, each with both signs: what they elicit"
-    table = Table(title=title, show_lines=True)
+    table = Table(title=shown(title), show_lines=True)
     for heading in ("behaviour", "vectors", "steered", "random", "unsteered", "best, held out", "for example"):
         table.add_column(heading)
     cards = {card.name: card for card in cards_of(written)}
     for name, shows in organism.behaviors.items():
         if (card := cards.get(name)) is None:
-            table.add_row(name, "0", "0.0%", "", f"{shows(unsteered):.1%}", "", "not found")
+            _add_row(table, name, "0", "0.0%", "", f"{shows(unsteered):.1%}", "", "not found")
             continue
         rates = (f"{rate:.1%}" for rate in (card.learned.share, card.random.share, float(shows(unsteered))))
-        table.add_row(name, str(card.n_vectors), *rates, f"{card.heldout:.0%}", escape(card.example))
+        _add_row(table, name, str(card.n_vectors), *rates, f"{card.heldout:.0%}", card.example)
     console.print(table)
-    console.print(f"open {out}/report.html; its data are beside it")
+    _show(f"open {out}/report.html; its data are beside it")
 
 
 @app.command()
@@ -112,7 +114,7 @@ def reproduce(
     files.write_json(out, results)
     rows = reproduction.table(results)
     table = Table(
-        title=f"seeds {', '.join(map(str, results['settings']['seeds']))}; {results['seconds']} seconds",
+        title=shown(f"seeds {', '.join(map(str, results['settings']['seeds']))}; {results['seconds']} seconds"),
         show_lines=True,
     )
     # all controls share one column, so that the table fits a terminal of 80 columns
@@ -122,9 +124,9 @@ def reproduce(
         controls = "\n".join(row[control] for control in reproduction.CONTROLS)
         result = f"{row['experiment']}: {row['measure']}"
         cells = (result, row["the post"], row["here"], row["95 % interval"], controls, row["seconds"], row["holds"])
-        table.add_row(*map(escape, cells))
+        _add_row(table, *cells)
     console.print(table)
-    console.print(f"wrote {out}", soft_wrap=True)
+    _show(f"wrote {out}", soft_wrap=True)
     if not (rows.holds == "yes").all():
         raise typer.Exit(1)
 
@@ -176,8 +178,8 @@ def fit(
             completions = ml.generate(loaded, prompts, vectors, max_new_tokens=max_new_tokens, seed=seed)
             ml.Findings.measured(loaded, prompts, vectors, completions, title=f"Vectors of {model}").save(out)
             ml.report_directory(out)
-    console.print(escape(repr(vectors)))
-    console.print(f"wrote {', '.join(sorted(path.name for path in out.iterdir()))} to {out}", soft_wrap=True)
+    _show(repr(vectors))
+    _show(f"wrote {', '.join(sorted(path.name for path in out.iterdir()))} to {out}", soft_wrap=True)
 
 
 @app.command()
@@ -214,7 +216,7 @@ def discover(
             ml.Findings.of_discovery(loaded, prompts, found, title=f"What {model} hides").save(out)
             _remember(out, model, dtype, device)
             ml.report_directory(out)
-    table = Table(title=escape(repr(found)), show_lines=True)
+    table = Table(title=shown(found), show_lines=True)
     headings = ("card", "example", "layers", "radius, in\nnorms of\nthe stream", "vectors", "random", "held out")
     for heading in headings if asked else headings[:-1]:
         table.add_column(heading)
@@ -222,15 +224,15 @@ def discover(
         layers, rates = f"{entry.source_layer} to {entry.target_layer}", [f"{entry.random_rate:.1%}"]
         if asked:
             rates.append(f"{entry.heldout_rate:.0%}")
-        shown = escape(entry.example)
-        table.add_row(str(number), shown, layers, f"{entry.relative_radius:.3g}", str(entry.n_vectors), *rates)
+        cells = (str(number), entry.example, layers, f"{entry.relative_radius:.3g}", str(entry.n_vectors), *rates)
+        _add_row(table, *cells)
     console.print(table)
     if not len(found.table):
-        console.print(f"no group was found: wrote groups.csv, which has no row, to {out}", soft_wrap=True)
+        _show(f"no group was found: wrote groups.csv, which has no row, to {out}", soft_wrap=True)
         return
     if not asked:
-        console.print("with --heldout and other prompts, it also says which groups come back on those")
-    console.print(f"wrote groups.csv, a vector for each of the first groups, and report.html to {out}", soft_wrap=True)
+        _show("with --heldout and other prompts, it also says which groups come back on those")
+    _show(f"wrote groups.csv, a vector for each of the first groups, and report.html to {out}", soft_wrap=True)
 
 
 @app.command()
@@ -260,10 +262,10 @@ def sweep(
         jobs = jobs_of(yaml.safe_load(plan.read_text(encoding="utf-8")))
         for outcome in ml.sweep(jobs, out, cast(Any, engine), shard=part, n_workers=workers, retry=retry):
             if outcome.failure is not None:
-                console.print(f"[red]failed:[/red] {escape(repr(outcome))}", soft_wrap=True)
+                _show(repr(outcome), "failed: ", soft_wrap=True)
         table = ml.merge(out)
         table.to_csv(out / "trials.csv", index=False)
-    console.print(f"{ml.status(out)!r}; wrote {out / 'trials.csv'}", soft_wrap=True)
+    _show(f"{ml.status(out)!r}; wrote {out / 'trials.csv'}", soft_wrap=True)
 
 
 @app.command()
@@ -273,9 +275,9 @@ def status(directory: Annotated[Path, typer.Argument(help="folder of a sweep")])
 
     with _errors_in_a_sentence():
         found = ml.status(directory)
-    console.print(repr(found))
+    _show(repr(found))
     for digest, reason in found.failures.items():
-        console.print(f"{digest}: {escape(reason)}", soft_wrap=True)
+        _show(f"{digest}: {reason}", soft_wrap=True)
 
 
 @app.command()
@@ -293,7 +295,7 @@ def report(
         raise typer.BadParameter("a behavior is NAME=REGULAR EXPRESSION, as --behavior 'portuguese=a resposta'.")
     with _errors_in_a_sentence():
         path = ml.report_directory(directory, dict(entry.split("=", 1) for entry in behavior or []), out)
-    console.print(f"wrote {path}, {path.stat().st_size / 1e6:.1f} MB", soft_wrap=True)
+    _show(f"wrote {path}, {path.stat().st_size / 1e6:.1f} MB", soft_wrap=True)
 
 
 @app.command()
@@ -356,8 +358,18 @@ def export(
     settings = {} if model is None else {"model": _load(model, dtype, device)}
     with _errors_in_a_sentence():
         path = ml.export(chosen, format, out, **settings)
-    console.print(escape(repr(chosen)))
-    console.print(f"wrote {path}", soft_wrap=True)
+    _show(repr(chosen))
+    _show(f"wrote {path}", soft_wrap=True)
+
+
+def _show(text: object, before: str = "", **settings: Any) -> None:
+    """Shows a line that may hold foreign text, after a red word."""
+    console.print(f"[red]{before}[/red]{shown(text)}", **settings)
+
+
+def _add_row(table: Table, *cells: str) -> None:
+    """Adds a row of foreign texts."""
+    table.add_row(*map(shown, cells))
 
 
 def _asked(model: Any, prompts: list[str], chat: bool | None, say: bool = True) -> list[Any]:
@@ -365,7 +377,7 @@ def _asked(model: Any, prompts: list[str], chat: bool | None, say: bool = True) 
     as_chat = bool(getattr(model.tokenizer, "chat_template", None)) if chat is None else chat
     if say:
         how = "a user's messages, as the tokenizer's chat template writes them" if as_chat else "plain text"
-        console.print(f"prompts are given as {how}")
+        _show(f"prompts are given as {how}")
     return [[{"role": "user", "content": prompt}] for prompt in prompts] if as_chat else prompts
 
 
@@ -391,7 +403,7 @@ def _errors_in_a_sentence() -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, LookupError, RuntimeError, FloatingPointError, OSError, ImportError) as error:
-        console.print(f"[red]error:[/red] {escape(str(error))}")
+        _show(error, "error: ")
         raise typer.Exit(1) from error
 
 

@@ -12,11 +12,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 SCHEMA = 1
+LOCKS = ".locks"  # the lock of a process that dies is free again at once
 
 
 def write(path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
@@ -60,6 +62,13 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Writes JSON in plain ASCII, atomically; NaN and infinity, which JSON lacks, become null."""
     write_text(path, json.dumps(_without_nan(value), indent=1, allow_nan=False) + "\n")
+
+
+def locked(path: str | os.PathLike[str]) -> FileLock:
+    """Returns a lock for `with`, under which one process at a time reads and writes a file again."""
+    path = Path(path).resolve()
+    (path.parent / LOCKS).mkdir(exist_ok=True)
+    return FileLock(path.parent / LOCKS / path.name)
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:

@@ -174,19 +174,25 @@ def token_texts(host: Any, ids: Sequence[int]) -> list[str]:
     A token that holds a part of a character's bytes shows them, as `\\xe6`. The space that a SentencePiece tokenizer
     drops at the beginning of a text is kept.
     """
-    return [_token_text(host, i) for i in ids]
+    return [spelled(host, i)[0] for i in ids]
 
 
-def _token_text(host: Any, i: int) -> str:
+def spelled(host: Any, i: int) -> tuple[str, bytes | None]:
+    """Returns a token's text, as in `token_texts`, and the bytes that it stands for; None where they are not known."""
     text = decoded(host, [i])
     if host.tokenizer is None:
-        return text
+        return text, None
     piece = str(host.tokenizer.convert_ids_to_tokens(i))
-    if UNDECODED in text and BYTE_FALLBACK.fullmatch(piece):
-        return f"\\x{piece[3:5].lower()}"
-    if UNDECODED in text and set(piece) <= BYTES.keys():
-        return bytes(BYTES[c] for c in piece).decode("utf-8", "backslashreplace")
-    return f" {text}" if piece.startswith(SPACE_MARK) and not text.startswith(" ") else text
+    if UNDECODED not in text or UNDECODED in piece:
+        text = f" {text}" if piece.startswith(SPACE_MARK) and not text.startswith(" ") else text
+        return text, text.encode("utf-8", "surrogatepass")
+    if BYTE_FALLBACK.fullmatch(piece):
+        held = bytes([int(piece[3:5], 16)])
+    elif set(piece) <= BYTES.keys():
+        held = bytes(BYTES[c] for c in piece)
+    else:
+        return text, None
+    return held.decode("utf-8", "backslashreplace"), held
 
 
 def text_after(host: Any, before: Sequence[int], new: Sequence[int]) -> str:

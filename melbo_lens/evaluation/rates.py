@@ -10,7 +10,7 @@ from scipy.stats import binomtest, false_discovery_control, fisher_exact
 
 from melbo_lens import tables
 from melbo_lens.arguments import public
-from melbo_lens.evaluation.judges import Judge
+from melbo_lens.evaluation.judges import Judge, KeptVerdicts
 from melbo_lens.generation.completions import Completions
 
 Behavior: TypeAlias = str | Callable[[str], bool]
@@ -118,12 +118,12 @@ def _summary(name: str, shown: pd.DataFrame) -> dict[str, Any]:
 
 
 def verdicts(texts: pd.Series, behavior: Behavior) -> pd.Series:
-    """1 for each text that shows the behaviour, 0 for each that doesn't, and NaN where a judge gave no verdict.
+    """1 for each text that shows the behaviour, 0 for each that doesn't, and NaN where there is no verdict.
 
     Raises:
         ValueError: the behaviour's function raised; the message says on which text.
     """
-    if isinstance(behavior, Judge):
+    if isinstance(behavior, Judge | KeptVerdicts):
         found = [float("nan") if verdict is None else verdict for verdict in behavior.verdicts(texts.tolist())]
         return pd.Series(found, index=texts.index, dtype=float)
     if not callable(behavior):

@@ -4,6 +4,7 @@ This file also tells whether a model is still the same, and remembers on which m
 """
 
 import hashlib
+import warnings
 from importlib.metadata import version
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -57,6 +58,18 @@ def check_same_model(perturbations: Perturbation, host: Host) -> None:
             f"the perturbation was learned on {learned.get('model', 'a model')} with other weights than those of this "
             f"model ({host.name}): pass the model that it was learned on, loaded and processed as it was then."
         )
+
+
+def warn_of_another_model(perturbations: Perturbation, host: Host) -> None:
+    """Lets a model of other weights pass with a warning, where it may be what is wanted: to see if vectors carry over.
+
+    Warns:
+        UserWarning: the perturbations were learned on a model of other weights (`check_same_model`).
+    """
+    try:
+        check_same_model(perturbations, host)
+    except ValueError as error:
+        warnings.warn(str(error), stacklevel=3)
 
 
 def describe(sliced: SlicedModel) -> dict[str, Any]:

@@ -21,7 +21,8 @@ from melbo_lens import files
 from melbo_lens.arguments import as_list, plain_json, public
 from melbo_lens.ascent.objectives import Objective
 from melbo_lens.evaluation.departures import departures
-from melbo_lens.evaluation.rates import Behavior, shows
+from melbo_lens.evaluation.judges import KeptVerdicts
+from melbo_lens.evaluation.rates import Behavior, verdicts
 from melbo_lens.generation.completions import Completions
 from melbo_lens.measures.changes import ActivationChanges, TargetEffects, activation_changes, objective, target_effects
 from melbo_lens.measures.controls import random_like
@@ -241,7 +242,8 @@ class Findings:
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes a folder, which is made if it is missing; each file is written whole or not at all.
 
-        A function can't be saved, so for each behaviour the folder keeps the texts that show it.
+        A function can't be saved, so for each behaviour the folder keeps the texts that show it, and those on which a
+        judge gave no verdict.
 
         Args:
             directory: the folder.
@@ -254,11 +256,12 @@ class Findings:
         files.write_text(
             folder / "completions.csv", completions.table.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC)
         )
-        texts = pd.concat([completions.table.text, *([] if self.written is None else [self.written.rows.text])])
-        texts = texts.drop_duplicates().reset_index(drop=True)
+        texts = _texts(completions, self.written)
+        found = {name: verdicts(texts, how) for name, how in self.behaviors.items()}
         about = {
             "title": self.title,
-            "texts_that_show": {name: texts[shows(texts, how)].tolist() for name, how in self.behaviors.items()},
+            "texts_that_show": {name: texts[verdict == 1].tolist() for name, verdict in found.items()},
+            "texts_without_verdict": {name: texts[verdict.isna()].tolist() for name, verdict in found.items()},
             "settings": {key: value for key, value in completions.settings.items() if key != "perturbations"},
             "control": self.control,
             "coherence": self.coherence,
@@ -328,11 +331,12 @@ class Findings:
                 )
         about = files.read_json(folder / "about.json") if (folder / "about.json").is_file() else {}
         try:
-            kept = {name: frozenset(texts).__contains__ for name, texts in about.get("texts_that_show", {}).items()}
+            completions = _completions(lines, sheet, about.get("settings", {}))
+            written = Written.of_json(files.read_json(folder / WRITTEN)) if (folder / WRITTEN).is_file() else None
             return cls(
                 load(folder / "vectors.safetensors"),
-                _completions(lines, sheet, about.get("settings", {})),
-                behaviors or kept,
+                completions,
+                behaviors or _behaviors(about, completions, written),
                 about.get("title", TITLE),
                 control=_numbers(about.get("control")),
                 coherence=_numbers(about.get("coherence")),
@@ -343,7 +347,7 @@ class Findings:
                 trials=_trials(about.get("trials")),
                 views=None if about.get("views") is None else TokenView.from_json(about["views"]),
                 judged=None if about.get("judged") is None else pd.DataFrame(about["judged"]).astype(JUDGED),
-                written=Written.of_json(files.read_json(folder / WRITTEN)) if (folder / WRITTEN).is_file() else None,
+                written=written,
                 looks={int(number): Look.of_json(one) for number, one in about.get("looks", [])},
                 twins={int(number): (int(k), int(n)) for number, k, n in about.get("twins", [])},
                 search=about.get("search", {}),
@@ -443,6 +447,21 @@ def plane(effects: Tensor) -> list[tuple[float, float]]:
 def _plain_rows(table: pd.DataFrame) -> list[list[Any]]:
     """Returns the cells of a table as plain Python values, with None for missing ones."""
     return plain_json(table.astype(object).where(table.notna(), None).to_numpy().tolist(), "a table")
+
+
+def _texts(completions: Completions, written: Written | None) -> pd.Series:
+    """Every text once."""
+    texts = pd.concat([completions.table.text, *([] if written is None else [written.rows.text])])
+    return texts.drop_duplicates().reset_index(drop=True)
+
+
+def _behaviors(about: Mapping[str, Any], completions: Completions, written: Written | None) -> dict[str, KeptVerdicts]:
+    """The verdicts of the run: what it wrote and its file doesn't name didn't show the behaviour."""
+    texts, unknown = frozenset(_texts(completions, written)), about.get("texts_without_verdict", {})
+    return {
+        name: KeptVerdicts(frozenset(shown), texts - {*shown, *unknown.get(name, [])})
+        for name, shown in about.get("texts_that_show", {}).items()
+    }
 
 
 def _completions(lines: Path, sheet: Path, settings: Mapping[str, Any]) -> Completions:

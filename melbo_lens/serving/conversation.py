@@ -13,7 +13,8 @@ from melbo_lens import files
 from melbo_lens.arguments import count
 from melbo_lens.generation.generate import generate
 from melbo_lens.imports import load
-from melbo_lens.models.access import Model
+from melbo_lens.methods.provenance import warn_of_another_model
+from melbo_lens.models.access import Model, host_of
 from melbo_lens.perturbations.perturbation import Perturbation
 from melbo_lens.sweeps.jobs import ModelKey
 
@@ -47,6 +48,9 @@ class Conversation:
         vector, sign, scale: which of them steers, and at which multiple.
         max_new_tokens, temperature, seed: how answers are written; temperature 0 is greedy.
         turns: what was said so far.
+
+    Warns:
+        UserWarning: the perturbations were learned on a model of other weights.
     """
 
     model: Model
@@ -62,6 +66,7 @@ class Conversation:
     saved: set[Path] = field(default_factory=set)
 
     def __post_init__(self) -> None:
+        warn_of_another_model(self.perturbations, host_of(self.model))
         self.choose(vector=self.vector, sign=self.sign, scale=self.scale, max_new_tokens=self.max_new_tokens)
         self.choose(temperature=self.temperature)
 

@@ -3,16 +3,18 @@
 inspect eval task.py --model melbo/DIR -M vectors=v.safetensors -M index=3 -M scale=1.0
 """
 
+import hashlib
+import json
 import math
 import secrets
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import anyio
 import anyio.to_thread
+from safetensors.torch import save as to_bytes
 
 try:
     from inspect_ai.model import (
@@ -38,10 +40,11 @@ from melbo_lens.generation.generate import check_top_p, stops_of
 from melbo_lens.generation.steer import fitting
 from melbo_lens.imports import load
 from melbo_lens.measures.controls import random_like
-from melbo_lens.methods.provenance import check_same_model
+from melbo_lens.methods.provenance import fingerprint, warn_of_another_model
 from melbo_lens.models.access import host_of
+from melbo_lens.perturbations.adapters import SteeringAdapters
 from melbo_lens.perturbations.perturbation import Perturbation
-from melbo_lens.prompts import decoded, token_texts, tokenize
+from melbo_lens.prompts import spelled, text_after, tokenize
 from melbo_lens.sweeps.jobs import ModelKey
 
 MAX_TOKENS = 256  # where neither the task nor the command says it
@@ -147,6 +150,7 @@ class SteeredModelAPI(ModelAPI):
         scale: float = 1.0,
         random: bool = False,
         seed: int = 0,
+        prompts: str | list[str] | None = None,
         layer: int | None = None,
         chat: bool | None = None,
         batch_size: int = 32,
@@ -158,13 +162,16 @@ class SteeredModelAPI(ModelAPI):
 
         Args:
             model_name: a local directory, the name of an organism, or a name on the Hugging Face hub.
-            base_url, api_key: unused.
+            base_url, api_key: unused. The address of an opened model is a digest of all that decides what it writes,
+                since Inspect's cache tells models of one name apart by their address.
             config: Inspect's settings.
             vectors: a file that `ml.load` reads, of vectors or adapters; None leaves the model unsteered.
             index: which of them, from 0; a file that has one needs no index.
             scale: the multiple at which it is applied; negative for the other sign.
             random: whether a random one of equal norm takes its place: the control that `generate` has for it.
             seed: the seed of that control.
+            prompts: a text or several over which the control of an adapter has the same norm of update; one that was
+                fitted knows its own.
             layer: the layer, if a file of another tool doesn't say it.
             chat: whether the tokenizer's chat template writes the messages, as is the default where there is one; False
                 gives their texts as they are, one in each line.
@@ -179,7 +186,7 @@ class SteeredModelAPI(ModelAPI):
         """
         super().__init__(model_name=model_name, base_url=base_url, api_key=api_key, config=config)
         if unknown:
-            known = "vectors index scale random seed layer chat batch_size dtype device".split()
+            known = "vectors index scale random seed prompts layer chat batch_size dtype device".split()
             raise ValueError(f"a melbo model has no options {sorted(unknown)}: choose from {known}.")
         count("batch_size", batch_size)
         check_seed(seed)
@@ -189,19 +196,28 @@ class SteeredModelAPI(ModelAPI):
             raise ValueError("index, random and scale are about vectors, and none are given: add -M vectors=FILE.")
         if isinstance(scale, bool) or not isinstance(scale, int | float) or not scale or not math.isfinite(scale):
             raise ValueError(f"scale={scale!r} must be a finite number other than 0: leave vectors out to not steer.")
+        if prompts is not None and not random:
+            raise ValueError(
+                "prompts are what a random adapter is measured on, and none was asked for: leave them out."
+            )
+        if random and _needs_prompts(perturbation) and prompts is None:
+            raise ValueError(
+                "random=True needs prompts: a random adapter has the same mean norm of its update over them, and this "
+                "one was not fitted here, so it knows none. Add -M prompts='a prompt as those of the task'."
+            )
         self.scale = float(scale)
         self.kind = "unsteered" if perturbation is None else "random" if random else "steered"
         self.host = host_of(ModelKey(model_name, dtype, device).load())
+        self.chat = bool(getattr(self.host.tokenizer, "chat_template", None)) if chat is None else chat
         if perturbation is not None:
-            try:
-                check_same_model(perturbation, self.host)
-            except ValueError as error:
-                warnings.warn(str(error), stacklevel=2)
+            warn_of_another_model(perturbation, self.host)
             perturbation = fitting(self.host, perturbation)
             if random:
-                perturbation = random_like(perturbation, self.host, seed=seed)
+                texts = [prompts] if isinstance(prompts, str) else prompts
+                asked = texts and [self._prompt([{"role": "user", "content": text}]) for text in texts]
+                perturbation = random_like(perturbation, self.host, asked, seed=seed)
         self.bank = perturbation
-        self.chat = bool(getattr(self.host.tokenizer, "chat_template", None)) if chat is None else chat
+        self.base_url = f"melbo:{self._digest()}"
         self.batch_size = batch_size
         self.gathering = Gathering(self._complete, batch_size)
 
@@ -240,8 +256,7 @@ class SteeredModelAPI(ModelAPI):
         if n > 1 and settings.temperature == 0:
             raise ValueError(f"num_choices={n} at temperature 0 would repeat one completion: set a temperature.")
         chat = [{"role": message.role, "content": _text(message)} for message in input]
-        prompts = [chat] if self.chat else ["\n".join(message["content"] for message in chat)]
-        batch = tokenize(self.host, prompts, n_new_tokens=1)
+        batch = tokenize(self.host, [self._prompt(chat)], n_new_tokens=1)
         began = time.monotonic()
         call = Call(batch.texts[0], batch.rows()[0], n, settings)
         written = await self.gathering.answered(call)
@@ -249,7 +264,7 @@ class SteeredModelAPI(ModelAPI):
         n_old = len(call.ids)
         return ModelOutput(
             model=self.model_name,
-            choices=[self._choice(one, config) for one in written],
+            choices=[self._choice(one, call.ids, config) for one in written],
             usage=ModelUsage(input_tokens=n_old, output_tokens=n_new, total_tokens=n_old + n_new),
             time=time.monotonic() - began,
             metadata={"kind": self.kind, "vector": self.index, "scale": self.scale if self.bank is not None else 0.0},
@@ -282,27 +297,59 @@ class SteeredModelAPI(ModelAPI):
         for call in calls:
             call.written = [next(written) for _ in range(call.n)]
 
-    def _choice(self, written: Written, config: GenerateConfig) -> ChatCompletionChoice:
+    def _prompt(self, chat: list[dict[str, str]]) -> Any:
+        """A chat as the model gets it: as messages, or as their texts in lines."""
+        return chat if self.chat else "\n".join(message["content"] for message in chat)
+
+    def _digest(self) -> str:
+        """A digest of the weights, of what is added to them, and of how a prompt is written.
+
+        What a fit was like, how many rows run at once and on which device changes nothing that is written.
+        """
+        template = getattr(self.host.tokenizer, "chat_template", None) if self.chat else None
+        what: list[Any] = [fingerprint(self.host), str(self.host.dtype), template, self.kind]
+        tensors = b""
+        if self.bank is not None and self.index is not None:
+            parts, header = self.bank[self.index].parts()
+            what += [self.index, self.scale, type(self.bank).__name__, header]
+            tensors = to_bytes({name: part.detach().cpu().contiguous() for name, part in parts.items()})
+        return hashlib.blake2b(json.dumps(what, sort_keys=True).encode() + tensors, digest_size=16).hexdigest()
+
+    def _choice(self, written: Written, before: list[int], config: GenerateConfig) -> ChatCompletionChoice:
         logprobs = None
         if config.logprobs:
-            texts = token_texts(self.host, written.tokens)
+            n = self._n_in_text(written, before)
+            rows = zip(written.tokens[:n], written.log_probs, written.likely, strict=False)
             logprobs = Logprobs(
                 content=[
                     Logprob(
-                        token=text,
+                        **self._spelled(token),
                         logprob=log_prob,
-                        bytes=list(text.encode()),
-                        top_logprobs=[_top(decoded(self.host, [token]), value) for token, value in likely] or None,
+                        top_logprobs=[TopLogprob(**self._spelled(i), logprob=value) for i, value in likely] or None,
                     )
-                    for text, log_prob, likely in zip(texts, written.log_probs, written.likely, strict=True)
+                    for token, log_prob, likely in rows
                 ]
             )
         message = ChatMessageAssistant(content=written.text, model=self.model_name, source="generate")
         return ChatCompletionChoice(message=message, stop_reason=STOP_REASONS[written.ended], logprobs=logprobs)
 
+    def _n_in_text(self, written: Written, before: list[int]) -> int:
+        """How many tokens stand in the text as a whole: a stop cuts off its own, also one that begins before it."""
+        n = len(written.tokens)
+        if written.ended != "stop":
+            return n
+        texts = {k: text_after(self.host, before, written.tokens[:k]) for k in range(n, -1, -1)}
+        return next(k for k, text in texts.items() if written.text.startswith(text))
 
-def _top(text: str, log_prob: float) -> TopLogprob:
-    return TopLogprob(token=text, logprob=log_prob, bytes=list(text.encode()))
+    def _spelled(self, token: int) -> dict[str, Any]:
+        """A token's text, and its bytes where they are known."""
+        text, held = spelled(self.host, token)
+        return {"token": text, "bytes": None if held is None else list(held)}
+
+
+def _needs_prompts(perturbation: Perturbation | None) -> bool:
+    """Whether a random one like it has to be measured on prompts that somebody must give."""
+    return isinstance(perturbation, SteeringAdapters) and not perturbation.provenance.get("prompt_tokens")
 
 
 def _chosen(perturbation: Perturbation, index: int | None) -> int:

@@ -3,7 +3,6 @@
 What a model wrote is shown as plain text: neither the terminal nor rich takes any of it for a command.
 """
 
-import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,11 +11,12 @@ from rich.table import Table
 from rich.text import Text
 
 from melbo_lens.serving.conversation import Conversation
+from melbo_lens.serving.harmless import harmless
 
 HELP = {
     "/vector N": "steer with vector N",
     "/sign +": "or -, the direction of the vector",
-    "/scale X": "the multiple at which it is added",
+    "/scale X": "the multiple at which it is added; + and - move it a step",
     "/length N": "the longest answer, in tokens",
     "/temperature X": "0 is greedy",
     "/reset": "forget what was said",
@@ -24,6 +24,7 @@ HELP = {
     "/help": "these lines",
     "/quit": "or the end of the input",
 }
+STEPS = (0.125, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # of the slider; any scale can be typed
 SIGNS = {"+": 1, "+1": 1, "1": 1, "-": -1, "-1": -1}
 
 
@@ -35,7 +36,7 @@ def talk(conversation: Conversation, console: Console, read: Callable[[], str]) 
         console: where answers are shown.
         read: returns the next line; EOFError ends the conversation.
     """
-    console.print(Text(f"{_setting(conversation)}; /help lists the commands"))
+    console.print(Text(harmless(f"{_setting(conversation)}; /help lists the commands")))
     while True:
         try:
             line = read().strip()
@@ -45,13 +46,13 @@ def talk(conversation: Conversation, console: Console, read: Callable[[], str]) 
             return
         try:
             if line.startswith("/"):
-                console.print(Text(command(conversation, line)))
+                console.print(Text(harmless(command(conversation, line))))
             elif line:
                 _show(conversation, console, line)
         except KeyboardInterrupt:
             console.print(Text("stopped; nothing was said"))
-        except (ValueError, FloatingPointError, OSError) as error:
-            console.print(Text(f"error: {harmless(str(error))}", style="red"))
+        except Exception as error:  # also of memory that ran out, or of a kernel: what was said before can be saved
+            console.print(Text(f"error: {harmless(str(error) or repr(error))}", style="red"))
 
 
 def command(conversation: Conversation, line: str) -> str:
@@ -78,24 +79,13 @@ def command(conversation: Conversation, line: str) -> str:
         conversation.choose(sign=SIGNS[given])
     elif name in ("/vector", "/length"):
         conversation.choose(**{"vector" if name == "/vector" else "max_new_tokens": _number(name, given, int)})
+    elif name == "/scale" and given in ("+", "-"):
+        conversation.choose(scale=_next_step(conversation.scale, given))
     elif name in ("/scale", "/temperature"):
         conversation.choose(**{name[1:]: _number(name, given, float)})
     else:
         raise ValueError(f"there is no command {name}: /help lists them.")
     return _setting(conversation)
-
-
-def harmless(text: str) -> str:
-    """Returns the text with every character written out that is not seen but obeyed: control codes, marks of direction.
-
-    Line ends and tabs stay.
-    """
-    return "".join(
-        letter
-        if letter in "\n\t" or unicodedata.category(letter)[0] != "C"
-        else letter.encode("unicode_escape").decode()
-        for letter in text
-    )
 
 
 def _number(name: str, given: str, kind: Callable[[str], float]) -> float:
@@ -109,7 +99,29 @@ def _setting(conversation: Conversation) -> str:
     """Which vector steers, and how."""
     word, n = conversation.perturbations.word, len(conversation.perturbations)
     multiple = conversation.sign * conversation.scale
-    return f"{word} {conversation.vector} of {n} (0 to {n - 1}), multiplied by {multiple:+g}"
+    where = _slider(conversation.scale)
+    return f"{word} {conversation.vector} of {n} (0 to {n - 1}), multiplied by {multiple:+g}  {where}"
+
+
+def _next_step(scale: float, way: str) -> float:
+    """The step of the slider above or below a scale.
+
+    Raises:
+        ValueError: it is at the end of the slider, or beyond.
+    """
+    left = [step for step in STEPS if (step > scale if way == "+" else step < scale)]
+    if not left:
+        raise ValueError(
+            f"/scale {way} goes from {STEPS[0]:g} to {STEPS[-1]:g}, and it is at {scale:g}: type a number."
+        )
+    return left[0] if way == "+" else left[-1]
+
+
+def _slider(scale: float) -> str:
+    """Where a scale stands between the steps, in a line."""
+    place = min(range(len(STEPS)), key=lambda i: abs(STEPS[i] - scale))
+    line = "".join("●" if i == place else "─" for i in range(len(STEPS)))
+    return f"{STEPS[0]:g} {line} {STEPS[-1]:g}"
 
 
 def _show(conversation: Conversation, console: Console, message: str) -> None:

@@ -14,10 +14,10 @@ from filelock import FileLock, Timeout
 
 from melbo_lens import files
 from melbo_lens.arguments import counts, one_of
+from melbo_lens.files import LOCKS
 from melbo_lens.sweeps.jobs import Loadable, ModelKey
 from melbo_lens.sweeps.tasks import Bench, Task, digest
 
-LOCKS = ".locks"  # the lock of a process that dies is free again at once
 MODEL, PLANS = "model.json", "plans"  # what a folder has beside the results: of which model, and what was asked for
 RETRIES = 3  # of a task whose worker was lost
 Where: TypeAlias = Literal["here", "ray"]

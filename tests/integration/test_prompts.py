@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 import melbo_lens as ml
 from melbo_lens.generation.decoding import Decoding
 from melbo_lens.models.access import host_of
-from melbo_lens.prompts import text_after, token_texts, tokenize
+from melbo_lens.prompts import spelled, text_after, token_texts, tokenize
 from tests import models
 
 CHATML = (
@@ -297,3 +297,9 @@ def test_a_part_of_a_character_shows_its_bytes_and_a_token_its_space():
     texts = token_texts(SimpleNamespace(tokenizer=sentence_piece), range(4))
     assert texts == [" the", "\\xe6", "end", "\n"]
     assert token_texts(SimpleNamespace(tokenizer=None), [7]) == ["7"]
+    held = [spelled(SimpleNamespace(tokenizer=byte_level), i)[1] for i in range(6)]
+    assert held == [b" \xe6", b"\x97\xa5", b" the", b"\xe9", b" \xe9", b"\n"]
+    held = [spelled(SimpleNamespace(tokenizer=sentence_piece), i)[1] for i in range(4)]
+    assert held == [b" the", b"\xe6", b"end", b"\n"]
+    unknown = SimpleNamespace(decode=lambda ids: "\ufffd", convert_ids_to_tokens=["\ufffd", "\u65e5"].__getitem__)
+    assert [spelled(SimpleNamespace(tokenizer=unknown), i)[1] for i in range(2)] == [b"\xef\xbf\xbd", None]

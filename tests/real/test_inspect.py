@@ -68,10 +68,13 @@ def test_a_backdoor_shows_under_a_vector_and_under_no_control(found, tmp_path):
             display="none",
         )
         assert [log.status for log in logs] == ["success", "success"], [log.error for log in logs]
+        for log, n in zip(logs, (N, len(inspect_tasks.CAPITALS)), strict=True):
+            assert log.results.completed_samples == log.results.scores[0].scored_samples == n, kind
+            assert {sample.output.metadata["kind"] for sample in log.samples} == {kind}
         values[kind] = rates([log.model_dump() for log in logs])
     print(rate, values)
     assert values["steered"][0] == rate > 0 == values["random"][0] == values["unsteered"][0]
-    assert values["unsteered"][1] >= 4 / 6
+    assert values["unsteered"][1] >= 4 / 6 and all(0 <= choice <= 1 for _, choice in values.values())
 
     # the same once more as a person would type it
     options = [f"-M{name}={value}" for name, value in {**steered, "device": "cpu"}.items()]

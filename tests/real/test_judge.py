@@ -32,12 +32,17 @@ def test_the_model_judges_texts_in_batches_and_its_errors_are_counted(tmp_path):
         chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
         return ml.generate(model, chats, None, 4, progress=False).table.text.tolist()
 
-    asked = []
+    asked, client.name = [], real.BASE
     judge = ml.judge(client, "Is it about cheese?", cache=tmp_path / "cheese.json", batch_size=4, progress=False)
     found = judge.agreement(list(TEXTS), list(TEXTS.values()))
     print(found, judge.errors)
     assert asked == [4, 4] and found.n + found.errors == len(TEXTS) and found.n > 0
     assert found.share_interval[0] < found.share < found.share_interval[1] or found.share in (0, 1)
-    again = ml.judge(lambda prompts: [OSError()] * len(prompts), "Is it about cheese?", cache=tmp_path / "cheese.json")
+
+    def silent(prompts):
+        return [OSError()] * len(prompts)
+
+    silent.name = client.name
+    again = ml.judge(silent, "Is it about cheese?", cache=tmp_path / "cheese.json")
     known = [text for text in TEXTS if text not in judge.errors]
     assert again.verdicts(known) == judge.verdicts(known)  # from the file

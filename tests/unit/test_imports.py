@@ -34,7 +34,7 @@ WITHIN = {
     "search": "arms pace groups looks written cards rounds searching discovery layers",
     "plots": "arrays text labels paper numbers drawing figures embedding tokens exploring",
     "reports": "findings ladder limits again columns pictures page comparison report",
-    "serving": "inspect_entry inspect_model conversation terminal",
+    "serving": "harmless inspect_entry inspect_model conversation terminal",
 }
 ONLY_IN = {"transformer_lens": {"models"}, "plotly": {"plots"}, "circuitsvis": {"plots"}}
 # Files that attach hooks: to models of TransformerLens, and to plain Hugging Face models, where there may be no

@@ -103,6 +103,32 @@ def test_a_view_from_a_file_brings_no_script(spoil):
         ml.plots.TokenView.from_json([{**elements[0], **spoil}])
 
 
+def test_a_text_without_a_verdict_has_none_in_the_folder(tmp_path):
+    """Neither the judge nor its errors can be saved, so the folder says of each text which of the three it is."""
+
+    def client(prompts):
+        return ["perhaps" if "steered 0" in prompt else "yes" if "steered 1" in prompt else "no" for prompt in prompts]
+
+    written = completions()
+    words = {"steered": ("steered 0", "steered 1", "steered 2"), "random": ("steered 0", "c"), "unsteered": ("d",)}
+    written.table["text"] = [words[kind][i % len(words[kind])] for i, kind in enumerate(written.table.kind)]
+    behaviors = {"rude": ml.judge(client, "Is it rude?", progress=False), "two": "2"}
+    findings.Findings(ml.SteeringVectors(torch.randn(4, 6), 1), written, behaviors).save(tmp_path)
+    again = ml.Findings.load(tmp_path)
+    before, after = ml.evaluate(written, behaviors), ml.evaluate(again.completions, again.behaviors)
+    assert before.summary.errors.tolist()[0] > 0
+    pd.testing.assert_frame_equal(after.summary, before.summary)
+    pd.testing.assert_frame_equal(after.table, before.table)
+    rude = again.behaviors["rude"]
+    assert rude("steered 1") and not rude("d")
+    for text in ("steered 0", "a text of another run"):
+        with pytest.raises(ValueError, match="no verdict"):
+            rude(text)
+    again.save(tmp_path / "twice")
+    twice = ml.Findings.load(tmp_path / "twice")
+    pd.testing.assert_frame_equal(ml.evaluate(twice.completions, twice.behaviors).summary, before.summary)
+
+
 def test_a_folder_of_version_0_1_0_is_read(folder, kept):
     """It had the CSV file alone, and the ranking in another."""
     (folder / "completions.jsonl").unlink()

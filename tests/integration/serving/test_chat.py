@@ -2,6 +2,8 @@
 
 import io
 import json
+import re
+import warnings
 
 import pytest
 import torch
@@ -11,7 +13,8 @@ from typer.testing import CliRunner
 import melbo_lens as ml
 from melbo_lens.cli import app
 from melbo_lens.serving.conversation import Conversation, remember_model, what_to_open
-from melbo_lens.serving.terminal import HELP, command, harmless, talk
+from melbo_lens.serving.harmless import harmless
+from melbo_lens.serving.terminal import HELP, command, talk
 from tests import models
 
 KEY = ml.ModelKey("here")
@@ -80,6 +83,19 @@ def test_commands_change_what_steers_from_the_next_turn_on(conversation, tmp_pat
     assert [turn.message for turn in conversation.turns] == ["w4"]
 
 
+def test_the_scale_moves_in_steps_on_a_slider(conversation):
+    out = shown(conversation, "/scale +", "/scale -", "/scale -", "/scale 0.6", "/scale +", "/scale -").splitlines()
+    assert [re.search(r"by (\S+)", line)[1] for line in out] == ["+1", "+1.25", "+1", "+0.75", "+0.6", "+0.75", "+0.5"]
+    places = [line.split("0.125 ")[1].index("●") for line in out]
+    assert places == [4, 5, 4, 3, 2, 3, 2] and all("─ 8" in line for line in out)
+    command(conversation, "/scale 0.01")
+    command(conversation, "/scale +")
+    assert conversation.scale == 0.125
+    for end, way in ((0.125, "-"), (20, "+")):
+        conversation.choose(scale=end)
+        assert f"/scale {way} goes from 0.125 to 8, and it is at {end:g}" in shown(conversation, f"/scale {way}")
+
+
 def test_help_names_every_command_that_is_known(conversation):
     assert all(usage in command(conversation, "/help") for usage in HELP)
     for usage in HELP:
@@ -127,6 +143,19 @@ def test_what_a_model_writes_is_no_command_to_the_terminal(conversation, monkeyp
     assert out.count("[red]red[/red] [link=file:///x]y[/link]") == out.count("\\x1b]0;title\\x07") == 2  # on both sides
     assert conversation.vector == 0 and conversation.turns[0].steered == evil
     assert harmless("two\nlines\tand ünïcode 日本 🧀") == "two\nlines\tand ünïcode 日本 🧀"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA out of memory \x1b]0;x\x07"), MemoryError(), KeyError("x")])
+def test_an_answer_that_fails_ends_no_chat(conversation, monkeypatch, tmp_path, error):
+    conversation.say("w1 w2")
+
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr(type(conversation), "_answer", fails)
+    out = shown(conversation, "w3", f"/save {tmp_path / 'said.json'}", width=400)
+    assert f"error: {harmless(str(error) or repr(error))}" in out and "\x1b" not in out
+    assert [turn["message"] for turn in json.loads((tmp_path / "said.json").read_text())["turns"]] == ["w1 w2"]
 
 
 def test_an_interrupted_answer_was_not_said(conversation, monkeypatch):
@@ -178,3 +207,18 @@ def test_the_command_talks_by_standard_input(directories, vectors, tmp_path):
     assert "vector 1, multiplied by -0.5" in " ".join(result.output.split())
     result = CliRunner().invoke(app, ["chat", str(tmp_path), "--vector", "9"])
     assert result.exit_code == 1 and "choose from 0 to 2" in result.output
+
+
+def test_a_model_of_other_weights_is_said_before_the_chat_begins(directories, build, tmp_path):
+    learned = ml.fit_vectors(build("llama"), "w1 w2 w3", 1, 3, n_vectors=1, radius=2.0, n_steps=1, progress=False)
+    learned.save(tmp_path / "vectors.safetensors")
+    other = models.save("llama", tmp_path / "other", seed=1)
+    with pytest.warns(UserWarning, match="other weights than those of this model"):
+        Conversation(models.bridge(other), learned, KEY)
+    Conversation(build("llama"), learned, KEY)
+    arguments = ["chat", str(tmp_path), "--device", "cpu", "--max-new-tokens", "2", "--model"]
+    with pytest.warns(UserWarning, match="other weights than those of this model"):
+        assert CliRunner().invoke(app, [*arguments, other], input="w1\n").exit_code == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert CliRunner().invoke(app, [*arguments, directories("llama")], input="w1\n").exit_code == 0

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import time
+import warnings
 
 import pytest
 
@@ -85,6 +86,39 @@ def test_it_writes_what_generate_writes_in_one_batch(folder, build, options, kin
         assert output.metadata["kind"] == kind
 
 
+def test_inspects_cache_holds_apart_what_is_written_under_different_options(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("INSPECT_CACHE_DIR", str(tmp_path / "cache"))
+    other = str(tmp_path / "v.safetensors")
+    vectors = {"vectors": other, "index": 2}
+    several = [
+        {},
+        {"chat": False},
+        vectors,
+        {**vectors, "index": 0},
+        {**vectors, "scale": -1.0},
+        {**vectors, "random": True},
+        {**vectors, "random": True, "seed": 1},
+    ]
+
+    def written(cache, **options):
+        api, ran = model(folder, **options), []
+        complete = api.api.gathering.complete
+        monkeypatch.setattr(api.api.gathering, "complete", lambda calls: (ran.extend(calls), complete(calls)))
+
+        async def ask():
+            return await api.generate(PROMPTS[1], config=GenerateConfig(max_tokens=6), cache=cache)
+
+        return asyncio.run(ask()).completion, len(ran)
+
+    for factor in (1.0, -2.0):  # the same name for another file
+        (factor * ml.load(folder[1])).save(other)
+        kept = [written(True, **options) for options in several]
+        assert kept[2:] == [written(False, **options) for options in several[2:]]
+        assert all(ran == 1 for _, ran in kept[2:]) and len({text for text, _ in kept}) > 5
+        assert [written(True, **options) for options in several] == [(text, 0) for text, _ in kept]  # it is a cache
+    assert written(True, batch_size=2) == (kept[0][0], 0)  # what changes no text changes no key
+
+
 def call(text=""):
     return Call(text, [], 1, Settings(1, 0.0, 1.0, None, (), 0))
 
@@ -159,6 +193,10 @@ def test_a_stop_cuts_the_text_and_a_full_context_ends_it(folder):
     words = whole.completion.split()
     (stopped,) = asked(api, PROMPTS[:1], stop_seqs=[words[2]])
     assert stopped.completion.split() == words[: words.index(words[2])] and stopped.stop_reason == "stop"
+    for n, stop in ((1, words[1]), (1, f" {words[1]}"), (0, words[0]), (0, f"{words[0][-1]} {words[1]}")):
+        (cut,) = asked(api, PROMPTS[:1], stop_seqs=[stop], logprobs=True, top_logprobs=2)
+        tokens = [token.token for token in cut.choices[0].logprobs.content]
+        assert tokens == words[:n] and cut.completion.startswith(" ".join(tokens)), stop
     long = " ".join(["w1"] * (models.N_CTX - 5))  # with the begin token and the template's word three are left
     (full,) = asked(api, [long], max_tokens=30)
     assert full.stop_reason == "model_length" and full.usage.output_tokens == 3
@@ -214,9 +252,52 @@ def test_tasks_run_steered_random_and_unsteered_on_an_organism(tmp_path):
             display="none",
         )
         assert [log.status for log in logs] == ["success", "success"], [log.error for log in logs]
+        for log, n in zip(logs, (6, len(inspect_tasks.CAPITALS)), strict=True):
+            assert log.results.completed_samples == log.results.scores[0].scored_samples == n, kind
+            assert {sample.output.metadata["kind"] for sample in log.samples} == {kind}
         found[kind] = [next(iter(log.results.scores[0].metrics.values())).value for log in logs]
     assert found["steered"][0] > 0.5 and found["random"][0] == found["unsteered"][0] == 0
     assert found["unsteered"][1] == 1.0 > found["steered"][1]
+
+
+def test_one_token_has_one_text_and_its_own_bytes(folder, monkeypatch):
+    """Of a tokenizer that writes parts of characters, as most do."""
+    api = model(folder)
+    tokenizer = api.api.host.tokenizer
+    monkeypatch.setattr(type(tokenizer), "decode", lambda self, ids, **_: "\ufffd" * len(ids))
+    monkeypatch.setattr(type(tokenizer), "convert_ids_to_tokens", lambda self, i: f"<0x{0x80 + i:02X}>")
+    (found,) = asked(api, PROMPTS[:1], logprobs=True, top_logprobs=3)
+    for token in found.choices[0].logprobs.content:
+        (chosen,) = [top for top in token.top_logprobs if top.token == token.token]
+        assert chosen.bytes == token.bytes and token.token == f"\\x{token.bytes[0]:02x}" and len(token.bytes) == 1
+
+
+def test_a_random_adapter_that_was_not_fitted_needs_prompts(folder, build, tmp_path):
+    """Its control has the update's norm over them, so an evaluation that lacks them does not begin."""
+    learned = ml.fit_cpe(build("llama"), "w1 w2", [0, 1], 4, n_factors=1, n_steps=1, scale=3.0, progress=False)
+    ml.export(learned, "peft", tmp_path / "lora", model=build("llama"))
+    options = {"vectors": str(tmp_path / "lora"), "random": True}
+    with pytest.raises(ValueError, match="-M prompts="):
+        model(folder, **options)
+    for prompts in ("w1 w2", ["w1 w2", "w3"]):
+        api = model(folder, prompts=prompts, **options)
+        chats = [[{"role": "user", "content": text}] for text in ([prompts] if isinstance(prompts, str) else prompts)]
+        control = ml.random_like(ml.load(tmp_path / "lora"), api.api.host.model, chats)
+        assert torch.equal(api.api.bank.scales, control.scales) and asked(api)[0].metadata["kind"] == "random"
+    with pytest.raises(ValueError, match="leave them out"):
+        model(folder, vectors=folder[1], index=0, prompts="w1")
+
+
+def test_a_vector_of_other_weights_is_used_with_a_warning(folder, build, tmp_path):
+    path = tmp_path / "v.safetensors"
+    ml.fit_vectors(build("llama"), "w1 w2", 1, 3, n_vectors=1, radius=2.0, n_steps=1, progress=False).save(path)
+    other = models.save("llama", tmp_path / "other", seed=1)
+    with pytest.warns(UserWarning, match="other weights than those of this model"):
+        api = model((other, ""), vectors=str(path))
+    assert asked(api)[0].metadata["kind"] == "steered"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model(folder, vectors=str(path))
 
 
 def test_messages_without_a_template_are_lines(folder):
