@@ -1,6 +1,7 @@
 """Does `peft` load what `to_peft` wrote, with the logits of the steered model?"""
 
 import json
+import math
 import warnings
 
 import pytest
@@ -9,11 +10,13 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import melbo_lens as ml
+from melbo_lens.exports import comparison
+from melbo_lens.exports.weights import Lora
 from melbo_lens.models.access import host_of
 from tests import models
 from tests.integration.methods.test_adapters import TOKENS, adapters_for
 
-ARCHITECTURES = ["llama", "qwen2", "neox", "gpt2", "gemma2"]
+ARCHITECTURES = ["llama", "qwen2", "qwen3", "neox", "gpt2", "gemma2"]
 
 
 def fitted_on(model, layers=1):
@@ -63,6 +66,61 @@ def test_several_layers_are_exported_together(build, directories, tmp_path):
     ml.export(adapter, "peft", tmp_path, model=model)
     check_equal(model, adapter, tmp_path, directories("llama"))
     assert len(json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]) == 2
+
+
+def of_ranks(model, ranks):
+    """An adapter of random factors, whose layers have these ranks."""
+    host, generator = host_of(model), torch.Generator().manual_seed(0)
+    sites = {layer: host.weight_site(layer, "mlp") for layer in ranks}
+    factors = {}
+    for layer, rank in ranks.items():
+        d_in, d_model = host.widths(layer, "mlp")
+        a, b = (torch.randn(shape, generator=generator) for shape in ((1, rank, d_in), (1, d_model, rank)))
+        factors[layer] = a, b
+    return ml.SteeringAdapters(factors, torch.tensor([-0.3]), sites=sites)
+
+
+@pytest.mark.parametrize("ranks", [{0: 1, 2: 3}, {0: 3, 2: 1}], ids=str)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_layers_of_different_ranks_are_exported_together(build, directories, tmp_path, name, ranks):
+    model = build(name, "bridge")
+    adapter = of_ranks(model, ranks)
+    assert adapter.rank == 3
+    ml.export(adapter, "peft", tmp_path, model=model, prompts="w1 w2 w3")
+    check_equal(model, adapter, tmp_path, directories(name))
+    torch.testing.assert_close(bridge_with(model, ml.load(tmp_path)), bridge_with(model, adapter), atol=1e-5, rtol=0)
+
+
+def bridge_with(model, adapter):
+    with ml.steer(model, adapter), torch.no_grad():
+        return host_of(model).forward(TOKENS).log_softmax(-1)
+
+
+@pytest.mark.parametrize("format", ["peft", "gguf-lora"])
+@pytest.mark.parametrize("wrong", ["alpha", "factors"])
+def test_the_check_sees_what_readers_compute(build, tmp_path, monkeypatch, format, wrong):
+    """An alpha that is not the rank, or NaN in a factor, is as wrong as other factors."""
+    if format == "gguf-lora":
+        pytest.importorskip("gguf")
+    right = getattr(Lora, wrong).fget
+    spoiled = {
+        "alpha": lambda self: 2 * right(self),
+        "factors": lambda self: {name: (torch.nan * a, b) for name, (a, b) in right(self).items()},
+    }
+    model = build("llama", "bridge")
+    adapter = of_ranks(model, {1: 2})
+    monkeypatch.setattr(Lora, wrong, property(spoiled[wrong]))
+    with pytest.raises(ValueError, match="with the exported update differ by"):
+        ml.export(adapter, format, tmp_path / "out", model=model, prompts="w1 w2 w3")
+    assert not list(tmp_path.iterdir())
+
+
+def test_nan_on_any_prompt_is_the_largest_difference():
+    """`max` would return whichever comes first."""
+    rows = [torch.zeros(1, 1, 3), torch.full((1, 1, 3), math.nan)]
+    for order in (rows, rows[::-1]):
+        assert math.isnan(comparison.difference(lambda row: row, torch.zeros_like, order))
+    assert math.isnan(comparison.largest([0.0, math.nan, 1.0]))
 
 
 OFFICIAL = {"neox": "EleutherAI/pythia-70m", "qwen2": "Qwen/Qwen2-0.5B"}
