@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from melbo_lens import files
+from melbo_lens.arguments import finite
 from melbo_lens.exports import exporter, gguf_files
 from melbo_lens.exports.gguf_vectors import write_control_vector
 from melbo_lens.exports.layer_outputs import compare, single_vectors
@@ -43,8 +44,8 @@ def to_easysteer(
 
     Raises:
         ModuleNotFoundError: the `gguf` package is not installed.
-        ValueError: the format can't hold the vectors, the path ends in .gguf, or the comparison failed; nothing is
-            written.
+        ValueError: the format can't hold the vectors, the path ends in .gguf, the scale is no finite number, or the
+            comparison failed; nothing is written.
 
     Warns:
         UserWarning: there was no model, or no Hugging Face model, to compare with.
@@ -56,6 +57,7 @@ def to_easysteer(
         raise ValueError(
             f"path={str(path)!r} is that of the JSON file, beside which {beside.name} lies: let it end in .json."
         )
+    scale = finite("scale", scale)
     several = single_vectors(vectors, "easysteer")
     host = compare(several, model, hf_model, prompts)
     spec = {
@@ -63,7 +65,7 @@ def to_easysteer(
             {
                 "source": source or str(beside),
                 "algorithm": "direct",
-                "scale": float(scale),
+                "scale": scale,
                 "layers": [one.source_layer for one in several],
                 "normalize": False,
                 "apply": {"prompt": "all", "generation": "all"},

@@ -89,9 +89,9 @@ def kind_of(path: str | os.PathLike[str]) -> str | None:
         return "peft"
     with path.open("rb") as file:
         start = file.read(9)
+    if start[:4] == b"GGUF":  # first, since byte 8 counts its tensors, of which there may be 123: "{"
+        return "gguf"
     if start[8:] == b"{":  # safetensors: the length of a JSON header, and the header
         return None
-    if start[:4] == b"GGUF":
-        return "gguf"
     # a zip archive, or a pickle, as versions of torch before 1.6 wrote
     return "torch" if start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] in b"\2\3\4\5") else None

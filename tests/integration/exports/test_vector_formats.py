@@ -5,6 +5,7 @@ What a file says is done to the plain Hugging Face model by a forward hook, whos
 
 import base64
 import json
+import math
 import socket
 import struct
 
@@ -165,6 +166,18 @@ def test_scales_are_written(build, directories, tmp_path):
     for decode, file in ((vllm_lens, "v.json"), (easysteer, "e.json"), (lm_eval, "v.pt")):
         found = hooked(directories("llama"), decode(tmp_path / file, "model.layers"))
         torch.testing.assert_close(found, steered(model, -2.0 * vector), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf, True, torch.tensor(math.nan)], ids=str)
+def test_a_scale_that_is_no_finite_number_is_refused_and_nothing_is_computed(build, tmp_path, monkeypatch, number):
+    """JSON has no NaN, so a file would say null."""
+    pytest.importorskip("gguf")
+    model = build("llama", "bridge")
+    monkeypatch.setattr(type(host_of(model)), "forward", None)
+    for format, name in (("vllm-lens", "scale"), ("easysteer", "scale"), ("lm-eval", "coefficient")):
+        with pytest.raises(ValueError, match=f"{name}=.* must be a finite number"):
+            ml.export(a_vector(), format, tmp_path / DECODERS[format][1], model=model, **{name: number})
+    assert not list(tmp_path.iterdir())
 
 
 def fitted(model, **settings):
