@@ -64,8 +64,9 @@ def to_peft(
     for name, (a, b) in lora.factors.items():
         weights[f"base_model.model.{name}.lora_A.weight"] = a.contiguous()
         weights[f"base_model.model.{name}.lora_B.weight"] = b.contiguous()
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    files.write_atomically(folder / "adapter_model.safetensors", to_bytes(weights, {"format": "pt"}))
-    files.write_atomically(folder / "adapter_config.json", (json.dumps(config, indent=2) + "\n").encode())
-    return folder
+    contents = {
+        "adapter_model.safetensors": to_bytes(weights, {"format": "pt"}),
+        "adapter_config.json": (json.dumps(config, indent=2) + "\n").encode(),
+    }
+    files.write_folder(path, contents)
+    return Path(path)

@@ -61,11 +61,9 @@ def to_transformers(
     if missing:
         warnings.warn(f"the export was not compared with a Hugging Face model: {missing} to compare.", stacklevel=2)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in standalone.tensors_of(edits).items()}
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    files.write_atomically(folder / VALUES, to_bytes(tensors, {"format": "pt"}))
-    files.write_text(folder / CODE, Path(standalone.__file__).read_text(encoding="utf-8"))
-    return folder
+    code = Path(standalone.__file__).read_bytes()
+    files.write_folder(path, {VALUES: to_bytes(tensors, {"format": "pt"}), CODE: code})
+    return Path(path)
 
 
 def _compare(
