@@ -140,6 +140,14 @@ def test_vectors_of_several_layers_act_together(build, directories, tmp_path, fo
     torch.testing.assert_close(found, steered(model, several), atol=1e-4, rtol=0)
 
 
+def test_vectors_of_several_layers_come_back_from_hotwire_one_by_one(build, tmp_path):
+    model, several = build("llama", "bridge"), [a_vector(0, "resid_post"), a_vector(2, seed=1)]
+    ml.export(several, "hotwire", tmp_path / "v.pt", model=model)
+    again = [ml.load(tmp_path / "v.pt", layer=layer) for layer in (0, 2)]
+    assert [len(one) for one in again] == [1, 1]
+    torch.testing.assert_close(steered(model, again), steered(model, several), atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("layer", [0, models.N_LAYERS - 1])
 @pytest.mark.parametrize("format", DECODERS)
 def test_the_first_and_the_last_layer_can_be_written(build, directories, tmp_path, format, layer):
