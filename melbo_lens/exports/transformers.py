@@ -57,7 +57,10 @@ def to_transformers(
         missing = "its model is not remembered here. Pass model="
     else:
         compared = _compare(perturbation, host_of(known), edits, hf_model, prompts)
-        missing = "" if compared else "its Hugging Face model is not on this machine. Pass hf_model="
+        absent = (
+            "its Hugging Face model's files are not on this machine or give other log-probabilities. Pass hf_model="
+        )
+        missing = "" if compared else absent
     if missing:
         warnings.warn(f"the export was not compared with a Hugging Face model: {missing} to compare.", stacklevel=2)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in standalone.tensors_of(edits).items()}

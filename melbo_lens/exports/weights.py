@@ -128,7 +128,8 @@ def compare(lora: Lora, hf_model: nn.Module | None = None, prompts: Prompts | No
     if not _check(lora, hf_model, fitting_prompts(lora.adapter, prompts, lora.host.device)):
         warnings.warn(
             "the exported adapter was not compared with a Hugging Face model: TransformerLens processed this model's "
-            "weights, and its files are not on this machine. Pass hf_model= to compare.",
+            "weights, and its files are not on this machine or give other log-probabilities. "
+            "Pass hf_model= to compare.",
             stacklevel=3,
         )
 

@@ -166,6 +166,20 @@ def test_a_hooked_transformer_without_files_says_that_it_was_not_compared(tmp_pa
         torch.testing.assert_close(network(ids).logits.log_softmax(-1), expected, atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize("format", ["peft", "transformers", "vllm-lens"])
+def test_a_processed_model_that_its_own_files_do_not_make_is_noticed(directories, tmp_path, format):
+    """Without hf_model=, it is compared with its files, and these may be of other weights."""
+    model = models.bridge(directories("llama"), compatible=True)
+    with torch.no_grad():
+        model.unembed.original_component.weight[3].mul_(-2)
+    value = ml.SteeringVectors.from_tensor(torch.ones(1, 32), 1) if format == "vllm-lens" else fitted_on(model)[0]
+    with pytest.warns(UserWarning, match=r"not compared .* give other log-probabilities"):
+        ml.export(value, format, tmp_path / "out", model=model)
+    network = AutoModelForCausalLM.from_pretrained(directories("llama"))
+    with pytest.raises(ValueError, match=r"without any perturbation, the log-probabilities .* differ"):
+        ml.export(value, format, tmp_path / "other", model=model, hf_model=network)
+
+
 def test_a_loaded_adapter_needs_its_model(build, tmp_path):
     model = build("llama", "bridge")
     fitted_on(model).save(tmp_path / "a.safetensors")
@@ -240,9 +254,13 @@ def test_a_model_without_a_counterpart_is_refused(directories, tmp_path):
         ml.export(adapters_for(model, n=1), "peft", tmp_path / "out", model=model, prompts="w1 w2")
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "neox", "gpt2", "mixtral"])
-def test_factors_of_cpe_are_loaded_by_peft_alone_and_composed(build, directories, tmp_path, name):
-    model = build(name, "bridge")
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(name, "bridge") for name in ("llama", "qwen2", "neox", "gpt2", "mixtral", "gemma2")]
+    + [(name, "compatible") for name in ("mixtral", "gemma2")],
+)
+def test_factors_of_cpe_are_loaded_by_peft_alone_and_composed(build, directories, tmp_path, name, kind):
+    model = build(name, kind)
     found = ml.fit_cpe(
         model, torch.tensor([[1, 5, 6, 7], [1, 8, 9, 4]]), [0, 1], 4, n_factors=3, n_steps=3, scale=3.0, progress=False
     )
