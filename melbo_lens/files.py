@@ -64,10 +64,8 @@ def write_together(contents: Mapping[str | os.PathLike[str], bytes]) -> None:
     except BaseException:
         renamed = [path for path, temporary in temporaries.items() if not os.path.exists(temporary)]
         for path in renamed if len(renamed) < len(parts) else []:
-            if path in old:
-                os.replace(old.pop(path), path)
-            else:
-                path.unlink()
+            with suppress(OSError):  # an old file that can't go back stays under its second name
+                os.replace(old.pop(path), path) if path in old else path.unlink()
         raise
     finally:
         for leftover in (*temporaries.values(), *old.values()):

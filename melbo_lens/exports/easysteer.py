@@ -92,6 +92,6 @@ def _is_export(path: Path, beside: Path) -> bool:
     try:
         said = files.read_json(path)
         read_header(beside)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(said, dict) and {"vectors", "conflict"} <= set(said)

@@ -103,12 +103,12 @@ def _is_of_layers(path: Any, held: Any) -> bool:
     if not isinstance(held, Tensor) or held.ndim != 2:
         return False
     _check(path, held)
-    acts = held.any(1)
+    acts = held.float().any(1)
     return bool(acts.any()) and not bool(acts.all())
 
 
 def _of_hotwire(path: Any, held: Tensor, layer: int | None) -> tuple[Any, dict[str, Any]]:
-    layers = held.any(1).nonzero()[:, 0].tolist()
+    layers = held.float().any(1).nonzero()[:, 0].tolist()
     if layer is None and len(layers) > 1:
         raise ValueError(f"{path} has vectors of the layers {layers}: pass layer=, one of them.")
     chosen = layers[0] if layer is None else layer
