@@ -65,7 +65,10 @@ def write_together(contents: Mapping[str | os.PathLike[str], bytes]) -> None:
         renamed = [path for path, temporary in temporaries.items() if not os.path.exists(temporary)]
         for path in renamed if len(renamed) < len(parts) else []:
             with suppress(OSError):  # an old file that can't go back stays under its second name
-                os.replace(old.pop(path), path) if path in old else path.unlink()
+                if path in old:
+                    os.replace(old.pop(path), path)
+                else:
+                    path.unlink()
         raise
     finally:
         for leftover in (*temporaries.values(), *old.values()):
