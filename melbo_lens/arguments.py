@@ -157,6 +157,18 @@ def positive(name: str, value: Any, what: str) -> None:
         raise ValueError(f"{name}={value!r} must be a positive, finite number{what}.")
 
 
+def finite(name: str, value: Any) -> float:
+    """Returns a number of any library as Python's.
+
+    Raises:
+        ValueError: the value is no number, or is NaN or infinite.
+    """
+    number = plain(value)
+    if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+        raise ValueError(f"{name}={value!r} must be a finite number.")
+    return float(number)
+
+
 def one_of(name: str, value: Any, allowed: Collection[Any], hint: str = "") -> None:
     """Refuses a value that is not among the allowed ones.
 

@@ -16,6 +16,8 @@ from melbo_lens.ascent.states import Evaluate, Point, State
 TOLERANCE = 1e-3
 SLOWER, FASTER = 2.0, 0.9  # what a row's inertia is multiplied by where the row would turn back, and elsewhere
 HEAVIEST = 32.0  # the largest inertia
+import os
+BACK = float(os.environ.get("BACK", -0.5))  # a move whose cosine with the last one is less goes back
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,10 +158,12 @@ def _slowed(inertia: Inertia, came: Point, rows: Point, moved: Point, sunk: Bool
     might jump to and fro across the top for ever. A row in a sink goes back for another reason, and factors that take
     turns don't turn back, except after a sink.
     """
-    turn = torch.zeros_like(inertia)
+    product, last, next_ = (torch.zeros_like(inertia) for _ in range(3))
     for old, here, new in zip(came, rows, moved, strict=True):
-        turn += ((here - old) * (new - here)).flatten(2).sum(-1)
-    return torch.where((turn < 0) & ~sunk, SLOWER * inertia, FASTER * inertia).clamp(INERTIA, HEAVIEST)
+        before, after = (here - old).flatten(2), (new - here).flatten(2)
+        product, last, next_ = product + (before * after).sum(-1), last + before.square().sum(-1), next_ + after.square().sum(-1)
+    back = product < BACK * (last * next_).sqrt()
+    return torch.where(back & ~sunk, SLOWER * inertia, FASTER * inertia).clamp(INERTIA, HEAVIEST)
 
 
 def _out_of_sinks(

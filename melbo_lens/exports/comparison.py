@@ -1,6 +1,6 @@
 """Does the plain Hugging Face model do the same?  An export is compared with it before anything is written."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -137,13 +137,18 @@ def steered_differences(
             expected = [host.forward(ids) for ids in rows]
         with change(network):
             found = [network(ids).logits for ids in rows]
-        effect = max(map(distance, expected, map(host.forward, rows)))
-    return Differences(max(map(distance, found, expected)), plain, tolerance(host) * max(1.0, effect))
+        effect = largest(map(distance, expected, map(host.forward, rows)))
+    return Differences(largest(map(distance, found, expected)), plain, tolerance(host) * largest([1.0, effect]))
 
 
 def difference(one: Callable[[Tensor], Tensor], other: Callable[[Tensor], Tensor], rows: Sequence[Tensor]) -> float:
     """The largest difference between the log-probabilities of two models on any of the rows."""
-    return max(distance(one(ids), other(ids)) for ids in rows)
+    return largest(distance(one(ids), other(ids)) for ids in rows)
+
+
+def largest(distances: Iterable[float]) -> float:
+    """The largest of the distances; NaN if one of them is, which `max` would pass over."""
+    return float(torch.tensor(list(distances), dtype=torch.float64, device="cpu").max())
 
 
 def distance(one: Tensor, other: Tensor) -> float:

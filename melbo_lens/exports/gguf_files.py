@@ -61,17 +61,23 @@ def write(
     metadata: Mapping[str, str | int | float],
     tensors: Mapping[str, Tensor],
 ) -> Path:
-    """Writes one GGUF file atomically.
+    """Writes one GGUF file atomically; see `to_bytes` for what is in it.
+
+    Returns:
+        The path.
+    """
+    files.write_atomically(path, to_bytes(architecture, metadata, tensors))
+    return Path(path)
+
+
+def to_bytes(architecture: str, metadata: Mapping[str, str | int | float], tensors: Mapping[str, Tensor]) -> bytes:
+    """Returns one GGUF file.
 
     Args:
-        path: the file.
         architecture: the value of `general.architecture`.
         metadata: further keys; texts are written as strings, integers as uint32 and other numbers as float32.
         tensors: name -> tensor, written as F32. GGUF lists axes from the last to the first, so [rank d_in] appears
             there as (d_in, rank), the way llama.cpp writes shapes.
-
-    Returns:
-        The path.
     """
     gguf = library()
     with tempfile.TemporaryDirectory() as folder:
@@ -88,5 +94,4 @@ def write(
             writer.write_tensors_to_file()
         finally:
             writer.close()
-        files.write_atomically(path, whole.read_bytes())
-    return Path(path)
+        return whole.read_bytes()

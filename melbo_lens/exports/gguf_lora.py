@@ -27,8 +27,9 @@ def to_gguf_lora(
 
     For weights W [out in] that llama.cpp calls `blk.N.ffn_down.weight` (the MLP's) or `blk.N.attn_output.weight` (the
     attention's), the file holds `.lora_a` = A [rank in] and `.lora_b` = B [out rank], both F32. llama.cpp computes
-    ``W x + alpha / rank * B A x``. The scale of the adapter is part of B, and alpha is the rank. These weights are
-    never permuted in a GGUF file; what llama.cpp permutes are the rows of Llama's query and key weights.
+    ``W x + alpha / rank * B A x``. The scale of the adapter is part of B, and alpha is the rank. There is one alpha
+    for all layers, so those of a smaller rank than others are filled up with zeros. These weights are never permuted in
+    a GGUF file; what llama.cpp permutes are the rows of Llama's query and key weights.
 
     It is used as `llama-cli -m model.gguf --lora FILE`, or in a request to its server, which was started with the same
     option, as `"lora": [{"id": 0, "scale": 1.0}]`.
@@ -64,7 +65,7 @@ def to_gguf_lora(
     tensors = {}
     for module, (a, b) in lora.factors.items():
         tensors[f"{names[module]}.weight.lora_a"], tensors[f"{names[module]}.weight.lora_b"] = a, b
-    metadata = {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": float(lora.adapter.rank)}
+    metadata = {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": float(lora.alpha)}
     return gguf_files.write(path, architecture, metadata, tensors)
 
 

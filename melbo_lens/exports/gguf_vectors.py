@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from melbo_lens import files
 from melbo_lens.exports import exporter, gguf_files
 from melbo_lens.exports.layer_outputs import compare, single_vectors
 from melbo_lens.models.access import Model
@@ -63,17 +64,23 @@ def to_gguf(
 def write_control_vector(
     path: str | os.PathLike[str], directions: Mapping[int, Tensor], method: str, model_hint: str
 ) -> Path:
-    """Writes a control-vector file atomically, without any check.
+    """Writes a control-vector file atomically, without any check; see `control_vector` for what is in it.
+
+    Returns:
+        The path.
+    """
+    files.write_atomically(path, control_vector(directions, method, model_hint))
+    return Path(path)
+
+
+def control_vector(directions: Mapping[int, Tensor], method: str, model_hint: str) -> bytes:
+    """Returns a control-vector file.
 
     Args:
-        path: the file.
         directions: layer, counted from 0 -> vector [d_model], which is added to the stream that leaves this layer.
             llama.cpp refuses a file with layer 0; other readers of the format take it.
         method: how the vectors were made, for people.
         model_hint: the architecture of their model, for people.
-
-    Returns:
-        The path.
     """
     metadata = {
         "controlvector.model_hint": model_hint,
@@ -81,4 +88,4 @@ def write_control_vector(
         "controlvector.layer_count": len(directions),
     }
     tensors = {f"direction.{layer}": directions[layer] for layer in sorted(directions)}
-    return gguf_files.write(path, "controlvector", metadata, tensors)
+    return gguf_files.to_bytes("controlvector", metadata, tensors)

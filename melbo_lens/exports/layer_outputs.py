@@ -101,7 +101,10 @@ def compare(
     if host is None:
         missing = "no model was given. Pass model="
     elif not _check([one.on(host) for one in vectors], host, hf_model, prompts):
-        missing = "TransformerLens processed its weights, and its files are not on this machine. Pass hf_model="
+        missing = (
+            "TransformerLens processed its weights, and its files are not on this machine or give other "
+            "log-probabilities. Pass hf_model="
+        )
     else:
         return host
     warnings.warn(

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from melbo_lens import files
+from melbo_lens.arguments import finite
 from melbo_lens.exports import exporter
 from melbo_lens.exports.layer_outputs import compare, single_vectors
 from melbo_lens.models.access import Model
@@ -54,14 +55,15 @@ def to_lm_eval(
         The path.
 
     Raises:
-        ValueError: the format can't hold the vector, the path ends otherwise, the hookpoint is not known, or the
-            comparison failed; nothing is written.
+        ValueError: the format can't hold the vector, the path ends otherwise, the coefficient is no finite number, the
+            hookpoint is not known, or the comparison failed; nothing is written.
 
     Warns:
         UserWarning: there was no model, or no Hugging Face model, to compare with.
     """
     if Path(path).suffix not in ENDINGS:
         raise ValueError(f"path={str(path)!r} must end in .pt or .pth: the harness refuses any other file.")
+    coefficient = finite("coefficient", coefficient)
     (only,) = single_vectors([vector], "lm-eval")
     host = compare([only], model, hf_model, prompts)
     name = hookpoint or _hookpoint(host, only.source_layer)
@@ -70,7 +72,7 @@ def to_lm_eval(
     entry: dict[str, Any] = {
         "action": "add",
         "steering_vector": only.values[0].to(device=device, dtype=dtype).clone(),
-        "steering_coefficient": float(coefficient),
+        "steering_coefficient": coefficient,
         "bias": None,
     }
     buffer = io.BytesIO()

@@ -26,7 +26,8 @@ def to_peft(
 ) -> Path:
     """Writes `adapter_config.json` and `adapter_model.safetensors`, after checking that they have the same effect.
 
-    The scale is part of lora_B, so lora_alpha equals the rank. `weights.compare` says what is checked, on which model,
+    The scale is part of lora_B, so lora_alpha equals the rank. Layers of a smaller rank than others are filled up with
+    zeros, so that one rank holds for all. `weights.compare` says what is checked, on which model,
     and what is refused.
 
     Args:
@@ -51,8 +52,8 @@ def to_peft(
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": lora.host.name,
-        "r": lora.adapter.rank,
-        "lora_alpha": lora.adapter.rank,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
         "lora_dropout": 0.0,
         "bias": "none",
         "target_modules": sorted(lora.names.values()),
@@ -63,8 +64,9 @@ def to_peft(
     for name, (a, b) in lora.factors.items():
         weights[f"base_model.model.{name}.lora_A.weight"] = a.contiguous()
         weights[f"base_model.model.{name}.lora_B.weight"] = b.contiguous()
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    files.write_atomically(folder / "adapter_model.safetensors", to_bytes(weights, {"format": "pt"}))
-    files.write_atomically(folder / "adapter_config.json", (json.dumps(config, indent=2) + "\n").encode())
-    return folder
+    contents = {
+        "adapter_model.safetensors": to_bytes(weights, {"format": "pt"}),
+        "adapter_config.json": (json.dumps(config, indent=2) + "\n").encode(),
+    }
+    files.write_folder(path, contents)
+    return Path(path)

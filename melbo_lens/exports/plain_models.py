@@ -1,11 +1,10 @@
 """How does a value steer a Hugging Face model that TransformerLens has not wrapped?  `on_transformers` does it."""
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from melbo_lens.arguments import plain
+from melbo_lens.arguments import finite
 from melbo_lens.exports.standalone import (
     ATTENTION_OUTPUT,
     ATTENTION_WEIGHTS,
@@ -41,12 +40,9 @@ def on_transformers(hf_model: Any, perturbation: Perturbation, scale: float = 1.
 
     Raises:
         TypeError: `hf_model` is no such model, or the perturbation is of another package's kind.
-        ValueError: there are several vectors or adapters, or they don't fit the model.
+        ValueError: there are several vectors or adapters, they don't fit the model, or the scale is no finite number.
     """
-    scale = plain(scale)
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
-        raise ValueError(f"scale={scale!r} must be a finite number.")
-    with steered(hf_model, edits_of(perturbation), scale) as model:
+    with steered(hf_model, edits_of(perturbation), finite("scale", scale)) as model:
         yield model
 
 

@@ -13,6 +13,7 @@ position, in `generate` too; afterwards the model is as before, even after an ex
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from math import isfinite
 from typing import Any, NamedTuple
 
 from safetensors import safe_open
@@ -111,7 +112,16 @@ def load(path: Any) -> list[Edit]:
     for (place, layer), parts in held.items():
         if set(parts) != set(PARTS[place]):
             raise ValueError(f"{path} holds {sorted(parts)} for {place} of layer {layer}, not {list(PARTS[place])}.")
-    return [Edit(place, layer, tuple(parts[name] for name in PARTS[place])) for (place, layer), parts in held.items()]
+    edits = [Edit(place, layer, tuple(parts[name] for name in PARTS[place])) for (place, layer), parts in held.items()]
+    for place, layer, tensors in edits:
+        shapes = [tuple(tensor.shape) for tensor in tensors]
+        fits = [len(shape) for shape in shapes] in ([1], [2, 2]) and 0 not in sum(shapes, ())
+        if not fits or shapes[0][0] != shapes[-1][-1]:  # a vector's length, or the rank of A and B
+            raise ValueError(
+                f"{path} holds {', '.join(PARTS[place])} of shape {', '.join(map(str, shapes))} for {place} of layer "
+                f"{layer}: a vector must be [d_model], and A and B [rank d_in] and [d_model rank]."
+            )
+    return edits
 
 
 @contextmanager
@@ -125,8 +135,10 @@ def steered(model: Any, edits: Sequence[Edit], scale: float = 1.0) -> Iterator[A
 
     Raises:
         TypeError: `model` is no such model.
-        ValueError: an edit doesn't fit the model.
+        ValueError: an edit doesn't fit the model, or the scale is not finite.
     """
+    if not isfinite(scale):
+        raise ValueError(f"scale={scale!r} must be a finite number.")
     hooks = [_hook(model, edit, scale) for edit in edits]  # everything is looked up before anything is attached
     with ExitStack() as stack:
         for module, function in hooks:

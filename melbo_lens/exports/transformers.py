@@ -57,15 +57,16 @@ def to_transformers(
         missing = "its model is not remembered here. Pass model="
     else:
         compared = _compare(perturbation, host_of(known), edits, hf_model, prompts)
-        missing = "" if compared else "its Hugging Face model is not on this machine. Pass hf_model="
+        absent = (
+            "its Hugging Face model's files are not on this machine or give other log-probabilities. Pass hf_model="
+        )
+        missing = "" if compared else absent
     if missing:
         warnings.warn(f"the export was not compared with a Hugging Face model: {missing} to compare.", stacklevel=2)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in standalone.tensors_of(edits).items()}
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    files.write_atomically(folder / VALUES, to_bytes(tensors, {"format": "pt"}))
-    files.write_text(folder / CODE, Path(standalone.__file__).read_text(encoding="utf-8"))
-    return folder
+    code = Path(standalone.__file__).read_bytes()
+    files.write_folder(path, {VALUES: to_bytes(tensors, {"format": "pt"}), CODE: code})
+    return Path(path)
 
 
 def _compare(

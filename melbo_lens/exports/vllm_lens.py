@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from melbo_lens import files
+from melbo_lens.arguments import finite
 from melbo_lens.exports import exporter
 from melbo_lens.exports.layer_outputs import compare, single_vectors
 from melbo_lens.models.access import Model
@@ -41,11 +42,13 @@ def to_vllm_lens(
         The path.
 
     Raises:
-        ValueError: the format can't hold the vectors, or the comparison failed; nothing is written.
+        ValueError: the format can't hold the vectors, the scale is no finite number, or the comparison failed; nothing
+            is written.
 
     Warns:
         UserWarning: there was no model, or no Hugging Face model, to compare with.
     """
+    scale = finite("scale", scale)
     several = single_vectors(vectors, "vllm-lens")
     compare(several, model, hf_model, prompts)
     array = torch.cat([one.values.cpu() for one in several]).numpy().astype("<f4")  # [layer hidden]
@@ -56,7 +59,7 @@ def to_vllm_lens(
             "shape": list(array.shape),
         },
         "layer_indices": [one.source_layer for one in several],
-        "scale": float(scale),
+        "scale": scale,
         "norm_match": False,
         "position_indices": None,
     }

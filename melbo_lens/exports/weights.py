@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from melbo_lens.exports import comparison
 from melbo_lens.measures.controls import fitting_prompts
@@ -36,11 +37,39 @@ class Lora(NamedTuple):
     names: dict[int, str]
 
     @property
+    def rank(self) -> int:
+        """The rank that every module is written with: the largest of any layer."""
+        return max(a.shape[1] for a, _ in self.adapter.factors.values())
+
+    @property
+    def alpha(self) -> int:
+        """Readers multiply each module's ``B A`` by alpha over its rank, so that of our own scale is in B."""
+        return self.rank
+
+    @property
     def factors(self) -> dict[str, Factors]:
-        """Module name -> (A [rank d_in], B [d_model rank]), float32 on the CPU; the module's weights gain ``B A``."""
+        """Module name -> (A [rank d_in], B [d_model rank]), float32 on the CPU; the module's weights gain ``B A``.
+
+        Formats have one rank for all modules, so factors of a smaller one are filled up with zeros.
+        """
         scale = self.adapter.scales[0]  # becomes part of B
         pairs = {name: self.adapter.factors[layer] for layer, name in self.names.items()}
-        return {name: (a[0].cpu(), (scale * b[0]).cpu()) for name, (a, b) in pairs.items()}
+        return {
+            name: (
+                pad(a[0], (0, 0, 0, self.rank - a.shape[1])).cpu(),
+                pad(scale * b[0], (0, self.rank - b.shape[2])).cpu(),
+            )
+            for name, (a, b) in pairs.items()
+        }
+
+    @property
+    def updates(self) -> dict[int, Tensor]:
+        """Layer -> what readers of the factors and of alpha add to its weights [d_model d_in]."""
+        factors = self.factors
+        return {
+            layer: self.alpha / len(factors[name][0]) * factors[name][1] @ factors[name][0]
+            for layer, name in self.names.items()
+        }
 
 
 def lora_of(adapters: object, format: str, model: Model | None = None) -> Lora:
@@ -96,23 +125,18 @@ def compare(lora: Lora, hf_model: nn.Module | None = None, prompts: Prompts | No
     Warns:
         UserWarning: there was no Hugging Face model to check against.
     """
-    host, adapter, names = lora
-    if not _check(adapter, host, names, hf_model, fitting_prompts(adapter, prompts, host.device)):
+    if not _check(lora, hf_model, fitting_prompts(lora.adapter, prompts, lora.host.device)):
         warnings.warn(
             "the exported adapter was not compared with a Hugging Face model: TransformerLens processed this model's "
-            "weights, and its files are not on this machine. Pass hf_model= to compare.",
+            "weights, and its files are not on this machine or give other log-probabilities. "
+            "Pass hf_model= to compare.",
             stacklevel=3,
         )
 
 
-def _check(
-    adapters: SteeringAdapters,
-    host: Host,
-    names: Mapping[int, str],
-    hf_model: nn.Module | None,
-    prompts: Prompts,
-) -> bool:
+def _check(lora: Lora, hf_model: nn.Module | None, prompts: Prompts) -> bool:
     """Compares the steered model with the updated Hugging Face model; False if there is none to compare with."""
+    host, adapters, names = lora
     rows, allowed = comparison.probes(host, prompts), comparison.tolerance(host)
 
     def steered(ids: Tensor) -> Tensor:
@@ -128,11 +152,11 @@ def _check(
         if plain is None:
             return False
         expected = [steered(ids) for ids in rows]  # before the update: a bridge shares its network's weights
-        with _updated(adapters, network, names, weights, host.architecture in CONV1D):
-            difference = max(
+        with _updated(lora.updates, network, names, weights, host.architecture in CONV1D):
+            difference = comparison.largest(
                 comparison.distance(network(ids).logits, logits) for ids, logits in zip(rows, expected, strict=True)
             )
-    if difference > allowed:
+    if not difference <= allowed:  # so that NaN is refused, too
         raise ValueError(
             "the log-probabilities of the steered model and of the Hugging Face model with the exported update "
             f"differ by {difference:.1e} (allowed: {allowed:.0e}), without an adapter by {plain:.1e}: the MLP's "
@@ -160,7 +184,7 @@ def _check_centring(
             return host.forward(ids)
 
     difference = comparison.difference(steered, without_mean, rows)
-    if difference > allowed:
+    if not difference <= allowed:
         raise ValueError(
             "center_writing_weights has centred this model's weights, but its norms don't centre the stream "
             f"({host.cfg.normalization_type}): the update means something else to the Hugging Face model, "
@@ -171,7 +195,7 @@ def _check_centring(
 
 @contextmanager
 def _updated(
-    adapters: SteeringAdapters,
+    updates: Mapping[int, Tensor],
     network: nn.Module,
     names: Mapping[int, str],
     weights: Mapping[int, Tensor],
@@ -186,7 +210,6 @@ def _updated(
     def beside(update: Tensor) -> Callable[..., Tensor]:
         return lambda module, inputs, output: (output + inputs[0].float() @ update.to(output.device).T).to(output.dtype)
 
-    updates = {layer: adapters.scales[0] * b[0] @ a[0] for layer, (a, b) in adapters.factors.items()}
     readable = {layer: weight for layer, weight in weights.items() if not packed(weight)}
     saved = {layer: weight.detach().clone() for layer, weight in readable.items()}
     others = [

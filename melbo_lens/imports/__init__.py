@@ -36,11 +36,20 @@ def load(
     |-----------------------------------------------|---------------------------------------|-------------------|
     | `.safetensors` of melbo_lens                  | `vectors.save`, `adapters.save`       | nothing           |
     | `.pt`, a tensor [vector d_model] or [d_model] | the post's notebooks, hotwire-vllm    | layer             |
+    | `.pt`, a tensor [n_layers d_model] with zeros | hotwire-vllm, several layers          | layer, if several |
     | `.pt`, a dict with "vectors"                  | power_steering                        | nothing, or layer |
     | `.pt`, a SteeringVector                       | `torch.save` of steering-vectors      | layer, if several |
     | `.pt`, a dict of hookpoints                   | lm-evaluation-harness                 | nothing           |
     | a folder with `adapter_config.json`           | peft: LoRA of o_proj, or of down_proj | nothing           |
     | `.gguf`                                       | llama.cpp, repeng, EasySteer          | layer, if several |
+
+    A `.pt` file whose rows are those of all layers is known by its rows of zeros, at layers without a vector. One of
+    hotwire-vllm without any can't be told from the post's, so save the rows that are meant.
+
+    Sites are those of TransformerLens. "mlp_out" and "attn_out" lie after a norm that follows the MLP or the attention
+    (Gemma 2 and 3, OLMo 2), where steering-vectors ("mlp", "self_attn") and power_steering ("down_proj") add before it,
+    and a file doesn't say which model it is for. So on such a model their vectors do something else here, and only
+    those of "decoder_block" and "layer_output" do the same.
 
     A value that was read so is a value like any other: it steers, is evaluated beside random controls, and is shown on
     the page. It knows no prompts and no objective, so measures that need these ask for them.
@@ -89,9 +98,9 @@ def kind_of(path: str | os.PathLike[str]) -> str | None:
         return "peft"
     with path.open("rb") as file:
         start = file.read(9)
+    if start[:4] == b"GGUF":  # first, since byte 8 counts its tensors, of which there may be 123: "{"
+        return "gguf"
     if start[8:] == b"{":  # safetensors: the length of a JSON header, and the header
         return None
-    if start[:4] == b"GGUF":
-        return "gguf"
     # a zip archive, or a pickle, as versions of torch before 1.6 wrote
     return "torch" if start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] in b"\2\3\4\5") else None

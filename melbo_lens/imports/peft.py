@@ -47,6 +47,9 @@ UNKNOWN = (
     "arrow_config",
 )
 
+# Ways to begin a fit that leave the base model's weights alone; "pissa", "olora", "corda" and others take a part out.
+KEEP_WEIGHTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+
 
 def read(path: str | os.PathLike[str]) -> SteeringAdapters:
     """Reads the folder that `peft` saved as one adapter.
@@ -114,6 +117,13 @@ def _config(folder: Path) -> Mapping[str, Any]:
     if more or config.get("bias", "none") != "none":
         said = ", ".join(more) or f"bias={str(config['bias'])[:40]}"
         raise ValueError(f"{folder} has {said}, which an adapter can't express here.")
+    start = config.get("init_lora_weights", True)
+    if start not in KEEP_WEIGHTS:
+        raise ValueError(
+            f"{folder} has init_lora_weights={str(start)[:40]!r}, which may have changed the base model's own weights, "
+            "for which the factors alone don't make up: save it with peft's "
+            "save_pretrained(path_initial_model_for_weight_conversion=...), which makes a plain LoRA of it."
+        )
     return config
 
 

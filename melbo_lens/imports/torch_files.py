@@ -59,6 +59,8 @@ def read(path: str | os.PathLike[str], layer: int | None = None, site: str | Non
         values, said = _of_steering_vectors(path, held, layer)
     elif isinstance(held, Mapping):
         values, said = _of_mapping(path, dict(held))
+    elif _is_of_layers(path, held):
+        values, said = _of_hotwire(path, held, layer)
     else:
         values, said = held, {}
     return _vectors(path, values, said, layer, site)
@@ -94,6 +96,28 @@ def _stacked(path: Any, values: Any) -> Tensor:
     if len({row.shape[-1] for row in rows}) > 1:
         raise ValueError(f"{path} holds vectors of different lengths: they belong to different models.")
     return torch.cat([row[None] if row.ndim == 1 else row for row in rows]).float()
+
+
+def _is_of_layers(path: Any, held: Any) -> bool:
+    """Says whether the rows are those of all layers of a model: some are zero, as no vector that steers is."""
+    if not isinstance(held, Tensor) or held.ndim != 2:
+        return False
+    _check(path, held)
+    acts = held.float().any(1)
+    return bool(acts.any()) and not bool(acts.all())
+
+
+def _of_hotwire(path: Any, held: Tensor, layer: int | None) -> tuple[Any, dict[str, Any]]:
+    layers = held.float().any(1).nonzero()[:, 0].tolist()
+    if layer is None and len(layers) > 1:
+        raise ValueError(f"{path} has vectors of the layers {layers}: pass layer=, one of them.")
+    chosen = layers[0] if layer is None else layer
+    if chosen not in layers:
+        raise ValueError(
+            f"layer={layer} must be one of {layers}, for which {path} has vectors: rows of zeros are layers without "
+            "one, as hotwire-vllm keeps them. If all rows are vectors of one layer, save them without the zeros."
+        )
+    return held[chosen], {"layer": chosen, "site": "resid_post", "source": "hotwire-vllm"}
 
 
 def _of_steering_vectors(path: Any, held: SteeringVector, layer: int | None) -> tuple[Any, dict[str, Any]]:

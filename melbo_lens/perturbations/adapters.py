@@ -205,8 +205,8 @@ class SteeringAdapters(Perturbation):
 
     @property
     def rank(self) -> int:
-        """The rank of each update."""
-        return next(iter(self.factors.values()))[0].shape[1]
+        """The rank of each update; where layers have different ones, the largest."""
+        return max(a.shape[1] for a, _ in self.factors.values())
 
     @property
     def d_model(self) -> int:

@@ -98,6 +98,30 @@ def test_what_an_adapter_cannot_express_is_refused(saved, settings, said):
         ml.load(folder)
 
 
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_lora_that_began_with_a_part_of_the_base_weights_is_refused(saved, start):
+    """peft takes this part out of the base model, which the factors alone don't say."""
+    folder, _ = saved("llama", target_modules=["o_proj"], init_lora_weights=start)
+    with pytest.raises(ValueError, match=f"init_lora_weights='{start}', which may have changed the base model's own"):
+        ml.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("start", "taken"),
+    [(start, True) for start in (True, False, None, "gaussian", "eva", "orthogonal", "mica")]
+    + [(start, False) for start in ("pissa_niter_4", "PISSA", "OLoRA", "corda", "loftq", "lora_ga", "newer", 7, ["a"])],
+)
+def test_only_beginnings_that_leave_the_base_weights_alone_are_taken(saved, start, taken):
+    folder, _ = saved("llama", target_modules=["o_proj"])
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "init_lora_weights": start}))
+    if taken:
+        assert ml.load(folder).rank == 3
+    else:
+        with pytest.raises(ValueError, match="init_lora_weights="):
+            ml.load(folder)
+
+
 def test_damaged_and_hostile_folders_are_refused(saved, tmp_path, monkeypatch):
     folder, _ = saved("llama", target_modules=["o_proj"])
     config, weights = (folder / "adapter_config.json").read_text(), load_file(folder / "adapter_model.safetensors")

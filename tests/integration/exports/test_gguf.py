@@ -269,11 +269,11 @@ def with_lora(path, directory, name):
     return told, weights, log_probs(network)
 
 
-def attention_adapters(model, layers=(0, 2), rank=1):
+def attention_adapters(model, layers=(0, 2), ranks=(1, 1)):
     host = host_of(model)
     sites = {layer: host.weight_site(layer, "attn") for layer in layers}
     factors = {}
-    for layer in layers:
+    for layer, rank in zip(layers, ranks, strict=True):
         d_in, d_model = host.widths(layer, "attn")
         factors[layer] = gaussian(1, rank, d_in, seed=layer), gaussian(1, d_model, rank, seed=layer + 9)
     return ml.SteeringAdapters(factors, torch.tensor([-0.3]), sites=sites)
@@ -311,6 +311,16 @@ def test_a_lora_of_the_attention_in_several_layers_updates_the_plain_model_alike
     assert (expected - host_of(model).forward(TOKENS).log_softmax(-1)).abs().max() > 0.05
     assert weights == {"blk.0.attn_output.weight", "blk.2.attn_output.weight"}
     assert told["general.architecture"] == GENERAL.get(name, name) and told["adapter.lora.alpha"] == 1.0
+
+
+@pytest.mark.parametrize("ranks", [(1, 3), (3, 1)], ids=str)
+def test_layers_of_different_ranks_update_the_plain_model_alike(build, directories, tmp_path, ranks):
+    """llama.cpp divides the one alpha by the rank of each tensor."""
+    model = build("llama", "bridge")
+    adapter = attention_adapters(model, ranks=ranks)
+    ml.export(adapter, "gguf-lora", tmp_path / "a.gguf", model=model, prompts="w1 w2 w3 w4")
+    *_, found = with_lora(tmp_path / "a.gguf", directories("llama"), "llama")
+    torch.testing.assert_close(found, steered(model, adapter), atol=1e-4, rtol=0)
 
 
 def test_an_architecture_that_llama_cpp_names_otherwise_is_asked_for_before_anything_is_computed(

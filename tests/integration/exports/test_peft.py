@@ -1,6 +1,7 @@
 """Does `peft` load what `to_peft` wrote, with the logits of the steered model?"""
 
 import json
+import math
 import warnings
 
 import pytest
@@ -9,11 +10,13 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import melbo_lens as ml
+from melbo_lens.exports import comparison
+from melbo_lens.exports.weights import Lora
 from melbo_lens.models.access import host_of
 from tests import models
 from tests.integration.methods.test_adapters import TOKENS, adapters_for
 
-ARCHITECTURES = ["llama", "qwen2", "neox", "gpt2", "gemma2"]
+ARCHITECTURES = ["llama", "qwen2", "qwen3", "neox", "gpt2", "gemma2"]
 
 
 def fitted_on(model, layers=1):
@@ -65,6 +68,61 @@ def test_several_layers_are_exported_together(build, directories, tmp_path):
     assert len(json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]) == 2
 
 
+def of_ranks(model, ranks):
+    """An adapter of random factors, whose layers have these ranks."""
+    host, generator = host_of(model), torch.Generator().manual_seed(0)
+    sites = {layer: host.weight_site(layer, "mlp") for layer in ranks}
+    factors = {}
+    for layer, rank in ranks.items():
+        d_in, d_model = host.widths(layer, "mlp")
+        a, b = (torch.randn(shape, generator=generator) for shape in ((1, rank, d_in), (1, d_model, rank)))
+        factors[layer] = a, b
+    return ml.SteeringAdapters(factors, torch.tensor([-0.3]), sites=sites)
+
+
+@pytest.mark.parametrize("ranks", [{0: 1, 2: 3}, {0: 3, 2: 1}], ids=str)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_layers_of_different_ranks_are_exported_together(build, directories, tmp_path, name, ranks):
+    model = build(name, "bridge")
+    adapter = of_ranks(model, ranks)
+    assert adapter.rank == 3
+    ml.export(adapter, "peft", tmp_path, model=model, prompts="w1 w2 w3")
+    check_equal(model, adapter, tmp_path, directories(name))
+    torch.testing.assert_close(bridge_with(model, ml.load(tmp_path)), bridge_with(model, adapter), atol=1e-5, rtol=0)
+
+
+def bridge_with(model, adapter):
+    with ml.steer(model, adapter), torch.no_grad():
+        return host_of(model).forward(TOKENS).log_softmax(-1)
+
+
+@pytest.mark.parametrize("format", ["peft", "gguf-lora"])
+@pytest.mark.parametrize("wrong", ["alpha", "factors"])
+def test_the_check_sees_what_readers_compute(build, tmp_path, monkeypatch, format, wrong):
+    """An alpha that is not the rank, or NaN in a factor, is as wrong as other factors."""
+    if format == "gguf-lora":
+        pytest.importorskip("gguf")
+    right = getattr(Lora, wrong).fget
+    spoiled = {
+        "alpha": lambda self: 2 * right(self),
+        "factors": lambda self: {name: (torch.nan * a, b) for name, (a, b) in right(self).items()},
+    }
+    model = build("llama", "bridge")
+    adapter = of_ranks(model, {1: 2})
+    monkeypatch.setattr(Lora, wrong, property(spoiled[wrong]))
+    with pytest.raises(ValueError, match="with the exported update differ by"):
+        ml.export(adapter, format, tmp_path / "out", model=model, prompts="w1 w2 w3")
+    assert not list(tmp_path.iterdir())
+
+
+def test_nan_on_any_prompt_is_the_largest_difference():
+    """`max` would return whichever comes first."""
+    rows = [torch.zeros(1, 1, 3), torch.full((1, 1, 3), math.nan)]
+    for order in (rows, rows[::-1]):
+        assert math.isnan(comparison.difference(lambda row: row, torch.zeros_like, order))
+    assert math.isnan(comparison.largest([0.0, math.nan, 1.0]))
+
+
 OFFICIAL = {"neox": "EleutherAI/pythia-70m", "qwen2": "Qwen/Qwen2-0.5B"}
 
 
@@ -106,6 +164,20 @@ def test_a_hooked_transformer_without_files_says_that_it_was_not_compared(tmp_pa
     with ml.steer(organism.model, adapter), torch.no_grad():
         expected = host_of(organism.model).forward(ids).log_softmax(-1)
         torch.testing.assert_close(network(ids).logits.log_softmax(-1), expected, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("format", ["peft", "transformers", "vllm-lens"])
+def test_a_processed_model_that_its_own_files_do_not_make_is_noticed(directories, tmp_path, format):
+    """Without hf_model=, it is compared with its files, and these may be of other weights."""
+    model = models.bridge(directories("llama"), compatible=True)
+    with torch.no_grad():
+        model.unembed.original_component.weight[3].mul_(-2)
+    value = ml.SteeringVectors.from_tensor(torch.ones(1, 32), 1) if format == "vllm-lens" else fitted_on(model)[0]
+    with pytest.warns(UserWarning, match=r"not compared .* give other log-probabilities"):
+        ml.export(value, format, tmp_path / "out", model=model)
+    network = AutoModelForCausalLM.from_pretrained(directories("llama"))
+    with pytest.raises(ValueError, match=r"without any perturbation, the log-probabilities .* differ"):
+        ml.export(value, format, tmp_path / "other", model=model, hf_model=network)
 
 
 def test_a_loaded_adapter_needs_its_model(build, tmp_path):
@@ -182,9 +254,13 @@ def test_a_model_without_a_counterpart_is_refused(directories, tmp_path):
         ml.export(adapters_for(model, n=1), "peft", tmp_path / "out", model=model, prompts="w1 w2")
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "neox", "gpt2", "mixtral"])
-def test_factors_of_cpe_are_loaded_by_peft_alone_and_composed(build, directories, tmp_path, name):
-    model = build(name, "bridge")
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(name, "bridge") for name in ("llama", "qwen2", "neox", "gpt2", "mixtral", "gemma2")]
+    + [(name, "compatible") for name in ("mixtral", "gemma2")],
+)
+def test_factors_of_cpe_are_loaded_by_peft_alone_and_composed(build, directories, tmp_path, name, kind):
+    model = build(name, kind)
     found = ml.fit_cpe(
         model, torch.tensor([[1, 5, 6, 7], [1, 8, 9, 4]]), [0, 1], 4, n_factors=3, n_steps=3, scale=3.0, progress=False
     )

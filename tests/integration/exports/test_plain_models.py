@@ -188,6 +188,12 @@ def test_a_scale_must_be_a_finite_number(plain, scale):
         ml.on_transformers(plain("llama"), a_vector(), scale),
     ):
         pass
+    if scale is not True:
+        with (
+            pytest.raises(ValueError, match="must be a finite number"),
+            standalone.steered(plain("llama"), [standalone.Edit("layer_output", 1, (torch.ones(D_MODEL),))], scale),
+        ):
+            pass
 
 
 def test_only_a_model_of_transformers_is_taken(build, directories):
@@ -331,6 +337,27 @@ def test_a_wrong_edit_is_noticed_before_anything_is_written(build, tmp_path, mon
 def test_the_exported_code_refuses_a_file_that_no_export_wrote(tmp_path, names, said):
     save_file({name: torch.ones(2) for name in names}, tmp_path / "steering.safetensors")
     with pytest.raises(ValueError, match=said):
+        standalone.load(tmp_path / "steering.safetensors")
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {"layer_output.1.vector": ()},
+        {"attention_output.1.vector": (32, 32)},
+        {"layer_output.1.vector": (1, 32)},
+        {"layer_output.1.vector": (0,)},
+        {"mlp_weights.1.A": (48,), "mlp_weights.1.B": (32,)},
+        {"mlp_weights.1.A": (2, 48), "mlp_weights.1.B": (32, 3)},
+        {"attention_weights.1.A": (1, 2, 32), "attention_weights.1.B": (1, 32, 2)},
+        {"attention_weights.1.A": (0, 32), "attention_weights.1.B": (32, 0)},
+    ],
+    ids=str,
+)
+def test_the_exported_code_refuses_tensors_of_other_shapes(tmp_path, shapes):
+    """Some of these would be broadcast, and steer in silence."""
+    save_file({name: torch.ones(shape) for name, shape in shapes.items()}, tmp_path / "steering.safetensors")
+    with pytest.raises(ValueError, match=r"of layer 1: a vector must be \[d_model\]"):
         standalone.load(tmp_path / "steering.safetensors")
 
 

@@ -5,8 +5,11 @@ What a file says is done to the plain Hugging Face model by a forward hook, whos
 
 import base64
 import json
+import math
+import os
 import socket
 import struct
+from pathlib import Path
 
 import pytest
 import torch
@@ -137,6 +140,14 @@ def test_vectors_of_several_layers_act_together(build, directories, tmp_path, fo
     torch.testing.assert_close(found, steered(model, several), atol=1e-4, rtol=0)
 
 
+def test_vectors_of_several_layers_come_back_from_hotwire_one_by_one(build, tmp_path):
+    model, several = build("llama", "bridge"), [a_vector(0, "resid_post"), a_vector(2, seed=1)]
+    ml.export(several, "hotwire", tmp_path / "v.pt", model=model)
+    again = [ml.load(tmp_path / "v.pt", layer=layer) for layer in (0, 2)]
+    assert [len(one) for one in again] == [1, 1]
+    torch.testing.assert_close(steered(model, again), steered(model, several), atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("layer", [0, models.N_LAYERS - 1])
 @pytest.mark.parametrize("format", DECODERS)
 def test_the_first_and_the_last_layer_can_be_written(build, directories, tmp_path, format, layer):
@@ -165,6 +176,105 @@ def test_scales_are_written(build, directories, tmp_path):
     for decode, file in ((vllm_lens, "v.json"), (easysteer, "e.json"), (lm_eval, "v.pt")):
         found = hooked(directories("llama"), decode(tmp_path / file, "model.layers"))
         torch.testing.assert_close(found, steered(model, -2.0 * vector), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf, True, torch.tensor(math.nan)], ids=str)
+def test_a_scale_that_is_no_finite_number_is_refused_and_nothing_is_computed(build, tmp_path, monkeypatch, number):
+    """JSON has no NaN, so a file would say null."""
+    pytest.importorskip("gguf")
+    model = build("llama", "bridge")
+    monkeypatch.setattr(type(host_of(model)), "forward", None)
+    for format, name in (("vllm-lens", "scale"), ("easysteer", "scale"), ("lm-eval", "coefficient")):
+        with pytest.raises(ValueError, match=f"{name}=.* must be a finite number"):
+            ml.export(a_vector(), format, tmp_path / DECODERS[format][1], model=model, **{name: number})
+    assert not list(tmp_path.iterdir())
+
+
+def test_easysteer_replaces_its_own_gguf_file_and_no_other(build, tmp_path):
+    pytest.importorskip("gguf")
+    model, path = build("llama", "bridge"), tmp_path / "v.json"
+    for foreign in (b"a model", b"GGUF and so on"):
+        (tmp_path / "v.gguf").write_bytes(foreign)
+        for said in (None, "{}", "no JSON"):
+            if said:
+                path.write_text(said)
+            with pytest.raises(ValueError, match=r"v\.gguf is there, and no earlier export to v\.json"):
+                ml.export(a_vector(), "easysteer", path, model=model)
+            assert (tmp_path / "v.gguf").read_bytes() == foreign
+            path.unlink(missing_ok=True)
+    ml.export(a_vector(), "gguf", tmp_path / "v.gguf", model=model)  # named by the user for something else
+    with pytest.raises(ValueError, match="no earlier export"):
+        ml.export(a_vector(), "easysteer", path, model=model)
+    (tmp_path / "v.gguf").unlink()
+    ml.export(a_vector(), "easysteer", path, model=model)
+    ml.export(a_vector(2), "easysteer", path, model=model)
+    assert list(easysteer(path, "model.layers")) == ["model.layers.2"]
+
+
+def test_the_vectors_of_easysteer_are_those_of_llama_cpp(build, tmp_path):
+    """Both count layers from 0; only llama.cpp has no place for the first."""
+    pytest.importorskip("gguf")
+    model, several = build("llama", "bridge"), [a_vector(1), a_vector(3, seed=1)]
+    ml.export(several, "easysteer", tmp_path / "e.json", model=model)
+    ml.export(several, "gguf", tmp_path / "v.gguf", model=model)
+    assert (tmp_path / "e.gguf").read_bytes() == (tmp_path / "v.gguf").read_bytes()
+
+
+TOGETHER = {  # format -> what it is written to, and the file that is put in place last
+    "peft": ("out", "out/adapter_config.json"),
+    "transformers": ("out", "out/steer.py"),
+    "easysteer": ("v.json", "v.json"),
+}
+
+
+@pytest.mark.parametrize("format", TOGETHER)
+@pytest.mark.parametrize("before", [False, True], ids=["into nothing", "over an old export"])
+def test_a_second_file_that_fails_leaves_everything_as_it_was(build, tmp_path, monkeypatch, format, before):
+    pytest.importorskip("gguf")
+    model = build("llama", "bridge")
+    first, second = a_vector(), a_vector(2)
+    if format == "peft":
+        first, second = (
+            ml.SteeringAdapters.from_factors(scale * torch.ones(1, 2, 48), torch.ones(1, D_MODEL, 2), 1)
+            for scale in (0.01, 0.02)
+        )
+    place, last = tmp_path / "new" / TOGETHER[format][0], tmp_path / "new" / TOGETHER[format][1]
+    prompts = {"prompts": TOKENS}
+    if format == "easysteer":
+        place.parent.mkdir()
+    if before:
+        ml.export(first, format, place, model=model, **prompts)
+    held = contents(tmp_path)
+    replace, fsync, flushed = os.replace, os.fsync, []
+
+    def replaced(source, target):
+        if Path(target) == last:
+            raise OSError("the disk is full")
+        replace(source, target)
+
+    def flushed_once(file):
+        flushed.append(file)
+        if len(flushed) > 1:
+            raise OSError("the disk is full")
+        fsync(file)
+
+    for name, broken in (("replace", replaced), ("fsync", flushed_once)):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, broken)
+            with pytest.raises(OSError, match="the disk is full"):
+                ml.export(second, format, place, model=model, **prompts)
+        assert contents(tmp_path) == held
+    last.unlink(missing_ok=True)
+    if not before:
+        last.mkdir(parents=True)
+        held = contents(tmp_path)
+        with pytest.raises(IsADirectoryError, match="is a folder: choose the path of a file"):
+            ml.export(second, format, place, model=model, **prompts)
+        assert contents(tmp_path) == held
+
+
+def contents(folder):
+    return {path: path.is_dir() or path.read_bytes() for path in folder.rglob("*")}
 
 
 def fitted(model, **settings):

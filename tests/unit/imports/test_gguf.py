@@ -57,6 +57,13 @@ def test_all_layers_are_read_in_order(path):
     assert all(one.values[0].tolist() == direction(one.source_layer).tolist() for one in found)
 
 
+def test_a_file_of_123_tensors_is_no_safetensors_file(tmp_path):
+    """Their number is the ninth byte, and 123 is that of the brace with which a JSON header begins."""
+    file = written(tmp_path / "deep.gguf", {f"direction.{layer}": direction(layer) for layer in range(1, 124)})
+    assert file.read_bytes()[8:9] == b"{"
+    assert ml.load(file, layer=99).values[0].tolist() == direction(99).tolist()
+
+
 def test_one_value_holds_one_layer_so_several_must_be_chosen_from(path, tmp_path):
     with pytest.raises(
         ValueError, match=r"has control vectors of layers 1 to 3, .* name it, as ml.load\(path, layer=2\)"

@@ -39,6 +39,24 @@ def test_a_stack_of_the_post_is_read_bit_by_bit(path, dtype):
     assert ml.load(path, layer=7, model="some/model").provenance["model"] == "some/model"
 
 
+def test_rows_of_zeros_are_layers_without_a_vector(path):
+    """As hotwire-vllm keeps vectors of several layers: [n_layers d_model]."""
+    held = torch.zeros(6, 5)
+    held[2], held[4] = ROWS[0], ROWS[1]
+    torch.save(held, path)
+    check(ml.load(path, layer=2), ROWS[:1], 2, "resid_post")
+    check(ml.load(path, layer=4, site="mlp_out"), ROWS[1:2], 4, "mlp_out")
+    assert ml.load(path, layer=4).provenance["source"] == "hotwire-vllm"
+    with pytest.raises(ValueError, match=r"has vectors of the layers \[2, 4\]: pass layer=, one of them"):
+        ml.load(path)
+    for layer in (1, 9):
+        with pytest.raises(ValueError, match=rf"layer={layer} must be one of \[2, 4\], .* save them without the zeros"):
+            ml.load(path, layer=layer)
+    held[2] = 0
+    torch.save(held, path)
+    check(ml.load(path), ROWS[1:2], 4, "resid_post")
+
+
 def test_a_view_of_a_larger_tensor_is_read(path):
     torch.save(ROWS.T[:4, 1:].T, path)
     check(ml.load(path, layer=1), ROWS.T[:4, 1:].T, 1, "mlp_out")

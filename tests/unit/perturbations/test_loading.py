@@ -82,6 +82,64 @@ def test_other_safetensors_pickles_and_missing_files_are_refused(vectors, tmp_pa
         ml.load(tmp_path / "missing")
 
 
+def counting(monkeypatch):
+    """Counts the tensors that are read."""
+    opened, read = files.safe_open, []
+
+    class Counting:
+        def __init__(self, *arguments, **settings):
+            self.file = opened(*arguments, **settings)
+
+        def __enter__(self):
+            self.file.__enter__()
+            return self
+
+        def __exit__(self, *error):
+            return self.file.__exit__(*error)
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def get_tensor(self, name):
+            read.append(name)
+            return self.file.get_tensor(name)
+
+    monkeypatch.setattr(files, "safe_open", Counting)
+    return read
+
+
+def test_nothing_of_a_file_that_is_refused_is_read(vectors, tmp_path, monkeypatch):
+    """A shard of a model may have forty gigabytes."""
+    read = counting(monkeypatch)
+    save_file({"a": torch.ones(2)}, tmp_path / "shard.safetensors")
+    vectors.save(tmp_path / "v.safetensors")
+    for path, kinds in (("shard.safetensors", ["SteeringVectors"]), ("v.safetensors", ["SteeringAdapters"])):
+        with pytest.raises(ValueError, match=r"not written by melbo_lens|holds 'SteeringVectors', not"):
+            files.read_any(tmp_path / path, kinds)
+    rewrite(tmp_path / "v.safetensors", schema="99")
+    with pytest.raises(ValueError, match="newer melbo_lens"):
+        ml.load(tmp_path / "v.safetensors")
+    assert not read
+
+
+def test_a_hollow_file_larger_than_the_memory_is_refused_before_it_is_read(vectors, tmp_path, monkeypatch):
+    path, size = tmp_path / "v.safetensors", 1 << 41
+    vectors.save(path)
+    (length,) = struct.unpack("<Q", path.read_bytes()[:8])
+    header = {"__metadata__": json.loads(path.read_bytes()[8 : 8 + length])["__metadata__"]}
+    header["values"] = {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text)
+    os.truncate(path, 8 + len(text) + size)
+    read = counting(monkeypatch)
+    with pytest.raises(ValueError, match="more than the memory of this machine"):
+        ml.load(path)
+    assert not read
+    vectors.save(path)
+    ml.load(path)
+    assert sorted(read) == ["history", "values"]
+
+
 def test_shapes_that_do_not_fit_each_other_are_refused(tmp_path):
     files.write(
         tmp_path / "x",
@@ -110,6 +168,37 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(vectors, tmp_path, 
     with pytest.raises(KeyboardInterrupt):
         (2 * vectors).save(path)
     assert path.read_bytes() == old and len(list(tmp_path.iterdir())) == 1
+
+
+def test_files_that_belong_together_are_written_as_one(tmp_path, monkeypatch):
+    """Where the file system knows links, and where it knows none."""
+    for linked in (True, False):
+        folder = tmp_path / str(linked)
+        files.write_folder(folder / "deep", {"a": b"1", "b": b"2", "c": b"3"})
+        replace = os.replace
+
+        def replaced(source, target, replace=replace):
+            if target.name == "c":
+                raise KeyboardInterrupt
+            replace(source, target)
+
+        def unlinked(*_):
+            raise OSError("no links here")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", replaced)
+            if not linked:
+                patch.setattr(os, "link", unlinked)
+            with pytest.raises(KeyboardInterrupt):
+                files.write_folder(folder / "deep", {"a": b"4", "new": b"5", "c": b"6"})
+            with pytest.raises(KeyboardInterrupt):
+                files.write_folder(folder / "other" / "deep", {"a": b"4", "c": b"6"})
+        assert {path.name: path.read_bytes() for path in (folder / "deep").iterdir()} == {
+            "a": b"1",
+            "b": b"2",
+            "c": b"3",
+        }
+        assert not (folder / "other").exists()
 
 
 KILLED = """
