@@ -16,8 +16,7 @@ from melbo_lens.ascent.states import Evaluate, Point, State
 TOLERANCE = 1e-3
 SLOWER, FASTER = 2.0, 0.9  # what a row's inertia is multiplied by where the row would turn back, and elsewhere
 HEAVIEST = 32.0  # the largest inertia
-import os
-BACK = float(os.environ.get("BACK", -0.5))  # a move whose cosine with the last one is less goes back
+AT_EASE = 5  # steps in which no row is slowed: a few large steps keep rows diverse, and make no cycle yet
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,10 +56,10 @@ def fixed_point(
 
     On a sphere that is ``theta <- R grad f / ||grad f||``. Orthogonal rows take their gradients orthonormalised *in
     order*, so the fixed point is the same as for learning them one after another. A part of the old point is added each
-    time, and a larger one by a row that would turn back on the way it came, which damps oscillation. Rows are frozen
-    block by block, each at the best point that any restart has seen since the previous block was frozen, and the other
-    rows go on in the complement. So a row never falls once the rows before it are frozen. A block that has settled is
-    frozen early.
+    time, and after a few steps a larger one by a row that would turn back on the way it came, which damps oscillation.
+    Rows are frozen block by block, each at the best point that any restart has seen since the previous block was
+    frozen, and the other rows go on in the complement. So a row never falls once the rows before it are frozen. A block
+    that has settled is frozen early.
 
     Args:
         evaluate: the function to climb.
@@ -127,6 +126,7 @@ def fixed_point(
         moved, inertia = ahead, climb.inertia[:, frozen:]
         if frozen < n_rows:
             moved = constraint.pulled(ahead, along, still, climb.step, inertia)
+        if frozen < n_rows and climb.step >= AT_EASE:
             came = tuple(x[:, frozen:] for x in climb.dry)
             slowed = _slowed(inertia, came, ahead, moved, sunk[:, frozen - block.start :])
             if not torch.equal(slowed, inertia):
@@ -137,9 +137,9 @@ def fixed_point(
             torch.cat([old[: block.start], kept, others])
             for old, kept, others in zip(climb.point, best, rest, strict=True)
         )
-        kept = {"moving": moving, "dry": dry, "point": point}
-        kept["inertia"] = torch.cat([climb.inertia[:, :frozen], inertia], dim=1)
-        climb = replace(climb, history=history, step=climb.step + 1, **kept)
+        inertia = torch.cat([climb.inertia[:, :frozen], inertia], dim=1)
+        climb = replace(climb, history=history, step=climb.step + 1, point=point)
+        climb = replace(climb, moving=moving, inertia=inertia, dry=dry)
         if frozen == block.start:
             top, recent = torch.where(better, top, climb.best), torch.cat([climb.recent[1:], latest[None]])
             climb = replace(climb, best=top, recent=recent)
@@ -158,12 +158,10 @@ def _slowed(inertia: Inertia, came: Point, rows: Point, moved: Point, sunk: Bool
     might jump to and fro across the top for ever. A row in a sink goes back for another reason, and factors that take
     turns don't turn back, except after a sink.
     """
-    product, last, next_ = (torch.zeros_like(inertia) for _ in range(3))
+    turn = torch.zeros_like(inertia)
     for old, here, new in zip(came, rows, moved, strict=True):
-        before, after = (here - old).flatten(2), (new - here).flatten(2)
-        product, last, next_ = product + (before * after).sum(-1), last + before.square().sum(-1), next_ + after.square().sum(-1)
-    back = product < BACK * (last * next_).sqrt()
-    return torch.where(back & ~sunk, SLOWER * inertia, FASTER * inertia).clamp(INERTIA, HEAVIEST)
+        turn += ((here - old) * (new - here)).flatten(2).sum(-1)
+    return torch.where((turn < 0) & ~sunk, SLOWER * inertia, FASTER * inertia).clamp(INERTIA, HEAVIEST)
 
 
 def _out_of_sinks(

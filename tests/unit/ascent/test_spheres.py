@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from melbo_lens.ascent.adamw import Descent, adamw
-from melbo_lens.ascent.constraints import OrderedRows, Sphere
-from melbo_lens.ascent.fixed_point import HEAVIEST, Climb, fixed_point
+from melbo_lens.ascent.constraints import INERTIA, OrderedRows, Sphere
+from melbo_lens.ascent.fixed_point import AT_EASE, HEAVIEST, Climb, fixed_point
 from melbo_lens.ascent.manifolds import to_sphere
 from tests.builders import as_evaluate
 
@@ -117,6 +117,12 @@ def test_a_slowed_row_has_not_settled_because_its_steps_are_small(constraint):
 
     (steps, settled), (_, best) = reached(1e-3), reached(0.0)
     assert steps < 200 and settled > 0.997 * best
+
+
+def test_a_short_ascent_keeps_its_large_steps():
+    states = list(climbed(narrow(), starts(2), False, AT_EASE + 3, tolerance=0.0))
+    assert all((state.inertia == INERTIA).all() for state in states[:AT_EASE])
+    assert (states[AT_EASE].inertia > INERTIA).all()
 
 
 def test_however_often_a_row_turns_back_it_stays_finite():
