@@ -160,8 +160,8 @@ def discovery() -> str:
         cells = [
             _where(row.organism, row.budget, row.threads),
             row.method,
-            f"{row.found} of {row.hidden}",
-            str(row.in_first_ten),
+            f"{row.found} of {row.hidden}" if row.hidden else "",
+            str(row.in_first_ten) if row.hidden else "",
             *(cell(value, ".1%") for value in (row.share, row.random_share)),
             *(cell(value, ".0%") for value in (row.readable, row.nothing)),
             f"{row.vectors:.0f}",
