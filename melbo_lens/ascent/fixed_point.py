@@ -126,7 +126,7 @@ def fixed_point(
         moved, inertia = ahead, climb.inertia[:, frozen:]
         if frozen < n_rows:
             moved = constraint.pulled(ahead, along, still, climb.step, inertia)
-        if frozen < n_rows and climb.step >= AT_EASE:
+        if frozen < n_rows and climb.step >= AT_EASE and constraint.patience == 1:  # factors take turns by themselves
             came = tuple(x[:, frozen:] for x in climb.dry)
             slowed = _slowed(inertia, came, ahead, moved, sunk[:, frozen - block.start :])
             if not torch.equal(slowed, inertia):
@@ -155,8 +155,7 @@ def _slowed(inertia: Inertia, came: Point, rows: Point, moved: Point, sunk: Bool
     """The inertia of the rows for this step; `came` is where they stood before.
 
     It grows where a row would turn back on the way that it came, and falls elsewhere. If it stayed the same, such a row
-    might jump to and fro across the top for ever. A row in a sink goes back for another reason, and factors that take
-    turns don't turn back, except after a sink.
+    might jump to and fro across the top for ever. A row in a sink goes back for another reason.
     """
     turn = torch.zeros_like(inertia)
     for old, here, new in zip(came, rows, moved, strict=True):

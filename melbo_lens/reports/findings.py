@@ -399,7 +399,7 @@ def _measures_of_directions(
         number = table.vector.map(dict(enumerate(mine)))
         effect = [effect_of.get(chosen[place], math.nan) for place in number]
         ranked.append(table.assign(vector=number, cluster=number, effect=effect))
-    order = torch.tensor(places, device="cpu").argsort()  # back to that of the chosen
+    order = torch.tensor(places, dtype=torch.long, device="cpu").argsort()  # back to that of the chosen
     return {
         "changes": replace(changes[0], change=torch.cat([one.change for one in changes])[order]),
         "effects": replace(

@@ -78,6 +78,7 @@ def test_factors_come_back_too():
     assert (states[-1].point[0][:, 0, 0].abs() <= 0.8 + 1e-5).all()
     for state in states:
         torch.testing.assert_close(state.moving[0].norm(dim=-2), torch.ones(1, 2, 1))
+        assert (state.inertia == INERTIA).all()  # they take turns, and coming back from a sink is no cycle
 
 
 def test_a_row_that_begins_in_a_sink_leaves_it_by_the_usual_steps():
