@@ -18,7 +18,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM
 
 import melbo_lens as ml
-from melbo_lens.models import hooks
+from melbo_lens.models import hooks, passes
 from melbo_lens.perturbations.sites import SITES
 from tests import models
 
@@ -431,9 +431,21 @@ def _check_generation(bridge: Any, plain: Plain, vectors: ml.SteeringVectors, ro
     }
     # the token that most rows write early ends them, so that rows are dropped while others go on
     end = Counter(token for new, _ in expected.values() for token in dict.fromkeys(new[1:4])).most_common(1)[0][0]
-    with warnings.catch_warnings(record=True) as caught, patch.object(hooks, "end_tokens", lambda model: {end}):
-        warnings.simplefilter("always")
-        table = ml.generate(bridge, PROMPTS, vectors, max_new_tokens=N_NEW, include_random=False, progress=False).table
+    ending = patch.object(hooks, "end_tokens", lambda model: {end})
+    said = ""
+    for shared_by in (2, len(runs)):  # with the blocks before the source run once for each prompt, and for each row
+        with warnings.catch_warnings(record=True) as caught, ending, patch.object(passes, "SHARED_BY", shared_by):
+            warnings.simplefilter("always")
+            written = ml.generate(bridge, PROMPTS, vectors, N_NEW, include_random=False, progress=False)
+        _check_written(written.table, expected, end)
+        distrusted = [str(one.message) for one in caught if "without a cache" in str(one.message)]
+        assert len(distrusted) < 2 and all(version("transformers") in text for text in distrusted)
+        said = said or ("its cache is not believed, so generation goes without" if distrusted else "")
+    return said
+
+
+def _check_written(table: pd.DataFrame, expected: Any, end: int) -> None:
+    """Each row's tokens against those that were expected, up to where two logits are as good as equal."""
     for row in table.itertuples():
         new, gaps = expected[row.prompt, None if pd.isna(row.vector) else row.vector, row.sign]
         clear = next((step for step, gap in enumerate(gaps) if gap <= CLEAR), len(gaps))
@@ -443,9 +455,6 @@ def _check_generation(bridge: Any, plain: Plain, vectors: ml.SteeringVectors, ro
         )
     lengths = {len(tokens) for tokens in table.tokens}
     assert len(lengths) > 1, "no row ended early: choose another seed"
-    distrusted = [str(one.message) for one in caught if "without a cache" in str(one.message)]
-    assert len(distrusted) < 2 and all(version("transformers") in text for text in distrusted)
-    return "its cache is not believed, so generation goes without" if distrusted else ""
 
 
 def _check_site(bridge: Any, site: str, vectors: ml.SteeringVectors) -> None:

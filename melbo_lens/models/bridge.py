@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from melbo_lens.models.hooks import without_reason
@@ -17,7 +18,7 @@ class BridgeHost(Host):
         keywords = {} if attention_mask is None else {"attention_mask": attention_mask.to(tokens)}
         return self.model(tokens, use_cache=False, **keywords)
 
-    def start_cache(self, n_rows: int) -> Any:
+    def start_cache(self, n_rows: int, shared: int = 0) -> Any:
         return None
 
     def cached_logits(self, tokens: Tensor, attention_mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
@@ -35,6 +36,24 @@ class BridgeHost(Host):
             return False
         cache.reorder_cache(kept)
         return True
+
+    def joined(self, caches: Sequence[Any], n_rows: Sequence[int], shared: int) -> Any:
+        of_layers = [list(getattr(cache, "layers", None) or []) for cache in caches]
+        if any(len(layers) != self.n_layers for layers in of_layers):  # layers may share theirs, or have none
+            return None
+        names = {name for layers in of_layers for layer in layers for name in _tensors(layer)}
+        if not all(callable(getattr(layer, "reorder_cache", None)) for layers in of_layers for layer in layers):
+            return None
+        if len(caches) > 1 and not names <= {"keys", "values"}:  # recurrent states are kept in other ways
+            return None
+        for layers, n in zip(of_layers, n_rows, strict=True):
+            for layer in layers[:shared]:
+                layer.reorder_cache(torch.zeros(n, dtype=torch.long, device=self.device))
+        if len(caches) > 1:
+            for same in zip(*of_layers, strict=True):
+                for name in _tensors(same[0]):
+                    setattr(same[0], name, torch.cat([getattr(layer, name) for layer in same]))
+        return caches[0]
 
     @property
     def before_unembed(self) -> str:
@@ -93,3 +112,8 @@ class BridgeHost(Host):
                 )
             )
         return f"the model has no hook {hidden!r}: {without_reason(self, hidden)}"
+
+
+def _tensors(layer: Any) -> list[str]:
+    """The names of what a layer of a cache holds for each row."""
+    return [name for name, value in vars(layer).items() if isinstance(value, Tensor) and value.ndim]

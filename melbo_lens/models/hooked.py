@@ -19,10 +19,15 @@ class HookedHost(Host):
         mask = torch.ones_like(tokens) if attention_mask is None else attention_mask.to(tokens)
         return self.model(tokens, attention_mask=mask)
 
-    def start_cache(self, n_rows: int) -> Any:
+    def start_cache(self, n_rows: int, shared: int = 0) -> Any:
         from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache  # version 4 lacks this
 
-        return TransformerLensKeyValueCache.init_cache(self.cfg, self.device, n_rows)
+        cache = TransformerLensKeyValueCache.init_cache(self.cfg, self.device, n_rows)
+        if shared:
+            one = TransformerLensKeyValueCache.init_cache(self.cfg, self.device, 1)
+            cache.entries[:shared] = one.entries[:shared]
+            cache.previous_attention_mask = one.previous_attention_mask
+        return cache
 
     def cached_logits(self, tokens: Tensor, attention_mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
         new = attention_mask[:, attention_mask.shape[1] - tokens.shape[1] :]
@@ -34,6 +39,17 @@ class HookedHost(Host):
             here = kept.to(entry.past_keys.device)
             entry.past_keys, entry.past_values = entry.past_keys[here], entry.past_values[here]
         return True
+
+    def joined(self, caches: Sequence[Any], n_rows: Sequence[int], shared: int) -> Any:
+        def together(parts: Sequence[Tensor]) -> Tensor:
+            return torch.cat([part.expand(n, *part.shape[1:]) for part, n in zip(parts, n_rows, strict=True)])
+
+        first = caches[0]
+        for entries in zip(*(cache.entries for cache in caches), strict=True):
+            entries[0].past_keys = together([entry.past_keys for entry in entries])
+            entries[0].past_values = together([entry.past_values for entry in entries])
+        first.previous_attention_mask = together([cache.previous_attention_mask for cache in caches])
+        return first
 
     @property
     def before_unembed(self) -> str:

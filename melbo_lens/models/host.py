@@ -44,8 +44,11 @@ class Host(ABC):
         """Computes the logits of one uncached pass; without a mask, every column of `tokens` counts."""
 
     @abstractmethod
-    def start_cache(self, n_rows: int) -> Any:
-        """Makes the cache that `cached_logits` is given at the first step."""
+    def start_cache(self, n_rows: int, shared: int = 0) -> Any:
+        """Makes the cache that `cached_logits` is given at the first step.
+
+        In the first `shared` layers it is for one row, which stands for all of them until `joined`.
+        """
 
     @abstractmethod
     def cached_logits(self, tokens: Tensor, attention_mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
@@ -54,6 +57,16 @@ class Host(ABC):
     @abstractmethod
     def drop_rows(self, cache: Any, kept: Tensor) -> bool:
         """Keeps these rows of a cache; returns False, and changes nothing, if the cache can't drop rows."""
+
+    @abstractmethod
+    def joined(self, caches: Sequence[Any], n_rows: Sequence[int], shared: int) -> Any:
+        """Makes one cache of several, all of one length; returns None if caches of this model can't be joined.
+
+        Args:
+            caches: the caches, which may be changed.
+            n_rows: the number of rows of each.
+            shared: in the first so many layers, each cache holds one row, which all of its rows share.
+        """
 
     @property
     @abstractmethod

@@ -1,5 +1,6 @@
 """How does a model write token by token?  It uses a cache, which is trusted only after it was checked."""
 
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -24,6 +25,7 @@ CACHE_ERRORS = (TypeError, AttributeError, ValueError, IndexError, KeyError, Run
 WRITTEN_AT_ONCE = 256  # completions
 WRITTEN_TOKENS = 2**14  # of prompts that need no measurement before they run together
 WRITING_BYTES = 4 * 2**30
+SHARED_BY = 8  # rows of each prompt from which on it runs by itself
 TOKENS_AT_ONCE = 4096  # the limit for an uncached pass, whose logits are large
 
 
@@ -68,9 +70,12 @@ class Decoder:
         """Computes the logits after each prompt."""
         if not self.cached:
             return self._uncached(self.alive)
+        logits = self._shared()
+        if logits is not None:
+            return logits
         width = max(self.lengths)
         self.cache = self.host.start_cache(len(self.alive))
-        tokens = self._tensor([[ids[0]] * (width - len(ids)) + ids for ids in self.ids], torch.long)
+        tokens = self._padded(self.alive)
         logits = self.step(tokens, self.positions != "generated")
         return logits if min(self.lengths) == width else self._proved(logits)
 
@@ -112,6 +117,55 @@ class Decoder:
             logits, self.cache = self.host.cached_logits(tokens, self.mask, self.cache)
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
         return logits[:, -1].to(self.device).float()
+
+    def _shared(self) -> Tensor | None:
+        """Computes the logits after each prompt; the blocks before the first steered one run once for each prompt.
+
+        Returns:
+            The logits; None if that saves too little, or if this model can't do it.
+        """
+        prompts: dict[tuple[int, ...], list[int]] = {}
+        for row, ids in enumerate(self.ids):
+            prompts.setdefault(tuple(ids), []).append(row)
+        hooks = self.steering(self.alive) if self.positions != "generated" else []
+        depth = min((_layer(name) for name, _ in hooks), default=self.host.n_layers)
+        saved = depth * (len(self.ids) - len(prompts))
+        # the proof costs a pass of one row, and a pass of few rows is slower for each of them
+        if saved < 2 * self.host.n_layers or len(self.ids) < SHARED_BY * len(prompts):
+            return None
+        try:
+            parts = [self._spread(rows, depth) for rows in prompts.values()]
+            cache = self.host.joined([cache for _, cache in parts], [len(logits) for logits, _ in parts], depth)
+            order = self._tensor([row for rows in prompts.values() for row in rows], torch.long).argsort()
+            if cache is None or (len(parts) > 1 and not self.host.drop_rows(cache, order)):
+                return None
+        except CACHE_ERRORS as error:
+            if is_out_of_memory(error):
+                raise
+            return None
+        logits = torch.cat([logits for logits, _ in parts])[order]
+        row = self._most_padded()
+        if self._error(logits[row], self._uncached([self.alive[row]])[0]) > self._allowed:
+            return None
+        self.cache = cache
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
+        return logits
+
+    def _spread(self, rows: Sequence[int], depth: int) -> tuple[Float[Tensor, "row d_vocab"], Any]:
+        """Runs the one prompt of these rows; at block `depth` its stream becomes the stream of each row."""
+        name, hooks = f"blocks.{depth}.hook_resid_pre", self._unembedding(-1)
+        if depth < self.host.n_layers:
+            hooks = [(name, lambda stream, hook: stream.expand(len(rows), -1, -1).contiguous()), *hooks]
+            hooks = [*hooks, *(self.steering(rows) if self.positions != "generated" else [])]
+        cache = self.host.start_cache(len(rows), depth)
+        with attached(self.host, hooks):
+            logits, cache = self.host.cached_logits(self._padded(rows[:1]), self.mask[rows[:1]], cache)
+        return logits[:, -1].to(self.device).float().expand(len(rows), -1), cache
+
+    def _padded(self, rows: Sequence[int]) -> Tensor:
+        """The ids of these rows' prompts, padded on the left."""
+        width = max(self.lengths)
+        return self._tensor([self.ids[i][:1] * (width - len(self.ids[i])) + self.ids[i] for i in rows], torch.long)
 
     def _unembedding(self, position: int | Tensor) -> list[Hook]:
         """Hooks that let the unembedding, the largest matrix of the model, see one position of each row only.
@@ -320,3 +374,9 @@ def _at(hooks: Sequence[Hook], where: Bool[Tensor, "row pos"]) -> list[Hook]:
         return at_some_positions
 
     return [(name, limited(function)) for name, function in hooks]
+
+
+def _layer(name: str) -> int:
+    """The layer at which a hook acts, or 0 for one outside the blocks."""
+    found = re.match(r"blocks\.(\d+)\.", name)
+    return int(found[1]) if found else 0

@@ -339,12 +339,12 @@ def test_rows_that_are_finished_stop_costing(directories, monkeypatch):
     often = pd.Series([token for tokens in free.tokens for token in tokens]).mode()[0]
     monkeypatch.setattr(hooks, "end_tokens", lambda model: {often})
     sizes = []
-    handle = model.blocks[0].register_forward_pre_hook(
+    handle = model.blocks[-1].register_forward_pre_hook(
         lambda block, args, kwargs: sizes.append(len(kwargs.get("hidden_states", *args[:1]))), with_kwargs=True
     )
     ended = ml.generate(model, PROMPTS, vectors(4), max_new_tokens=8, progress=False).table
     handle.remove()
     unfinished = sum(often not in tokens[:-1] for tokens in free.tokens)
-    assert sizes[0] == len(free) and sizes[-1] < sizes[0] and sizes[-1] <= unfinished / 0.9
+    assert sum(sizes[: len(PROMPTS)]) == len(free) and sizes[-1] <= unfinished / 0.9
     for whole, cut in zip(free.tokens, ended.tokens, strict=True):
         assert cut == whole[: whole.index(often) if often in whole else len(whole)]

@@ -185,3 +185,90 @@ def test_the_unembedding_sees_one_position_of_each_row(any_model):
     finally:
         handle.remove()
     assert widths and set(widths) == {1}
+
+
+def _first_passes(host, rows, steering, positions="all"):
+    """The logits after the prompts and after one more token, and how many rows the first and the last block saw."""
+    seen = ([], [])
+    with torch.no_grad(), hooks.frozen(host):
+        decoder = passes.Decoder(host, rows, steering, positions)
+        numbers = [
+            (host.blocks[i], lambda block, given, output, kept=kept: kept.append(len(_stream(output))))
+            for i, kept in zip((0, -1), seen, strict=True)
+        ]
+        with hooks.watched(after=numbers):
+            logits = decoder.first()
+        return logits, decoder.next(torch.full((len(rows),), 30)), *seen, decoder
+
+
+def _stream(output):
+    return output[0] if isinstance(output, tuple) else output
+
+
+# rows of three prompts in turns, so that rows of one prompt don't lie together
+TURNS = [([1, 5, 9], [1, 8, 3, 20, 7, 6], [1, 4])[i % 3] for i in range(27)]
+
+
+@pytest.mark.parametrize("prompts", [1, 3])
+@pytest.mark.parametrize("positions", ["all", "generated"])
+def test_blocks_before_the_first_steered_one_run_once_for_each_prompt(any_model, prompts, positions):
+    """Then the logits, also those of the next step, are those of each row by itself."""
+    host, steering = host_of(any_model), vectors(27, layer=2)
+    rows = [TURNS[i % prompts] for i in range(27)]
+
+    def steered(some):
+        return steering.row_hooks(list(some), torch.ones(len(some)))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        logits, following, early, late, decoder = _first_passes(host, rows, steered, positions)
+    # the last pass is the proof; in the others, rows of a prompt are one row before block 2
+    assert early == [1] * prompts + [1] and decoder.cached
+    assert late == ([27 // prompts] * prompts if positions == "all" else [1] * prompts) + [1]
+    for i in range(27):
+        with torch.no_grad(), hooks.frozen(host):
+            with hooks.attached(host, steered([i]) if positions == "all" else []):
+                alone = host.forward(torch.tensor([rows[i]]))[0, -1]
+            torch.testing.assert_close(logits[i], alone, rtol=1e-3, atol=1e-3)
+            if positions == "all":
+                with hooks.attached(host, steered([i])):
+                    alone = host.forward(torch.tensor([[*rows[i], 30]]))[0, -1]
+                torch.testing.assert_close(following[i], alone, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("layer", "rows"), [(0, 27), (2, 7)])
+def test_a_pass_is_not_shared_where_that_saves_little(directories, layer, rows):
+    host, steering = host_of(models.bridge(directories("llama"))), vectors(rows, layer=layer)
+    early = _first_passes(host, TURNS[:1] * rows, lambda some: steering.row_hooks(list(some), torch.ones(len(some))))[2]
+    assert early == [rows]
+
+
+@pytest.mark.parametrize("fails", ["raises", "mixes", "unknown"])
+def test_where_a_pass_can_not_be_shared_every_row_runs(directories, monkeypatch, fails):
+    """A cache that can't be joined, one that mixes layers up, and one of a kind that is not known."""
+    model = models.bridge(directories("llama"))
+    host = host_of(model)
+
+    def joined(self, caches, n_rows, shared):
+        if fails == "raises":
+            raise TypeError("no such cache")
+        return None
+
+    def mixed(self, rows, depth):
+        logits, cache = spread(self, rows, depth)
+        return logits.flip(0), cache
+
+    spread = passes.Decoder._spread
+    if fails == "mixes":
+        monkeypatch.setattr(passes.Decoder, "_spread", mixed)
+    else:
+        monkeypatch.setattr(type(host), "joined", joined)
+    steering = vectors(9, layer=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        logits, _, early, _, decoder = _first_passes(
+            host, TURNS[:1] * 9, lambda some: steering.row_hooks(list(some), torch.ones(len(some)))
+        )
+    assert early[-1] == 9 and decoder.cached
+    with torch.no_grad(), hooks.frozen(host), hooks.attached(host, steering.row_hooks([5], torch.ones(1))):
+        torch.testing.assert_close(logits[5], host.forward(torch.tensor(TURNS[:1]))[0, -1], rtol=1e-3, atol=1e-3)
