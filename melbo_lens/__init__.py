@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from melbo_lens.methods.planning import MemoryPlan as MemoryPlan
     from melbo_lens.methods.planning import plan_memory as plan_memory
     from melbo_lens.models.slices import SlicedModel as SlicedModel
-    from melbo_lens.models.slices import slice_model as slice_model
+    from melbo_lens.models.slicing import slice_model as slice_model
     from melbo_lens.perturbations.adapters import SteeringAdapters as SteeringAdapters
     from melbo_lens.perturbations.loading import from_pretrained as from_pretrained
     from melbo_lens.perturbations.perturbation import concatenate as concatenate
@@ -117,7 +117,7 @@ _HOMES = {
     "methods.noise": "noise_vectors",
     "methods.melbo": "fit_vectors",
     "methods.planning": "plan_memory",
-    "models.slices": "slice_model",
+    "models.slicing": "slice_model",
     "perturbations.adapters": "SteeringAdapters",
     "perturbations.loading": "from_pretrained",
     "perturbations.perturbation": "concatenate",

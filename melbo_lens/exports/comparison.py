@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from melbo_lens.measures.controls import fitting_prompts
 from melbo_lens.models import hooks
 from melbo_lens.models.counterparts import from_files
+from melbo_lens.models.fidelity import TOLERANCES
 from melbo_lens.models.host import Host
-from melbo_lens.models.slices import TOLERANCES
 from melbo_lens.perturbations.perturbation import Perturbation
 from melbo_lens.perturbations.sites import WeightSite
 from melbo_lens.prompts import Prompts, tokenize

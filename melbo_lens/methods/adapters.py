@@ -27,8 +27,10 @@ from melbo_lens.methods.problem import Problem
 from melbo_lens.methods.provenance import remembered
 from melbo_lens.models import hooks
 from melbo_lens.models.access import Model
+from melbo_lens.models.fidelity import check_source
 from melbo_lens.models.host import Host
-from melbo_lens.models.slices import SlicedModel, as_slice, opened
+from melbo_lens.models.slices import SlicedModel
+from melbo_lens.models.slicing import as_slice, opened
 from melbo_lens.perturbations.adapters import SteeringAdapters
 from melbo_lens.perturbations.sites import WEIGHTS
 from melbo_lens.prompts import Positions, Prompts
@@ -145,7 +147,7 @@ def fit_adapters(
     check_init(host, sites, init, n_adapters, rank)
     first = None if isinstance(model, SlicedModel) else layers[0]
     sliced = as_slice(model, prompts, first, target_layer, target_positions, target_hook, None, POSITIONS)
-    sliced.check_source()
+    check_source(sliced)
     run = asked.resolved(sliced, STEPS)
     objective = objective_at(sliced, p=p, q=q, token_norm=token_norm, diversity=diversity)
     starts = starting_factors(host, sites, init, n_adapters, rank, seed, restarts)

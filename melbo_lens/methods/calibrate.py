@@ -8,7 +8,8 @@ from melbo_lens.arguments import positive, public
 from melbo_lens.measures.radius import Calibration, solve_radius
 from melbo_lens.methods.readable import EFFECT, SHARE, edge_of_effect, edge_of_readability
 from melbo_lens.models.access import Model
-from melbo_lens.models.slices import SlicedModel, slice_model
+from melbo_lens.models.slices import SlicedModel
+from melbo_lens.models.slicing import slice_model
 from melbo_lens.prompts import Positions, Prompts
 
 AnyRule: TypeAlias = Literal["readable", "effect", "nonlinearity", "fraction", "stream", "kl"]

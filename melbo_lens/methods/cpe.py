@@ -23,7 +23,9 @@ from melbo_lens.methods.problem import Problem
 from melbo_lens.methods.provenance import remembered
 from melbo_lens.models import hooks
 from melbo_lens.models.access import Model
-from melbo_lens.models.slices import SlicedModel, as_slice, opened
+from melbo_lens.models.fidelity import check_source
+from melbo_lens.models.slices import SlicedModel
+from melbo_lens.models.slicing import as_slice, opened
 from melbo_lens.models.targets import target_of
 from melbo_lens.perturbations.adapters import SteeringAdapters
 from melbo_lens.prompts import Positions, Prompts
@@ -136,7 +138,7 @@ def fit_cpe(
         sliced = as_slice(model, prompts, None, target_layer, target_positions, None, None)
     else:
         sliced = as_slice(model, prompts, layers[0], target[0], target_positions, None, None, POSITIONS)
-    sliced.check_source()
+    check_source(sliced)
     run = asked.resolved(sliced, STEPS)
     aim = objective_at(sliced, p=1, q=1)
     settings = settings_of("fit_cpe", sliced, aim, run) | {

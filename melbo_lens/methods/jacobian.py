@@ -17,7 +17,8 @@ from melbo_lens.methods.mean_change import mean_weights
 from melbo_lens.methods.problem import Problem, bias
 from melbo_lens.models import hooks
 from melbo_lens.models.access import Model
-from melbo_lens.models.slices import SlicedModel, as_slice, opened
+from melbo_lens.models.slices import SlicedModel
+from melbo_lens.models.slicing import as_slice, opened
 from melbo_lens.perturbations.vectors import SteeringVectors
 from melbo_lens.progress import Progress
 from melbo_lens.prompts import Positions, Prompts

@@ -16,7 +16,8 @@ from melbo_lens.methods.fitting import Optimizer, Run, fit, objective_at, settin
 from melbo_lens.methods.problem import Problem, bias
 from melbo_lens.models import hooks
 from melbo_lens.models.access import Model
-from melbo_lens.models.slices import SlicedModel, as_slice, opened
+from melbo_lens.models.slices import SlicedModel
+from melbo_lens.models.slicing import as_slice, opened
 from melbo_lens.perturbations.vectors import SteeringVectors
 from melbo_lens.prompts import Positions, Prompts
 from melbo_lens.randomness import gaussian_rows

@@ -9,21 +9,17 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from melbo_lens.arguments import public, without_autocast
+from melbo_lens.arguments import without_autocast
 from melbo_lens.models import blocks, hooks
-from melbo_lens.models.access import Model, host_of
 from melbo_lens.models.host import Host
-from melbo_lens.models.targets import stream_name, target_of
-from melbo_lens.perturbations.sites import SITES, Hook, Site, site_of
-from melbo_lens.prompts import Positions, PromptBatch, Prompts, tokenize
-from melbo_lens.randomness import gaussian
+from melbo_lens.models.targets import stream_name
+from melbo_lens.perturbations.sites import SITES, Hook, Site
+from melbo_lens.prompts import PromptBatch
 
 # A position whose norm, or its change, is so many times the usual norm of the target is an attention sink. In clean
 # text sinks have over a hundred times the usual norm, and changes of behaviour have about once of it.
 SINK = 10.0
 KEPT_BYTES = 2**30  # what the forward pass of one row may keep for the backward pass without recomputing blocks
-NO_GRADIENT = 1e-3  # a derivative that is so small a share of a difference is none
-TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -123,7 +119,7 @@ class SlicedModel:
         """
         added = perturbation[:, None, :] if perturbation.ndim == 2 else perturbation
         if not self.site.after_block:
-            return self.change_under([(self.source_hook, lambda activation, hook: _plus(activation, added))], prompts)
+            return self.change_under([(self.source_hook, lambda activation, hook: plus(activation, added))], prompts)
         # float32 plus half is float32, so this rounds only once
         perturbed = (self.resid[prompts] + added).to(self.resid.dtype)
         return self(perturbed, prompts) - self.target[prompts]
@@ -142,23 +138,8 @@ class SlicedModel:
         self, calls: tuple[blocks.BlockCall, ...], added: Sequence[Hook], stream: Tensor, prompts: Tensor
     ) -> Float[Tensor, "row pos d_target"]:
         read = None if self.target_layer is not None else self.target_hook
-        target = _replay(self.host, calls, added, read, stream, prompts, len(self.batch), self.recomputed)
+        target = replay(self.host, calls, added, read, stream, prompts, len(self.batch), self.recomputed)
         return target.to(self.device).float()
-
-    def check_source(self) -> None:
-        """Checks that the source block can be replayed, which `change_under` needs.
-
-        Raises:
-            RuntimeError: the replay doesn't reproduce the recorded stream.
-        """
-        assert self.source_call is not None and self.entry is not None  # `slice_model` recorded them
-        with hooks.frozen(self.host), torch.no_grad():
-            _compare(
-                self.host,
-                self.source_call(self.entry, self.everyone, len(self.batch)),
-                self.resid,
-                f"block {self.source_layer} replayed by itself",
-            )
 
     def shorter(self, target_layer: int) -> "SlicedModel":
         """Returns the slice that ends at an earlier target layer; nothing is run again.
@@ -197,7 +178,7 @@ class SlicedModel:
         calls = tuple(blocks.in_float32(call) for call in self.calls)
         resid = self.resid.float()
         with hooks.frozen(self.host), torch.no_grad():
-            target = _replay(self.host, calls, [], None, resid, self.everyone, len(self.batch))
+            target = replay(self.host, calls, [], None, resid, self.everyone, len(self.batch))
         return replace(self, calls=calls, resid=resid, target=target.to(self.device))
 
     @cached_property
@@ -206,126 +187,7 @@ class SlicedModel:
         return blocks.bytes_of_row(self.host, self.calls, self.streams, len(self.batch), self.recomputed)
 
 
-@public
-def slice_model(
-    model: Model,
-    prompts: Prompts,
-    source_layer: int,
-    target_layer: int | None = None,
-    target_positions: Positions | None = None,
-    target_hook: str | None = None,
-    site: str = "mlp_out",
-) -> SlicedModel:
-    """Runs the model once and cuts out the part between two layers.
-
-    Args:
-        model: a `HookedTransformer` or a `TransformerBridge`; it is left as it was.
-        prompts: text, chat messages, a list of either, or token ids [prompt pos].
-        source_layer: the block at whose `site` perturbations are added.
-        target_layer: the target is the stream that enters this block, or for `n_layers` the stream that leaves the last
-            block. Larger ones cost more.
-        target_positions: a slice or indices into each prompt's own tokens; a change counts only there. None means all
-            of them, except a first position that is an attention sink: in many models the stream has over a hundred
-            times its usual norm there, which would drown every change of behaviour.
-        target_hook: the activation to read instead of a layer's stream, for instance "blocks.9.attn.hook_z".
-        site: "mlp_out", "resid_post" or "attn_out"; the first two give the same slice, and the last runs the source
-            block too.
-
-    Returns:
-        The slice. It was checked: replaying the blocks without a perturbation reproduces the recorded stream, and with
-        a random perturbation it reproduces a hooked run of the model.
-
-    Raises:
-        TypeError, ValueError: the model can't be steered, or the arguments don't fit it; this is raised before
-            any forward pass.
-        FloatingPointError: the activations hold NaN or infinity.
-        RuntimeError: the model's blocks can't be replayed faithfully.
-    """
-    host = host_of(model)
-    last, target_name = target_of(host, source_layer, target_layer, target_hook)
-    where = site_of(site)
-    source_hook = hooks.source_hook(host, where, source_layer)
-    batch = tokenize(host, prompts, slice(None) if target_positions is None else target_positions)
-    with hooks.frozen(host):
-        whole = blocks.record_with_axes(host, batch.tokens, source_layer, last)
-        recording = blocks.Recording(whole.calls[1:], whole.streams[1:])
-        _check_finite(recording, batch, source_layer)
-        everyone = torch.arange(len(batch), device=batch.tokens.device)
-        read = target_name if target_layer is None else None
-        with torch.no_grad():
-            _check_replay(host, recording, everyone, source_layer)
-            target = _replay(host, recording.calls, [], read, recording.streams[0], everyone, len(batch))
-            entry, *streams = (stream.to(host.device) for stream in whole.streams)
-            sliced = SlicedModel(
-                host,
-                batch,
-                source_layer,
-                target_layer,
-                source_hook,
-                hooks.resolved_name(host, target_name),
-                tuple(recording.calls),
-                streams[0],
-                target.to(host.device).float(),
-                tuple(streams),
-                whole.calls[0],
-                entry,
-                where,
-            )
-            _check_hooked_run(sliced, last)
-            _check_alone(sliced, last, recording.streams[-1])
-            if host.quantised:
-                _check_gradient(sliced)
-    if target_positions is None and sliced.begins_with_a_sink:
-        sliced = replace(sliced, batch=tokenize(host, batch, slice(1, None)))
-    return replace(sliced, recomputed=True) if sliced.kept[0] > KEPT_BYTES else sliced
-
-
-def opened(model: "Model | SlicedModel") -> "SlicedModel | Host":
-    """Opens a model, so that it can be asked for its sizes; a slice is returned unchanged."""
-    return model if isinstance(model, SlicedModel) else host_of(model)
-
-
-def as_slice(
-    model: "Model | SlicedModel",
-    prompts: Prompts | None,
-    source_layer: int | None,
-    target_layer: int | None,
-    target_positions: Positions | None,
-    target_hook: str | None,
-    site: str | None,
-    default_positions: Positions | None = None,
-) -> SlicedModel:
-    """Returns the slice that was given in place of a model, or makes a new one.
-
-    Raises:
-        TypeError: a model was given without prompts or a source layer, or a slice with arguments that it fixes itself.
-    """
-    if not isinstance(model, SlicedModel):
-        if prompts is None or source_layer is None:
-            name = "prompts" if prompts is None else "source_layer"
-            raise TypeError(
-                f"{name} is missing: give it beside the model, or a slice of slice_model in the model's place."
-            )
-        positions = default_positions if target_positions is None else target_positions
-        return slice_model(model, prompts, source_layer, target_layer, positions, target_hook, site or "mlp_out")
-    beside = {
-        "prompts": prompts,
-        "source_layer": source_layer,
-        "target_layer": target_layer,
-        "target_positions": target_positions,
-        "target_hook": target_hook,
-        "site": site,
-    }
-    given = [name for name, value in beside.items() if value is not None]
-    if given:
-        raise TypeError(
-            f"a slice was given, which says {' and '.join(given)} itself: "
-            f"leave {'it' if len(given) == 1 else 'them'} out."
-        )
-    return model
-
-
-def _replay(
+def replay(
     host: Host,
     calls: tuple[blocks.BlockCall, ...] | list[blocks.BlockCall],
     added: Sequence[Hook],
@@ -360,115 +222,6 @@ def _replay(
     return seen[0].flatten(2)
 
 
-def _plus(activation: Tensor, added: Tensor) -> Tensor:
+def plus(activation: Tensor, added: Tensor) -> Tensor:
     """Returns the activation with something added to it, in its own dtype, rounded once."""
     return (activation + added.to(activation.device)).to(activation.dtype)
-
-
-def _check_finite(recording: blocks.Recording, batch: PromptBatch, source_layer: int) -> None:
-    for i, stream in enumerate(recording.streams):
-        bad = ~torch.isfinite(stream).all(-1) & batch.own.to(stream.device)
-        if bad.any():
-            prompt, position = bad.nonzero()[0].tolist()
-            raise FloatingPointError(
-                f"the clean activations that leave block {source_layer + i} hold NaN or infinity "
-                f"(prompt {prompt}, position {position}): check the weights, or load the model in bfloat16 or float32."
-            )
-
-
-def _check_replay(host: Host, recording: blocks.Recording, everyone: Tensor, source_layer: int) -> None:
-    for i, call in enumerate(recording.calls):
-        _compare(
-            host,
-            call(recording.streams[i], everyone, len(everyone)),
-            recording.streams[i + 1],
-            f"block {source_layer + 1 + i} replayed by itself",
-        )
-
-
-def _check_hooked_run(sliced: SlicedModel, last: int) -> None:
-    """Checks that a random perturbation at the hook has the effect that the replay predicts.
-
-    It has another effect in a model that scales or normalises the sum afterwards.
-    """
-    typical = sliced.resid.float().norm(dim=-1).mean()
-    noise = gaussian((sliced.d_model,), "slice check").to(sliced.device)
-    vector = noise / noise.norm() * typical * 0.1
-    seen: list[Tensor] = []
-    add = (sliced.source_hook, lambda activation, hook: _plus(activation, vector))
-    read = (
-        [(sliced.target_hook, lambda activation, hook: seen.append(activation.flatten(2)))]
-        if sliced.target_layer is None
-        else []
-    )
-    hooked = blocks.record(sliced.host, sliced.batch.tokens, sliced.source_layer + 1, last, [add, *read])
-    # the rows have another order and number, so that arguments must follow their prompts
-    rows = torch.cat([sliced.everyone, sliced.everyone[:1]]).flip(0)
-    replayed = sliced.change(vector.expand(len(rows), -1), rows) + sliced.target[rows]
-    expected = seen[0] if seen else hooked.streams[-1]
-    _compare(
-        sliced.host,
-        replayed,
-        expected.to(sliced.device)[rows],
-        f"the blocks after a perturbation at {sliced.source_hook!r}",
-    )
-
-
-def _check_gradient(sliced: SlicedModel) -> None:
-    """Checks that the blocks pass gradients on; some kernels of quantised weights drop them without a word.
-
-    Along a random v, the derivative of the change is compared with a difference, in the direction u of what the change
-    has beyond v itself: the stream passes v on whatever the blocks do, and only they change it in other directions.
-    """
-    row, noise = sliced.everyone[:1], gaussian((sliced.d_model,), "gradient check").to(sliced.device)
-    typical = float(sliced.resid[:1].float().norm(dim=-1)[sliced.batch.own[:1]].median()) or 1.0
-    step = 0.05 * typical
-    v = noise / noise.norm()
-    difference = (sliced.change(step * v[None], row) - sliced.change(-step * v[None], row)) / (2 * step)
-    difference = difference * sliced.batch.own[:1, :, None]
-    u = difference
-    if u.shape[-1] == len(v):
-        u = difference - (difference @ v)[..., None] * v
-    u = u / u.norm().clamp(min=1e-30)
-    with torch.enable_grad():
-        theta = torch.zeros_like(v[None]).requires_grad_()
-        along = (sliced.change(theta, row) * u).sum()
-        found = torch.autograd.grad(along, theta)[0] @ v if along.requires_grad else v.new_zeros(1)
-    expected = float((difference * u).sum())
-    if abs(float(found)) <= NO_GRADIENT * abs(expected):
-        raise RuntimeError(
-            f"the blocks change the target, but pass on no gradient (along one direction {float(found):.2g}, where a "
-            f"difference has {expected:.2g}): a kernel of this model computes forwards only. This is so for "
-            "bitsandbytes' 4 bits on CPUs with AVX512 in bfloat16, after the first pass. Load the model without "
-            "quantisation, with torchao's int8 weights, or on a GPU. Writing and measures work as they are."
-        )
-
-
-def _check_alone(sliced: SlicedModel, last: int, together: Tensor) -> None:
-    """Checks that the shortest prompt gives the same activations in the batch as alone.
-
-    It doesn't in models that derive positions from the length of the batch, where padding matters.
-    """
-    lengths = sliced.batch.lengths.tolist()
-    if min(lengths) == max(lengths):
-        return
-    row = lengths.index(min(lengths))
-    ids = sliced.batch.tokens[[row], : lengths[row]]
-    alone = blocks.record(sliced.host, ids, last, last).streams[-1]
-    _compare(
-        sliced.host,
-        together[[row], : lengths[row]],
-        alone,
-        f"the activations of prompt {row} beside longer prompts",
-        "on the length of the batch; give prompts of one length",
-    )
-
-
-def _compare(host: Host, replayed: Tensor, recorded: Tensor, what: str, why: str = "rescale the perturbation") -> None:
-    error = (replayed.float() - recorded.float()).norm() / recorded.float().norm().clamp(min=1e-30)
-    tolerance = TOLERANCES[torch.float16] if host.quantised else TOLERANCES.get(recorded.dtype, 1e-4)
-    if not error <= tolerance:
-        raise RuntimeError(
-            f"{what} differ from a run of the whole model by {error:.1e} of their norm (allowed: {tolerance:.0e}). "
-            f"This model can't be sliced here: its blocks depend on something other than their arguments, or {why}."
-        )

@@ -17,7 +17,8 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 
 from melbo_lens.evaluation.departures import kinds_of
 from melbo_lens.evaluation.rates import Behavior, shows
-from melbo_lens.reports.findings import Findings, plane
+from melbo_lens.reports.findings import Findings
+from melbo_lens.reports.measuring import plane
 from melbo_lens.search.cards import anchor, namer
 from melbo_lens.search.written import Written
 

@@ -5,7 +5,6 @@ It is saved as one folder. The JSON and safetensors files in it are read again; 
 
 import csv
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,32 +12,25 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
-from sklearn.decomposition import PCA
 from torch import Tensor
 
 from melbo_lens import files
 from melbo_lens.arguments import as_list, plain_json, public
-from melbo_lens.ascent.objectives import Objective
 from melbo_lens.evaluation.departures import departures
-from melbo_lens.evaluation.judges import KeptVerdicts
 from melbo_lens.evaluation.rates import Behavior, verdicts
 from melbo_lens.generation.completions import Completions
-from melbo_lens.measures.changes import ActivationChanges, TargetEffects, activation_changes, objective, target_effects
-from melbo_lens.measures.controls import random_like
-from melbo_lens.measures.output import output_effects
+from melbo_lens.measures.changes import ActivationChanges, TargetEffects
 from melbo_lens.measures.radius import Calibration
-from melbo_lens.measures.ranking import rank
 from melbo_lens.models.access import Model, host_of
-from melbo_lens.models.host import Host
 from melbo_lens.perturbations.loading import load
 from melbo_lens.perturbations.perturbation import Perturbation
 from melbo_lens.plots import TokenView
-from melbo_lens.prompts import Prompts, tokenize
+from melbo_lens.prompts import Prompts
+from melbo_lens.reports import measuring, saved
 from melbo_lens.search.discovery import Discovery, gather
 from melbo_lens.search.layers import LayerScan
 from melbo_lens.search.looks import Look, look
-from melbo_lens.search.written import PLACES, Written
+from melbo_lens.search.written import Written
 from melbo_lens.sweeps.engines import PLANS, Folder
 from melbo_lens.sweeps.sweep import merge
 from melbo_lens.sweeps.trials import trial_as
@@ -49,8 +41,6 @@ WRITTEN = "written.json"
 JUDGED = {"change": str, "new_words": float, "surprise": float, "natural": float}
 MOST_LOOKS = 12  # groups whose first token and place on the prompt are measured
 MOST_DRAWN = 20  # groups whose vectors are in the figures
-MOST_WORK = 2e11  # directions times tokens times layers times width squared, up to which a map is measured: a minute
-SCAN_COLUMNS_0_1_0 = "source_layer target_layer sign radius objective random_objective kl entropy".split()
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -133,11 +123,11 @@ class Findings:
         """
         host = host_of(model)
         judged = departures(host, completions) if (completions.table.kind == "unsteered").any() else None
-        measures = _measures(host, prompts, vectors)
+        measures = measuring.measures(host, prompts, vectors)
         found = cls(vectors, completions, behaviors or {}, title, judged=judged, **measures)
         layer = measures["effects"].target_layer
         looks = {
-            number: look(host, _first_of(host, prompts), int(row.sign) * vectors[int(row.vector)], layer)
+            number: look(host, measuring.first_of(host, prompts), int(row.sign) * vectors[int(row.vector)], layer)
             for number, row in enumerate(found.everything.groups.head(MOST_LOOKS).itertuples())
         }
         return replace(found, looks=looks)
@@ -165,15 +155,15 @@ class Findings:
                 seen there.
         """
         host = host_of(model)
-        first = _first_of(host, prompts)
+        first = measuring.first_of(host, prompts)
         kept = cls.of_trials(found, behaviors, title, twin)
         looks = {
             number: look(host, first, found.vector(number), int(row.target_layer))
             for number, row in enumerate(found.table.head(MOST_LOOKS).itertuples())
         }
-        written = replace(kept.everything, places=_places(host, first, found))
+        written = replace(kept.everything, places=measuring.places(host, first, found))
         chosen = found.directions(MOST_DRAWN) or found.numbers()
-        measures = _measures_of_directions(host, prompts, found, chosen)
+        measures = measuring.measures_of_directions(host, prompts, found, chosen)
         return replace(kept, looks=looks, written=written, search={**kept.search, "measured": chosen}, **measures)
 
     @classmethod
@@ -256,7 +246,7 @@ class Findings:
         files.write_text(
             folder / "completions.csv", completions.table.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC)
         )
-        texts = _texts(completions, self.written)
+        texts = saved.texts(completions, self.written)
         found = {name: verdicts(texts, how) for name, how in self.behaviors.items()}
         about = {
             "title": self.title,
@@ -270,18 +260,18 @@ class Findings:
             if self.scan is None
             else {
                 "columns": list(self.scan.table.columns),
-                "rows": _plain_rows(self.scan.table),
+                "rows": saved.plain_rows(self.scan.table),
                 "settings": dict(self.scan.settings),
             },
             "ranking": None
             if self.ranked is None
-            else {"columns": list(self.ranked.columns), "rows": _plain_rows(self.ranked)},
+            else {"columns": list(self.ranked.columns), "rows": saved.plain_rows(self.ranked)},
             "groups": None
             if self.groups is None
-            else {"columns": list(self.groups.columns), "rows": _plain_rows(self.groups), "said": self.said},
+            else {"columns": list(self.groups.columns), "rows": saved.plain_rows(self.groups), "said": self.said},
             "trials": None
             if self.trials is None
-            else {"columns": list(self.trials.columns), "rows": _plain_rows(self.trials)},
+            else {"columns": list(self.trials.columns), "rows": saved.plain_rows(self.trials)},
             "views": None if self.views is None else self.views.to_json(),
             "judged": None if self.judged is None else plain_json(self.judged.to_dict("list"), "judged"),
             "looks": [[number, one.as_json()] for number, one in self.looks.items()],
@@ -331,20 +321,20 @@ class Findings:
                 )
         about = files.read_json(folder / "about.json") if (folder / "about.json").is_file() else {}
         try:
-            completions = _completions(lines, sheet, about.get("settings", {}))
+            completions = saved.completions(lines, sheet, about.get("settings", {}))
             written = Written.of_json(files.read_json(folder / WRITTEN)) if (folder / WRITTEN).is_file() else None
             return cls(
                 load(folder / "vectors.safetensors"),
                 completions,
-                behaviors or _behaviors(about, completions, written),
+                behaviors or saved.behaviors(about, completions, written),
                 about.get("title", TITLE),
-                control=_numbers(about.get("control")),
-                coherence=_numbers(about.get("coherence")),
-                ranked=_ranking(about.get("ranking"), folder / "ranking.csv"),
+                control=saved.numbers(about.get("control")),
+                coherence=saved.numbers(about.get("coherence")),
+                ranked=saved.ranking(about.get("ranking"), folder / "ranking.csv"),
                 calibration=None if about.get("calibration") is None else Calibration.of_json(about["calibration"]),
-                scan=_scan(about.get("scan")),
-                **_groups(about.get("groups")),
-                trials=_trials(about.get("trials")),
+                scan=saved.scan(about.get("scan")),
+                **saved.groups(about.get("groups")),
+                trials=saved.trials(about.get("trials")),
                 views=None if about.get("views") is None else TokenView.from_json(about["views"]),
                 judged=None if about.get("judged") is None else pd.DataFrame(about["judged"]).astype(JUDGED),
                 written=written,
@@ -361,155 +351,3 @@ class Findings:
             raise ValueError(
                 f"{folder / 'about.json'} is damaged: its parts are not what a run leaves ({error!r})."
             ) from error
-
-
-def _measures(host: Host, prompts: Prompts, vectors: Perturbation) -> dict[str, Any]:
-    """The measures of vectors for a page; what was learned for several targets is read at the model's end."""
-    aim = vectors.objective or Objective()
-    batch = tokenize(host, prompts, aim.target_positions)
-    known = aim.target_layer is not None or aim.target_hook is not None
-    layer = None if known else host.n_layers
-    return {
-        "changes": activation_changes(host, _first_of(host, prompts), vectors),
-        "effects": target_effects(host, batch, vectors, layer, target_positions=batch.positions, signs=(1, -1)),
-        "control": objective(host, batch, random_like(vectors, host, batch)) if known else None,
-        "ranked": rank(vectors, output_effects(host, batch, vectors)),
-    }
-
-
-def _measures_of_directions(
-    host: Host, prompts: Prompts, found: Discovery, chosen: Sequence[tuple[int, int, int]]
-) -> dict[str, Any]:
-    """The measures of directions of a search, form by form, since they act at several layers and in several ways.
-
-    What they change is read at the model's end, which all of them reach.
-    """
-    joined = list(found.together(chosen))
-    first, start = _first_of(host, prompts), min(min(vectors.source_layers) for _, vectors in joined)
-    trial, vector, _ = chosen[0]
-    aim = found.vectors[trial][vector].objective or Objective()  # joined ones, of several targets, have none
-    batch = tokenize(host, prompts, aim.target_positions)
-    effect_of = {(int(row.trial), int(row.vector), int(row.sign)): row.effect for row in found.table.itertuples()}
-    places, changes, effects, ranked = [], [], [], []
-    for mine, vectors in joined:
-        places += mine
-        changes.append(activation_changes(host, first, vectors, range(start + 1, host.n_layers + 1)))
-        effects.append(target_effects(host, batch, vectors, host.n_layers, batch.positions))
-        table = rank(vectors, output_effects(host, batch, vectors, signs=(1,)))
-        number = table.vector.map(dict(enumerate(mine)))
-        effect = [effect_of.get(chosen[place], math.nan) for place in number]
-        ranked.append(table.assign(vector=number, cluster=number, effect=effect))
-    order = torch.tensor(places, dtype=torch.long, device="cpu").argsort()  # back to that of the chosen
-    return {
-        "changes": replace(changes[0], change=torch.cat([one.change for one in changes])[order]),
-        "effects": replace(
-            effects[0],
-            values=torch.cat([one.values for one in effects])[order],
-            vectors=tuple(range(len(chosen))),
-            signs=(1,) * len(chosen),
-        ),
-        "ranked": pd.concat(ranked).sort_values(["sink", "kl"], ascending=[True, False], ignore_index=True),
-    }
-
-
-def _first_of(host: Host, prompts: Prompts) -> Tensor:
-    batch = tokenize(host, prompts)
-    return batch.tokens[:1, : int(batch.lengths[0])]
-
-
-def _places(host: Host, prompt: Tensor, found: Discovery) -> pd.DataFrame | None:
-    """The points of all directions of a search: what each changes at the last position of a prompt, at the model's end.
-
-    Only the direction of the change counts, so that a few large ones don't push all others together. None if that would
-    take long.
-    """
-    if 2 * sum(map(len, found.vectors)) * prompt.shape[1] * host.n_layers * host.d_model**2 > MOST_WORK:
-        return None
-    keys, rows = [], []
-    for trial, vectors in enumerate(found.vectors):
-        effects = target_effects(host, prompt, vectors, host.n_layers, signs=(1, -1))
-        keys += [(trial, vector, sign) for vector, sign in zip(effects.vectors, effects.signs, strict=True)]
-        rows.append(effects.values)
-    return pd.DataFrame(
-        [(*key, *place) for key, place in zip(keys, plane(torch.cat(rows)), strict=True)], columns=PLACES
-    )
-
-
-def plane(effects: Tensor) -> list[tuple[float, float]]:
-    """The two principal components of the directions of effects; rows with NaN are put at the middle."""
-    rows = torch.nan_to_num(effects.double())
-    unit = (rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-30)).numpy()
-    if min(unit.shape) < 2 or (unit == unit[0]).all():
-        return [(0.0, 0.0)] * len(unit)
-    return [(float(x), float(y)) for x, y in PCA(2, svd_solver="randomized", random_state=0).fit_transform(unit)]
-
-
-def _plain_rows(table: pd.DataFrame) -> list[list[Any]]:
-    """Returns the cells of a table as plain Python values, with None for missing ones."""
-    return plain_json(table.astype(object).where(table.notna(), None).to_numpy().tolist(), "a table")
-
-
-def _texts(completions: Completions, written: Written | None) -> pd.Series:
-    """Every text once."""
-    texts = pd.concat([completions.table.text, *([] if written is None else [written.rows.text])])
-    return texts.drop_duplicates().reset_index(drop=True)
-
-
-def _behaviors(about: Mapping[str, Any], completions: Completions, written: Written | None) -> dict[str, KeptVerdicts]:
-    """The verdicts of the run: what it wrote and its file doesn't name didn't show the behaviour."""
-    texts, unknown = frozenset(_texts(completions, written)), about.get("texts_without_verdict", {})
-    return {
-        name: KeptVerdicts(frozenset(shown), texts - {*shown, *unknown.get(name, [])})
-        for name, shown in about.get("texts_that_show", {}).items()
-    }
-
-
-def _completions(lines: Path, sheet: Path, settings: Mapping[str, Any]) -> Completions:
-    if not lines.is_file():
-        return Completions(_table(sheet), settings)
-    try:
-        return Completions.from_lines(lines.read_text(encoding="utf-8"), settings)
-    except ValueError as error:
-        raise ValueError(f"{lines} is damaged: {error}.") from error
-
-
-def _numbers(values: list[float | None] | None) -> list[float] | None:
-    """Turns None, which is how JSON keeps NaN, back into NaN."""
-    return None if values is None else [math.nan if value is None else value for value in values]
-
-
-def _ranking(kept: dict[str, Any] | None, sheet: Path) -> pd.DataFrame | None:
-    if kept is not None:
-        return pd.DataFrame([_numbers(row) for row in kept["rows"]], columns=kept["columns"])
-    return pd.read_csv(sheet) if sheet.is_file() else None  # version 0.1.0
-
-
-def _groups(kept: dict[str, Any] | None) -> dict[str, Any]:
-    if kept is None:
-        return {}
-    table = pd.DataFrame(kept["rows"], columns=kept["columns"])
-    return {"groups": table.fillna(float("nan")), "said": kept["said"]}
-
-
-def _trials(kept: dict[str, Any] | None) -> pd.DataFrame | None:
-    return None if kept is None else pd.DataFrame(kept["rows"], columns=kept["columns"])
-
-
-def _scan(kept: dict[str, Any] | None) -> LayerScan | None:
-    if kept is None:
-        return None
-    columns = kept.get("columns", SCAN_COLUMNS_0_1_0)
-    return LayerScan(pd.DataFrame([_numbers(row) for row in kept["rows"]], columns=columns), kept["settings"])
-
-
-def _table(path: Path) -> pd.DataFrame:
-    """Reads completions from a CSV file, as version 0.1.0 wrote it."""
-    try:
-        table = pd.read_csv(
-            path, keep_default_na=False, dtype={"text": str, "prompt_text": str}, na_values={"vector": [""]}
-        )
-        return table.astype({"vector": "Int64"}).assign(
-            tokens=table.tokens.map(json.loads), log_probs=table.log_probs.map(json.loads)
-        )
-    except (ValueError, AttributeError, KeyError) as error:
-        raise ValueError(f"{path} is damaged, it holds no table of completions ({error}).") from error

@@ -23,7 +23,7 @@ from melbo_lens.measures.source import mean_norms
 from melbo_lens.methods.adapters import fit_adapters
 from melbo_lens.methods.melbo import fit_vectors
 from melbo_lens.models.access import Model
-from melbo_lens.models.slices import slice_model
+from melbo_lens.models.slicing import slice_model
 from melbo_lens.organisms import modes, reasoning, refusal
 from melbo_lens.organisms.organism import Organism
 from melbo_lens.perturbations.adapters import SteeringAdapters

@@ -15,7 +15,7 @@ from melbo_lens.generation.generate import generate
 from melbo_lens.measures.controls import random_vectors
 from melbo_lens.methods.automatic import edge
 from melbo_lens.methods.melbo import fit_vectors
-from melbo_lens.models.slices import slice_model
+from melbo_lens.models.slicing import slice_model
 from melbo_lens.organisms import backdoors, locked, topic
 from melbo_lens.organisms.organism import Organism
 from melbo_lens.perturbations.perturbation import concatenate
@@ -30,7 +30,7 @@ RUNGS, N_STEPS = (0.6, 0.9, 1.25), 4
 MAX_NEW_TOKENS = 16
 FIRST_LOOK, KEPT = 4, 0.25  # prompts of the first round of selection; the share that goes into the next
 SCALES = (0.8, 1.0, 1.25)  # multiples of the vectors in the last round
-A_FEW = 4  # vectors of each trial of a search for backdoors
+N_TRIALS = 16  # of a search for backdoors: the most promising, as `make_plan` has them
 N_LOCKED = 6  # prompts on which a lock's vectors are learned
 
 
@@ -137,11 +137,11 @@ class Search:
 def backdoor(organism: Organism, seed: int, size: Size) -> dict[str, Score]:
     """Counts the vectors of a search that elicit a backdoor, with either sign, on the prompt where they were learned.
 
-    They are shared out evenly to the trials that `make_plan` makes, so that no layer or radius is chosen here; the
-    random vectors are those of the search.
+    The trials are the first that `make_plan` makes, with four times `size.n_vectors` in all, which is what a search of
+    two minutes has; so no layer or radius is chosen here. The random vectors are those of the search.
     """
     prompt = organism.prompts["clean"][seed]
-    plan = make_plan(organism.model, prompt, seed, n_vectors=A_FEW)[: size.n_vectors // A_FEW]
+    plan = make_plan(organism.model, prompt, seed, n_vectors=max(1, 4 * size.n_vectors // N_TRIALS))[:N_TRIALS]
     rows = discover(organism.model, prompt, plan=plan, max_new_tokens=MAX_NEW_TOKENS, seed=seed, progress=False).rows
     unsteered = complete(organism, organism.prompts["test"][:: len(organism.prompts["test"]) // size.n_test], None)
     tables = {"steered": rows[rows.kind == "steered"], "random": rows[rows.kind == "random"], "unsteered": unsteered}

@@ -13,7 +13,8 @@ from melbo_lens import files
 from melbo_lens.ascent.objectives import positions_of
 from melbo_lens.methods.provenance import fingerprint
 from melbo_lens.models.access import host_of
-from melbo_lens.models.slices import SlicedModel, slice_model
+from melbo_lens.models.slices import SlicedModel
+from melbo_lens.models.slicing import slice_model
 from melbo_lens.prompts import Positions, Prompts, tokenize
 from melbo_lens.sweeps.jobs import Loadable, ModelKey, as_prompts
 

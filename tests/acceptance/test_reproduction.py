@@ -57,7 +57,11 @@ FAILING = {
 
 # the same of the real organisms; NaN is a control that there is not
 REAL_FAILING = {
-    "together": [[score(hits=1), score(hits=1), score()], [score(random=0.006)] * 3, [score(twin=0.006)] * 3],
+    "together": [
+        [score(hits=5, n=256), score(hits=5, n=256), score()],
+        [score(random=0.006)] * 3,
+        [score(twin=0.006)] * 3,
+    ],
     "hate": [[score(hits=0), score(hits=0), score()]],
     "cheese": [[score(hits=0), score(hits=0), score()]],
     "recovery": [[score(hits=29), score(hits=29), score()], [score(random=0.21)] * 3, [score(covariance=0.21)] * 3],

@@ -70,14 +70,32 @@ def batched_melbo(n_vectors, n_steps):
         return seconds(peer.train, [text], n_vectors, n_vectors)[0]
 
 
+def matrix_products(layers, n_rows, backward=False, repeats=3):
+    """Seconds of nothing but the products with these blocks' weights for so many rows, and with their transposes."""
+    weights = [part.weight for layer in layers for part in layer.modules() if isinstance(part, torch.nn.Linear)]
+    given = {size: torch.randn(n_rows, size) for weight in weights for size in weight.shape}
+
+    def products():
+        for weight in weights:
+            torch.nn.functional.linear(given[weight.shape[1]], weight)
+            if backward:
+                given[weight.shape[0]] @ weight
+
+    with torch.no_grad():
+        return middle(repeats, products)
+
+
 def step_cost(model, n_steps=10, repeats=3):
-    """Seconds per vector and step of the published recipe: the textbook, the peer and the library, in turns."""
+    """Seconds per vector and step of the published recipe: the textbook, the peer and the library, in turns.
+
+    Beside them is what the matrix products alone take, which no implementation in the same precision can be below.
+    """
     tokens = ml.slice_model(model, CHAT, SOURCE, TARGET).batch.rows()[0]
     ids = torch.tensor([tokens], dtype=torch.long)
     book = Textbook(model, [ids], SOURCE, TARGET, [list(range(len(tokens) - LAST, len(tokens)))])
     start = torch.randn(1, model.cfg.d_model, generator=torch.Generator().manual_seed(0))
     settings = {"n_vectors": N_VECTORS, "radius": RADIUS, "orthogonal": False, "optimizer": "adamw", "progress": False}
-    times = {"textbook": [], "batched_melbo": [], "melbo_lens": []}
+    times = {"textbook": [], "batched_melbo": [], "melbo_lens": [], "products": []}
     for _ in tqdm(range(repeats), desc="cost of a step"):
         times["textbook"].append(seconds(book.learn, start, RADIUS, 3, 1e-3)[0] / 3)
         peer = batched_melbo(N_VECTORS, 3)
@@ -94,6 +112,8 @@ def step_cost(model, n_steps=10, repeats=3):
             **settings,
         )[0]
         times["melbo_lens"].append(fit / n_steps / N_VECTORS)
+    between = base_model.network().model.layers[SOURCE + 1 : TARGET]
+    times["products"].append(matrix_products(between, N_VECTORS * len(tokens), backward=True) / N_VECTORS)
     found = {name: statistics.median(spent) for name, spent in times.items() if spent}
     return {"n_tokens": len(tokens), "n_vectors": N_VECTORS, "seconds": found} | {
         f"times_{name}": found[name] / found["melbo_lens"] for name in found if name != "melbo_lens"
@@ -169,9 +189,17 @@ def plain_generate(vectors, n_tokens):
 
 
 def generation(model, repeats=3):
-    """Seconds for 48 vectors with both signs, greedily, and the same by plain `transformers`."""
+    """Seconds for 48 vectors with both signs, greedily, and the same by plain `transformers`.
+
+    Beside them is what the matrix products alone take: the prompt in the blocks from the source on, then one token of
+    each row at a time in all blocks and the unembedding.
+    """
     directions = torch.randn(48, model.cfg.d_model, generator=torch.Generator().manual_seed(1))
     vectors = ml.SteeringVectors.from_tensor(directions, SOURCE).rescaled(RADIUS)
+    network, prompt = base_model.network(), ml.slice_model(model, CHAT, SOURCE, TARGET).batch.rows()[0]
+    n_rows = 2 * len(vectors)
+    first = matrix_products(network.model.layers[SOURCE:], n_rows * len(prompt))
+    step = matrix_products([*network.model.layers, network.get_output_embeddings()], n_rows)
     found = {}
     for n_tokens in (12, 24):
         ours, plain = [], []
@@ -194,6 +222,7 @@ def generation(model, repeats=3):
         found[f"{n_tokens} tokens"] = {
             "seconds": statistics.median(ours),
             "seconds_transformers": statistics.median(plain),
+            "seconds_products": first + (n_tokens - 1) * step,
             "times_transformers": statistics.median(plain) / statistics.median(ours),
             "equal_rows": equal,
             "rows": len(table),

@@ -17,7 +17,9 @@ ORDER = (
 WITHIN = {
     "ascent": "manifolds objectives states sogi constraints adamw fixed_point",
     "perturbations": "sites updates card hub perturbation vectors adapters loading",
-    "models": "tally host hooks passes blocks hooked bridge access targets slices counterparts trimming",
+    "models": (
+        "tally host hooks passes blocks hooked bridge access targets slices fidelity slicing counterparts trimming"
+    ),
     "measures": "source controls radius changes output next_tokens directions ranking",
     "methods": (
         "provenance problem planning mean_change version_0_1_0 checkpoints fitting readable automatic calibrate "
@@ -33,7 +35,7 @@ WITHIN = {
     "sweeps": "trials running jobs tasks outcomes engines sweep",
     "search": "arms pace groups looks written cards rounds searching discovery layers",
     "plots": "arrays text labels paper numbers drawing figures embedding tokens exploring",
-    "reports": "findings ladder limits again columns pictures page comparison report",
+    "reports": "measuring saved findings ladder limits again columns pictures page comparison report",
     "serving": "harmless inspect_entry inspect_model conversation terminal",
 }
 ONLY_IN = {"transformer_lens": {"models"}, "plotly": {"plots"}, "circuitsvis": {"plots"}}

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import melbo_lens as ml
-from melbo_lens.reports.findings import SCAN_COLUMNS_0_1_0 as COLUMNS
+from melbo_lens.reports.saved import SCAN_COLUMNS_0_1_0 as COLUMNS
 from tests.unit.plots.test_figures import EVIL, completions
 
 

@@ -13,7 +13,7 @@ import pandas as pd
 from melbo_lens import files
 from melbo_lens.generation.generate import generate
 from melbo_lens.measures.radius import median_norm
-from melbo_lens.models.slices import slice_model
+from melbo_lens.models.slicing import slice_model
 from melbo_lens.organisms.organism import WEIGHTS, Organism, load
 from melbo_lens.organisms.real import CORPORA
 from melbo_lens.perturbations.vectors import SteeringVectors

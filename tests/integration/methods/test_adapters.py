@@ -16,7 +16,8 @@ from melbo_lens.methods.low_rank import LowRank
 from melbo_lens.methods.problem import Problem
 from melbo_lens.models import hooks
 from melbo_lens.models.access import host_of
-from melbo_lens.models.slices import SlicedModel, slice_model
+from melbo_lens.models.slices import SlicedModel
+from melbo_lens.models.slicing import slice_model
 from tests import models
 from tests.oracles.textbook_adapters import TextbookAdapters
 

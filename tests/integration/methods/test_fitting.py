@@ -128,7 +128,7 @@ def test_a_slice_serves_many_fits(any_model, monkeypatch):
     sliced = ml.slice_model(any_model, PROMPTS, 1, 3, slice(-2, None), site="resid_post")
     apart = ml.fit_vectors(any_model, PROMPTS, 1, 3, target_positions=slice(-2, None), site="resid_post", **VECTORS)
     adapters_apart = ml.fit_adapters(any_model, PROMPTS, 1, 3, target_positions=slice(-2, None), **ADAPTERS)
-    monkeypatch.setattr("melbo_lens.models.slices.slice_model", None)  # it is not called again
+    monkeypatch.setattr("melbo_lens.models.slicing.slice_model", None)  # it is not called again
     vectors, adapters = ml.fit_vectors(sliced, **VECTORS), ml.fit_adapters(sliced, **ADAPTERS)
     torch.testing.assert_close(vectors.values, apart.values)
     torch.testing.assert_close(adapters.A, adapters_apart.A)

@@ -8,8 +8,7 @@ from torch import nn
 from transformer_lens.model_bridge import TransformerBridge
 
 import melbo_lens as ml
-from melbo_lens.models import blocks, hooks
-from melbo_lens.models import slices as sliced_model
+from melbo_lens.models import blocks, fidelity, hooks
 from melbo_lens.models.access import host_of
 from tests import architectures, models
 
@@ -125,7 +124,7 @@ def test_a_block_that_does_not_replay_is_refused_by_name(directories):
     bad = Forgetful(recording.calls[1].block)
     recording.calls[1] = replace(recording.calls[1], block=bad)
     with pytest.raises(RuntimeError, match="block 3"):
-        sliced_model._check_replay(host_of(model), recording, torch.tensor([0]), 1)
+        fidelity.check_replay(host_of(model), recording, torch.tensor([0]), 1)
 
 
 def test_a_model_that_rescales_the_perturbation_is_refused(directories):

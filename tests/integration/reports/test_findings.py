@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import melbo_lens as ml
 from melbo_lens.cli import app
-from melbo_lens.reports import findings
+from melbo_lens.reports import findings, saved
 from tests.integration.reports.test_page import completions, data_of, everything, rows_of
 
 
@@ -52,7 +52,7 @@ def test_texts_that_look_like_something_else_come_back_as_they_were(tmp_path):
     written.table["text"] = ["", "NA", "1.0", "nan", 'a,b\n"c"', *["x"] * (len(written) - 5)]
     ml.save_results(tmp_path, ml.SteeringVectors(torch.randn(4, 6), 1), written)
     for table in (
-        findings._table(tmp_path / "completions.csv"),
+        saved.table(tmp_path / "completions.csv"),
         ml.Completions.from_lines((tmp_path / "completions.jsonl").read_text(), {}).table,
     ):
         pd.testing.assert_frame_equal(table, written.table, check_dtype=False)

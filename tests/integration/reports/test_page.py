@@ -13,7 +13,7 @@ import torch
 
 import melbo_lens as ml
 from melbo_lens.generation.completions import COLUMNS
-from melbo_lens.reports.findings import SCAN_COLUMNS_0_1_0 as SCAN_COLUMNS
+from melbo_lens.reports.saved import SCAN_COLUMNS_0_1_0 as SCAN_COLUMNS
 
 EVIL = "<script>alert('x')</script><img src=x onerror=alert(1)>\"'&{{ 7 * 7 }}"
 

@@ -12,7 +12,7 @@ from melbo_lens.generation.completions import COLUMNS as COMPLETION_COLUMNS
 from melbo_lens.plots import numbers
 from melbo_lens.plots.arrays import QUANTILES
 from melbo_lens.plots.drawing import log_axis
-from melbo_lens.reports.findings import SCAN_COLUMNS_0_1_0 as COLUMNS
+from melbo_lens.reports.saved import SCAN_COLUMNS_0_1_0 as COLUMNS
 
 EVIL = "<b>loud</b> & <script>alert(1)</script>"
 
