@@ -65,8 +65,8 @@ if TYPE_CHECKING:
     from melbo_lens.reports.report import report_directory as report_directory
     from melbo_lens.reports.report import save_results as save_results
     from melbo_lens.search.arms import make_plan as make_plan
+    from melbo_lens.search.discovering import discover as discover
     from melbo_lens.search.discovery import Discovery as Discovery
-    from melbo_lens.search.discovery import discover as discover
     from melbo_lens.search.discovery import gather as gather
     from melbo_lens.search.layers import LayerScan as LayerScan
     from melbo_lens.search.layers import scan_layers as scan_layers
@@ -125,7 +125,8 @@ _HOMES = {
     "plots.exploring": "explore",
     "reports.findings": "Findings",
     "reports.report": "report report_directory save_results",
-    "search.discovery": "discover gather",
+    "search.discovering": "discover",
+    "search.discovery": "gather",
     "search.layers": "scan_layers",
     "search.arms": "make_plan",
     "sweeps.jobs": "Job ModelKey plan_jobs",

@@ -1,43 +1,28 @@
-"""What does an unknown model hide?  A search of layers and radii within a time budget finds groups of completions."""
+"""What did a search find?  Groups of completions, each with the vectors that wrote it."""
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
-from operator import methodcaller
+from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor
 
 from melbo_lens.arguments import public
-from melbo_lens.ascent.objectives import positions_text
 from melbo_lens.evaluation.departures import shares
 from melbo_lens.evaluation.rates import Behavior
 from melbo_lens.generation.completions import Completions
 from melbo_lens.measures.radius import Calibration
-from melbo_lens.methods.planning import plan_memory
 from melbo_lens.perturbations.perturbation import Perturbation, concatenate
-from melbo_lens.progress import Progress
-from melbo_lens.prompts import AsPrompts, Positions, PromptBatch, Prompts, as_list
-from melbo_lens.search.arms import Method, arms_of, check_methods
 from melbo_lens.search.cards import cards_of, in_a_notebook, of_several
-from melbo_lens.search.groups import HeldoutTask, collected, directions_of, grouped, heldout_rate, named
-from melbo_lens.search.pace import MARGIN
-from melbo_lens.search.searching import Search, as_planned, in_rounds
+from melbo_lens.search.groups import collected, directions_of, grouped, heldout_rate, named
 from melbo_lens.search.written import Written
-from melbo_lens.sweeps.engines import Engine, Folder, Where, engine_for
-from melbo_lens.sweeps.jobs import Loadable
+from melbo_lens.sweeps.engines import Folder
 from melbo_lens.sweeps.outcomes import Outcome, all_of
 from melbo_lens.sweeps.sweep import folders_of, model_of
-from melbo_lens.sweeps.tasks import Bench
 from melbo_lens.sweeps.trials import AnyTrial
 
 KINDS_IN_ORDER = ["unsteered", "steered", "random"]
 MOST_IN_NOTEBOOK = 12  # cards
-SHARE_FOR_HELDOUT, SHARE_FOR_GROUPS = 0.2, 0.03  # of the budget, for what follows the trials
-SHARE_FOR_EDGE = 0.35  # of the budget, after which the edge is bisected no further
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -273,105 +258,6 @@ class Discovery:
 
 
 @public
-def discover(
-    model: Loadable,
-    prompts: Prompts,
-    budget: float = 60.0,
-    behaviors: Mapping[str, Behavior] | None = None,
-    *,
-    heldout: Prompts | None = None,
-    target_positions: Positions = slice(-1, None),
-    max_new_tokens: int = 16,
-    seed: int = 0,
-    plan: Sequence[AnyTrial] | None = None,
-    methods: Sequence[Method] = ("melbo",),
-    directory: Folder | None = None,
-    engine: Where = "here",
-    progress: bool = True,
-) -> Discovery:
-    """Searches a model of which nothing is known, from one prompt or a few.
-
-    First the edge of readability is found (`calibrate_radius`). Then come rounds of trials: the first is small and
-    covers as many pairs of layers and radii around the edge as half of the time allows. Each later round repeats the
-    better half of the one before with twice as many vectors from other starts. Every trial learns vectors, writes with
-    both signs and with random vectors of equal norm, and judges how each completion departs from the unsteered one.
-
-    Args:
-        model: the model, which is left as it was; or its name or an `ml.ModelKey`, by which it is loaded.
-        prompts: text, chats or token ids; one prompt is enough.
-        budget: the time in seconds, from when the model is loaded. Trials are sized by what earlier ones took, and one
-            is begun only if it is expected to end in time; the first one always runs.
-        behaviors: name -> a regular expression or a function of the text. Completions that show a behaviour form a
-            group of this name; all others are grouped by their words.
-        heldout: prompts on which the vectors of the first groups are scored, as many as the time allows.
-        target_positions: where a change counts; by default the last position, where the style of an answer is decided.
-        max_new_tokens: the length of the completions.
-        seed: the seed of the starts and the controls.
-        plan: trials, all of which are run whatever the budget: `Trial` (vectors), `AdapterTrial`, `CpeTrial`,
-            `DctTrial`, `JacobianTrial`, `NoiseTrial`, or `ContrastiveTrial`, which uses labels.
-        methods: what a search without a plan tries in turns: "melbo" (free vectors of `fit_vectors`, stopped early),
-            "orthogonal", "soft" (vectors that repel each other), "adamw" (the published recipe: at least four vectors
-            of 300 steps, whatever the budget), "adapters" (`fit_adapters`), "cpe" (`fit_cpe`), "dct" and "dct_qr"
-            (`fit_dct`), "jacobian" (`fit_jacobian`) and "noise" (`noise_vectors`).
-        directory: a folder of a sweep, in which the edge, every trial, and the state of the search are kept; it is made
-            if it is missing. The same call goes on where it was stopped: what is there is not run again, and the
-            seconds up to the last trial that was begun or ended count as spent. What a trial took that was cut off is
-            not counted, and the trial is run again. With a larger budget an ended search goes on, too.
-        engine: "here" runs one trial after another. "ray" runs as many at a time as Ray's cluster has GPUs, or else
-            cores; it needs a directory and a name or key of the model. A round then ends when all its trials have.
-        progress: whether to show a progress bar with the seconds.
-
-    Returns:
-        The ranked groups with their vectors, what became of all directions, and the plan that was completed.
-
-    Raises:
-        ValueError: the budget is not a positive number of seconds, the model has no edge, the directory holds results
-            of another model, or another argument breaks a rule.
-        FloatingPointError, ValueError, RuntimeError: no trial could be completed; it is the error of the last one.
-
-    Warns:
-        UserWarning: a trial was left out, since activations or logits were NaN or infinite, or since its method doesn't
-            suit the model; with a directory, for whatever reason.
-    """
-    if plan is None and not 0 < budget < float("inf"):
-        raise ValueError(f"budget={budget} must be a positive number of seconds.")
-    check_methods(methods)
-    where = positions_text(target_positions)
-    with engine_for(model, directory, engine) as workers:
-        asked = _asked(workers, prompts, target_positions)
-        held_out = None if heldout is None else _asked(workers, heldout)
-        search = Search(workers, asked, where, max_new_tokens, seed)
-        memory = workers.ask(partial(_memory, prompts, max_new_tokens))
-        with Progress(
-            total=round(budget) if plan is None else None, desc="discover", unit="s", disable=not progress
-        ) as bar:
-            if progress:
-                bar.write(f"memory that it takes: {memory}", file=sys.stderr)
-            if plan is None:
-                held = SHARE_FOR_HELDOUT if heldout is not None else 0.0
-                search.clock.seconds = budget * (1 - held - SHARE_FOR_GROUPS)
-                in_rounds(search, methods, SHARE_FOR_EDGE * budget, bar)
-            else:
-                as_planned(search, plan, bar)
-            found = Discovery.of(search.outcomes, behaviors, search.edge)
-            if held_out is not None:
-                bar.set_postfix_str("held-out prompts")
-                ends = budget if plan is None else float("inf")
-                _score(found, search, held_out, behaviors or {}, ends)
-            if plan is None:
-                bar.update(bar.total - bar.n)  # the rest of the budget is too short for anything more
-    settings = {
-        "budget": budget,
-        "seed": seed,
-        "seconds": round(search.clock.passed, 1),
-        "max_new_tokens": max_new_tokens,
-        "memory": memory,
-        "trials_ended": [round(seconds, 1) for seconds in search.ended],
-    }
-    return replace(found, settings=settings)
-
-
-@public
 def gather(directories: Folder | Sequence[Folder], behaviors: Mapping[str, Behavior] | None = None) -> Discovery:
     """Groups what the trials of sweeps found, together, without the model.
 
@@ -397,49 +283,6 @@ def gather(directories: Folder | Sequence[Folder], behaviors: Mapping[str, Behav
             f"no trial is finished in {', '.join(map(str, folders))}: run the sweep, or look at its status."
         )
     return Discovery.of([found[digest] for digest in sorted(found)], behaviors)
-
-
-def _asked(workers: Engine, prompts: Prompts, target_positions: Positions = slice(None)) -> tuple[Any, ...]:
-    """Returns prompts as a `Job` has them.
-
-    Raises:
-        TypeError, ValueError: the prompts or the positions don't fit the model.
-    """
-    ids = workers.ask(methodcaller("tokens", prompts, target_positions))
-    return ids if isinstance(prompts, Tensor | PromptBatch | AsPrompts) else tuple(as_list(prompts))
-
-
-def _memory(prompts: Prompts, max_new_tokens: int, bench: Bench) -> str:
-    """Predicts in words what a trial of usual size holds, with the longest slice that a search takes."""
-    n_layers = bench.host.n_layers
-    pairs = [(arm.source_layer, arm.target_layer) for arm in arms_of(n_layers, ("melbo",))]
-    source, target = max(pairs, key=lambda pair: pair[1] - pair[0])
-    lengths = [len(one["ids"]) for one in bench.tokens(prompts)]
-    plan = plan_memory(
-        bench.host, max(lengths), source, target, n_vectors=16, n_prompts=len(lengths), max_new_tokens=max_new_tokens
-    )
-    return repr(plan)
-
-
-def _score(
-    found: Discovery, search: Search, prompts: tuple[Any, ...], behaviors: Mapping[str, Behavior], ends: float
-) -> None:
-    """Writes into the table how far the groups transfer to held-out prompts, the first groups first."""
-    rows = {int(row.Index): row for row in found.table.itertuples()}
-    began, longest = dict[int, float](), 0.0
-
-    def tasks() -> Iterator[HeldoutTask]:
-        for index, row in rows.items():
-            began[index] = search.clock.passed
-            if began[index] + MARGIN * longest > ends:
-                return
-            job, learned = search.outcomes[row.trial].job, found.vectors[row.trial][row.vector]
-            yield HeldoutTask(index, job, int(row.vector), int(row.sign), learned, prompts, search.seed)
-
-    for done in search.workers.run(tasks()):
-        index = done.task.number
-        found.table.loc[index, "heldout_rate"] = heldout_rate(done.value(), rows[index], behaviors)
-        longest = max(longest, search.clock.passed - began[index])
 
 
 def _form(vectors: Perturbation) -> tuple[Any, ...]:

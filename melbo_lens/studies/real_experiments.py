@@ -22,7 +22,7 @@ from melbo_lens.perturbations.perturbation import concatenate
 from melbo_lens.perturbations.vectors import SteeringVectors
 from melbo_lens.prompts import Chat
 from melbo_lens.search.arms import make_plan
-from melbo_lens.search.discovery import discover
+from melbo_lens.search.discovering import discover
 from melbo_lens.studies.experiments import Score, Shows, Size, best, covariance_vectors, rates, score
 
 SOURCE, TARGET = 7, 16
