@@ -246,14 +246,17 @@ def peers() -> str:
         (f"a vector and step of AdamW, {size}: the post's equations, one vector after another", "textbook", "seconds"),
         ("— batched-melbo 0.1.1", "batched_melbo", "seconds"),
         ("— melbo_lens", "melbo_lens", "seconds"),
+        ("— the products with the weights alone, forwards and backwards", "products", "seconds"),
     ]
     cells = [(label, f"{step[kind][name] * 1000:.0f} ms") for label, name, kind in rows]
-    for length, written in results["generation"].items():
+    for length in ("12 tokens", "24 tokens"):
+        written = results["generation"][length]
         cells.append(
             (
                 f"writing {written['rows']} completions of {length}, {written['equal_rows']} of them equal to those of "
                 "transformers with a hook",
-                f"{written['seconds']:.1f} s; transformers {written['seconds_transformers']:.1f} s",
+                f"{written['seconds']:.1f} s; transformers {written['seconds_transformers']:.1f} s; the products "
+                f"alone {written['seconds_products']:.1f} s",
             )
         )
     cells += [

@@ -11,7 +11,7 @@ from melbo_lens.methods.problem import CHUNK_BYTES
 from melbo_lens.models import blocks, hooks
 from melbo_lens.models.access import Model, host_of
 from melbo_lens.models.passes import bytes_of_writing, rows_at_once
-from melbo_lens.models.slices import KEPT_BYTES
+from melbo_lens.models.slicing import KEPT_BYTES
 from melbo_lens.models.tally import Unknown, stored_bytes, weights_of
 from melbo_lens.models.targets import target_of
 
@@ -109,7 +109,8 @@ def plan_memory(
             prompts are fewer rows if that is less.
 
     Returns:
-        The plan, in bytes. Libraries and what the allocator keeps in reserve come on top: some hundred MiB.
+        The plan, in bytes. Libraries and what the allocator keeps in reserve come on top: some hundred MiB. Writing
+        takes somewhat less where rows of one prompt share the blocks before the source.
 
     Raises:
         ValueError: a number is not positive, or the layers don't fit the model.

@@ -39,9 +39,9 @@ class BridgeHost(Host):
 
     def joined(self, caches: Sequence[Any], n_rows: Sequence[int], shared: int) -> Any:
         of_layers = [list(getattr(cache, "layers", None) or []) for cache in caches]
-        if any(len(layers) != self.n_layers for layers in of_layers):  # layers may share theirs, or have none
+        if any(len(layers) != self.n_layers for layers in of_layers):  # layers may share a cache, or have none
             return None
-        names = {name for layers in of_layers for layer in layers for name in _tensors(layer)}
+        names = {name for layers in of_layers for layer in layers for name in _states(layer)}
         if not all(callable(getattr(layer, "reorder_cache", None)) for layers in of_layers for layer in layers):
             return None
         if len(caches) > 1 and not names <= {"keys", "values"}:  # recurrent states are kept in other ways
@@ -51,8 +51,10 @@ class BridgeHost(Host):
                 layer.reorder_cache(torch.zeros(n, dtype=torch.long, device=self.device))
         if len(caches) > 1:
             for same in zip(*of_layers, strict=True):
-                for name in _tensors(same[0]):
+                for name in _states(same[0]):
                     setattr(same[0], name, torch.cat([getattr(layer, name) for layer in same]))
+                    for other in same[1:]:
+                        setattr(other, name, None)  # so that no more than one layer is held twice
         return caches[0]
 
     @property
@@ -114,6 +116,11 @@ class BridgeHost(Host):
         return f"the model has no hook {hidden!r}: {without_reason(self, hidden)}"
 
 
-def _tensors(layer: Any) -> list[str]:
-    """The names of what a layer of a cache holds for each row."""
-    return [name for name, value in vars(layer).items() if isinstance(value, Tensor) and value.ndim]
+def _states(layer: Any) -> list[str]:
+    """The names of what a layer of a cache holds for each row; recurrent states are in dictionaries."""
+    held = vars(layer).items()
+    return [
+        name
+        for name, value in held
+        if isinstance(value, dict | list | tuple) or (isinstance(value, Tensor) and value.ndim)
+    ]

@@ -48,6 +48,8 @@ class HookedHost(Host):
         for entries in zip(*(cache.entries for cache in caches), strict=True):
             entries[0].past_keys = together([entry.past_keys for entry in entries])
             entries[0].past_values = together([entry.past_values for entry in entries])
+            for other in entries[1:]:  # so that no more than one layer is held twice
+                other.past_keys = other.past_values = entries[0].past_keys[:0]
         first.previous_attention_mask = together([cache.previous_attention_mask for cache in caches])
         return first
 

@@ -31,11 +31,13 @@ class Host(ABC):
     Attributes:
         model: the user's own model; it is typed Any, since `nn.Module` declares none of its attributes.
         points: its hook points by name, asked for only once, since a bridge builds the mapping anew each time.
+        shares: whether rows of one prompt can share the first blocks of a pass; False once they could not.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
         self.points: Mapping[str, HookPoint] = self.model.hook_dict
+        self.shares = True
 
     # Each class of model defines these.
 
@@ -47,7 +49,7 @@ class Host(ABC):
     def start_cache(self, n_rows: int, shared: int = 0) -> Any:
         """Makes the cache that `cached_logits` is given at the first step.
 
-        In the first `shared` layers it is for one row, which stands for all of them until `joined`.
+        In the first `shared` layers it is for a single row, which stands for all rows until `joined` is called.
         """
 
     @abstractmethod
@@ -60,12 +62,12 @@ class Host(ABC):
 
     @abstractmethod
     def joined(self, caches: Sequence[Any], n_rows: Sequence[int], shared: int) -> Any:
-        """Makes one cache of several, all of one length; returns None if caches of this model can't be joined.
+        """Makes one cache out of several of one length; returns None if caches of this model can't be joined.
 
         Args:
-            caches: the caches, which may be changed.
+            caches: the caches, which are used up.
             n_rows: the number of rows of each.
-            shared: in the first so many layers, each cache holds one row, which all of its rows share.
+            shared: the number of first layers in which each cache holds a single row, shared by all of its rows.
         """
 
     @property

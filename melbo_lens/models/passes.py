@@ -25,7 +25,7 @@ CACHE_ERRORS = (TypeError, AttributeError, ValueError, IndexError, KeyError, Run
 WRITTEN_AT_ONCE = 256  # completions
 WRITTEN_TOKENS = 2**14  # of prompts that need no measurement before they run together
 WRITING_BYTES = 4 * 2**30
-SHARED_BY = 8  # rows of each prompt from which on it runs by itself
+SHARED_BY, SHARED = 8, 8  # the least rows per prompt and the most prompts with which each prompt runs by itself
 TOKENS_AT_ONCE = 4096  # the limit for an uncached pass, whose logits are large
 
 
@@ -37,6 +37,9 @@ class Decoder:
     padding, at the first cached step, at the first step after rows were dropped, and where a model changes how it
     encodes positions. If the two differ, a warning says so, and every later step runs all tokens again without a cache,
     and each row by itself if padding matters too. That is slower but right.
+
+    In the first pass, rows of one prompt share the blocks before the first steered one. That is compared in the same
+    way; where it differs or fails, all rows run through all blocks.
     """
 
     def __init__(
@@ -70,9 +73,9 @@ class Decoder:
         """Computes the logits after each prompt."""
         if not self.cached:
             return self._uncached(self.alive)
-        logits = self._shared()
-        if logits is not None:
-            return logits
+        shared = self._shared()
+        if shared is not None:
+            return shared
         width = max(self.lengths)
         self.cache = self.host.start_cache(len(self.alive))
         tokens = self._padded(self.alive)
@@ -130,26 +133,38 @@ class Decoder:
         hooks = self.steering(self.alive) if self.positions != "generated" else []
         depth = min((_layer(name) for name, _ in hooks), default=self.host.n_layers)
         saved = depth * (len(self.ids) - len(prompts))
-        # the proof costs a pass of one row, and a pass of few rows is slower for each of them
-        if saved < 2 * self.host.n_layers or len(self.ids) < SHARED_BY * len(prompts):
+        # the proof costs a pass of one row, and many passes of few rows are slower than one of all
+        few = len(self.ids) < SHARED_BY * len(prompts) or len(prompts) > SHARED
+        if not self.host.shares or few or saved < 2 * self.host.n_layers:
             return None
         try:
-            parts = [self._spread(rows, depth) for rows in prompts.values()]
-            cache = self.host.joined([cache for _, cache in parts], [len(logits) for logits, _ in parts], depth)
-            order = self._tensor([row for rows in prompts.values() for row in rows], torch.long).argsort()
-            if cache is None or (len(parts) > 1 and not self.host.drop_rows(cache, order)):
-                return None
-        except CACHE_ERRORS as error:
+            logits, cache = self._joined(list(prompts.values()), depth)
+        except (*CACHE_ERRORS, AssertionError) as error:  # blocks may refuse a mask of one row beside a stream of many
             if is_out_of_memory(error):
                 raise
+            logits = cache = None
+        place = self._most_padded()
+        row = self._uncached([self.alive[place]])[0]
+        if logits is None or cache is None or not self._error(logits[place], row) <= self._allowed:
+            self.host.shares = False
             return None
-        logits = torch.cat([logits for logits, _ in parts])[order]
-        row = self._most_padded()
-        if self._error(logits[row], self._uncached([self.alive[row]])[0]) > self._allowed:
-            return None
-        self.cache = cache
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
+        self.cache, self.mask = cache, torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
         return logits
+
+    def _joined(self, rows: Sequence[Sequence[int]], depth: int) -> tuple[Float[Tensor, "row d_vocab"], Any]:
+        """Runs each prompt by itself, and returns the logits and the cache of all rows.
+
+        Args:
+            rows: the rows of each prompt.
+            depth: the first steered block.
+        """
+        parts = [self._spread(some, depth) for some in rows]
+        logits = torch.cat([logits for logits, _ in parts])
+        cache = self.host.joined([cache for _, cache in parts], [len(some) for some in rows], depth)
+        order = self._tensor([row for some in rows for row in some], torch.long).argsort()
+        if len(parts) > 1 and cache is not None and not self.host.drop_rows(cache, order):
+            cache = None
+        return logits[order], cache
 
     def _spread(self, rows: Sequence[int], depth: int) -> tuple[Float[Tensor, "row d_vocab"], Any]:
         """Runs the one prompt of these rows; at block `depth` its stream becomes the stream of each row."""
@@ -211,8 +226,12 @@ class Decoder:
         return self._uncached(self.alive) if self.apart else together
 
     def _most_padded(self) -> int:
-        """Returns the place of the shortest row in the batch."""
-        return min(range(len(self.alive)), key=lambda place: len(self.ids[self.alive[place]]))
+        """Returns the place of the shortest row in the batch, and of several the last.
+
+        Where a prompt's pass is shared, its first row may be right by itself.
+        """
+        places = reversed(range(len(self.alive)))
+        return min(places, key=lambda place: len(self.ids[self.alive[place]]))
 
     @property
     def _allowed(self) -> float:

@@ -19,7 +19,6 @@ from melbo_lens.prompts import PromptBatch
 # A position whose norm, or its change, is so many times the usual norm of the target is an attention sink. In clean
 # text sinks have over a hundred times the usual norm, and changes of behaviour have about once of it.
 SINK = 10.0
-KEPT_BYTES = 2**30  # what the forward pass of one row may keep for the backward pass without recomputing blocks
 
 
 @dataclass(frozen=True, eq=False, repr=False)

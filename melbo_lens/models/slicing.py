@@ -8,10 +8,12 @@ from melbo_lens.arguments import public
 from melbo_lens.models import blocks, fidelity, hooks
 from melbo_lens.models.access import Model, host_of
 from melbo_lens.models.host import Host
-from melbo_lens.models.slices import KEPT_BYTES, SlicedModel, replay
+from melbo_lens.models.slices import SlicedModel, replay
 from melbo_lens.models.targets import target_of
 from melbo_lens.perturbations.sites import site_of
 from melbo_lens.prompts import Positions, Prompts, tokenize
+
+KEPT_BYTES = 2**30  # what the forward pass of one row may keep for the backward pass without recomputing blocks
 
 
 @public

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import melbo_lens as ml
 from melbo_lens.methods.planning import in_words
-from melbo_lens.models import passes, slices
+from melbo_lens.models import passes, slicing
 from melbo_lens.models.tally import Tally
 
 LONG = " ".join(f"w{1 + i % 9}" for i in range(50))
@@ -26,7 +26,7 @@ def measured(work):
 @pytest.mark.parametrize("keep", [2**30, 1], ids=["kept", "recomputed"])
 def test_a_fit_holds_what_was_predicted(build, name, keep, monkeypatch):
     model = build(name)
-    monkeypatch.setattr(slices, "KEPT_BYTES", keep)
+    monkeypatch.setattr(slicing, "KEPT_BYTES", keep)
     monkeypatch.setattr("melbo_lens.methods.planning.KEPT_BYTES", keep)
     plan = ml.plan_memory(model, N, 1, 4, n_vectors=64, max_new_tokens=4, batch_size=40)
     assert plan.fit_rows == 40 and plan.recomputed == (keep == 1)
@@ -48,7 +48,8 @@ def test_writing_holds_what_was_predicted(any_model):
         )
     )
     assert plan.written_rows == 50
-    assert plan.writing == pytest.approx(found, rel=0.25)
+    # the blocks before the source are shared by all rows, which the plan doesn't count on
+    assert 0.75 * plan.writing < found < 1.05 * plan.writing
 
 
 @pytest.mark.parametrize("room", [2**21, 6 * 2**20])

@@ -6,11 +6,12 @@ from importlib.metadata import version
 
 import pytest
 import torch
+from transformer_lens.model_bridge import TransformerBridge
 
 import melbo_lens as ml
 from melbo_lens.models import hooks, passes
 from melbo_lens.models.access import host_of
-from tests import models
+from tests import architectures, models
 from tests.integration.generation.test_generate import PROMPTS, one_by_one, vectors
 
 
@@ -223,17 +224,23 @@ def test_blocks_before_the_first_steered_one_run_once_for_each_prompt(any_model,
         warnings.simplefilter("error")
         logits, following, early, late, decoder = _first_passes(host, rows, steered, positions)
     # the last pass is the proof; in the others, rows of a prompt are one row before block 2
-    assert early == [1] * prompts + [1] and decoder.cached
+    assert early == [1] * prompts + [1] and decoder.cached and host.shares
     assert late == ([27 // prompts] * prompts if positions == "all" else [1] * prompts) + [1]
+    last = slice(None) if positions == "all" else slice(-1, None)  # where the vector acts in the next step
     for i in range(27):
+
+        def changed(activation, hook, bias=steering.values[i]):
+            activation = activation.clone()
+            activation[:, last] += bias
+            return activation
+
         with torch.no_grad(), hooks.frozen(host):
             with hooks.attached(host, steered([i]) if positions == "all" else []):
                 alone = host.forward(torch.tensor([rows[i]]))[0, -1]
-            torch.testing.assert_close(logits[i], alone, rtol=1e-3, atol=1e-3)
-            if positions == "all":
-                with hooks.attached(host, steered([i])):
-                    alone = host.forward(torch.tensor([[*rows[i], 30]]))[0, -1]
-                torch.testing.assert_close(following[i], alone, rtol=1e-3, atol=1e-3)
+            with hooks.attached(host, [(steering.hook_name, changed)]):
+                after = host.forward(torch.tensor([[*rows[i], 30]]))[0, -1]
+        torch.testing.assert_close(logits[i], alone, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(following[i], after, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(("layer", "rows"), [(0, 27), (2, 7)])
@@ -243,32 +250,78 @@ def test_a_pass_is_not_shared_where_that_saves_little(directories, layer, rows):
     assert early == [rows]
 
 
-@pytest.mark.parametrize("fails", ["raises", "mixes", "unknown"])
+@pytest.mark.parametrize("fails", ["raises", "asserts", "unknown", "mixed rows", "NaN", "all but the first row"])
 def test_where_a_pass_can_not_be_shared_every_row_runs(directories, monkeypatch, fails):
-    """A cache that can't be joined, one that mixes layers up, and one of a kind that is not known."""
-    model = models.bridge(directories("llama"))
-    host = host_of(model)
+    """A cache that can't be joined, one of a kind that is not known, and logits that are wrong, if only of some rows.
+
+    The first row of a prompt may be right where the others are not, as where attention takes a mask of one row.
+    """
+    host, spread = host_of(models.bridge(directories("llama"))), passes.Decoder._spread
 
     def joined(self, caches, n_rows, shared):
         if fails == "raises":
             raise TypeError("no such cache")
-        return None
+        assert fails == "unknown"
 
-    def mixed(self, rows, depth):
+    def spoilt(self, rows, depth):
         logits, cache = spread(self, rows, depth)
-        return logits.flip(0), cache
+        wrong = {"mixed rows": logits.flip(0), "NaN": logits * torch.nan}
+        return wrong.get(fails, torch.cat([logits[:1], logits[1:] + torch.randn_like(logits[1:])])), cache
 
-    spread = passes.Decoder._spread
-    if fails == "mixes":
-        monkeypatch.setattr(passes.Decoder, "_spread", mixed)
-    else:
+    if fails in ("raises", "asserts", "unknown"):
         monkeypatch.setattr(type(host), "joined", joined)
+    else:
+        monkeypatch.setattr(passes.Decoder, "_spread", spoilt)
     steering = vectors(9, layer=2)
+
+    def steered(some):
+        return steering.row_hooks(list(some), torch.ones(len(some)))
+
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        logits, _, early, _, decoder = _first_passes(
-            host, TURNS[:1] * 9, lambda some: steering.row_hooks(list(some), torch.ones(len(some)))
-        )
+        logits, following, early, _, decoder = _first_passes(host, TURNS[:1] * 9, steered)
+        again = _first_passes(host, TURNS[:1] * 9, steered)[2]
     assert early[-1] == 9 and decoder.cached
-    with torch.no_grad(), hooks.frozen(host), hooks.attached(host, steering.row_hooks([5], torch.ones(1))):
-        torch.testing.assert_close(logits[5], host.forward(torch.tensor(TURNS[:1]))[0, -1], rtol=1e-3, atol=1e-3)
+    assert again == [9]  # it is not tried a second time
+    for i in (0, 5, 8):
+        with torch.no_grad(), hooks.frozen(host), hooks.attached(host, steered([i])):
+            alone, after = (host.forward(torch.tensor([[*TURNS[0], *more]]))[0, -1] for more in ([], [30]))
+        torch.testing.assert_close(logits[i], alone, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(following[i], after, rtol=1e-3, atol=1e-3)
+
+
+def test_recurrent_states_of_several_prompts_are_not_joined(tmp_path):
+    """They are in dictionaries; rows that a cache doesn't have would be an error that a GPU can't go on from."""
+    directory = architectures.save("lfm2", tmp_path)
+    host = host_of(TransformerBridge.boot_transformers(directory, device="cpu", dtype=torch.float32))
+    with torch.no_grad(), hooks.frozen(host):
+        ids, mask = torch.tensor(TURNS[:1]), torch.ones(1, 3, dtype=torch.bool)
+        caches = [host.cached_logits(ids, mask, host.start_cache(1))[1] for _ in range(2)]
+    assert host.joined(caches, [1, 1], 0) is None
+
+
+def test_rows_can_be_dropped_after_a_shared_pass(any_model):
+    host, steering = host_of(any_model), vectors(27, layer=2)
+
+    def steered(some):
+        return steering.row_hooks(list(some), torch.ones(len(some)))
+
+    with torch.no_grad(), hooks.frozen(host):
+        decoder = passes.Decoder(host, TURNS, steered)
+        decoder.first()
+        assert decoder.keep([1, 13, 26])
+        found = decoder.next(torch.full((3,), 30))
+        for logits, i in zip(found, (1, 13, 26), strict=True):
+            with hooks.attached(host, steered([i])):
+                alone = host.forward(torch.tensor([[*TURNS[i], 30]]))[0, -1]
+            torch.testing.assert_close(logits, alone, rtol=1e-3, atol=1e-3)
+
+
+def test_a_few_prompts_are_shared_and_many_are_not(directories):
+    host, steering = host_of(models.bridge(directories("llama"))), vectors(90, layer=2)
+
+    def early(n_prompts):
+        rows = [[1, 5 + i // 8, 9] for i in range(8 * n_prompts)]
+        return _first_passes(host, rows, lambda some: steering.row_hooks(list(some), torch.ones(len(some))))[2]
+
+    assert early(8) == [1] * 9 and early(9) == [72]

@@ -5,7 +5,7 @@ import torch
 
 import melbo_lens as ml
 from melbo_lens.methods import derivatives
-from melbo_lens.models import hooks, slices
+from melbo_lens.models import hooks, slicing
 from melbo_lens.models.tally import Tally
 
 PROMPTS = ["w1 w2 w3 w4 w5", "w6 w7 w8"]
@@ -14,7 +14,7 @@ NAMES = ["gpt2", "llama", "gemma2"]
 
 @pytest.fixture
 def little_memory(monkeypatch):
-    monkeypatch.setattr(slices, "KEPT_BYTES", 1)
+    monkeypatch.setattr(slicing, "KEPT_BYTES", 1)
 
 
 def gradient(sliced, seed=0):
@@ -28,7 +28,7 @@ def gradient(sliced, seed=0):
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_are_the_same(build, name, site, little_memory):
     again = ml.slice_model(build(name), PROMPTS, 1, 4, site=site)
-    slices.KEPT_BYTES = 2**30
+    slicing.KEPT_BYTES = 2**30
     once = ml.slice_model(build(name), PROMPTS, 1, 4, site=site)
     assert again.recomputed and not once.recomputed
     torch.testing.assert_close(gradient(again), gradient(once), rtol=1e-5, atol=1e-5)
@@ -37,7 +37,7 @@ def test_gradients_are_the_same(build, name, site, little_memory):
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_second_derivatives_are_the_same(build, name, little_memory):
     again = ml.slice_model(build(name), PROMPTS, 1, 4)
-    slices.KEPT_BYTES = 2**30
+    slicing.KEPT_BYTES = 2**30
     once = ml.slice_model(build(name), PROMPTS, 1, 4)
     v = torch.randn(2, again.d_model, generator=torch.Generator().manual_seed(1))
     u = torch.randn(2, again.d_model, generator=torch.Generator().manual_seed(2))
@@ -67,7 +67,7 @@ def test_every_fit_finds_the_same(model, little_memory):
         lambda: ml.fit_cpe(model, PROMPTS, [0, 1], 4, n_factors=3, n_steps=2, progress=False).factors[1][0],
     ]
     again = [fit() for fit in fits]
-    slices.KEPT_BYTES = 2**30
+    slicing.KEPT_BYTES = 2**30
     for found, fit in zip(again, fits, strict=True):
         torch.testing.assert_close(found, fit(), rtol=1e-4, atol=1e-5)
 
@@ -77,7 +77,7 @@ def test_much_less_is_held(build):
     long = " ".join(f"w{1 + i % 9}" for i in range(60))
     once = ml.slice_model(model, long, 0, model.cfg.n_layers)
     held = []
-    for sliced in (once, slices.replace(once, recomputed=True)):
+    for sliced in (once, slicing.replace(once, recomputed=True)):
         with hooks.frozen(sliced.host), Tally() as tally:
             gradient_of = torch.zeros(1, sliced.d_model).requires_grad_()
             with torch.enable_grad():
