@@ -433,8 +433,8 @@ def _check_generation(bridge: Any, plain: Plain, vectors: ml.SteeringVectors, ro
     end = Counter(token for new, _ in expected.values() for token in dict.fromkeys(new[1:4])).most_common(1)[0][0]
     ending = patch.object(hooks, "end_tokens", lambda model: {end})
     said = ""
-    for shared_by in (2, len(runs)):  # with the blocks before the source run once for each prompt, and for each row
-        with warnings.catch_warnings(record=True) as caught, ending, patch.object(passes, "SHARED_BY", shared_by):
+    for least in (2, len(runs)):  # with the blocks before the source run once for each prompt, and for each row
+        with warnings.catch_warnings(record=True) as caught, ending, patch.object(passes, "LEAST_ROWS", least):
             warnings.simplefilter("always")
             written = ml.generate(bridge, PROMPTS, vectors, N_NEW, include_random=False, progress=False)
         _check_written(written.table, expected, end)

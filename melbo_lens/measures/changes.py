@@ -4,7 +4,6 @@ Nothing here depends on the kind of perturbation.
 """
 
 import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -20,6 +19,7 @@ from melbo_lens.models.access import Model, host_of
 from melbo_lens.models.host import Host
 from melbo_lens.models.slices import SINK
 from melbo_lens.perturbations.perturbation import Perturbation
+from melbo_lens.perturbations.sites import layer_of
 from melbo_lens.prompts import Positions, PromptBatch, Prompts, one_prompt, token_texts, tokenize
 
 ROWS_AT_ONCE = 64
@@ -156,7 +156,7 @@ def activation_changes(
     batch = tokenize(host, prompt)
     one_prompt(batch)
     n_layers, perturbations = host.n_layers, perturbations.on(host)
-    first = min(int(found[1]) for name, _ in perturbations.hooks() if (found := re.match(r"blocks\.(\d+)\.", name)))
+    first = min(layer for name, _ in perturbations.hooks() if (layer := layer_of(name)) is not None)
     chosen = list(range(first + 1, n_layers + 1) if layers is None else layers)
     if not chosen or any(not 1 <= layer <= n_layers for layer in chosen):
         raise ValueError(

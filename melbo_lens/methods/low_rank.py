@@ -5,7 +5,6 @@
 
 import hashlib
 import itertools
-import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from melbo_lens.measures.controls import scales_for_norms
 from melbo_lens.models.host import Host
 from melbo_lens.models.slices import SlicedModel
 from melbo_lens.perturbations.adapters import SteeringAdapters
-from melbo_lens.perturbations.sites import WeightSite, flat_heads
+from melbo_lens.perturbations.sites import WeightSite, flat_heads, layer_of
 from melbo_lens.perturbations.updates import GridUpdate
 from melbo_lens.randomness import gaussian_rows
 
@@ -136,8 +135,8 @@ def weight_sites(
                 f"rank={rank} must be from 1 to min(d_mlp, d_model) = {most} of layer {layer}: no update of W_out "
                 "has more."
             )
-        read_in = re.match(r"blocks\.(\d+)\.", target_hook or "")
-        if read_in and int(read_in[1]) <= layer and len(layers) > 1:
+        read_in = layer_of(target_hook or "")
+        if read_in is not None and read_in <= layer and len(layers) > 1:
             raise ValueError(
                 f"source layer {layer} must lie before the block of target_hook={target_hook!r}: what it updates is "
                 "not read there."

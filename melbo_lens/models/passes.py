@@ -1,6 +1,5 @@
 """How does a model write token by token?  It uses a cache, which is trusted only after it was checked."""
 
-import re
 import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -14,7 +13,7 @@ from melbo_lens.memory import is_out_of_memory
 from melbo_lens.models.hooks import attached
 from melbo_lens.models.host import Host
 from melbo_lens.models.tally import Tally
-from melbo_lens.perturbations.sites import Hook
+from melbo_lens.perturbations.sites import Hook, layer_of
 
 Positions: TypeAlias = Literal["all", "prompt", "generated"]  # the tokens on which a perturbation acts
 Steering: TypeAlias = Callable[[Sequence[int]], list[Hook]]  # row numbers -> hooks for a batch of exactly these rows
@@ -25,7 +24,7 @@ CACHE_ERRORS = (TypeError, AttributeError, ValueError, IndexError, KeyError, Run
 WRITTEN_AT_ONCE = 256  # completions
 WRITTEN_TOKENS = 2**14  # of prompts that need no measurement before they run together
 WRITING_BYTES = 4 * 2**30
-SHARED_BY, SHARED = 8, 8  # the least rows per prompt and the most prompts with which each prompt runs by itself
+LEAST_ROWS, MOST_PROMPTS = 8, 8  # rows per prompt on average, and prompts, between which each prompt runs by itself
 TOKENS_AT_ONCE = 4096  # the limit for an uncached pass, whose logits are large
 
 
@@ -131,10 +130,10 @@ class Decoder:
         for row, ids in enumerate(self.ids):
             prompts.setdefault(tuple(ids), []).append(row)
         hooks = self.steering(self.alive) if self.positions != "generated" else []
-        depth = min((_layer(name) for name, _ in hooks), default=self.host.n_layers)
+        depth = min((layer_of(name) or 0 for name, _ in hooks), default=self.host.n_layers)
         saved = depth * (len(self.ids) - len(prompts))
         # the proof costs a pass of one row, and many passes of few rows are slower than one of all
-        few = len(self.ids) < SHARED_BY * len(prompts) or len(prompts) > SHARED
+        few = len(self.ids) < LEAST_ROWS * len(prompts) or len(prompts) > MOST_PROMPTS
         if not self.host.shares or few or saved < 2 * self.host.n_layers:
             return None
         try:
@@ -143,9 +142,7 @@ class Decoder:
             if is_out_of_memory(error):
                 raise
             logits = cache = None
-        place = self._most_padded()
-        row = self._uncached([self.alive[place]])[0]
-        if logits is None or cache is None or not self._error(logits[place], row) <= self._allowed:
+        if logits is None or cache is None or not self._off(logits) <= self._allowed:
             self.host.shares = False
             return None
         self.cache, self.mask = cache, torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
@@ -206,8 +203,7 @@ class Decoder:
 
     def _proved(self, logits: Tensor) -> Tensor:
         """Returns the logits if the row with the most padding is right, and else those of a pass without a cache."""
-        row = self._most_padded()
-        error = self._error(logits[row], self._uncached([self.alive[row]])[0])
+        error = self._off(logits)
         if error <= self._allowed:
             return logits
         return self._distrusted(f"is off by {error:.1e} of the logits' norm (allowed: {self._allowed:.0e})")
@@ -215,8 +211,7 @@ class Decoder:
     def _distrusted(self, what: str) -> Tensor:
         self.cached, self.cache = False, None
         together = self._uncached(self.alive)
-        row = self._most_padded()
-        self.apart = self._error(together[row], self._uncached([self.alive[row]])[0]) > self._allowed
+        self.apart = self._off(together) > self._allowed
         warnings.warn(
             f"generation goes on without a cache, right but slower: a step with the cache of this model {what}, "
             f"compared with a pass of the whole text. The versions are transformers {version('transformers')} and "
@@ -225,13 +220,14 @@ class Decoder:
         )
         return self._uncached(self.alive) if self.apart else together
 
-    def _most_padded(self) -> int:
-        """Returns the place of the shortest row in the batch, and of several the last.
+    def _off(self, logits: Tensor) -> float:
+        """Measures how far the logits of the row with the most padding are from a pass of this row alone.
 
-        Where a prompt's pass is shared, its first row may be right by itself.
+        Of several it is the last, since the first row of a prompt whose pass was shared may be right by itself.
         """
         places = reversed(range(len(self.alive)))
-        return min(places, key=lambda place: len(self.ids[self.alive[place]]))
+        place = min(places, key=lambda place: len(self.ids[self.alive[place]]))
+        return self._error(logits[place], self._uncached([self.alive[place]])[0])
 
     @property
     def _allowed(self) -> float:
@@ -393,9 +389,3 @@ def _at(hooks: Sequence[Hook], where: Bool[Tensor, "row pos"]) -> list[Hook]:
         return at_some_positions
 
     return [(name, limited(function)) for name, function in hooks]
-
-
-def _layer(name: str) -> int:
-    """The layer at which a hook acts, or 0 for one outside the blocks."""
-    found = re.match(r"blocks\.(\d+)\.", name)
-    return int(found[1]) if found else 0

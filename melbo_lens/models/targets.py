@@ -1,9 +1,8 @@
 """Which activation is the target?  A layer's stream or a hook; it is checked before anything runs."""
 
-import re
-
 from melbo_lens.models import hooks
 from melbo_lens.models.host import Host
+from melbo_lens.perturbations.sites import layer_of
 
 
 def target_of(host: Host, source_layer: int, target_layer: int | None, target_hook: str | None) -> tuple[int, str]:
@@ -24,13 +23,13 @@ def target_of(host: Host, source_layer: int, target_layer: int | None, target_ho
         )
     if target_hook is not None:
         hooks.hook_point(host, target_hook)
-        found = re.match(r"blocks\.(\d+)\.", target_hook)
-        if not found or int(found[1]) <= source_layer:
+        block = layer_of(target_hook)
+        if block is None or block <= source_layer:
             raise ValueError(
                 f"target_hook={target_hook!r} must lie in a block after source_layer={source_layer}, "
                 f"as blocks.{source_layer + 1}.…"
             )
-        return int(found[1]) + 1, target_hook
+        return block + 1, target_hook
     if (
         isinstance(target_layer, bool)
         or not isinstance(target_layer, int)

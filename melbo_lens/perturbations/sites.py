@@ -1,5 +1,6 @@
 """Where does a perturbation enter a block?  At an activation, or at the weights that an adapter updates."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
@@ -39,6 +40,12 @@ SITES = {
     )
 }
 WEIGHTS = ("mlp", "attn")  # the output weights of a block's MLP and of its attention
+
+
+def layer_of(hook_name: str) -> int | None:
+    """Returns the layer in whose block a hook is; None for one outside the blocks."""
+    found = re.match(r"blocks\.(\d+)\.", hook_name)
+    return int(found[1]) if found else None
 
 
 def site_of(name: str) -> Site:
