@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 import melbo_lens as ml
 from melbo_lens.cli import app
 from melbo_lens.generation.completions import COLUMNS, Completions
-from melbo_lens.search import discovery, pace
+from melbo_lens.search import discovering, pace
 from melbo_lens.search.arms import Arm, arms_of
 from melbo_lens.search.rounds import Rounds
 from melbo_lens.sweeps import outcomes, running
@@ -209,7 +209,7 @@ def test_several_trials_at_a_time_fill_the_rounds_of_a_search(organism, clock, m
         made.append(Several(model))
         return made[-1]
 
-    monkeypatch.setattr(discovery, "engine_for", several)
+    monkeypatch.setattr(discovering, "engine_for", several)
     # three workers: a third of each trial's seconds pass
     monkeypatch.setattr(pace, "time", SimpleNamespace(monotonic=lambda: clock.now / 3))
     found = search(organism, budget=100.0)
