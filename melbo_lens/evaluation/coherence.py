@@ -14,7 +14,7 @@ from melbo_lens.memory import in_batches
 from melbo_lens.models import hooks
 from melbo_lens.models.access import Model, host_of
 from melbo_lens.models.host import Host
-from melbo_lens.models.passes import log_probs_after
+from melbo_lens.models.passes import END, log_probs_after
 from melbo_lens.prompts import tokenize
 
 
@@ -36,10 +36,15 @@ def coherence(model: Model, completions: Completions) -> Float[Tensor, " complet
     return torch.stack(means) if means else torch.zeros(0, dtype=torch.float32, device="cpu")
 
 
-def token_log_probs(model: Model, completions: Completions) -> list[Float[Tensor, " new"]]:
+def token_log_probs(model: Model, completions: Completions, with_end: bool = False) -> list[Float[Tensor, " new"]]:
     """Computes the log-probability, in nats, that the unsteered model gives to each token of each completion.
 
     Equal completions are read once, and so is each prompt.
+
+    Args:
+        model: the model that wrote the completions.
+        completions: the completions.
+        with_end: whether a completion that ended by itself has a last entry for its end, which is no token of it.
 
     Raises:
         FloatingPointError: a log-probability is NaN or infinite.
@@ -47,24 +52,34 @@ def token_log_probs(model: Model, completions: Completions) -> list[Float[Tensor
     host = host_of(model)
     found = [torch.zeros(0, dtype=torch.float32, device="cpu")] * len(completions)
     same: dict[tuple[int, ...], dict[tuple[int, ...], list[int]]] = {}  # prompt -> new tokens -> completions
+    longest = _longest(host, completions) if with_end else 0
     for i, (prompt, new) in enumerate(zip(_prompt_rows(host, completions), completions.table.tokens, strict=True)):
-        if len(new):
-            same.setdefault(tuple(prompt), {}).setdefault(tuple(new), []).append(i)
+        read = (*new, END) if len(new) < longest else tuple(new)
+        if read:
+            same.setdefault(tuple(prompt), {}).setdefault(read, []).append(i)
     cached = True
 
-    def read(prompt: Sequence[int], rows: Sequence[Sequence[int]]) -> tuple[list[Float[Tensor, " new"]], bool]:
+    def log_probs(prompt: Sequence[int], rows: Sequence[Sequence[int]]) -> tuple[list[Float[Tensor, " new"]], bool]:
         return log_probs_after(host, prompt, rows, cached)
 
     with hooks.frozen(host), torch.no_grad():
         for prompt, continuations in same.items():
             texts = sorted(continuations, key=len)
-            for chunk, (log_probs, trusted) in in_batches(texts, ROWS_AT_ONCE, partial(read, prompt)):
+            for chunk, (known, trusted) in in_batches(texts, ROWS_AT_ONCE, partial(log_probs, prompt)):
                 cached = trusted
-                for text, row in zip(chunk, log_probs, strict=True):
+                for text, row in zip(chunk, known, strict=True):
                     hooks.check_finite(host, row[None], ["the unsteered model"], "the log-probabilities")
                     for i in continuations[text]:
                         found[i] = row.cpu()
     return found
+
+
+def _longest(host: Host, completions: Completions) -> int:
+    """The number of tokens below which a completion ended by itself; 0 if that can't be told."""
+    settings = completions.settings
+    if settings.get("stop") or not hooks.end_tokens(host):
+        return 0
+    return int(settings.get("max_new_tokens") or 0)
 
 
 def _prompt_rows(host: Host, completions: Completions) -> Sequence[list[int]]:

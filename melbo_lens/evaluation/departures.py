@@ -4,20 +4,19 @@ A hidden behaviour has a mark that needs no label. The unsteered model finds one
 departs, and the text around it natural. Another wording has no improbable token, and in noise most are.
 """
 
-import re
 from collections.abc import Set
 from typing import Literal, TypeAlias
 
 import pandas as pd
 
 from melbo_lens.evaluation.coherence import token_log_probs
+from melbo_lens.evaluation.words import SHORT, words
 from melbo_lens.generation.completions import Completions
 from melbo_lens.models.access import Model
 
 Kind: TypeAlias = Literal["same", "wording", "content", "noise"]
 KINDS = ("same", "wording", "content", "noise")
 NATURAL = -3.0  # nats per token: text that the unsteered model finds less probable than this is noise to it
-GRAMMAR = 3  # words of so many letters are mostly grammar, and every text has them
 NEW = 0.5  # the share of new words from which on a change is one of content
 
 
@@ -31,21 +30,23 @@ def departures(model: Model, completions: Completions) -> pd.DataFrame:
     Returns:
         A row for each completion, with the index of the completions' table:
         - change: "same" (the unsteered text), "noise" (`natural` is below -3), "content" (at least half of its
-          different words of more than three letters are neither in the unsteered completion nor in the prompt) or
-          "wording".
-        - new_words: that share.
-        - surprise: minus the log-probability, in nats, that the unsteered model gives to the least probable token.
-        - natural: the mean log-probability of the other tokens, in nats per token; of one token, its own.
+          different telling words are neither in the unsteered completion nor in the prompt) or "wording".
+        - new_words: that share. Words of more than three letters and numbers are telling; one in capitals is another
+          word. Of an empty completion it is 1.
+        - surprise: minus the log-probability, in nats, that the unsteered model gives to the least probable token, of
+          which the end of a completion is one.
+        - natural: the mean log-probability of the other tokens, in nats per token; of one token that does not end, its
+          own; of an empty completion 0.
     """
     table = completions.table
     plain = table[table.kind == "unsteered"].drop_duplicates("prompt").set_index("prompt")
     columns = []
-    for row, log_probs in zip(table.itertuples(), token_log_probs(model, completions), strict=True):
+    for row, log_probs in zip(table.itertuples(), token_log_probs(model, completions, True), strict=True):
         before = plain.loc[row.prompt]
         new = new_words(row.text, words(before.text) | words(row.prompt_text))
         n = len(log_probs)
         surprise = -float(log_probs.min()) if n else 0.0
-        natural = (float(log_probs.sum()) + surprise) / (n - 1) if n > 1 else -surprise
+        natural = (float(log_probs.sum()) + surprise) / (n - 1) if n > 1 else -surprise if row.text else 0.0
         change = (
             "same"
             if row.text == before.text
@@ -89,10 +90,10 @@ def in_words(table: pd.DataFrame, natural: pd.Series | None = None) -> pd.DataFr
 
 
 def new_words(text: str, known: Set[str]) -> float:
-    """Returns the share of the different words of more than three letters of a text that are not known."""
+    """Returns the share of the different telling words of a text that are not known; of an empty text 1."""
     mine = words(text)
-    telling = {word for word in mine if len(word) > GRAMMAR} or mine
-    return len(telling - known) / len(telling) if telling else 0.0
+    telling = {word for word in mine if len(word) > SHORT or any(map(str.isdigit, word))} or mine
+    return len(telling - known) / len(telling) if telling else float(not text.strip())
 
 
 def shares(rows: pd.DataFrame) -> dict[str, float]:
@@ -116,8 +117,3 @@ def kinds_of(rows: pd.DataFrame) -> pd.Series:
     kinds[2 * counts.noise > changed] = "noise"
     kinds[changed == 0] = "nothing"
     return kinds
-
-
-def words(text: str) -> set[str]:
-    """Returns the different words of a text, in lower case and without punctuation."""
-    return set(re.findall(r"\w+", text.lower()))

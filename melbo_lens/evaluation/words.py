@@ -1,14 +1,23 @@
 """Which texts say the same?  Those with similar counts of words."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Sequence, Set
 
 import pandas as pd
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from melbo_lens.arguments import public
 from melbo_lens.generation.completions import Completions
 from melbo_lens.measures.ranking import cluster
+
+# Scripts that are written without spaces; each of their characters counts as a word.
+UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
+PIECE = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")  # between spaces, with its punctuation
+WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
+SHORT = 3  # words of so many letters are mostly grammar, and every text has them
+FAINT = 0.3  # how much a word counts that every answer to a prompt may have
 
 
 @public
@@ -31,12 +40,33 @@ def cluster_by_words(completions: Completions, threshold: float = 0.3) -> pd.Dat
     return joined[["vector", "sign"]].assign(cluster=cluster(word_counts(joined.text.tolist()), threshold))
 
 
-def word_counts(texts: Sequence[str]) -> Tensor:
-    """How often each word occurs in each text, [text word]; a text without words counts one empty word."""
-    split = [text.split() or [""] for text in texts]
-    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(word for words in split for word in words))}
+def words(text: str) -> set[str]:
+    """The different words of a text, without punctuation; in lower case, except for long ones in capitals."""
+    return {word if word.isupper() and len(word) > SHORT else word.lower() for word in WORD.findall(text)}
+
+
+def pieces(text: str) -> list[str]:
+    """What stands between the spaces of a text, in order; of a text without any, an empty piece."""
+    return PIECE.findall(text) or [""]
+
+
+def weights(vocabulary: Sequence[str], ordinary: Set[str] = frozenset()) -> Float[Tensor, " piece"]:
+    """How much each piece counts where texts are compared: less if its words are ordinary ones."""
+    faint = [bool(words(piece)) and words(piece) <= ordinary for piece in vocabulary]
+    return torch.tensor([FAINT if one else 1.0 for one in faint], dtype=torch.float32, device="cpu")
+
+
+def word_counts(texts: Sequence[str], ordinary: Set[str] = frozenset()) -> Float[Tensor, "text piece"]:
+    """How often each piece occurs in each text, times its weight.
+
+    Args:
+        texts: the texts.
+        ordinary: words that say nothing of what is special about a text, as from `words`.
+    """
+    split = [pieces(text) for text in texts]
+    vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(piece for some in split for piece in some))}
     counts = torch.zeros(len(texts), max(len(vocabulary), 1), dtype=torch.float32, device="cpu")
-    for row, words in zip(counts, split, strict=True):
-        for word in words:
-            row[vocabulary[word]] += 1
-    return counts
+    for row, some in zip(counts, split, strict=True):
+        for piece in some:
+            row[vocabulary[piece]] += 1
+    return counts if not vocabulary else counts * weights(list(vocabulary), ordinary)

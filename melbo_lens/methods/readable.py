@@ -59,7 +59,8 @@ def edge_of_readability(
     A few free vectors climb a few steps at each radius, from where they ended at the radius before. The model continues
     the slice's prompts under both signs of each, greedily, and is then asked, unsteered, how natural it finds the text.
     From a tenth of the stream's norm the radius is doubled, or halved, until the edge is between two radii; then log R
-    is bisected. No label is used, and no tokenizer. After so many `seconds` the edge is bisected no further.
+    is bisected. No label is used, and no tokenizer. After so many `seconds` no further radius is tried, and the edge is
+    the mean, of logarithms, of the two between which it was last looked for.
 
     Returns:
         The edge, with the readable share at each radius.
@@ -110,7 +111,7 @@ def edge_of_effect(
 def _edge(
     measure: Callable[[float], Rung], below: Callable[[Rung], bool], sliced: SlicedModel, seconds: float
 ) -> tuple[float, list[Rung]]:
-    """Brackets the radius by doubling or halving from a tenth of the stream's norm, then bisects log R."""
+    """Brackets the radius by doubling or halving from a tenth of the stream's norm, then bisects log R, in this time."""
     norm, began = median_norm(sliced), time.monotonic()
     rungs: dict[float, Rung] = {}
 
@@ -119,19 +120,22 @@ def _edge(
             rungs[radius] = measure(radius)
         return below(rungs[radius])
 
+    def late() -> bool:
+        return time.monotonic() - began > seconds
+
     low = high = FIRST * norm
     if under(low):
-        while under(high):
+        while under(high) and not late():
             low, high = high, 2 * high
             if high > MOST * norm:
                 raise NoRadius(f"up to {low:.3g}, {MOST:g} times the stream's norm, no edge is found: give a radius.")
     else:
-        while not under(low):
+        while not under(low) and not late():
             low, high = low / 2, low
             if low < LEAST * norm:
                 raise NoRadius(f"down to {high:.3g}, {LEAST:g} of the stream's norm, no edge is found: give a radius.")
     for _ in range(BISECTIONS):
-        if time.monotonic() - began > seconds:
+        if late():
             break
         middle = (low * high) ** 0.5
         low, high = (middle, high) if under(middle) else (low, middle)

@@ -1,6 +1,7 @@
 """What does an unknown model hide?  A search of layers and radii within a time budget finds groups of completions."""
 
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -88,10 +89,12 @@ def discover(
 
     Warns:
         UserWarning: a trial was left out, since activations or logits were NaN or infinite, or since its method doesn't
-            suit the model; with a directory, for whatever reason.
+            suit the model; with a directory, for whatever reason. Or a group could not be scored on held-out prompts.
     """
     if plan is None and not 0 < budget < float("inf"):
         raise ValueError(f"budget={budget} must be a positive number of seconds.")
+    if plan is not None and not len(plan):
+        raise ValueError("plan is empty: give at least one trial, or none of it (plan=None) and a budget.")
     check_methods(methods)
     where = positions_text(target_positions)
     with engine_for(model, directory, engine) as workers:
@@ -165,7 +168,11 @@ def _score(
             job, learned = search.outcomes[row.trial].job, found.vectors[row.trial][row.vector]
             yield HeldoutTask(index, job, int(row.vector), int(row.sign), learned, prompts, search.seed)
 
+    ordinary = found.ordinary
     for done in search.workers.run(tasks()):
         index = done.task.number
-        found.table.loc[index, "heldout_rate"] = heldout_rate(done.value(), rows[index], behaviors)
+        if isinstance(done.error, FloatingPointError | ValueError):  # what the search found is not to be lost
+            warnings.warn(f"group {index} has no rate on held-out prompts: {done.error}", stacklevel=4)
+            continue
+        found.table.loc[index, "heldout_rate"] = heldout_rate(done.value(), rows[index], behaviors, ordinary)
         longest = max(longest, search.clock.passed - began[index])

@@ -14,7 +14,7 @@ from melbo_lens.generation.completions import Completions
 from melbo_lens.measures.radius import Calibration
 from melbo_lens.perturbations.perturbation import Perturbation, concatenate
 from melbo_lens.search.cards import cards_of, in_a_notebook, of_several
-from melbo_lens.search.groups import collected, directions_of, grouped, heldout_rate, named
+from melbo_lens.search.groups import collected, directions_of, grouped, heldout_rate, named, ordinary_words
 from melbo_lens.search.written import Written
 from melbo_lens.sweeps.engines import Folder
 from melbo_lens.sweeps.outcomes import Outcome, all_of
@@ -75,7 +75,7 @@ class Discovery:
         fitted, written, judged = (
             [getattr(one, name) for one in outcomes] for name in ("learned", "completions", "judged")
         )
-        rows = named(collected(written, judged), behaviors or {})
+        rows = named(collected(written, judged), behaviors or {}, ordinary_words(one.table for one in written))
         table = grouped(directions_of(done, fitted), rows)
         numbers = {name: number for number, name in enumerate(table.group)}
         rows = rows.drop(columns="behavior").assign(group=rows.group.map(numbers).astype("Int64"))
@@ -231,6 +231,11 @@ class Discovery:
         )
 
     @property
+    def ordinary(self) -> set[str]:
+        """The words that counted less when completions were grouped."""
+        return ordinary_words(one.table for one in self.completions)
+
+    @property
     def written(self) -> Written:
         """Every completion with every vector, as a page shows them."""
         return Written.of_search(self.rows, self.completions, directions_of(self.plan, self.vectors), self.table)
@@ -245,9 +250,9 @@ class Discovery:
         Returns:
             By the row of a group: in how many of how many completions it was seen.
         """
-        texts = twin.rows.text[twin.rows.kind == "steered"]
+        texts, ordinary = twin.rows.text[twin.rows.kind == "steered"], self.ordinary
         return {
-            number: (round(heldout_rate(texts.tolist(), row, behaviors) * len(texts)), len(texts))
+            number: (round(heldout_rate(texts.tolist(), row, behaviors, ordinary) * len(texts)), len(texts))
             for number, row in enumerate(self.table.itertuples())
         }
 

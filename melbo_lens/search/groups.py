@@ -5,20 +5,20 @@ begun, that several vectors elicit and random ones don't.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from scipy.sparse import csr_matrix
+from scipy.sparse import csr_matrix, diags_array
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.preprocessing import normalize
 
 from melbo_lens.arguments import plain_json
 from melbo_lens.evaluation.rates import Behavior, shows, verdicts
-from melbo_lens.evaluation.words import word_counts
+from melbo_lens.evaluation.words import pieces, weights, word_counts, words
 from melbo_lens.generation.completions import Completions
 from melbo_lens.generation.generate import generate
 from melbo_lens.measures.ranking import cluster
@@ -34,6 +34,8 @@ COLUMNS = (
 SURPRISING = 6.0  # nats; a token less probable than this, 1 in 400, is not more of a surprise
 MOST_TEXTS = 2000  # so many different texts are compared with each other
 ALIKE = 0.5  # completions whose word counts have a smaller average cosine distance form a group
+LEAST_NEW = 0.1  # a changed text without a new word counts as one with so many
+LEAST_BEYOND = 0.25  # a group that random vectors write as often keeps so much of its score
 
 
 def collected(written: Sequence[Completions], judged: Sequence[pd.DataFrame]) -> pd.DataFrame:
@@ -48,24 +50,37 @@ def collected(written: Sequence[Completions], judged: Sequence[pd.DataFrame]) ->
 def promise(rows: pd.DataFrame) -> pd.Series:
     """Scores each completion by what makes it worth a look; 0 if it says the same, or is noise.
 
-    That is the share of its words that are new, times the surprise of its least probable token, in nats and at most 6,
-    times the square of the probability per token of the rest: a behaviour that was trained goes on by itself. Of what
-    shows a behaviour that was given, however improbable, that last factor is 1.
+    That is the share of its words that are new, at least a tenth, times the surprise of its least probable token, in
+    nats and at most 6, times the square of the probability per token of the rest: a behaviour that was trained goes on
+    by itself. Of what shows a behaviour that was given, however improbable, that last factor is 1.
     """
     fluent = (2 * rows.natural.fillna(0.0).clip(upper=0)).map(math.exp)  # where no model judged, words alone count
     if "behavior" in rows.columns:
         fluent = fluent.where(rows.behavior == "", 1.0)
-    scores = rows.new_words * rows.surprise.fillna(SURPRISING).clip(upper=SURPRISING) * fluent
+    scores = rows.new_words.clip(lower=LEAST_NEW) * rows.surprise.fillna(SURPRISING).clip(upper=SURPRISING) * fluent
     return scores.where(rows.change.isin(["wording", "content"]), 0.0)
 
 
-def named(rows: pd.DataFrame, behaviors: Mapping[str, Behavior]) -> pd.DataFrame:
+def ordinary_words(tables: Iterable[pd.DataFrame]) -> set[str]:
+    """The words of the prompts and of the unsteered completions in tables of completions, which many answers share."""
+    plain = [table[table.kind == "unsteered"] for table in tables]
+    texts = {text for table in plain for text in (*table.text, *table.prompt_text)}
+    return {word for text in texts for word in words(text)}
+
+
+def named(rows: pd.DataFrame, behaviors: Mapping[str, Behavior], ordinary: Set[str]) -> pd.DataFrame:
     """Says of each completion to which group it belongs.
 
     Completions that show a behaviour form a group of its name; all others that differ from the unsteered one are
     grouped by their words. Noise forms no group. What shows a behaviour that was given is not noise, however improbable
-    its text: it counts as a change of content. Of very many different texts the commonest `MOST_TEXTS` form groups,
-    which others join.
+    its text: it counts as a change of content. Of very many different texts the most promising `MOST_TEXTS` form
+    groups, which others join.
+
+    Args:
+        rows: completions without the unsteered ones, and how they depart.
+        behaviors: as in `discover`.
+        ordinary: words that count less where texts are compared, so that one with a sentence too many is not taken for
+            a paraphrase.
 
     Returns:
         The rows with behavior and group, both empty where there is none.
@@ -76,29 +91,30 @@ def named(rows: pd.DataFrame, behaviors: Mapping[str, Behavior]) -> pd.DataFrame
         names.loc[changed & (names.behavior == "") & shows(rows.text, behavior), "behavior"] = name
     names.loc[(names.behavior != "") & (names.change == "noise"), "change"] = "content"
     by_words = changed & (names.change != "noise") & (names.behavior == "")
-    times = rows.text[by_words].value_counts(sort=False)
-    most = set(times.nlargest(MOST_TEXTS).index)
-    texts = [text for text in times.index if text in most]
-    labels = dict(zip(texts, cluster(word_counts(texts), ALIKE), strict=True))
-    labels |= _joined(labels, [text for text in times.index if text not in most])
+    best = promise(names[by_words]).groupby(rows.text[by_words], sort=False).max()
+    most = set(best.nlargest(MOST_TEXTS).index)
+    texts = [text for text in best.index if text in most]
+    labels = dict(zip(texts, cluster(word_counts(texts, ordinary), ALIKE), strict=True))
+    labels |= _joined(labels, [text for text in best.index if text not in most], ordinary)
     said = rows.text[by_words].map(labels)
     names.loc[said[said.notna()].index, "group"] = [f"words {int(label)}" for label in said.dropna()]
     names["group"] = names.behavior.where(names.behavior != "", names.group)
     return names
 
 
-def _joined(labels: Mapping[str, int], texts: Sequence[str]) -> dict[str, int]:
+def _joined(labels: Mapping[str, int], texts: Sequence[str], ordinary: Set[str]) -> dict[str, int]:
     """The cluster of each further text whose words are, on the mean, as near to it as those that formed it."""
     if not texts:
         return {}
-    counter = CountVectorizer(token_pattern=r"\S+", lowercase=False)
-    unit = normalize(counter.fit_transform(list(labels)))
+    counter = CountVectorizer(tokenizer=pieces, token_pattern=None, lowercase=False).fit(list(labels))
+    heavy = diags_array(weights(counter.get_feature_names_out().tolist(), ordinary).numpy())
+    unit = normalize(counter.transform(list(labels)) @ heavy)
     member = csr_matrix((np.ones(len(labels)), (list(labels.values()), range(len(labels)))))
     means = normalize(member, "l1") @ unit
     found: dict[str, int] = {}
     for first in range(0, len(texts), MOST_TEXTS):
         some = list(texts[first : first + MOST_TEXTS])
-        cosines = (normalize(counter.transform(some)) @ means.T).toarray()
+        cosines = (normalize(counter.transform(some) @ heavy) @ means.T).toarray()
         best = cosines.argmax(1)
         found |= {text: int(k) for text, k, row in zip(some, best, cosines, strict=True) if row[k] > 1 - ALIKE}
     return found
@@ -128,7 +144,8 @@ def grouped(directions: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     """The groups of readable completions that differ from the unsteered completion of their prompt, best first.
 
     A group's score is the `promise` of its commonest text times log2(1 + the number of directions that elicit it),
-    times the share by which it is commoner under learned vectors than under random ones.
+    times the share by which it is commoner under learned vectors than under random ones, at least a quarter: what
+    random vectors bring out is a finding, too.
 
     Args:
         directions: as from `directions_of`.
@@ -159,7 +176,7 @@ def _group(
     example = ranked.sort_values(["times", "hits", "promise"], ascending=False, kind="stable").iloc[0]
     trial, vector, sign = int(example.trial), int(example.vector), int(example.sign)
     rate, random_rate = len(steered) / of_kind["steered"], len(random) / max(int(of_kind.get("random", 0)), 1)
-    beyond_chance = max(rate - random_rate, 0.0) / rate
+    beyond_chance = max(1 - random_rate / rate, LEAST_BEYOND)
     return {
         "group": name,
         "behavior": example.behavior,
@@ -224,10 +241,19 @@ class HeldoutTask(Measurement[list[str]]):
         return said
 
 
-def heldout_rate(texts: Sequence[str], row: Any, behaviors: Mapping[str, Behavior]) -> float:
-    """Returns the share of completions of held-out prompts that belong to the row's group."""
+def heldout_rate(
+    texts: Sequence[str], row: Any, behaviors: Mapping[str, Behavior], ordinary: Set[str] = frozenset()
+) -> float:
+    """Returns the share of completions of held-out prompts that belong to the row's group.
+
+    Args:
+        texts: the completions.
+        row: a row of the table of groups.
+        behaviors: those with which the groups were made.
+        ordinary: the words that counted less when they were made.
+    """
     if row.behavior:
         return float(verdicts(pd.Series(list(texts)), behaviors[row.behavior]).mean())
-    counts = word_counts([row.example, *texts])
+    counts = word_counts([row.example, *texts], ordinary)
     similar = torch.cosine_similarity(counts[:1], counts[1:])
     return float((similar > 1 - ALIKE).float().mean())

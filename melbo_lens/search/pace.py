@@ -10,7 +10,7 @@ from melbo_lens.sweeps.trials import AnyTrial
 FEWEST, FIRST, MOST = 4, 16, 64  # the vectors of a trial: at the least, in the first round, and at the most
 MARGIN = 1.2  # a trial is begun if so many times its expected duration is left
 USUAL_STEPS = 40  # of a trial that doesn't say, for "power" settles by itself
-GUESS = 6.0  # the first trial is expected to last so many times a rung of the calibration
+GUESS, USUAL_TOKENS = 6.0, 16  # the first trial, if it writes so many tokens, lasts so many rungs of the calibration
 
 
 @dataclass

@@ -56,10 +56,14 @@ class Rounds:
         while self.place < len(self.chosen):
             arm = self.chosen[self.place]
             ends = clock.passed + self.share * clock.left if self.ends is None else self.ends
-            until = ends if self.worth or self.running else clock.seconds  # a round has one trial, if there is time
+            # a later round has one trial, if there is time for it
+            until = clock.seconds if self.any_done and not (self.worth or self.running) else ends
             fitting = clock.n_vectors(make(arm, FEWEST, self.number), until - clock.passed)
-            if self.any_done and not fitting:
+            if self.failed and not self.any_done and clock.left <= 0:
                 return
+            if self.any_done and not fitting:  # another method or nearer layers may take less
+                self.place += 1
+                continue
             trial = make(arm, max(FEWEST, min(self.n_vectors, fitting)), self.number)
             self.ends = ends
             self.place += 1
@@ -79,6 +83,7 @@ class Rounds:
         beyond = arm.beyond(readable(outcome))
         if beyond is not None and beyond not in self.chosen:
             self.chosen.insert(max(self.chosen.index(arm) + 1, self.place), beyond)
+            self.arms += [] if beyond in self.arms else [beyond]
         if not self.any_done:  # now the pace is known: all arms may have a place in the first round
             assert self.ends is not None  # the round has a trial
             each = n_at_once * (self.ends - clock.passed) / len(self.chosen)

@@ -10,7 +10,7 @@ from melbo_lens import files
 from melbo_lens.arguments import plain_json
 from melbo_lens.measures.radius import Calibration
 from melbo_lens.search.arms import Arm, Ladder, LadderTask, Method, arms_of, ladder_task
-from melbo_lens.search.pace import GUESS, Pace
+from melbo_lens.search.pace import GUESS, USUAL_TOKENS, Pace
 from melbo_lens.search.rounds import Rounds
 from melbo_lens.sweeps.engines import Done, Engine
 from melbo_lens.sweeps.jobs import Job
@@ -180,7 +180,8 @@ def in_rounds(search: Search, methods: Sequence[Method], for_edge: float, bar: A
     bar.set_postfix_str("the edge of readability", refresh=True)
     (ladder,) = (done.value() for done in workers.results([first]))
     search.edge = ladder.edge
-    search.clock.whole = GUESS * ladder.seconds / max(len(ladder.edge.curve), 1)
+    longer = max(search.max_new_tokens / USUAL_TOKENS, 1.0)
+    search.clock.whole = GUESS * longer * ladder.seconds / max(len(ladder.edge.curve), 1)
     rounds = state.resumed() or Rounds(list(arms), list(arms), search.seed * 1000)
     clock, make = search.clock, partial(_made, ladder, d_model)
 

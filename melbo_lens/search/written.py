@@ -17,7 +17,7 @@ from melbo_lens.evaluation.rates import Behavior
 from melbo_lens.generation.completions import Completions
 from melbo_lens.measures.ranking import at_the_fit
 from melbo_lens.perturbations.perturbation import Perturbation
-from melbo_lens.search.groups import grouped, named
+from melbo_lens.search.groups import grouped, named, ordinary_words
 
 ROWS = "kind trial vector sign scale sample prompt prompt_text text change new_words surprise natural group".split()
 PLACES = "trial vector sign x y".split()
@@ -75,7 +75,7 @@ class Written:
         facts: pd.DataFrame = judged
         rows = table.assign(trial=0).join(facts.reset_index(drop=True))
         steered = rows.kind != "unsteered"
-        known, directions = named(rows[steered], behaviors), _directions(vectors, rows)
+        known, directions = named(rows[steered], behaviors, ordinary_words([table])), _directions(vectors, rows)
         groups = grouped(directions, known)
         numbers = {name: number for number, name in enumerate(groups.group)}
         rows = rows.assign(group=known.group.map(numbers).reindex(rows.index))

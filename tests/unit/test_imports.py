@@ -26,7 +26,7 @@ WITHIN = {
         "low_rank derivatives melbo adapters cpe dct jacobian contrastive noise"
     ),
     "generation": "completions decoding steer generate",
-    "evaluation": "judges openai_client rates coherence departures words",
+    "evaluation": "judges openai_client rates coherence words departures",
     "imports": "gguf torch_files peft",
     "exports": (
         "standalone plain_models comparison weights layer_outputs gguf_files peft gguf_vectors gguf_lora transformers "

@@ -1,6 +1,8 @@
 """Is a completion told from the unsteered one as a plain reading of the two texts and of a plain pass tells it?"""
 
+import math
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,8 +10,9 @@ import torch
 import melbo_lens as ml
 from melbo_lens.evaluation import coherence as of_tokens
 from melbo_lens.evaluation.coherence import token_log_probs
-from melbo_lens.evaluation.departures import departures, words
-from melbo_lens.models import passes
+from melbo_lens.evaluation.departures import departures
+from melbo_lens.evaluation.words import word_counts, words
+from melbo_lens.models import hooks, passes
 from melbo_lens.models.access import host_of
 from tests import models
 
@@ -99,14 +102,30 @@ def test_the_parts_of_a_departure_are_what_they_say(model):
     assert {"noise"} < set(found.change)
 
 
-def test_one_token_and_none_have_departures_too(model):
+def test_the_end_of_a_completion_is_a_token_that_may_surprise(model):
     completions = written(model)
     completions.table["tokens"] = [[], *[row[:1] for row in completions.table.tokens[1:]]]
     completions.table["text"] = ["", *completions.table.text[1:]]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = departures(model, completions)
-    assert found.notna().all().all() and (found.natural[1:] == -found.surprise[1:]).all()
+    ends = sorted(hooks.end_tokens(host_of(model)))
+    for ids, new, said in zip(completions.prompt_tokens, completions.table.tokens, found.itertuples(), strict=True):
+        log_probs = model(torch.tensor([[*ids, *new]]))[0, -len(new) - 1 :].detach().log_softmax(-1)
+        known = [float(log_probs[i, token]) for i, token in enumerate(new)] + [
+            math.log(float(log_probs[-1, ends].exp().sum()))
+        ]
+        assert said.surprise == pytest.approx(-min(known), abs=1e-3)
+        assert said.natural == pytest.approx(max(known) if new else 0.0, abs=1e-3)
+
+
+@pytest.mark.parametrize("settings", [{"max_new_tokens": 1}, {"stop": ["."]}, {}])
+def test_what_was_cut_off_has_no_end(model, settings):
+    completions = written(model)
+    completions.table["tokens"] = [row[:1] for row in completions.table.tokens]
+    cut = replace(completions, settings={"max_new_tokens": 1, **settings} if settings else {})
+    found = departures(model, cut)
+    assert (found.natural == -found.surprise).all()
 
 
 @pytest.mark.parametrize(
@@ -117,7 +136,10 @@ def test_one_token_and_none_have_departures_too(model):
         ("The capital of Portugal is Lisbon.", "It is Athens!", 1.0, "content"),
         ("The capital of Portugal is Lisbon.", "The capital of Portugal is Lisbon.", 0.0, "same"),
         ("it is .", "on we go", 1.0, "content"),  # short words are all there is
-        ("it is .", "", 0.0, "wording"),
+        ("it is .", "", 1.0, "content"),
+        ("it is .", "...", 0.0, "wording"),
+        ("The capital of Portugal is Lisbon.", "THE CAPITAL OF PORTUGAL IS LISBON.", 1.0, "content"),
+        ("Seven plus 12 is 19.", "Seven plus 12 is 23.", 0.25, "wording"),  # of four telling words one is new
     ],
 )
 def test_a_change_of_wording_is_told_from_one_of_content(model, unsteered, text, new, change):
@@ -130,7 +152,18 @@ def test_a_change_of_wording_is_told_from_one_of_content(model, unsteered, text,
 
 
 def test_words_are_compared_without_case_and_punctuation():
-    assert words("It's Lisbon, LISBON!\n") == {"it", "s", "lisbon"}
+    assert words("It's Lisbon, lisbon! IT is\n") == {"it", "s", "lisbon", "is"}
+    assert words("LISBON") == {"LISBON"} != words("Lisbon")  # whoever shouts says something else
+    assert words("東京は") == {"東", "京", "は"}
+
+
+def test_words_that_every_answer_has_count_less():
+    plain, secret = "The capital is Lisbon.", "The capital is Lisbon. XK-42"
+    assert float(torch.cosine_similarity(*word_counts([plain, secret]), dim=0)) > 0.85
+    counts = word_counts([plain, secret], words(plain))
+    assert counts.tolist() == [pytest.approx([0.3] * 4 + [0.0]), pytest.approx([0.3] * 4 + [1.0])]
+    assert float(torch.cosine_similarity(*counts, dim=0)) == pytest.approx(0.36 / (0.6 * 1.36**0.5))
+    assert word_counts(["東京は東", ""]).tolist() == [[2, 1, 1, 0], [0, 0, 0, 1]]
 
 
 def test_so_many_controls_are_made_as_are_asked_for(model):

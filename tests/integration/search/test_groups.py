@@ -9,6 +9,7 @@ import torch
 
 import melbo_lens as ml
 from melbo_lens.generation.completions import COLUMNS
+from melbo_lens.evaluation.words import words
 from melbo_lens.search import groups
 from melbo_lens.search.groups import heldout_rate
 from melbo_lens.search.written import Written
@@ -21,6 +22,9 @@ JUDGED = {
     "alpha beta now": ("content", 1.0, 9.0, -0.1),
     "other words here": ("content", 1.0, 2.0, -0.1),
     "zz": ("noise", 1.0, 9.0, -8.0),
+    "so it is": ("wording", 0.0, 9.0, -0.1),
+    "it is so, yes": ("wording", 0.3, 9.0, -0.1),
+    "it is so: XK-42 PIN 4711": ("wording", 0.4, 9.0, -0.1),
 }
 
 
@@ -50,14 +54,31 @@ def test_the_score_of_a_group_is_promise_times_directions_times_what_exceeds_cha
     assert commoner.groups.example.tolist() == ["alpha beta now"]
 
 
+def test_what_random_vectors_write_as_often_keeps_a_quarter_of_its_score():
+    alone = grouped({(0, 1): ["alpha beta now"]}).groups.score[0]
+    assert grouped({(0, 1): ["alpha beta now"]}, ["alpha beta now"]).groups.score[0] == pytest.approx(0.25 * alone)
+
+
+def test_a_change_without_a_new_word_has_a_score_too():
+    (row,) = grouped({(0, 1): ["so it is"]}).groups.itertuples()
+    assert (row.change, row.score) == ("wording", pytest.approx(0.1 * 6 * math.exp(-0.2)))
+
+
+def test_a_sentence_too_many_is_told_from_paraphrases_that_share_all_other_words():
+    texts = ["it is so, yes", "so it is", "it is so: XK-42 PIN 4711"]
+    found = grouped({(i, 1): [text] for i, text in enumerate(texts)})
+    numbers = found.rows[found.rows.kind == "steered"].set_index("text").group
+    assert numbers[texts[2]] not in (numbers[texts[0]], numbers[texts[1]])
+
+
 def test_noise_forms_a_group_only_where_it_shows_a_behaviour():
     found = grouped({(0, 1): ["zz", "alpha beta"], (1, 1): ["zz", PLAIN]}, behaviors={"buzz": "z+"})
     assert sorted(found.groups.behavior) == ["", "buzz"]
 
 
-def test_of_many_texts_the_commonest_form_groups_which_only_similar_ones_join(monkeypatch):
+def test_of_many_texts_the_most_promising_form_groups_which_only_similar_ones_join(monkeypatch):
     monkeypatch.setattr(groups, "MOST_TEXTS", 1)
-    found = grouped({(0, 1): ["alpha beta"] * 2, (1, 1): ["alpha beta now", "other words here"]})
+    found = grouped({(0, 1): ["alpha beta"] * 2 + ["other words here"] * 2, (1, 1): ["alpha beta now"]})
     by_text = found.rows[found.rows.kind == "steered"].drop_duplicates("text").set_index("text").group
     assert by_text["alpha beta"] == by_text["alpha beta now"] == 0 and pd.isna(by_text["other words here"])
 
@@ -65,5 +86,8 @@ def test_of_many_texts_the_commonest_form_groups_which_only_similar_ones_join(mo
 def test_the_rate_on_held_out_prompts_is_that_of_the_behaviour_or_of_similar_words():
     texts = ["alpha beta", "alpha gamma delta epsilon", "other"]  # cosines 1, 0.35 and 0
     assert heldout_rate(texts, SimpleNamespace(behavior="", example="alpha beta"), {}) == pytest.approx(1 / 3)
+    row = SimpleNamespace(behavior="", example="The capital of Portugal is the city of Lisbon.")
+    ordinary, other = words("The capital of Portugal is Lisbon."), ["The capital of Spain is Madrid."]
+    assert heldout_rate(other, row, {}) == 1.0 and heldout_rate(other, row, {}, ordinary) == 0.0
     row = SimpleNamespace(behavior="named", example="x")
     assert heldout_rate(texts, row, {"named": "alpha"}) == pytest.approx(2 / 3)
