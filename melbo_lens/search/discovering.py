@@ -98,8 +98,8 @@ def discover(
     check_methods(methods)
     where = positions_text(target_positions)
     with engine_for(model, directory, engine) as workers:
-        asked = _asked(workers, prompts, target_positions)
-        held_out = None if heldout is None else _asked(workers, heldout)
+        asked = _asked(workers, prompts, max_new_tokens, target_positions)
+        held_out = None if heldout is None else _asked(workers, heldout, max_new_tokens)
         search = Search(workers, asked, where, max_new_tokens, seed)
         memory = workers.ask(partial(_memory, prompts, max_new_tokens))
         with Progress(
@@ -131,13 +131,15 @@ def discover(
     return replace(found, settings=settings)
 
 
-def _asked(workers: Engine, prompts: Prompts, target_positions: Positions = slice(None)) -> tuple[Any, ...]:
+def _asked(
+    workers: Engine, prompts: Prompts, n_new_tokens: int, target_positions: Positions = slice(None)
+) -> tuple[Any, ...]:
     """Returns prompts as a `Job` has them.
 
     Raises:
-        TypeError, ValueError: the prompts or the positions don't fit the model.
+        TypeError, ValueError: the prompts, with so many new tokens, or the positions don't fit the model.
     """
-    ids = workers.ask(methodcaller("tokens", prompts, target_positions))
+    ids = workers.ask(methodcaller("tokens", prompts, target_positions, n_new_tokens))
     return ids if isinstance(prompts, Tensor | PromptBatch | AsPrompts) else tuple(as_list(prompts))
 
 

@@ -44,13 +44,15 @@ class Bench:
         """The digest of the model's weights."""
         return fingerprint(self.host)
 
-    def tokens(self, prompts: Prompts, target_positions: Positions = slice(None)) -> tuple[dict[str, Any], ...]:
-        """Tokenizes prompts, and returns the "ids" and the "text" of each.
+    def tokens(
+        self, prompts: Prompts, target_positions: Positions = slice(None), n_new_tokens: int = 0
+    ) -> tuple[dict[str, Any], ...]:
+        """Tokenizes prompts, after which so many tokens are to be written, and returns the "ids" and "text" of each.
 
         Raises:
-            TypeError, ValueError: the prompts or the positions don't fit the model.
+            TypeError, ValueError: the prompts, the positions or the new tokens don't fit the model.
         """
-        batch = tokenize(self.host, prompts, target_positions)
+        batch = tokenize(self.host, prompts, target_positions, n_new_tokens=n_new_tokens)
         return tuple({"ids": ids, "text": text} for ids, text in zip(batch.rows(), batch.texts, strict=True))
 
     def slice(

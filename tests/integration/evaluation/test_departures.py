@@ -65,6 +65,22 @@ def test_a_cache_that_can_not_be_trusted_is_not_used(model, monkeypatch, fault):
     assert len(calls) <= 2  # and it isn't asked again for every prompt
 
 
+def test_the_proof_of_a_cache_reads_the_longest_text(model, monkeypatch):
+    completions = written(model)
+    completions.table["tokens"] = [row[: 1 + i % 6] for i, row in enumerate(completions.table.tokens)]
+    expected, kind = by_whole_passes(model, completions), type(host_of(model))
+    honest = kind.cached_logits
+
+    def cached(self, tokens, attention_mask, cache):
+        logits, cache = honest(self, tokens, attention_mask, cache)
+        # the prompt's own pass is right, and so would be the proof of a text of one token
+        return (logits if len(tokens) == 1 else logits + torch.arange(logits.shape[-1])), cache
+
+    monkeypatch.setattr(kind, "cached_logits", cached)
+    for mine, plain in zip(token_log_probs(model, completions), expected, strict=True):
+        torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-4)
+
+
 def test_a_prompt_runs_once_and_equal_completions_are_read_once(model, monkeypatch):
     completions = written(model, norm=1e-6)  # all rows say the same
     seen = []

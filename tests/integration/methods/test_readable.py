@@ -1,5 +1,7 @@
 """Is the edge of readability where text stops being natural, on models that can write and on those that can't?"""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -31,6 +33,23 @@ def test_the_edge_is_bracketed_and_bisected_from_above_and_from_below(model, mon
     monkeypatch.setattr(readable._Climber, "rung", lambda self, radius, write: Rung(radius, 1.0, 0.0, 0.0))
     with pytest.raises(NoRadius, match="no edge is found"):
         edge_of_readability(sliced)
+
+
+@pytest.mark.parametrize("edge", [1e-4, 1e4])  # of the stream's norm: it is looked for far below, and far above
+def test_when_the_time_is_over_the_edge_is_looked_for_no_further(model, monkeypatch, edge):
+    sliced, now = ml.slice_model(model, PROMPTS, 1, 3), [0.0]
+    norm = float(sliced.resid.norm(dim=-1)[sliced.batch.own].median())
+
+    def rung(self, radius, write):
+        now[0] += 10.0
+        return Rung(radius, float(radius < edge * norm), radius, 0.0)
+
+    monkeypatch.setattr(readable, "coherence", lambda host, completions: torch.zeros(len(completions)))
+    monkeypatch.setattr(readable._Climber, "rung", rung)
+    monkeypatch.setattr(readable, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    found = edge_of_readability(sliced, seconds=25.0)
+    assert now[0] == 30.0 and len(found.curve) == 3
+    assert min(dict(found.curve)) <= found.radius <= max(dict(found.curve))
 
 
 def test_the_effect_is_that_of_learned_vectors_and_grows_beyond_random_ones(any_model):

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import melbo_lens as ml
-from melbo_lens.generation.completions import COLUMNS
 from melbo_lens.evaluation.words import words
+from melbo_lens.generation.completions import COLUMNS
 from melbo_lens.search import groups
 from melbo_lens.search.groups import heldout_rate
 from melbo_lens.search.written import Written

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import melbo_lens as ml
+from melbo_lens.search import groups
 from melbo_lens.search.arms import Method, arms_of, check_methods, layer_pairs
 from melbo_lens.search.pace import Pace
 
@@ -121,6 +122,33 @@ def test_a_method_that_does_not_suit_a_model_costs_nothing_that_others_found(bui
     assert [trial.method for trial in found.plan] == ["melbo", "noise"]
     with pytest.warns(UserWarning, match="left out"), pytest.raises(ValueError, match="no trial could be completed"):
         ml.discover(model, "w1 w2", plan=plan[1:2], max_new_tokens=2, progress=False)
+
+
+def test_held_out_prompts_that_can_not_be_written_on_cost_nothing_that_was_found(build, monkeypatch):
+    def fails(*arguments, **settings):
+        raise FloatingPointError("the logits are NaN")
+
+    monkeypatch.setattr(groups, "generate", fails)
+    with pytest.warns(UserWarning, match="group 0 has no rate on held-out prompts: the logits are NaN"):
+        found = ml.discover(
+            build("gpt2", "bridge"), "w1 w2", plan=[ml.Trial(0, 2, 9.0, 4, False, 0, 2)], heldout="w3",
+            max_new_tokens=2, behaviors={"any": "w"}, progress=False,
+        )  # fmt: skip
+    assert len(found.table) and found.table.heldout_rate.isna().all()
+
+
+@pytest.mark.parametrize("which", ["prompts", "heldout"])
+def test_prompts_that_leave_no_room_for_a_completion_are_refused_before_anything_is_computed(build, which, monkeypatch):
+    model = build("gpt2", "bridge")
+    monkeypatch.setattr(model, "forward", None)
+    asked = {"prompts": "w1", "heldout": "w1"} | {which: "w1 " * (model.cfg.n_ctx - 3)}
+    with pytest.raises(ValueError, match=r"prompts\[0\].*tokens remain for new ones, 4 were asked for"):
+        ml.discover(model, max_new_tokens=4, progress=False, **asked)
+
+
+def test_an_empty_plan_is_refused(build):
+    with pytest.raises(ValueError, match="plan is empty"):
+        ml.discover(build("gpt2", "bridge"), "w1 w2", plan=[], progress=False)
 
 
 def test_methods_take_turns_in_a_search(organism, prompt):
