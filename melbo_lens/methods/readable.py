@@ -111,7 +111,7 @@ def edge_of_effect(
 def _edge(
     measure: Callable[[float], Rung], below: Callable[[Rung], bool], sliced: SlicedModel, seconds: float
 ) -> tuple[float, list[Rung]]:
-    """Brackets the radius by doubling or halving from a tenth of the stream's norm, then bisects log R, while there is time."""
+    """Brackets the radius by doubling or halving from a tenth of the norm, then bisects log R, while there is time."""
     norm, began = median_norm(sliced), time.monotonic()
     rungs: dict[float, Rung] = {}
 
