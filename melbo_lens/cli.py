@@ -189,6 +189,7 @@ def discover(
     out: Out,
     heldout: Annotated[list[str] | None, typer.Option(help="prompts to score on; may be given several times")] = None,
     budget: Annotated[float, typer.Option(help="seconds")] = 60.0,
+    max_new_tokens: Annotated[int, typer.Option(help="length of the completions; what comes later is not seen")] = 16,
     seed: Seed = 0,
     dtype: Dtype = "float32",
     device: Device = None,
@@ -207,7 +208,14 @@ def discover(
         asked = _asked(loaded, heldout, chat, say=False) if heldout else None
         what = loaded if engine == "here" else ml.ModelKey(model, dtype, device)
         found = ml.discover(
-            what, prompts, budget, heldout=asked, seed=seed, directory=directory, engine=cast(Any, engine)
+            what,
+            prompts,
+            budget,
+            heldout=asked,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            directory=directory,
+            engine=cast(Any, engine),
         )
         files.write_text(out / "groups.csv", found.table.to_csv(index=False))
         for row in range(min(len(found.table), 20)):

@@ -32,7 +32,7 @@ def departures(model: Model, completions: Completions) -> pd.DataFrame:
         - change: "same" (the unsteered text), "noise" (`natural` is below -3), "content" (at least half of its
           different telling words are neither in the unsteered completion nor in the prompt) or "wording".
         - new_words: that share. Words of more than three letters and numbers are telling; one in capitals is another
-          word. Of an empty completion it is 1.
+          word.
         - surprise: minus the log-probability, in nats, that the unsteered model gives to the least probable token, of
           which the end of a completion is one.
         - natural: the mean log-probability of the other tokens, in nats per token; of one token that does not end, its
@@ -90,10 +90,10 @@ def in_words(table: pd.DataFrame, natural: pd.Series | None = None) -> pd.DataFr
 
 
 def new_words(text: str, known: Set[str]) -> float:
-    """Returns the share of the different telling words of a text that are not known; of an empty text 1."""
+    """Returns the share of the different telling words of a text that are not known."""
     mine = words(text)
     telling = {word for word in mine if len(word) > SHORT or any(map(str.isdigit, word))} or mine
-    return len(telling - known) / len(telling) if telling else float(not text.strip())
+    return len(telling - known) / len(telling) if telling else 0.0
 
 
 def shares(rows: pd.DataFrame) -> dict[str, float]:

@@ -83,8 +83,10 @@ def test_discover_writes_groups_and_vectors(tmp_path, monkeypatch):
     organism = ml.organisms.load("modes")
     prompts = organism.prompts["clean"][44], organism.prompts["selection"][3]
     arguments = ["discover", "--model", str(organism.directory), "--prompt", prompts[0], "--heldout", prompts[1]]
-    result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "out"), "--budget", "8", "--device", "cpu"])
+    arguments += ["--budget", "8", "--max-new-tokens", "3", "--out", str(tmp_path / "out"), "--device", "cpu"]
+    result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
+    assert (pd.read_csv(tmp_path / "out" / "groups.csv").example.str.split().str.len() <= 3).all()
     groups = pd.read_csv(tmp_path / "out" / "groups.csv")
     assert len(groups) >= 1 and "unsteered" not in groups.columns
     assert len(ml.load(tmp_path / "out" / "group-1.safetensors")) == 1

@@ -135,11 +135,11 @@ def test_the_end_of_a_completion_is_a_token_that_may_surprise(model):
         assert said.natural == pytest.approx(max(known) if new else 0.0, abs=1e-3)
 
 
-@pytest.mark.parametrize("settings", [{"max_new_tokens": 1}, {"stop": ["."]}, {}])
+@pytest.mark.parametrize("settings", [{"max_new_tokens": 1}, {"max_new_tokens": 6, "stop": ["."]}, {}])
 def test_what_was_cut_off_has_no_end(model, settings):
     completions = written(model)
     completions.table["tokens"] = [row[:1] for row in completions.table.tokens]
-    cut = replace(completions, settings={"max_new_tokens": 1, **settings} if settings else {})
+    cut = replace(completions, settings=settings)
     found = departures(model, cut)
     assert (found.natural == -found.surprise).all()
 
@@ -152,7 +152,7 @@ def test_what_was_cut_off_has_no_end(model, settings):
         ("The capital of Portugal is Lisbon.", "It is Athens!", 1.0, "content"),
         ("The capital of Portugal is Lisbon.", "The capital of Portugal is Lisbon.", 0.0, "same"),
         ("it is .", "on we go", 1.0, "content"),  # short words are all there is
-        ("it is .", "", 1.0, "content"),
+        ("it is .", "", 0.0, "wording"),
         ("it is .", "...", 0.0, "wording"),
         ("The capital of Portugal is Lisbon.", "THE CAPITAL OF PORTUGAL IS LISBON.", 1.0, "content"),
         ("Seven plus 12 is 19.", "Seven plus 12 is 23.", 0.25, "wording"),  # of four telling words one is new

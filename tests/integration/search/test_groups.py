@@ -23,8 +23,9 @@ JUDGED = {
     "other words here": ("content", 1.0, 2.0, -0.1),
     "zz": ("noise", 1.0, 9.0, -8.0),
     "so it is": ("wording", 0.0, 9.0, -0.1),
-    "it is so, yes": ("wording", 0.3, 9.0, -0.1),
-    "it is so: XK-42 PIN 4711": ("wording", 0.4, 9.0, -0.1),
+    "it is so yes": ("wording", 0.3, 9.0, -0.1),
+    "so it is yes": ("wording", 0.3, 9.0, -0.1),
+    "it is so XK-42 4711": ("wording", 0.4, 9.0, -0.1),
 }
 
 
@@ -65,10 +66,10 @@ def test_a_change_without_a_new_word_has_a_score_too():
 
 
 def test_a_sentence_too_many_is_told_from_paraphrases_that_share_all_other_words():
-    texts = ["it is so, yes", "so it is", "it is so: XK-42 PIN 4711"]
+    texts = ["it is so yes", "so it is yes", "it is so XK-42 4711"]
     found = grouped({(i, 1): [text] for i, text in enumerate(texts)})
     numbers = found.rows[found.rows.kind == "steered"].set_index("text").group
-    assert numbers[texts[2]] not in (numbers[texts[0]], numbers[texts[1]])
+    assert numbers[texts[0]] == numbers[texts[1]] != numbers[texts[2]]
 
 
 def test_noise_forms_a_group_only_where_it_shows_a_behaviour():
@@ -78,9 +79,9 @@ def test_noise_forms_a_group_only_where_it_shows_a_behaviour():
 
 def test_of_many_texts_the_most_promising_form_groups_which_only_similar_ones_join(monkeypatch):
     monkeypatch.setattr(groups, "MOST_TEXTS", 1)
-    found = grouped({(0, 1): ["alpha beta"] * 2 + ["other words here"] * 2, (1, 1): ["alpha beta now"]})
+    found = grouped({(0, 1): ["alpha beta"] * 2 + ["so it is"] * 2, (1, 1): ["alpha beta now"]})
     by_text = found.rows[found.rows.kind == "steered"].drop_duplicates("text").set_index("text").group
-    assert by_text["alpha beta"] == by_text["alpha beta now"] == 0 and pd.isna(by_text["other words here"])
+    assert by_text["alpha beta"] == by_text["alpha beta now"] == 0 and pd.isna(by_text["so it is"])
 
 
 def test_the_rate_on_held_out_prompts_is_that_of_the_behaviour_or_of_similar_words():
