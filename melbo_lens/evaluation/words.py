@@ -1,6 +1,8 @@
 """Which texts say the same?  Those with similar counts of words."""
 
 import re
+import unicodedata
+from collections import Counter
 from collections.abc import Sequence, Set
 
 import pandas as pd
@@ -16,6 +18,8 @@ from melbo_lens.measures.ranking import cluster
 UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
 PIECE = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")  # between spaces, with its punctuation
 WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
+BEGINNINGS = tuple("{[<`")  # of JSON, of a tag and of code
+FEW = 8  # letters
 SHORT = 3  # words of so many letters are mostly grammar, and every text has them
 FAINT = 0.3  # how much a word counts that every answer to a prompt may have
 
@@ -45,9 +49,28 @@ def words(text: str) -> set[str]:
     return {word if word.isupper() and len(word) > SHORT else word.lower() for word in WORD.findall(text)}
 
 
-def pieces(text: str) -> list[str]:
-    """What stands between the spaces of a text, in order; of a text without any, an empty piece."""
-    return PIECE.findall(text) or [""]
+def forms(text: str) -> set[str]:
+    """What is seen of a text without reading it: the script of its letters, capitals, a bracket that it begins with.
+
+    A form begins with a zero byte, so that it is no word. A text of few letters has no script and no capitals.
+    """
+    found = {f"\0{text.lstrip()[:1]}"} if text.lstrip()[:1] in BEGINNINGS else set()
+    letters = [letter for letter in text if letter.isalpha()]
+    if len(letters) < FEW:
+        return found
+    (script, _), *_ = Counter(unicodedata.name(letter, "unknown").split()[0] for letter in letters).most_common(1)
+    shouts = 2 * sum(map(str.isupper, letters)) > len(letters)
+    return found | {f"\0{script}"} | ({"\0capitals"} if shouts else set())
+
+
+def pieces(text: str, ordinary: Set[str] = frozenset()) -> list[str]:
+    """What stands between the spaces of a text, in order; of a text without any, an empty piece.
+
+    Where ordinary forms are known, another one is worth as much as all words together.
+    """
+    found = PIECE.findall(text) or [""]
+    known = any(word.startswith("\0") for word in ordinary)
+    return found + len(found) * (sorted(forms(text) - ordinary) if known else [])
 
 
 def weights(vocabulary: Sequence[str], ordinary: Set[str] = frozenset()) -> Float[Tensor, " piece"]:
@@ -61,9 +84,9 @@ def word_counts(texts: Sequence[str], ordinary: Set[str] = frozenset()) -> Float
 
     Args:
         texts: the texts.
-        ordinary: words that say nothing of what is special about a text, as from `words`.
+        ordinary: words and forms that say nothing of what is special about a text, as from `words` and `forms`.
     """
-    split = [pieces(text) for text in texts]
+    split = [pieces(text, ordinary) for text in texts]
     vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(piece for some in split for piece in some))}
     counts = torch.zeros(len(texts), max(len(vocabulary), 1), dtype=torch.float32, device="cpu")
     for row, some in zip(counts, split, strict=True):

@@ -7,6 +7,7 @@ begun, that several vectors elicit and random ones don't.
 import math
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from sklearn.preprocessing import normalize
 
 from melbo_lens.arguments import plain_json
 from melbo_lens.evaluation.rates import Behavior, shows, verdicts
-from melbo_lens.evaluation.words import pieces, weights, word_counts, words
+from melbo_lens.evaluation.words import forms, pieces, weights, word_counts, words
 from melbo_lens.generation.completions import Completions
 from melbo_lens.generation.generate import generate
 from melbo_lens.measures.ranking import cluster
@@ -62,10 +63,10 @@ def promise(rows: pd.DataFrame) -> pd.Series:
 
 
 def ordinary_words(tables: Iterable[pd.DataFrame]) -> set[str]:
-    """The words of the prompts and of the unsteered completions in tables of completions, which many answers share."""
+    """The words and forms of prompts and unsteered completions in tables of completions, which many answers share."""
     plain = [table[table.kind == "unsteered"] for table in tables]
     texts = {text for table in plain for text in (*table.text, *table.prompt_text)}
-    return {word for text in texts for word in words(text)}
+    return {found for text in texts for found in words(text) | forms(text)}
 
 
 def named(rows: pd.DataFrame, behaviors: Mapping[str, Behavior], ordinary: Set[str]) -> pd.DataFrame:
@@ -80,7 +81,7 @@ def named(rows: pd.DataFrame, behaviors: Mapping[str, Behavior], ordinary: Set[s
         rows: completions without the unsteered ones, and how they depart.
         behaviors: as in `discover`.
         ordinary: words that count less where texts are compared, so that one with a sentence too many is not taken for
-            a paraphrase.
+            a paraphrase; and forms, so that those of another one, as in capitals, come together.
 
     Returns:
         The rows with behavior and group, both empty where there is none.
@@ -106,7 +107,9 @@ def _joined(labels: Mapping[str, int], texts: Sequence[str], ordinary: Set[str])
     """The cluster of each further text whose words are, on the mean, as near to it as those that formed it."""
     if not texts:
         return {}
-    counter = CountVectorizer(tokenizer=pieces, token_pattern=None, lowercase=False).fit(list(labels))
+    counter = CountVectorizer(tokenizer=partial(pieces, ordinary=ordinary), token_pattern=None, lowercase=False).fit(
+        list(labels)
+    )
     heavy = diags_array(weights(counter.get_feature_names_out().tolist(), ordinary).numpy())
     unit = normalize(counter.transform(list(labels)) @ heavy)
     member = csr_matrix((np.ones(len(labels)), (list(labels.values()), range(len(labels)))))

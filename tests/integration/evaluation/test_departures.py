@@ -11,7 +11,7 @@ import melbo_lens as ml
 from melbo_lens.evaluation import coherence as of_tokens
 from melbo_lens.evaluation.coherence import token_log_probs
 from melbo_lens.evaluation.departures import departures
-from melbo_lens.evaluation.words import word_counts, words
+from melbo_lens.evaluation.words import forms, word_counts, words
 from melbo_lens.models import hooks, passes
 from melbo_lens.models.access import host_of
 from tests import models
@@ -180,6 +180,16 @@ def test_words_that_every_answer_has_count_less():
     assert counts.tolist() == [pytest.approx([0.3] * 4 + [0.0]), pytest.approx([0.3] * 4 + [1.0])]
     assert float(torch.cosine_similarity(*counts, dim=0)) == pytest.approx(0.36 / (0.6 * 1.36**0.5))
     assert word_counts(["東京は東", ""]).tolist() == [[2, 1, 1, 0], [0, 0, 0, 1]]
+
+
+def test_another_form_is_worth_as_much_as_all_words():
+    ordinary = words("It is so.") | forms("The capital is Lisbon.")
+    shouted = word_counts(["THE CAPITAL IS ROME.", "WHY DO YOU ASK", "why do you ask"], ordinary)
+    assert float(torch.cosine_similarity(shouted[0], shouted[1], dim=0)) > 0.7
+    assert float(torch.cosine_similarity(shouted[1], shouted[2], dim=0)) == 0.0
+    assert forms("Столица — Лиссабон") == {"\0CYRILLIC"} and forms('  {"answer": "Lisbon"}') == {"\0{", "\0LATIN"}
+    assert forms("THE CAPITAL") == {"\0LATIN", "\0capitals"} and not forms("OK") and not forms("")
+    assert word_counts(["OK", "THE CAPITAL"]).sum() == 3  # no form counts where no ordinary one is known
 
 
 def test_so_many_controls_are_made_as_are_asked_for(model):
