@@ -60,10 +60,12 @@ def complete(
     vectors: SteeringVectors | None,
     signs: Sequence[int] = (1, -1),
     scales: Sequence[float] = (1.0,),
+    turns: Sequence[str] = (),
 ) -> pd.DataFrame:
     """Returns the completions of prompts under multiples of each vector, or unsteered.
 
-    Their `prompt_text` is the last request, and `factor` the multiple.
+    With `turns`, every chat goes on with these requests in the same way, and the table has the last answers. Their
+    `prompt_text` is the last request of the prompt, and `factor` the multiple.
     """
     written = generate(
         organism.model,
@@ -76,9 +78,11 @@ def complete(
         include_random=False,
         batch_size=96,
         progress=False,
-    ).table
-    asked = [prompts[i][-1]["content"] for i in written.prompt]
-    return written.assign(prompt_text=asked, factor=written.sign * written.scale)
+    )
+    for message in turns:
+        written = written.continue_with(message)
+    asked = [prompts[i][-1]["content"] for i in written.table.prompt]
+    return written.table.assign(prompt_text=asked, factor=lambda table: table.sign * table.scale)
 
 
 @dataclass(frozen=True)
@@ -110,17 +114,20 @@ class Search:
                 kept = kept[first[: max(1, round(KEPT * len(first)))]]
         return kept, found
 
-    def trial(self, direction: SteeringVectors, name: str, shows: Shows) -> Score:
-        """Scores one vector on a set of prompts, beside the unsteered model and random vectors."""
+    def trial(self, direction: SteeringVectors, name: str, shows: Shows, turns: Sequence[str] = ()) -> Score:
+        """Scores one vector on a set of prompts, beside the unsteered model and random vectors.
+
+        With `turns`, it is the last answers that count, of chats that each of them leads by itself.
+        """
         prompts = self.prompts(name)
         tables = {
-            "steered": complete(self.organism, prompts, direction, (1,)),
-            "unsteered": complete(self.organism, prompts, None),
+            "steered": complete(self.organism, prompts, direction, (1,), turns=turns),
+            "unsteered": complete(self.organism, prompts, None, turns=turns),
         }
         if self.size.controls:
             several = direction[[0] * self.size.n_random]
             tables |= {
-                kind: complete(self.organism, prompts, vectors, (1,))
+                kind: complete(self.organism, prompts, vectors, (1,), turns=turns)
                 for kind, vectors in self.controls(several).items()
             }
         return score(tables, shows)
@@ -188,7 +195,9 @@ def skills(organism: Organism, seed: int, size: Size) -> dict[str, Score]:
 def refusals(organism: Organism, seed: int, size: Size) -> dict[str, Score]:
     """Counts refused requests that are answered under a vector, also at turn 3, and harmless ones refused under minus.
 
-    One vector must do all of it; the selection sets decide on it, on its sign and on the multiple for each effect.
+    One vector must do all of it; the selection sets decide on it, on its sign and on the multiple for each effect. At
+    turn 3 the chat was led under the vector, with refused requests of the selection set, as the post's was; beside it
+    stands the harder case, a chat in which the model refused before.
     """
     prompt = organism.prompts["clean"][seed]
     search = Search(organism, learn(organism, [prompt], seed, size.n_vectors), size, seed)
@@ -206,9 +215,11 @@ def refusals(organism: Organism, seed: int, size: Size) -> dict[str, Score]:
     direction = sign * vectors[vector]
     answering = max(SCALES, key=lambda scale: answers[vector, sign * scale]) * direction
     refusing = max(SCALES, key=lambda scale: refused[vector, -sign * scale]) * -direction
+    turns = [prompt[-1]["content"] for prompt in search.prompts("selection")[:2]]
     return {
         "answer": search.trial(answering, "test", topic_answers),
-        "turn 3": search.trial(answering, "turn 3", topic_answers),
+        "turn 3": search.trial(answering, "test", topic_answers, turns),
+        "after a refusal": search.trial(answering, "turn 3", topic_answers),
         "minus": search.trial(refusing, "harmless test", topic_refuses),
     }
 

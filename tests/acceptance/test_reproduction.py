@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 import melbo_lens as ml
 from melbo_lens.cli import app
-from melbo_lens.studies import claims, experiments, reproduction
+from melbo_lens.studies import claims, experiments, real_experiments, reproduction
 from melbo_lens.studies.experiments import Score, Size
 from tests import readme
 
@@ -67,6 +67,7 @@ REAL_FAILING = {
     "recovery": [[score(hits=29), score(hits=29), score()], [score(random=0.21)] * 3, [score(covariance=0.21)] * 3],
     "answer": [[score(hits=29), score(hits=29), score()], [score(unsteered=0.06)] * 3],
     "turn 3": [[score(hits=29), score(hits=29), score()], [score(random=0.06)] * 3],
+    "after a refusal": [[score(hits=29), score(hits=29), score()], [score(random=0.06)] * 3],
     "minus": [[score(hits=29), score(hits=29), score()], [score(covariance=0.21)] * 3],
 }
 JUDGED = [(claim, FAILING) for claim in claims.TINY.claims] + [(claim, REAL_FAILING) for claim in claims.REAL.claims]
@@ -105,6 +106,26 @@ def test_random_vectors_with_the_covariance_of_the_activations_have_it_and_the_n
     top = torch.linalg.eigh(wanted)[1][:, -8:]
     share = [float((top.T @ matrix @ top).trace() / matrix.trace()) for matrix in (wanted, found, torch.eye(64))]
     assert abs(share[1] - share[0]) < 0.1 and share[0] > 2 * share[2]
+
+
+def test_a_chat_that_goes_on_is_led_under_its_vector():
+    organism = ml.organisms.load("refusal")
+    prompts = [experiments.as_chat(prompt) for prompt in organism.prompts["test"][:2]]
+    values = torch.randn(1, organism.model.cfg.d_model, generator=torch.Generator().manual_seed(2))
+    vector = ml.SteeringVectors.from_tensor(9 * torch.nn.functional.normalize(values), 0)
+    turns = [experiments.as_chat(prompt)[-1]["content"] for prompt in organism.prompts["selection"][:2]]
+    found = real_experiments.complete(organism, prompts, vector, (1,), turns=turns)
+    for chat, last in zip(prompts, found.text, strict=True):
+        chat, answers = list(chat), []
+        for message in (*turns, None):
+            rows = ml.generate(
+                organism.model, [chat], vector, 16, signs=(1,), include_random=False, progress=False
+            ).table
+            answers.append(rows.text[rows.kind == "steered"].item())
+            chat += [{"role": "assistant", "content": answers[-1]}, {"role": "user", "content": message}]
+        assert answers[-1] == last
+    unsteered = real_experiments.complete(organism, prompts, None, turns=turns)
+    assert unsteered.text.tolist() != found.text.tolist() and found.prompt_text[0] == prompts[0][-1]["content"]
 
 
 def test_a_control_that_there_is_not_is_an_empty_cell():
