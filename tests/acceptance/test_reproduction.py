@@ -111,9 +111,9 @@ def test_random_vectors_with_the_covariance_of_the_activations_have_it_and_the_n
 def test_a_chat_that_goes_on_is_led_under_its_vector():
     organism = ml.organisms.load("refusal")
     prompts = [experiments.as_chat(prompt) for prompt in organism.prompts["test"][:2]]
-    values = torch.randn(1, organism.model.cfg.d_model, generator=torch.Generator().manual_seed(2))
-    vector = ml.SteeringVectors.from_tensor(40 * torch.nn.functional.normalize(values), 0)
-    turns = [experiments.as_chat(prompt)[-1]["content"] for prompt in organism.prompts["selection"][:2]]
+    values = torch.randn(1, organism.model.cfg.d_model, generator=torch.Generator().manual_seed(4))
+    vector = ml.SteeringVectors.from_tensor(20 * torch.nn.functional.normalize(values), 0)
+    turns = [experiments.as_chat(prompt)[-1]["content"] for prompt in organism.prompts["harmless selection"][:2]]
     found = real_experiments.complete(organism, prompts, vector, (1,), turns=turns)
     for chat, last in zip(prompts, found.text, strict=True):
         chat, answers = list(chat), []
