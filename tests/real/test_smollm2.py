@@ -123,8 +123,9 @@ def test_free_vectors_at_the_automatic_radius_elicit_what_is_hidden_and_random_o
 def test_searches_from_one_clean_prompt_each_find_what_is_hidden_more_often_than_random_vectors(organism):
     """Of two behaviours in two searches; how many are found depends on the prompt, and on the machine's speed.
 
-    On ten other prompts, two quiet cores found all 20, 18 among the first groups, and random vectors none (`make bench-search`). On the first of
-    these two prompts a backdoor lies so near that random vectors show it on 2 % of their completions.
+    On ten other prompts, two quiet cores found all 20, 18 of them among the first groups, and random vectors none
+    (`make bench-search`). On the first of these two prompts a backdoor lies so near that random vectors show it on 2 %
+    of their completions.
     """
     among_the_first, shown, n = 0, dict.fromkeys(("steered", "random"), 0), dict.fromkeys(("steered", "random"), 0)
     for seed, number in SEARCHES:
