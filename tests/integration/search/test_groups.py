@@ -92,3 +92,14 @@ def test_the_rate_on_held_out_prompts_is_that_of_the_behaviour_or_of_similar_wor
     assert heldout_rate(other, row, {}) == 1.0 and heldout_rate(other, row, {}, ordinary) == 0.0
     row = SimpleNamespace(behavior="named", example="x")
     assert heldout_rate(texts, row, {"named": "alpha"}) == pytest.approx(2 / 3)
+
+
+def test_ordinary_are_the_words_and_forms_of_prompts_and_unsteered_completions():
+    table = pd.DataFrame(
+        {
+            "kind": ["unsteered", "steered"],
+            "prompt_text": ["Which city?", "x"],
+            "text": ["It is Lisbon.", "NO IDEA AT ALL"],
+        }
+    )
+    assert groups.ordinary_words([table]) == {"which", "city", "it", "is", "lisbon", "\0LATIN"}
