@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE ?= 1
 # generation against uncached passes, slices against hooked runs, prompts, files and pickles
 NEWEST := $(addprefix tests/integration/,generation models/test_passes.py models/test_slices.py test_prompts.py reports/test_findings.py perturbations measures/test_radius.py) tests/unit/perturbations/test_loading.py
 
-.PHONY: demo real test test-real test-quantised test-long newest look docs notebooks bench bench-real bench-search bench-discovery bench-gpu bench-killed bench-throughput bench-memory bench-llama lint clean
+.PHONY: demo real test test-real test-tutorial test-quantised test-long newest look docs notebooks bench bench-real bench-search bench-discovery bench-gpu bench-killed bench-throughput bench-memory bench-llama lint clean
 
 $(VENV)/.installed: pyproject.toml $(LOCK)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "melbo_lens needs Python 3.11 or newer; set PYTHON=python3.11")'
@@ -34,7 +34,11 @@ test: $(VENV)/.installed
 
 # the same on the real chat model, with both cores, since its steps are large
 test-real: $(VENV)/.smollm2
-	$(VENV)/bin/python -m pytest -m real tests/real
+	$(VENV)/bin/python -m pytest -m real tests/real --ignore tests/real/test_tutorial.py
+
+# the blocks of the tutorial, whose two searches take two minutes each
+test-tutorial: $(VENV)/.smollm2
+	$(VENV)/bin/python -m pytest -m real tests/real/test_tutorial.py
 
 # the post's results on organisms, the blocks of docs/, and what is killed and goes on, here and with Ray's workers: minutes of work that no version of TransformerLens changes
 test-long: $(VENV)/.installed

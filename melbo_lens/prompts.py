@@ -157,6 +157,20 @@ def as_list(prompts: Prompts) -> list[Any]:
     return [list(prompts)] if isinstance(prompts[0], dict) else list(prompts)
 
 
+def outside_the_template(host: Any, prompts: Prompts) -> list[int]:
+    """Returns the numbers of the texts to which the tokenizer's chat template would have added something.
+
+    A text that holds what the template writes after a user's words was rendered by it, and isn't among them.
+    """
+    if isinstance(prompts, Tensor | PromptBatch | AsPrompts) or not getattr(host.tokenizer, "chat_template", None):
+        return []
+    try:
+        after = _render(host.tokenizer, [{"role": "user", "content": "melbo"}], 0, True).rpartition("melbo")[2].strip()
+    except ValueError:  # the template wants another kind of chat, so nothing is known of the text around it
+        return []
+    return [i for i, prompt in enumerate(as_list(prompts)) if isinstance(prompt, str) and after not in prompt]
+
+
 def one_prompt(batch: PromptBatch) -> None:
     """Refuses more than one prompt."""
     if len(batch) != 1:

@@ -88,8 +88,9 @@ def discover(
         FloatingPointError, ValueError, RuntimeError: no trial could be completed; it is the error of the last one.
 
     Warns:
-        UserWarning: a trial was left out, since activations or logits were NaN or infinite, or since its method doesn't
-            suit the model; with a directory, for whatever reason. Or a group could not be scored on held-out prompts.
+        UserWarning: a prompt is plain text although the model's tokenizer has a template for chats. Or a trial was left
+            out, since activations or logits were NaN or infinite, or since its method doesn't suit the model; with a
+            directory, for whatever reason. Or a group could not be scored on held-out prompts.
     """
     if plan is None and not 0 < budget < float("inf"):
         raise ValueError(f"budget={budget} must be a positive number of seconds.")
@@ -99,6 +100,7 @@ def discover(
     where = positions_text(target_positions)
     with engine_for(model, directory, engine) as workers:
         asked = _asked(workers, prompts, max_new_tokens, target_positions)
+        _warn_of_plain_text(workers, prompts)
         held_out = None if heldout is None else _asked(workers, heldout, max_new_tokens)
         search = Search(workers, asked, where, max_new_tokens, seed)
         memory = workers.ask(partial(_memory, prompts, max_new_tokens))
@@ -141,6 +143,16 @@ def _asked(
     """
     ids = workers.ask(methodcaller("tokens", prompts, target_positions, n_new_tokens))
     return ids if isinstance(prompts, Tensor | PromptBatch | AsPrompts) else tuple(as_list(prompts))
+
+
+def _warn_of_plain_text(workers: Engine, prompts: Prompts) -> None:
+    plain = workers.ask(methodcaller("outside_the_template", prompts))
+    if plain:
+        warnings.warn(
+            f"prompts[{plain[0]}] is plain text, and the model's tokenizer has a template for chats: the model may go "
+            'on with the text instead of answering it. A question is asked as [{"role": "user", "content": ...}].',
+            stacklevel=4,
+        )
 
 
 def _memory(prompts: Prompts, max_new_tokens: int, bench: Bench) -> str:

@@ -15,7 +15,7 @@ from melbo_lens.methods.provenance import fingerprint
 from melbo_lens.models.access import host_of
 from melbo_lens.models.slices import SlicedModel
 from melbo_lens.models.slicing import slice_model
-from melbo_lens.prompts import Positions, Prompts, tokenize
+from melbo_lens.prompts import Positions, Prompts, outside_the_template, tokenize
 from melbo_lens.sweeps.jobs import Loadable, ModelKey, as_prompts
 
 R = TypeVar("R")
@@ -54,6 +54,10 @@ class Bench:
         """
         batch = tokenize(self.host, prompts, target_positions, n_new_tokens=n_new_tokens)
         return tuple({"ids": ids, "text": text} for ids, text in zip(batch.rows(), batch.texts, strict=True))
+
+    def outside_the_template(self, prompts: Prompts) -> list[int]:
+        """Returns the numbers of the texts that a chat model gets without the template of its chats."""
+        return outside_the_template(self.host, prompts)
 
     def slice(
         self, prompts: Sequence[Any], source_layer: int, target_layer: int, target_positions: str | None

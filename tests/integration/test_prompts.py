@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 import melbo_lens as ml
 from melbo_lens.generation.decoding import Decoding
 from melbo_lens.models.access import host_of
-from melbo_lens.prompts import spelled, text_after, token_texts, tokenize
+from melbo_lens.prompts import outside_the_template, spelled, text_after, token_texts, tokenize
 from tests import models
 
 CHATML = (
@@ -303,3 +303,24 @@ def test_a_part_of_a_character_shows_its_bytes_and_a_token_its_space():
     assert held == [b" the", b"\xe6", b"end", b"\n"]
     unknown = SimpleNamespace(decode=lambda ids: "\ufffd", convert_ids_to_tokens=["\ufffd", "\u65e5"].__getitem__)
     assert [spelled(SimpleNamespace(tokenizer=unknown), i)[1] for i in range(2)] == [b"\xef\xbf\xbd", None]
+
+
+def test_a_text_that_the_template_of_chats_never_saw_is_told_from_one_that_it_rendered(model, monkeypatch):
+    host = host_of(model)
+    prompts = ["w1 w2", [{"role": "user", "content": "w1"}], "<bos> w1 w0", "w3"]
+    assert outside_the_template(host, prompts) == [0, 3]
+    assert outside_the_template(host, "w1") == [0] and outside_the_template(host, torch.tensor([[3, 4]])) == []
+    assert outside_the_template(host, ml.generate(model, "w1", None, max_new_tokens=1, progress=False)) == []
+    monkeypatch.setattr(model.tokenizer, "chat_template", "{{ raise_exception('system only') }}")
+    assert outside_the_template(host, prompts) == []
+    monkeypatch.setattr(model.tokenizer, "chat_template", None)
+    assert outside_the_template(host, "w1") == []
+
+
+def test_a_search_warns_of_a_question_that_a_chat_model_gets_as_plain_text(model):
+    said = {"budget": 1e-6, "max_new_tokens": 1, "progress": False}
+    with pytest.warns(UserWarning, match=r"prompts\[1\] is plain text"):
+        ml.discover(model, [[{"role": "user", "content": "w1"}], "w1 w2"], **said)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ml.discover(model, [{"role": "user", "content": "w1"}], **said)
