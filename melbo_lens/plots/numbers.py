@@ -6,8 +6,6 @@ from typing import Any, cast
 
 import numpy as np
 import pandas as pd
-from scipy.cluster.hierarchy import dendrogram, fcluster, linkage
-from scipy.spatial.distance import squareform
 from sklearn.decomposition import PCA
 
 from melbo_lens.evaluation.rates import Behavior, Evaluation, verdicts
@@ -33,6 +31,7 @@ from melbo_lens.plots.arrays import (
 )
 from melbo_lens.plots.labels import SIGNS, examples, examples_of_rows, names_of, shown_behaviors, some, wilson
 from melbo_lens.plots.text import visible
+from melbo_lens.plots.trees import clusters, tree
 from melbo_lens.search.layers import LayerScan
 
 N_NAMED = {"rows": 10, "lines": 3, "points": 5}  # how many are shown one by one where there are too many for that
@@ -141,14 +140,14 @@ def cosine_similarity(
     ]
     title, quantity = f"Cosine similarity of {what}", "cosine"
     if kept > MOST_ROWS:
-        cosines, firsts, sizes = _clusters(cosines)
+        cosines, firsts, sizes = clusters(cosines, MOST_ROWS)
         keys, called = (
             [keys[k] for k in firsts],
             [_cluster_name(called[k], m) for k, m in zip(firsts, sizes, strict=True)],
         )
         quantity = "mean cosine"
         notes.insert(0, f"{kept:,} rows in {len(sizes)} clusters, each named by its most typical row, with its size.")
-    order, joins = _tree(cosines)
+    order, joins = tree(cosines)
     of_effects = isinstance(of, TargetEffects)
     texts: dict[Any, str] = examples(completions, True) if of_effects else examples_of_rows(completions, names)
     labels = tuple(called[i] for i in order)
@@ -396,46 +395,8 @@ def scale_sweep(
     )
 
 
-def _tree(cosines: np.ndarray) -> tuple[list[int], np.ndarray]:
-    """Returns the order and the joins; rows with NaN come last and are in no join."""
-    fine = np.flatnonzero(np.isfinite(np.diagonal(cosines)))
-    rest = [int(i) for i in np.flatnonzero(~np.isfinite(np.diagonal(cosines)))]
-    if len(fine) < 2:
-        return [*map(int, fine), *rest], np.zeros((0, 4, 2))
-    links = linkage(_distances(cosines[np.ix_(fine, fine)]), "average", optimal_ordering=True)
-    tree = dendrogram(links, no_plot=True)
-    places = (np.array(tree["icoord"]) - 5) / 10  # scipy places leaf i at 10 i + 5
-    return [*(int(fine[i]) for i in tree["leaves"]), *rest], np.stack([places, np.array(tree["dcoord"])], axis=-1)
-
-
-def _clusters(cosines: np.ndarray) -> tuple[np.ndarray, list[int], list[int]]:
-    """Joins rows by average linkage until sixty clusters are left; rows with NaN are left out.
-
-    Returns:
-        The mean cosines between the clusters' members, the most typical member of each, and how many it has.
-    """
-    fine = np.flatnonzero(np.isfinite(np.diagonal(cosines)))
-    some(len(fine), "rows without NaN")
-    among = cosines[np.ix_(fine, fine)]
-    if len(fine) <= MOST_ROWS:
-        return among, fine.tolist(), [1] * len(fine)
-    labels = fcluster(linkage(_distances(among), "average"), MOST_ROWS, "maxclust")
-    belongs = (labels == np.unique(labels)[:, None]).astype(float)
-    sizes = belongs.sum(1)
-    likeness = belongs @ among  # of each cluster to each row
-    firsts = np.where(belongs > 0, likeness, -np.inf).argmax(1)
-    return likeness @ belongs.T / np.outer(sizes, sizes), fine[firsts].tolist(), sizes.astype(int).tolist()
-
-
 def _cluster_name(name: str, size: int) -> str:
     return name if size == 1 else f"{name} ×{size}"
-
-
-def _distances(cosines: np.ndarray) -> np.ndarray:
-    """Returns 1 - cosine of every pair, as `linkage` wants it."""
-    distances = np.clip(1 - cosines, 0, 2)
-    np.fill_diagonal(distances, 0)
-    return squareform((distances + distances.T) / 2, checks=False)
 
 
 def _changes(changes: ActivationChanges, relative: bool) -> np.ndarray:
