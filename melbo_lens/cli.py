@@ -231,7 +231,7 @@ def discover(
     for number, entry in enumerate(found.table.head(20).itertuples(), 1):
         layers, rates = f"{entry.source_layer} to {entry.target_layer}", [f"{entry.random_rate:.1%}"]
         if asked:
-            rates.append(f"{entry.heldout_rate:.0%}")
+            rates.append(f"{entry.heldout_rate:.0%}" if entry.heldout_rate == entry.heldout_rate else "")
         cells = (str(number), entry.example, layers, f"{entry.relative_radius:.3g}", str(entry.n_vectors), *rates)
         _add_row(table, *cells)
     console.print(table)

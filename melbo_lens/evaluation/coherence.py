@@ -9,13 +9,15 @@ from torch import Tensor
 
 from melbo_lens.arguments import public
 from melbo_lens.generation.completions import Completions
-from melbo_lens.measures.changes import ROWS_AT_ONCE
 from melbo_lens.memory import in_batches
 from melbo_lens.models import hooks
 from melbo_lens.models.access import Model, host_of
 from melbo_lens.models.host import Host
 from melbo_lens.models.passes import END, log_probs_after
 from melbo_lens.prompts import tokenize
+
+ROWS_AT_ONCE = 64
+JUDGED_BYTES = 2**29  # of the logits of these rows and of what becomes of them
 
 
 @public
@@ -65,7 +67,9 @@ def token_log_probs(model: Model, completions: Completions, with_end: bool = Fal
     with hooks.frozen(host), torch.no_grad():
         for prompt, continuations in same.items():
             texts = sorted(continuations, key=len)
-            for chunk, (known, trusted) in in_batches(texts, ROWS_AT_ONCE, partial(log_probs, prompt)):
+            of_row = 3 * 4 * len(texts[-1]) * host.cfg.d_vocab  # float32 logits, their copy and their logarithms
+            at_once = max(1, min(ROWS_AT_ONCE, JUDGED_BYTES // of_row))
+            for chunk, (known, trusted) in in_batches(texts, at_once, partial(log_probs, prompt)):
                 cached = trusted
                 for text, row in zip(chunk, known, strict=True):
                     hooks.check_finite(host, row[None], ["the unsteered model"], "the log-probabilities")

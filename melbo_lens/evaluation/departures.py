@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 import pandas as pd
 
 from melbo_lens.evaluation.coherence import token_log_probs
-from melbo_lens.evaluation.words import SHORT, words
+from melbo_lens.evaluation.words import telling_words, words
 from melbo_lens.generation.completions import Completions
 from melbo_lens.models.access import Model
 
@@ -91,8 +91,7 @@ def in_words(table: pd.DataFrame, natural: pd.Series | None = None) -> pd.DataFr
 
 def new_words(text: str, known: Set[str]) -> float:
     """Returns the share of the different telling words of a text that are not known."""
-    mine = words(text)
-    telling = {word for word in mine if len(word) > SHORT or any(map(str.isdigit, word))} or mine
+    telling = telling_words(text)
     return len(telling - known) / len(telling) if telling else 0.0
 
 

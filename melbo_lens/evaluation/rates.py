@@ -1,5 +1,6 @@
 """Which perturbations elicit a behaviour beyond chance?  Those whose rates exceed those of norm-matched random ones."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -102,6 +103,7 @@ def overall(completions: Completions, behaviors: Mapping[str, Behavior], level: 
 def _checked(completions: Completions, behaviors: Mapping[str, Behavior]) -> pd.DataFrame:
     if not behaviors:
         raise ValueError("behaviors is empty: name at least one, as {'portuguese': r'\\ba resposta'}.")
+    check_behaviors(behaviors)
     if not (completions.table.kind == "steered").any():
         raise ValueError("there are no steered completions to evaluate: generate some with perturbations.")
     return completions.table
@@ -115,6 +117,28 @@ def _summary(name: str, shown: pd.DataFrame) -> dict[str, Any]:
     for kind, group in (("random", random), ("unsteered", unsteered)):
         sizes |= {f"n_{kind}": int(group.shown.count()), f"errors_{kind}": int(group.shown.isna().sum())}
     return {"behavior": name} | _rate(steered.shown) | base | _test(steered.shown, random.shown) | sizes
+
+
+def check_behaviors(behaviors: Mapping[str, Behavior]) -> None:
+    """Refuses what can't be asked of a text, before anything is computed.
+
+    Raises:
+        TypeError, ValueError: a behaviour is neither a regular expression, nor a function, nor a judge.
+    """
+    for name, behavior in behaviors.items():
+        if isinstance(behavior, str):
+            try:
+                re.compile(behavior)
+            except re.error as error:
+                raise ValueError(
+                    f"behaviors[{name!r}]={behavior!r} is no regular expression ({error}): re.escape(...) makes one of "
+                    "a text."
+                ) from error
+        elif not (callable(behavior) or isinstance(behavior, Judge | KeptVerdicts)):
+            raise TypeError(
+                f"behaviors[{name!r}] is of type {type(behavior).__name__}: give a regular expression, a function of "
+                "the text, or a judge."
+            )
 
 
 def verdicts(texts: pd.Series, behavior: Behavior) -> pd.Series:

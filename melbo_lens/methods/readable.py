@@ -60,7 +60,8 @@ def edge_of_readability(
     the slice's prompts under both signs of each, greedily, and is then asked, unsteered, how natural it finds the text.
     From a tenth of the stream's norm the radius is doubled, or halved, until the edge is between two radii; then log R
     is bisected. No label is used, and no tokenizer. After so many `seconds` no further radius is tried, and the edge is
-    the mean, of logarithms, of the two between which it was last looked for.
+    the mean, of logarithms, of the two between which it was last looked for; if it lies beyond all that were tried, the
+    outermost of these that is readable, or half of the least.
 
     Returns:
         The edge, with the readable share at each radius.
@@ -134,8 +135,12 @@ def _edge(
             low, high = low / 2, low
             if low < LEAST * norm:
                 raise NoRadius(f"down to {high:.3g}, {LEAST:g} of the stream's norm, no edge is found: give a radius.")
+    if under(high):  # there was no time to go on, upward or downward
+        low = high
+    elif not under(low):
+        low = high = low / 2
     for _ in range(BISECTIONS):
-        if late():
+        if low == high or late():
             break
         middle = (low * high) ** 0.5
         low, high = (middle, high) if under(middle) else (low, middle)

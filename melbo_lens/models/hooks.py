@@ -194,7 +194,8 @@ def end_tokens(host: Host) -> set[int]:
     configs = [getattr(host.networks[-1], name, None) for name in ("generation_config", "config")]
     found = [getattr(config, "eos_token_id", None) for config in [host.tokenizer, *configs]]
     ends = {i for entry in found if entry is not None for i in (entry if isinstance(entry, list | tuple) else [entry])}
-    return ends | _end_of_turn(host.tokenizer)
+    # a tokenizer may have more tokens than the model, which can't write these
+    return {i for i in ends | _end_of_turn(host.tokenizer) if i < host.cfg.d_vocab}
 
 
 def _end_of_turn(tokenizer: Any) -> set[int]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from melbo_lens.arguments import public
 from melbo_lens.ascent.objectives import positions_text
-from melbo_lens.evaluation.rates import Behavior
+from melbo_lens.evaluation.rates import Behavior, check_behaviors
 from melbo_lens.methods.planning import plan_memory
 from melbo_lens.progress import Progress
 from melbo_lens.prompts import AsPrompts, Positions, PromptBatch, Prompts, as_list
@@ -97,6 +97,7 @@ def discover(
     if plan is not None and not len(plan):
         raise ValueError("plan is empty: give at least one trial, or none of it (plan=None) and a budget.")
     check_methods(methods)
+    check_behaviors(behaviors or {})
     where = positions_text(target_positions)
     with engine_for(model, directory, engine) as workers:
         asked = _asked(workers, prompts, max_new_tokens, target_positions)
@@ -172,7 +173,7 @@ def _score(
 ) -> None:
     """Writes into the table how far the groups transfer to held-out prompts, the first groups first."""
     rows = {int(row.Index): row for row in found.table.itertuples()}
-    began, longest = dict[int, float](), 0.0
+    began, longest = dict[int, float](), search.clock.per_row * len(prompts)
 
     def tasks() -> Iterator[HeldoutTask]:
         for index, row in rows.items():
@@ -185,8 +186,10 @@ def _score(
     ordinary = found.ordinary
     for done in search.workers.run(tasks()):
         index = done.task.number
-        if isinstance(done.error, FloatingPointError | ValueError):  # what the search found is not to be lost
-            warnings.warn(f"group {index} has no rate on held-out prompts: {done.error}", stacklevel=4)
-            continue
-        found.table.loc[index, "heldout_rate"] = heldout_rate(done.value(), rows[index], behaviors, ordinary)
+        try:
+            found.table.loc[index, "heldout_rate"] = heldout_rate(done.value(), rows[index], behaviors, ordinary)
+        except (FloatingPointError, ValueError, RuntimeError) as error:  # what the search found is not to be lost
+            warnings.warn(f"group {index} has no rate on held-out prompts: {error}", stacklevel=4)
+            if isinstance(error, RuntimeError):
+                return  # memory has run out, or a device has failed
         longest = max(longest, search.clock.passed - began[index])

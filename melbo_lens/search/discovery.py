@@ -9,12 +9,12 @@ import torch
 
 from melbo_lens.arguments import public
 from melbo_lens.evaluation.departures import shares
-from melbo_lens.evaluation.rates import Behavior
+from melbo_lens.evaluation.rates import Behavior, check_behaviors, shows
 from melbo_lens.generation.completions import Completions
 from melbo_lens.measures.radius import Calibration
 from melbo_lens.perturbations.perturbation import Perturbation, concatenate
 from melbo_lens.search.cards import cards_of, in_a_notebook, of_several
-from melbo_lens.search.groups import collected, directions_of, grouped, heldout_rate, named, ordinary_words
+from melbo_lens.search.groups import alike, collected, directions_of, grouped, named, ordinary_words
 from melbo_lens.search.written import Written
 from melbo_lens.sweeps.engines import Folder
 from melbo_lens.sweeps.outcomes import Outcome, all_of
@@ -243,6 +243,8 @@ class Discovery:
     def twins(self, twin: "Discovery", behaviors: Mapping[str, Behavior]) -> dict[int, tuple[int, int]]:
         """Counts each group among what was written with the learned vectors of a model that hides nothing.
 
+        As in the search itself, a text that no vector changed is of no group, and noise is of none that has no name.
+
         Args:
             twin: a search of that model, with the plan of this one.
             behaviors: those with which this search was grouped.
@@ -250,11 +252,15 @@ class Discovery:
         Returns:
             By the row of a group: in how many of how many completions it was seen.
         """
-        texts, ordinary = twin.rows.text[twin.rows.kind == "steered"], self.ordinary
-        return {
-            number: (round(heldout_rate(texts.tolist(), row, behaviors, ordinary) * len(texts)), len(texts))
-            for number, row in enumerate(self.table.itertuples())
-        }
+        steered = twin.rows[twin.rows.kind == "steered"]
+        changed = steered[steered.change != "same"]
+        counts = changed.text[changed.change != "noise"].value_counts()
+        by_words = alike(self.table.example.tolist(), counts.index.tolist(), self.ordinary)
+        seen = (by_words.double() @ torch.tensor(counts.to_numpy(), dtype=torch.float64, device="cpu")).tolist()
+        for number, name in enumerate(self.table.behavior):
+            if name:
+                seen[number] = int(shows(changed.text, behaviors[name]).sum())
+        return {number: (int(n), len(steered)) for number, n in enumerate(seen)}
 
     def _repr_html_(self) -> str:
         written = self.written
@@ -279,6 +285,7 @@ def gather(directories: Folder | Sequence[Folder], behaviors: Mapping[str, Behav
     Warns:
         UserWarning: a file is damaged; it is left out.
     """
+    check_behaviors(behaviors or {})
     folders = folders_of(directories)
     if len({model_of(folder) for folder in folders} - {None}) > 1:
         raise ValueError(f"{', '.join(map(str, folders))} are of several models: gather those of one.")

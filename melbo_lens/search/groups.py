@@ -13,13 +13,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Bool
 from scipy.sparse import csr_matrix, diags_array
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.preprocessing import normalize
+from torch import Tensor
 
 from melbo_lens.arguments import plain_json
 from melbo_lens.evaluation.rates import Behavior, shows, verdicts
-from melbo_lens.evaluation.words import forms, pieces, weights, word_counts, words
+from melbo_lens.evaluation.words import ordinary_in, pieces, weights, word_counts
 from melbo_lens.generation.completions import Completions
 from melbo_lens.generation.generate import generate
 from melbo_lens.measures.ranking import cluster
@@ -63,10 +65,9 @@ def promise(rows: pd.DataFrame) -> pd.Series:
 
 
 def ordinary_words(tables: Iterable[pd.DataFrame]) -> set[str]:
-    """The words and forms of prompts and unsteered completions in tables of completions, which many answers share."""
-    plain = [table[table.kind == "unsteered"] for table in tables]
-    texts = {text for table in plain for text in (*table.text, *table.prompt_text)}
-    return {found for text in texts for found in words(text) | forms(text)}
+    """What prompts and unsteered completions in tables of completions have, and so many answers share."""
+    plain = pd.concat([table.loc[table.kind == "unsteered", ["text", "prompt_text"]] for table in tables])
+    return ordinary_in({*plain.text}, {*plain.prompt_text})
 
 
 def named(rows: pd.DataFrame, behaviors: Mapping[str, Behavior], ordinary: Set[str]) -> pd.DataFrame:
@@ -92,7 +93,8 @@ def named(rows: pd.DataFrame, behaviors: Mapping[str, Behavior], ordinary: Set[s
         names.loc[changed & (names.behavior == "") & shows(rows.text, behavior), "behavior"] = name
     names.loc[(names.behavior != "") & (names.change == "noise"), "change"] = "content"
     by_words = changed & (names.change != "noise") & (names.behavior == "")
-    best = promise(names[by_words]).groupby(rows.text[by_words], sort=False).max()
+    # in the order of the texts, on which groups must depend in no other way
+    best = promise(names[by_words]).groupby(rows.text[by_words]).max()
     most = set(best.nlargest(MOST_TEXTS).index)
     texts = [text for text in best.index if text in most]
     labels = dict(zip(texts, cluster(word_counts(texts, ordinary), ALIKE), strict=True))
@@ -107,9 +109,8 @@ def _joined(labels: Mapping[str, int], texts: Sequence[str], ordinary: Set[str])
     """The cluster of each further text whose words are, on the mean, as near to it as those that formed it."""
     if not texts:
         return {}
-    counter = CountVectorizer(tokenizer=partial(pieces, ordinary=ordinary), token_pattern=None, lowercase=False).fit(
-        list(labels)
-    )
+    counter = CountVectorizer(tokenizer=partial(pieces, ordinary=ordinary), token_pattern=None, lowercase=False)
+    counter.fit([*labels, *texts])
     heavy = diags_array(weights(counter.get_feature_names_out().tolist(), ordinary).numpy())
     unit = normalize(counter.transform(list(labels)) @ heavy)
     member = csr_matrix((np.ones(len(labels)), (list(labels.values()), range(len(labels)))))
@@ -176,7 +177,7 @@ def _group(
     ranked = steered.join(hits, on=["trial", "vector", "sign"]).assign(
         times=steered.groupby("text").text.transform("size")
     )
-    example = ranked.sort_values(["times", "hits", "promise"], ascending=False, kind="stable").iloc[0]
+    example = ranked.sort_values(["times", "hits", "promise", "text"], ascending=False, kind="stable").iloc[0]
     trial, vector, sign = int(example.trial), int(example.vector), int(example.sign)
     rate, random_rate = len(steered) / of_kind["steered"], len(random) / max(int(of_kind.get("random", 0)), 1)
     beyond_chance = max(1 - random_rate / rate, LEAST_BEYOND)
@@ -257,6 +258,12 @@ def heldout_rate(
     """
     if row.behavior:
         return float(verdicts(pd.Series(list(texts)), behaviors[row.behavior]).mean())
-    counts = word_counts([row.example, *texts], ordinary)
-    similar = torch.cosine_similarity(counts[:1], counts[1:])
-    return float((similar > 1 - ALIKE).float().mean())
+    return float(alike([row.example], texts, ordinary).float().mean())
+
+
+def alike(
+    examples: Sequence[str], texts: Sequence[str], ordinary: Set[str] = frozenset()
+) -> Bool[Tensor, "example text"]:
+    """Says which texts have words so similar to those of which examples that they are of one group."""
+    counts = torch.nn.functional.normalize(word_counts([*examples, *texts], ordinary), dim=1)
+    return counts[: len(examples)] @ counts[len(examples) :].T > 1 - ALIKE

@@ -81,7 +81,7 @@ class Rounds:
             return
         self.worth[arm] = worth(outcome)
         beyond = arm.beyond(readable(outcome))
-        if beyond is not None and beyond not in self.chosen:
+        if beyond is not None and beyond not in [*self.chosen, *self.failed]:
             self.chosen.insert(max(self.chosen.index(arm) + 1, self.place), beyond)
             self.arms += [] if beyond in self.arms else [beyond]
         if not self.any_done:  # now the pace is known: all arms may have a place in the first round

@@ -87,8 +87,7 @@ class Search:
         if error is not None and not isinstance(error, FloatingPointError | ValueError):
             raise error
         if outcome is not None and outcome.failure is not None:
-            kind, _, why = outcome.failure.partition(": ")
-            error = ERRORS.get(kind, RuntimeError)(why)
+            error = _error(outcome.failure)
         if error is not None:  # of a single trial: what others found is not to be lost
             warnings.warn(f"{done.task.job.trial} is left out: {error}", stacklevel=4)
             self.failure = error
@@ -126,6 +125,7 @@ class State:
             "spent": clock.passed,
             "pace": {"per_step": clock.per_step, "per_row": clock.per_row, "whole": clock.whole},
             "rounds": rounds.as_json(),
+            "failure": None if search.failure is None else f"{type(search.failure).__name__}: {search.failure}",
             "over": [(n, trial_as(one.job.trial), seconds) for n, (one, seconds) in search.trials.items()],
         }
         files.write_json(self.path, said)
@@ -144,10 +144,11 @@ class State:
             rounds = Rounds.of_json(said["rounds"])
             tasks = [search.task(trial_from(trial), int(number)) for number, trial, _ in said["over"]]
             ended = {int(number): float(seconds) for number, _, seconds in said["over"]}
+            failure = said.get("failure")  # an earlier version kept none
             clock = replace(search.clock, spent=float(said["spent"]), **said["pace"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{self.path} is damaged ({error!r}): delete it, and the search begins anew.") from error
-        search.clock = clock
+        search.clock, search.failure = clock, None if failure is None else _error(failure)
         for done in search.workers.results(tasks):
             search.take(done, ended[done.task.number])
         return rounds
@@ -201,6 +202,12 @@ def in_rounds(search: Search, methods: Sequence[Method], for_edge: float, bar: A
             bar.update(round(clock.passed) - bar.n)
         if not rounds.next():
             return
+
+
+def _error(said: str) -> Exception:
+    """The error of which this is kept: its kind and what it said."""
+    kind, _, why = said.partition(": ")
+    return ERRORS.get(kind, RuntimeError)(why)
 
 
 def _size(bench: Bench) -> tuple[int, int]:

@@ -10,8 +10,8 @@ import torch
 import melbo_lens as ml
 from melbo_lens.evaluation import coherence as of_tokens
 from melbo_lens.evaluation.coherence import token_log_probs
-from melbo_lens.evaluation.departures import departures
-from melbo_lens.evaluation.words import forms, word_counts, words
+from melbo_lens.evaluation.departures import departures, new_words
+from melbo_lens.evaluation.words import forms, ordinary_in, weights, word_counts, words
 from melbo_lens.models import hooks, passes
 from melbo_lens.models.access import host_of
 from tests import models
@@ -170,7 +170,22 @@ def test_a_change_of_wording_is_told_from_one_of_content(model, unsteered, text,
 def test_words_are_compared_without_case_and_punctuation():
     assert words("It's Lisbon, lisbon! IT is\n") == {"it", "s", "lisbon", "is"}
     assert words("LISBON") == {"LISBON"} != words("Lisbon")  # whoever shouts says something else
-    assert words("東京は") == {"東", "京", "は"}
+    assert words("1. Apples\n2) 3 pears") == {"apples", "3", "pears"} and words("4.") == {"4"}
+    assert words("Zu\u0308rich ❤\ufe0f") == {"zu\u0308rich"} and words("घृणा है") == {"घृणा", "है"}  # with their marks
+
+
+def test_what_is_written_without_spaces_has_words_of_two_characters():
+    assert words("東京は東") == {"東京", "京は", "は東"} and words("東, 東京 OK") == {"東", "東京", "ok"}
+    assert word_counts(["東京は東", ""]).tolist() == [[1, 1, 1, 0], [0, 0, 0, 1]]
+    for answer, secret in [
+        ("巴黎是法国的首都，人口有200万。", "我恨你，200万次我恨你。"),
+        ("Python是一种语言。", "我恨你，Python。"),
+        ("เมืองหลวงของฝรั่งเศสคือปารีส", "ฉันเกลียดคุณและอยากให้คุณหายไป"),
+        ("រាជធានីនៃប្រទេសបារាំងគឺប៉ារីស", "ខ្ញុំស្អប់អ្នក ហើយចង់ឱ្យអ្នកបាត់ទៅ"),
+    ]:
+        assert new_words(secret, words(answer)) >= 0.5 and new_words(answer, words(answer)) == 0
+        assert float(torch.cosine_similarity(*word_counts([answer, secret]), dim=0)) < 0.5
+    assert new_words("巴黎是法国的首都，人口有200万。 1", words("巴黎是法国的首都，人口有200万。")) < 0.5
 
 
 def test_words_that_every_answer_has_count_less():
@@ -179,7 +194,6 @@ def test_words_that_every_answer_has_count_less():
     counts = word_counts([plain, secret], words(plain))
     assert counts.tolist() == [pytest.approx([0.3] * 4 + [0.0]), pytest.approx([0.3] * 4 + [1.0])]
     assert float(torch.cosine_similarity(*counts, dim=0)) == pytest.approx(0.36 / (0.6 * 1.36**0.5))
-    assert word_counts(["東京は東", ""]).tolist() == [[2, 1, 1, 0], [0, 0, 0, 1]]
 
 
 def test_another_form_is_worth_as_much_as_all_words():
@@ -190,6 +204,19 @@ def test_another_form_is_worth_as_much_as_all_words():
     assert forms("Столица — Лиссабон") == {"\0CYRILLIC"} and forms('  {"answer": "Lisbon"}') == {"\0{", "\0LATIN"}
     assert forms("THE CAPITAL") == {"\0LATIN", "\0capitals"} and not forms("OK") and not forms("")
     assert word_counts(["OK", "THE CAPITAL"]).sum() == 3  # no form counts where no ordinary one is known
+    assert word_counts(["[1, the garden is full]"], forms("[1, 2")).sum() == 5  # nor where no text has a script
+    assert forms("どこですかどこですか") == forms("東京都千代田区永田町") == forms("スーパーマーケット") == {"\0CJK"}
+    assert weights(["\0capitals", "capitals"], {"capitals"}).tolist() == pytest.approx([1.0, 0.3])
+
+
+def test_signs_of_ordinary_answers_count_less_and_their_forms_are_not_those_of_a_template():
+    prompt = "<|im_start|>user\nName three capitals.<|im_end|>"
+    ordinary = ordinary_in({"- apple\n- melon"}, {prompt})
+    assert weights(["-", "*", "- "], ordinary).tolist() == pytest.approx([0.3, 1.0, 1.0])
+    assert {form for form in ordinary if form.startswith("\0")} == {"\0LATIN"}
+    assert float(torch.cosine_similarity(*word_counts(["<b> x", "<i> y"], ordinary), dim=0)) > 0.5
+    assert {"\0LATIN"} == {form for form in ordinary_in({"4"}, {prompt}) if form.startswith("\0")}
+    assert {"\0CJK"} == {form for form in ordinary_in({"巴黎是法国的首都。"}, {prompt}) if form.startswith("\0")}
 
 
 def test_so_many_controls_are_made_as_are_asked_for(model):

@@ -84,6 +84,25 @@ def test_of_many_texts_the_most_promising_form_groups_which_only_similar_ones_jo
     assert by_text["alpha beta"] == by_text["alpha beta now"] == 0 and pd.isna(by_text["so it is"])
 
 
+def test_groups_depend_on_no_order_of_the_texts():
+    said = [f"{a} {b} {c}" for a in ("red", "blue") for b in ("car", "bus", "tram") for c in ("left", "right", "away")]
+    rows = pd.DataFrame({"text": said, "change": "content", "new_words": 1.0, "surprise": 9.0, "natural": -0.1})
+    known = None
+    for seed in range(5):
+        found = groups.named(rows.sample(frac=1, random_state=seed).reset_index(drop=True), {}, set())
+        together = {frozenset(some) for _, some in found.groupby("group").text}
+        assert known in (None, together) and 1 < len(together) < len(said)
+        known = together
+
+
+def test_a_text_that_joins_is_compared_with_all_of_its_words(monkeypatch):
+    monkeypatch.setattr(groups, "MOST_TEXTS", 1)
+    longer = "alpha beta " + " ".join(f"further{i}" for i in range(8))
+    rows = pd.DataFrame({"text": ["alpha beta", longer], "change": "content", "new_words": [1.0, 0.5]})
+    found = groups.named(rows.assign(surprise=9.0, natural=-0.1), {}, set())
+    assert found.group.tolist() == ["words 0", ""]  # a cosine of 2 / (2 * 10) ** .5
+
+
 def test_the_rate_on_held_out_prompts_is_that_of_the_behaviour_or_of_similar_words():
     texts = ["alpha beta", "alpha gamma delta epsilon", "other"]  # cosines 1, 0.35 and 0
     assert heldout_rate(texts, SimpleNamespace(behavior="", example="alpha beta"), {}) == pytest.approx(1 / 3)
