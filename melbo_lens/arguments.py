@@ -147,6 +147,27 @@ def check_seed(seed: Any) -> None:
         raise ValueError(f"seed={seed!r} must be an integer.")
 
 
+def signs_of(signs: int | Sequence[int]) -> tuple[int, ...]:
+    """Returns +1, -1 or both.
+
+    Raises:
+        ValueError: signs holds something else, or one of them twice.
+    """
+    several = [signs] if isinstance(signs, int | float) else signs
+    if not isinstance(several, Sequence) or any(
+        isinstance(one, bool) or not isinstance(one, int | float) for one in several
+    ):
+        raise ValueError(f"signs={signs!r} must be a list of numbers.")
+    if not several or any(sign not in (1, -1) for sign in several):
+        raise ValueError(
+            f"signs={signs!r} must hold +1, -1 or both. For another strength multiply the vectors, as in 2 * vectors, "
+            "or use the scales of generate."
+        )
+    if len(set(several)) < len(several):
+        raise ValueError(f"signs={signs!r} repeat a value: name each once.")
+    return tuple(map(int, several))
+
+
 def positive(name: str, value: Any, what: str) -> None:
     """Refuses a value that is not a positive, finite number; `what` ends the sentence of the error.
 

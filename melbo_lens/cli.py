@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Literal, cast
 
 import typer
 from rich.console import Console
@@ -164,7 +164,7 @@ def fit(
             source_layer,
             target_layer,
             n_vectors=n_vectors,
-            radius="auto" if radius == "auto" else float(radius),
+            radius=_radius(radius),
             target_positions=positions,
             orthogonal=orthogonal,
             optimizer=cast(Optimizer, optimizer),  # `fit_vectors` refuses any other text
@@ -378,6 +378,13 @@ def _show(text: object, before: str = "", **settings: Any) -> None:
 def _add_row(table: Table, *cells: str) -> None:
     """Adds a row of foreign texts."""
     table.add_row(*map(shown, cells))
+
+
+def _radius(said: str) -> float | Literal["auto"]:
+    try:
+        return "auto" if said == "auto" else float(said)
+    except ValueError:
+        raise ValueError(f"--radius {said!r} must be a number, or auto.") from None
 
 
 def _asked(model: Any, prompts: list[str], chat: bool | None, say: bool = True) -> list[Any]:

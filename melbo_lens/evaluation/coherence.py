@@ -13,7 +13,7 @@ from melbo_lens.memory import in_batches
 from melbo_lens.models import hooks
 from melbo_lens.models.access import Model, host_of
 from melbo_lens.models.host import Host
-from melbo_lens.models.passes import END, log_probs_after
+from melbo_lens.models.reading import END, log_probs_after
 from melbo_lens.prompts import tokenize
 
 ROWS_AT_ONCE = 64

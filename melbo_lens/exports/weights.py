@@ -159,9 +159,9 @@ def _check(lora: Lora, hf_model: nn.Module | None, prompts: Prompts) -> bool:
     if not difference <= allowed:  # so that NaN is refused, too
         raise ValueError(
             "the log-probabilities of the steered model and of the Hugging Face model with the exported update "
-            f"differ by {difference:.1e} (allowed: {allowed:.0e}), without an adapter by {plain:.1e}: the MLP's "
-            "weights were processed so that its hidden activation is another one (folding into W_in or W_out). "
-            "Load the model without processing, and fit there."
+            f"differ by {difference:.1e} (allowed: {allowed:.0e}), without an adapter by {plain:.1e}: these "
+            "weights were processed on loading, so that what enters them is another activation. Load the model without "
+            "processing, and fit there."
         )
     return True
 

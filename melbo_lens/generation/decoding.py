@@ -14,8 +14,8 @@ from melbo_lens.models.passes import Decoder, Positions, rows_at_once
 from melbo_lens.perturbations.perturbation import Perturbation
 from melbo_lens.perturbations.sites import Hook
 from melbo_lens.progress import Progress
-from melbo_lens.prompts import text_after
 from melbo_lens.randomness import uniform
+from melbo_lens.texts import text_after
 
 
 @dataclass

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 from torch import Tensor
 
-from melbo_lens.arguments import counts, public
+from melbo_lens.arguments import counts, public, signs_of
 from melbo_lens.generation.completions import COLUMNS, Completions
 from melbo_lens.generation.decoding import Decoding, Run
 from melbo_lens.generation.steer import fitting
@@ -16,14 +16,15 @@ from melbo_lens.measures.controls import random_like
 from melbo_lens.models.access import Model, host_of
 from melbo_lens.models.passes import Positions
 from melbo_lens.perturbations.perturbation import Perturbation, concatenate
-from melbo_lens.prompts import AsPrompts, Chat, PromptBatch, Prompts, as_list, is_open, space_between, tokenize
+from melbo_lens.prompts import AsPrompts, Chat, PromptBatch, Prompts, as_list, is_open, tokenize
+from melbo_lens.texts import space_between
 
 
 @public
 def generate(
     model: Model,
     prompts: Prompts,
-    perturbations: Perturbation | None,
+    perturbations: Perturbation | None = None,
     max_new_tokens: int = 64,
     *,
     signs: int | Sequence[int] = (+1, -1),
@@ -81,9 +82,9 @@ def generate(
     host = host_of(model)
     if perturbations is not None:
         perturbations = fitting(host, perturbations)
-    all_signs: Sequence[int] = [signs] if isinstance(signs, int | float) else signs
+    all_signs = signs_of(signs)
     all_scales: Sequence[float] = [scales] if isinstance(scales, int | float) else scales
-    _check_settings(max_new_tokens, all_signs, all_scales, temperature, n_samples, positions, batch_size)
+    _check_settings(max_new_tokens, all_scales, temperature, n_samples, positions, batch_size)
     check_top_p(top_p)
     if include_random < 0:
         raise ValueError(f"include_random={include_random} must be True, False, or how many controls to make.")
@@ -191,7 +192,6 @@ def check_top_p(top_p: float) -> None:
 
 def _check_settings(
     max_new_tokens: int,
-    signs: Sequence[int],
     scales: Sequence[float],
     temperature: float,
     n_samples: int,
@@ -199,19 +199,16 @@ def _check_settings(
     batch_size: int | None,
 ) -> None:
     counts(max_new_tokens=max_new_tokens, n_samples=n_samples, batch_size=batch_size)
-    for name, several in (("signs", signs), ("scales", scales)):
-        if not isinstance(several, Sequence) or any(
-            isinstance(one, bool) or not isinstance(one, int | float) for one in several
-        ):
-            raise ValueError(f"{name}={several!r} must be a list of numbers.")
+    if not isinstance(scales, Sequence) or any(
+        isinstance(one, bool) or not isinstance(one, int | float) for one in scales
+    ):
+        raise ValueError(f"scales={scales!r} must be a list of numbers.")
     if isinstance(temperature, bool) or not isinstance(temperature, int | float):
         raise ValueError(f"temperature={temperature!r} must be 0 (greedy) or a positive, finite number.")
-    if not signs or any(sign not in (1, -1) for sign in signs):
-        raise ValueError(f"signs={signs!r} must hold +1, -1 or both; use scales for other multiples.")
     if not scales or any(not 0 < scale < float("inf") for scale in scales):
         raise ValueError(f"scales={scales!r} must hold positive, finite multiples; use signs for the direction.")
-    if len(set(signs)) < len(signs) or len(set(scales)) < len(scales):
-        raise ValueError(f"signs={signs!r} or scales={scales!r} repeat a value: name each once.")
+    if len(set(scales)) < len(scales):
+        raise ValueError(f"scales={scales!r} repeat a value: name each once.")
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature={temperature} must be 0 (greedy) or a positive, finite number.")
     if n_samples > 1 and temperature == 0:

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from melbo_lens import files
-from melbo_lens.arguments import public
+from melbo_lens.arguments import public, signs_of
 from melbo_lens.ascent.objectives import Objective, TokenNorm
 from melbo_lens.models import hooks
 from melbo_lens.models.access import Model, host_of
@@ -20,7 +20,8 @@ from melbo_lens.models.host import Host
 from melbo_lens.models.slices import SINK
 from melbo_lens.perturbations.perturbation import Perturbation
 from melbo_lens.perturbations.sites import layer_of
-from melbo_lens.prompts import Positions, PromptBatch, Prompts, one_prompt, token_texts, tokenize
+from melbo_lens.prompts import Positions, PromptBatch, Prompts, one_prompt, tokenize
+from melbo_lens.texts import token_texts
 
 ROWS_AT_ONCE = 64
 
@@ -173,7 +174,7 @@ def activation_changes(
             )
         ]
     change = torch.cat(norms)
-    hooks.check_finite(host, change, [f"vector {k}" for k in range(len(change))], "the stream")
+    hooks.check_finite(host, change, [f"{perturbations.word} {k}" for k in range(len(change))], "the stream")
     return ActivationChanges(
         change.cpu(),
         torch.stack([stream[0].norm(dim=-1) for stream in clean]).cpu(),
@@ -189,7 +190,7 @@ def target_effects(
     perturbations: Perturbation,
     target_layer: int | None = None,
     target_positions: Positions = slice(-1, None),
-    signs: Sequence[int] = (1,),
+    signs: int | Sequence[int] = (1,),
     target_hook: str | None = None,
 ) -> TargetEffects:
     """The effect of each perturbation: what it changes at its target, at the target positions of all prompts.
@@ -208,10 +209,11 @@ def target_effects(
         The changes [row feature]: all vectors with the first sign, then all with the second.
 
     Raises:
-        ValueError: the perturbations know no target and none is given, or the model has no such layer or hook.
+        ValueError: a sign is neither +1 nor -1, the perturbations know no target and none is given, or the model has no
+            such layer or hook.
         FloatingPointError: the target holds NaN or infinity.
     """
-    host = host_of(model)
+    signs, host = signs_of(signs), host_of(model)
     batch = tokenize(host, prompts, target_positions)
     layer, name = _target(host, perturbations, target_layer, target_hook)
     rows = []
@@ -222,9 +224,9 @@ def target_effects(
                 [changes[:, batch.target_mask].flatten(1) for changes in _changes(host, batch, signed, name)]
             ).cpu()
         )
-    n, several = len(perturbations), len(tuple(signs))
+    n = len(perturbations)
     return TargetEffects(
-        torch.cat(rows), tuple(range(n)) * several, tuple(sign for sign in signs for _ in range(n)), layer, name
+        torch.cat(rows), tuple(range(n)) * len(signs), tuple(sign for sign in signs for _ in range(n)), layer, name
     )
 
 
@@ -286,7 +288,7 @@ def _changes(
             ]
             stacked = torch.stack(changes, dim=1)
             hooks.check_finite(
-                host, stacked[:, batch.own].abs(), [f"vector {first + i}" for i in range(len(part))], repr(name)
+                host, stacked[:, batch.own].abs(), [f"{part.word} {first + i}" for i in range(len(part))], repr(name)
             )
             yield stacked
 
@@ -332,9 +334,8 @@ def _target(host: Host, perturbations: Perturbation, layer: int | None, hook: st
         return None, hook
     if layer is None:
         raise ValueError(
-            "these perturbations don't know at which layer they are to act (they were not learned, or joined over "
-            "several targets): give "
-            f"target_layer, from 1 to n_layers = {n_layers}, or target_hook."
+            "these perturbations don't know where their effect is to be read (they were not learned, or joined over "
+            f"several targets): give target_layer, from 1 to n_layers = {n_layers}, or target_hook."
         )
     if not 1 <= layer <= n_layers:
         raise ValueError(

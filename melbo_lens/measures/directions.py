@@ -15,7 +15,8 @@ from melbo_lens.measures.output import run_to_the_end
 from melbo_lens.models import blocks, hooks
 from melbo_lens.models.access import Model, host_of
 from melbo_lens.perturbations.vectors import SteeringVectors
-from melbo_lens.prompts import Prompts, decoded, tokenize
+from melbo_lens.prompts import Prompts, tokenize
+from melbo_lens.texts import decoded, token_texts
 
 
 @public
@@ -55,7 +56,8 @@ def top_tokens(
     for vector, route in product(range(len(vectors)), changes):
         change = changes[route][vector]
         best = [
-            [(decoded(host, [int(i)]), float(change[i])) for i in (sign * change).topk(k).indices] for sign in (1, -1)
+            list(zip(token_texts(host, indices), change[indices].tolist(), strict=True))
+            for indices in ((sign * change).topk(k).indices.tolist() for sign in (1, -1))
         ]
         rows.append((vector, route, *best))
     return pd.DataFrame(rows, columns=["vector", "route", "promoted", "suppressed"])
@@ -98,8 +100,8 @@ def max_activating(model: Model, vectors: SteeringVectors, texts: Prompts, k: in
         for rank, (value, index) in enumerate(zip(best.values.tolist(), best.indices.tolist(), strict=True)):
             text, position = places[index]
             ids = batch.rows()[text]
-            before = "".join(decoded(host, [i]) + " " for i in ids[:position]).strip()
-            rows.append((vector, rank, text, position, decoded(host, [ids[position]]), before, value))
+            token, before = token_texts(host, [ids[position]])[0], decoded(host, ids[:position])
+            rows.append((vector, rank, text, position, token, before, value))
     return pd.DataFrame(rows, columns=["vector", "rank", "text", "position", "token", "before", "cosine"])
 
 

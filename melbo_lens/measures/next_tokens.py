@@ -10,7 +10,8 @@ from melbo_lens.arguments import public
 from melbo_lens.models import hooks
 from melbo_lens.models.access import Model, host_of
 from melbo_lens.perturbations.perturbation import Perturbation
-from melbo_lens.prompts import Prompts, one_prompt, token_texts, tokenize
+from melbo_lens.prompts import Prompts, one_prompt, tokenize
+from melbo_lens.texts import token_texts
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -72,7 +73,7 @@ def next_tokens(model: Model, prompt: Prompts, perturbations: Perturbation | Non
             with hooks.attached(host, [] if run is None else run.hooks()):
                 logits = host.forward(batch.tokens).float()
             hooks.check_finite(
-                host, logits, ["the unsteered model" if run is None else f"vector {i - 1}"], "the logits"
+                host, logits, ["the unsteered model" if run is None else f"{run.word} {i - 1}"], "the logits"
             )
             logits = logits.log_softmax(-1)
             followed = logits[:, :-1].gather(-1, following)

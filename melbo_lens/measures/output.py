@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from melbo_lens import tables
-from melbo_lens.arguments import public
+from melbo_lens.arguments import public, signs_of
 from melbo_lens.measures.radius import divergence
 from melbo_lens.memory import in_batches
 from melbo_lens.models import hooks
@@ -54,7 +54,7 @@ def output_effects(
     model: Model,
     prompts: Prompts,
     vectors: Perturbation,
-    signs: Sequence[int] = (+1, -1),
+    signs: int | Sequence[int] = (+1, -1),
     tokens: Sequence[int] | None = None,
 ) -> Effects:
     """What each vector or adapter changes in the next-token distribution and in the norms of the stream.
@@ -70,12 +70,15 @@ def output_effects(
         The changes, a row for each vector, sign and prompt.
 
     Raises:
+        ValueError: a sign is neither +1 nor -1, or tokens are not two ids of the vocabulary.
         FloatingPointError: the steered logits hold NaN or infinity.
     """
     host = host_of(model)
     vectors = vectors.on(host)
     batch = tokenize(host, prompts)
-    runs = list(product(range(len(batch)), range(len(vectors)), signs))
+    runs = list(product(range(len(batch)), range(len(vectors)), signs_of(signs)))
+    if tokens is not None:
+        _check_pair(host, tokens)
     with hooks.frozen(host), torch.no_grad():
         clean_logits, clean_norms = run_to_the_end(host, batch.tokens, batch.lengths, [])
 
@@ -86,7 +89,7 @@ def output_effects(
 
         parts = []
         for some, part in in_batches(runs, ROWS_AT_ONCE, steered_run):
-            names = [f"vector {k} with sign {sign:+d}, on prompt {i}," for i, k, sign in some]
+            names = [f"{vectors.word} {k} with sign {sign:+d}, on prompt {i}," for i, k, sign in some]
             hooks.check_finite(host, part[0], names, "the logits")
             parts.append(part)
     logits, norms = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -104,6 +107,17 @@ def output_effects(
             clean_logits[which][:, tokens[0]] - clean_logits[which][:, tokens[1]]
         ).tolist()
     return Effects(table, norms / clean_norms[which] - 1)
+
+
+def _check_pair(host: Host, tokens: Sequence[int]) -> None:
+    d_vocab = host.cfg.d_vocab
+    if len(tokens) != 2 or any(
+        isinstance(one, bool) or not isinstance(one, int) or not 0 <= one < d_vocab for one in tokens
+    ):
+        raise ValueError(
+            f"tokens={list(tokens)!r} must be two token ids from 0 to {d_vocab - 1}: model.to_single_token gives the "
+            "id of a text."
+        )
 
 
 def run_to_the_end(

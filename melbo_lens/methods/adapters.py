@@ -92,8 +92,8 @@ def fit_adapters(
             the prompts' positions a mean norm of `radius`. In a model with a norm after the MLP, s keeps the mean norm
             before it at which random updates have that radius after it.
         alpha: sets s = alpha / rank in place of `scale`, as published (.35 at rank 512).
-        radius: with `scale="auto"`, the mean norm of the updates. "auto", the default, takes the radius that
-            `calibrate_radius` finds for vectors, halved until a norm after the weights, if any, lets it through.
+        radius: with `scale="auto"`, the mean norm of the updates. "auto", the default, takes 0.65 of the edge
+            that `calibrate_radius` finds for vectors, halved until a norm after the weights, if any, lets it through.
         normalization: "column" (every column of A and of B has unit norm), "frobenius" (each matrix has unit norm) or
             "spectral" (the largest singular value of each matrix is 1).
         diversity: above 0, adapter k's objective is divided by 1 + diversity * sum over j < k of cos(d_k, d_j) ** 4,

@@ -9,7 +9,7 @@ from melbo_lens.measures.radius import Calibration, solve_radius
 from melbo_lens.methods.readable import EFFECT, SHARE, edge_of_effect, edge_of_readability
 from melbo_lens.models.access import Model
 from melbo_lens.models.slices import SlicedModel
-from melbo_lens.models.slicing import slice_model
+from melbo_lens.models.slicing import as_slice, opened
 from melbo_lens.prompts import Positions, Prompts
 
 AnyRule: TypeAlias = Literal["readable", "effect", "nonlinearity", "fraction", "stream", "kl"]
@@ -26,21 +26,22 @@ RULES: dict[str, Callable[[SlicedModel, float | None, int], Calibration]] = {
 
 @public
 def calibrate_radius(
-    model: Model,
-    prompts: Prompts,
-    source_layer: int,
+    model: Model | SlicedModel,
+    prompts: Prompts | None = None,
+    source_layer: int | None = None,
     target_layer: int | None = None,
     rule: AnyRule = "readable",
     target: float | None = None,
     target_positions: Positions | None = None,
     target_hook: str | None = None,
     seed: int = 0,
-    site: str = "mlp_out",
+    site: str | None = None,
 ) -> Calibration:
     """Chooses a radius by a stated rule, without looking at behaviours.
 
     Args:
-        model, prompts, source_layer, target_layer, target_positions, target_hook, site: as in `slice_model`.
+        model, prompts, source_layer, target_layer, target_positions, target_hook, site: as in `slice_model`; or a
+            slice in the model's place, which says them itself.
         rule: "readable" (the share of learned vectors' short completions that the unsteered model finds natural falls
             through `target`: behaviours lie just below that radius), "effect" (learned vectors change the target by
             so much of its norm), "nonlinearity" (the blocks between source and target stop being linear), "fraction"
@@ -51,7 +52,8 @@ def calibrate_radius(
         seed: the seed of the random directions.
 
     Returns:
-        The radius, and the curve on which it was solved.
+        The radius, and the curve on which it was solved. Of "readable" it is the edge itself, of which `radius="auto"`
+        of a fit takes 0.65.
 
     Raises:
         ValueError: the rule is unknown, the target is not a positive, finite number, or no finite radius qualifies.
@@ -60,6 +62,6 @@ def calibrate_radius(
         raise ValueError(f"rule={rule!r} must be one of {sorted(RULES)}.")
     if target is not None:
         positive("target", target, "")
-    sliced = slice_model(model, prompts, source_layer, target_layer, target_positions, target_hook, site)
+    sliced = as_slice(opened(model), prompts, source_layer, target_layer, target_positions, target_hook, site)
     found = RULES[rule](sliced, target, seed)
-    return found if sliced.target_layer is None else replace(found, layers=(source_layer, sliced.target_layer))
+    return found if sliced.target_layer is None else replace(found, layers=(sliced.source_layer, sliced.target_layer))

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from melbo_lens.arguments import count, positive, public
 from melbo_lens.ascent.manifolds import to_sphere
+from melbo_lens.ascent.objectives import positions_text
 from melbo_lens.memory import in_batches
+from melbo_lens.methods.provenance import describe_model
 from melbo_lens.models import blocks, hooks
 from melbo_lens.models.access import Model, host_of
 from melbo_lens.models.host import Host
@@ -81,6 +83,15 @@ def fit_contrastive(
     values = difference if radius is None else to_sphere(difference, difference.new_full((1,), radius))
     provenance: dict[str, Any] = {
         "method": "fit_contrastive",
+        **describe_model(host),
+        "source_layer": source_layer,
+        "site": site,
+        "positions": positions_text(positions),
+        **{
+            name: value
+            for side, batch in zip(("positive", "negative"), sides, strict=True)
+            for name, value in ((f"{side}_prompts", list(batch.texts)), (f"{side}_prompt_tokens", batch.rows()))
+        },
         "n_positive": len(sides[0]),
         "n_negative": len(sides[1]),
         "difference_norm": length,

@@ -118,7 +118,10 @@ def _finite(found: Tensor) -> Tensor:
         FloatingPointError: one is NaN or infinite.
     """
     if not torch.isfinite(found).all():
-        raise FloatingPointError("a derivative of the slice is NaN or infinite: load the model in float32.")
+        raise FloatingPointError(
+            "a derivative of the slice is NaN or infinite: choose layers that are nearer to each other, a shorter "
+            "prompt, or a model in float32."
+        )
     return found
 
 

@@ -120,7 +120,7 @@ def weight_sites(
         ValueError: a layer that the model doesn't have or whose update the target can't show, or too large a rank.
     """
     if not layers:
-        raise ValueError("source_layer is an empty list: name at least one layer.")
+        raise ValueError("no source layer was named: give at least one.")
     for layer in layers:
         if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < host.n_layers:
             raise ValueError(
@@ -132,8 +132,8 @@ def weight_sites(
         most = min(host.widths(layer, name))
         if rank > most:
             raise ValueError(
-                f"rank={rank} must be from 1 to min(d_mlp, d_model) = {most} of layer {layer}: no update of W_out "
-                "has more."
+                f"rank={rank} must be from 1 to {most}, the smaller side of the {name} output weights of layer "
+                f"{layer}: no update of them has more."
             )
         read_in = layer_of(target_hook or "")
         if read_in is not None and read_in <= layer and len(layers) > 1:

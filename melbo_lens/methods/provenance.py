@@ -76,9 +76,7 @@ def describe(sliced: SlicedModel) -> dict[str, Any]:
     """Provenance of a slice: model, layers, hooks, prompts and versions."""
     host, batch = sliced.host, sliced.batch
     return {
-        "model": host.name,
-        "model_class": type(host.model).__name__,
-        "fingerprint": fingerprint(host),
+        **describe_model(host),
         "dtype": str(sliced.resid.dtype).removeprefix("torch."),
         "device": sliced.device.type,
         "source_layer": sliced.source_layer,
@@ -91,6 +89,17 @@ def describe(sliced: SlicedModel) -> dict[str, Any]:
         "target_norm": float(f"{float(sliced.target[batch.target_mask].norm()):.3g}"),
         "prompts": list(batch.texts),
         "prompt_tokens": batch.rows(),
+    }
+
+
+def describe_model(host: Host) -> dict[str, Any]:
+    """Provenance of a model: its name, its weights and the versions of what runs it."""
+    return {
+        "model": host.name,
+        "model_class": type(host.model).__name__,
+        "fingerprint": fingerprint(host),
+        "dtype": str(host.dtype).removeprefix("torch."),
+        "device": host.device.type,
         "versions": {name: version(name) for name in ("melbo_lens", "transformer_lens", "transformers", "torch")},
     }
 

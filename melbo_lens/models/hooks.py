@@ -178,9 +178,12 @@ def check_finite(host: Host, values: Tensor, names: Sequence[str], what: str) ->
     broken = (~torch.isfinite(values.flatten(1).amax(1))).nonzero()[:, 0].tolist()
     if broken:
         dtype = str(host.dtype).removeprefix("torch.")
+        unsteered = names[broken[0]] == "the unsteered model"
+        remedy = "check the weights and the prompt" if unsteered else "use smaller scales"
+        remedy += ", or load the model in bfloat16 or float32" if host.dtype == torch.float16 else ""
         raise FloatingPointError(
             f"{names[broken[0]]} makes {what} NaN or infinite in {dtype} ({len(broken)} of {len(names)} rows): "
-            "use smaller scales, or load the model in bfloat16 or float32."
+            f"{remedy}."
         )
 
 

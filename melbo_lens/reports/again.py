@@ -18,7 +18,10 @@ FITS: dict[str, Callable[..., Any]] = {
     function.__name__: function
     for function in (fit_vectors, fit_adapters, fit_cpe, fit_dct, fit_jacobian, fit_contrastive, noise_vectors)
 }
-LEFT_OUT = {"model", "prompts", "batch_size", "progress", "checkpoint", "init"}  # given by hand, or without consequence
+SETS = ("prompts", "positive_prompts", "negative_prompts")  # which a method takes, in its order
+# given by hand, without consequence, or said by another setting (alpha by the scale)
+LEFT_OUT = {"model", *SETS, "batch_size", "progress", "checkpoint", "init", "alpha"}
+KEPT_AS = {"source_layers": "source_layer"}  # in the provenance
 MOST_TRIALS = 60
 
 
@@ -32,7 +35,9 @@ def snippet(findings: Findings) -> str:
     if "derived" in known and not findings.search:
         return ""
     first = known.get("parts", [known])[0]
-    head = ["import torch", "", "import melbo_lens as ml", "", *_model(first), *_prompts(first)]
+    sets = [name for name in SETS if name in first]
+    head = ["import torch", "", "import melbo_lens as ml", "", *_model(first)]
+    head += [line for name in sets or ["prompts"] for line in _prompts(first, name)]
     if findings.search:
         return "\n".join([*head, *_search(findings.search)])
     method = FITS.get(str(known.get("method")))
@@ -40,9 +45,10 @@ def snippet(findings: Findings) -> str:
         return ""
     wanted = inspect.signature(method).parameters
     left_out = LEFT_OUT | ({"target_hook"} if known.get("target_layer") is not None else {"target_layer"})
-    given = {name: value for name, value in known.items() if name in wanted and name not in left_out}
-    lines = [f"    {name}={_literal(name, value)}," for name, value in given.items()]
-    return "\n".join([*head, f"vectors = ml.{method.__name__}(", "    model,", "    prompts,", *lines, ")"])
+    given = {name: known.get(KEPT_AS.get(name, name)) for name in wanted if name not in left_out}
+    lines = [f"    {name}={_literal(name, value)}," for name, value in given.items() if value is not None]
+    asked = [f"    {name}," for name in ["model", *sets]]
+    return "\n".join([*head, f"vectors = ml.{method.__name__}(", *asked, *lines, ")"])
 
 
 def _model(known: Mapping[str, Any]) -> list[str]:
@@ -52,11 +58,11 @@ def _model(known: Mapping[str, Any]) -> list[str]:
     return [f"model = ml.ModelKey({name!r}{rest}).load({expected})  # or the same model, loaded in your own way"]
 
 
-def _prompts(known: Mapping[str, Any]) -> list[str]:
-    ids = known.get("prompt_tokens")
+def _prompts(known: Mapping[str, Any], name: str) -> list[str]:
+    ids = known.get(f"{name.removesuffix('s')}_tokens")
     if ids and len({len(row) for row in ids}) == 1:
-        return [f"prompts = torch.tensor({ids!r})"]
-    return [f"prompts = {known.get('prompts', '...')!r}"]
+        return [f"{name} = torch.tensor({ids!r})"]
+    return [f"{name} = {known.get(name, '...')!r}"]
 
 
 def _search(search: Mapping[str, Any]) -> list[str]:
@@ -66,9 +72,10 @@ def _search(search: Mapping[str, Any]) -> list[str]:
         plan.append(
             f"    # and {len(search['plan']) - MOST_TRIALS} more, which the file about.json beside this page lists"
         )
-    rest = [f"{name}={settings[name]!r}" for name in ("max_new_tokens", "seed") if name in settings]
+    names = ("target_positions", "max_new_tokens", "seed")
+    rest = [f"{name}={_literal(name, settings[name])}" for name in names if name in settings]
     return ["plan = [", *plan, "]", f"found = ml.discover({', '.join(['model', 'prompts', 'plan=plan', *rest])})"]
 
 
 def _literal(name: str, value: Any) -> str:
-    return str(value) if name == "target_positions" else repr(value)  # positions are kept as Python writes them
+    return str(value) if name.endswith("positions") else repr(value)  # positions are kept as Python writes them

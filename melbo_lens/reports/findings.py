@@ -95,6 +95,12 @@ class Findings:
             values = as_list(getattr(self, name))
             object.__setattr__(self, name, None if values is None else [float(value) for value in values])
         object.__setattr__(self, "behaviors", dict(self.behaviors or {}))
+        for name, kind in MEASURES.items():
+            if not isinstance(getattr(self, name), kind | None):
+                raise TypeError(
+                    f"{name} is of type {type(getattr(self, name)).__name__}, and a page shows {kind.__name__} there: "
+                    f"give what ml.{'target_effects' if name == 'effects' else 'activation_changes'} returns."
+                )
 
     def __repr__(self) -> str:
         optional = "changes effects control ranked calibration scan coherence views groups trials judged".split()

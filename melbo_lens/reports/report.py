@@ -2,6 +2,8 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +73,25 @@ def report(
             "completions is missing: give them beside the vectors, or in place of both Findings, or what ml.gather "
             "makes of the folder of a sweep."
         )
-    return write_page(Findings(findings, completions, behaviors or {}, title, **measured), path)
+    return write_page(_findings(findings, completions, behaviors, title, measured), path)
+
+
+def _findings(
+    vectors: Perturbation,
+    completions: Completions,
+    behaviors: Mapping[str, Behavior] | None,
+    title: str,
+    measured: Mapping[str, Any],
+) -> Findings:
+    known = [field.name for field in fields(Findings)]
+    for name in measured:
+        if name not in known:
+            meant = get_close_matches(name, known, 1)
+            raise TypeError(
+                f"{name} is no field of Findings: "
+                + (f"did you mean {meant[0]}?" if meant else f"choose from {', '.join(known)}.")
+            )
+    return Findings(vectors, completions, behaviors or {}, title, **measured)
 
 
 @public
@@ -92,7 +112,7 @@ def save_results(
     Returns:
         The path of the page.
     """
-    Findings(vectors, completions, behaviors or {}, title, **measured).save(directory)
+    _findings(vectors, completions, behaviors, title, measured).save(directory)
     return report_directory(directory)
 
 

@@ -128,6 +128,7 @@ def discover(
         "seed": seed,
         "seconds": round(search.clock.passed, 1),
         "max_new_tokens": max_new_tokens,
+        "target_positions": where,
         "memory": memory,
         "trials_ended": [round(seconds, 1) for seconds in search.ended],
     }

@@ -11,7 +11,8 @@ from melbo_lens.measures.output import run_to_the_end
 from melbo_lens.models import hooks
 from melbo_lens.models.access import Model, host_of
 from melbo_lens.perturbations.perturbation import Perturbation
-from melbo_lens.prompts import Prompts, one_prompt, token_texts, tokenize
+from melbo_lens.prompts import Prompts, one_prompt, tokenize
+from melbo_lens.texts import token_texts
 
 N_TOKENS = 5
 

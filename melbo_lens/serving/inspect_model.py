@@ -44,8 +44,9 @@ from melbo_lens.methods.provenance import fingerprint, warn_of_another_model
 from melbo_lens.models.access import host_of
 from melbo_lens.perturbations.adapters import SteeringAdapters
 from melbo_lens.perturbations.perturbation import Perturbation
-from melbo_lens.prompts import spelled, text_after, tokenize
+from melbo_lens.prompts import tokenize
 from melbo_lens.sweeps.jobs import ModelKey
+from melbo_lens.texts import spelled, text_after
 
 MAX_TOKENS = 256  # where neither the task nor the command says it
 PAUSE = 0.02  # seconds; as long as calls keep coming at this distance, a batch waits for them

@@ -71,7 +71,12 @@ def test_fit_on_a_local_directory_writes_vectors_completions_and_a_page(director
 
 
 @pytest.mark.parametrize(
-    ("more", "said"), [(["--source-layer", "9"], "source_layer=9"), (["--radius", "-1"], "radius=-1")]
+    ("more", "said"),
+    [
+        (["--source-layer", "9"], "source_layer=9"),
+        (["--radius", "-1"], "radius=-1"),
+        (["--radius", "abc"], "--radius 'abc' must be a number, or auto"),
+    ],
 )
 def test_a_mistake_is_said_in_a_sentence_and_fails(directories, tmp_path, more, said):
     result = fit(directories("llama"), tmp_path / "out", *more)

@@ -15,7 +15,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 import melbo_lens as ml
 from melbo_lens.generation.decoding import Decoding
 from melbo_lens.models.access import host_of
-from melbo_lens.prompts import outside_the_template, spelled, text_after, token_texts, tokenize
+from melbo_lens.prompts import outside_the_template, tokenize
+from melbo_lens.texts import spelled, text_after, token_texts
 from tests import models
 
 CHATML = (
@@ -303,6 +304,19 @@ def test_a_part_of_a_character_shows_its_bytes_and_a_token_its_space():
     assert held == [b" the", b"\xe6", b"end", b"\n"]
     unknown = SimpleNamespace(decode=lambda ids: "\ufffd", convert_ids_to_tokens=["\ufffd", "\u65e5"].__getitem__)
     assert [spelled(SimpleNamespace(tokenizer=unknown), i)[1] for i in range(2)] == [b"\xef\xbf\xbd", None]
+
+
+def test_tokens_of_tables_keep_their_spaces_and_the_text_before_them_is_text(directories, tmp_path):
+    model = model_with(sentence_piece(), directories, tmp_path)
+    ids = model.tokenizer("the cat", add_special_tokens=True)["input_ids"]
+    table = ml.max_activating(model, ml.SteeringVectors(torch.randn(1, models.D_MODEL), 1), "the cat", k=len(ids))
+    row = table[table.position == len(ids) - 1].iloc[0]
+    assert row.before == model.tokenizer.decode(ids[:-1]) == "<bos> the ca" and row.token == "t"
+    places = [model.tokenizer.convert_tokens_to_ids(piece) for piece in ("▁the", "x")]
+    unembedding = model.W_U.detach()
+    towards = ml.SteeringVectors(unembedding[:, places].T.clone(), 1)
+    promoted = ml.top_tokens(model, towards, k=50).promoted
+    assert {" the", "x"} <= {token for token, _ in promoted[0]} and "the" not in {token for token, _ in promoted[0]}
 
 
 def test_a_text_that_the_template_of_chats_never_saw_is_told_from_one_that_it_rendered(model, monkeypatch):

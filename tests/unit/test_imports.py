@@ -10,15 +10,16 @@ import melbo_lens as ml
 PACKAGE = Path(__file__).parents[2] / "melbo_lens"
 # folders in the order of a perturbation's life, after the files that everything rests on and before the doors
 ORDER = (
-    "arguments randomness memory progress files tables prompts ascent perturbations imports models measures generation "
-    "evaluation methods exports organisms sweeps search plots studies reports serving cli __main__ __init__"
+    "arguments randomness memory progress files tables texts prompts ascent perturbations imports models measures "
+    "generation evaluation methods exports organisms sweeps search plots studies reports serving cli __main__ __init__"
 ).split()
 # within a folder there is an order too, so that it has no circle
 WITHIN = {
     "ascent": "manifolds objectives states sogi constraints adamw fixed_point",
     "perturbations": "sites updates card hub perturbation vectors adapters loading",
     "models": (
-        "tally host hooks passes blocks hooked bridge access targets slices fidelity slicing counterparts trimming"
+        "tally host hooks passes reading blocks hooked bridge access targets slices fidelity slicing counterparts "
+        "trimming"
     ),
     "measures": "source controls radius changes output next_tokens directions ranking",
     "methods": (

@@ -12,7 +12,7 @@ from melbo_lens.evaluation import coherence as of_tokens
 from melbo_lens.evaluation.coherence import token_log_probs
 from melbo_lens.evaluation.departures import departures, new_words
 from melbo_lens.evaluation.words import forms, ordinary_in, weights, word_counts, words
-from melbo_lens.models import hooks, passes
+from melbo_lens.models import hooks, reading
 from melbo_lens.models.access import host_of
 from tests import models
 
@@ -81,10 +81,24 @@ def test_the_proof_of_a_cache_reads_the_longest_text(model, monkeypatch):
         torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-4)
 
 
+def test_few_rows_are_read_at_once_where_their_logits_are_large(model, monkeypatch):
+    completions, seen = written(model), []
+    expected = token_log_probs(model, completions)
+    monkeypatch.setattr(of_tokens, "JUDGED_BYTES", 12 * 50 * 6 * 2)  # two rows of six tokens
+    in_batches = of_tokens.in_batches
+    monkeypatch.setattr(
+        of_tokens, "in_batches", lambda rows, size, some: seen.append(size) or in_batches(rows, size, some)
+    )
+    for row, other in zip(token_log_probs(model, completions), expected, strict=True):
+        torch.testing.assert_close(row, other, atol=1e-4, rtol=1e-4)
+    longest = completions.table.tokens.map(len).groupby(completions.table.prompt).max()
+    assert seen == [12 // n for n in longest]
+
+
 def test_a_prompt_runs_once_and_equal_completions_are_read_once(model, monkeypatch):
     completions = written(model, norm=1e-6)  # all rows say the same
     seen = []
-    original = passes.log_probs_after
+    original = reading.log_probs_after
     monkeypatch.setattr(
         of_tokens,
         "log_probs_after",

@@ -69,6 +69,12 @@ def test_effects_at_the_target_are_those_of_single_runs_with_their_signs(model, 
         torch.testing.assert_close(effects.values[row], torch.cat(parts), rtol=1e-3, atol=1e-3)
 
 
+def test_one_sign_needs_no_list(model):
+    effects = ml.target_effects(model, "w1 w2", vectors(), 2, signs=-1)
+    torch.testing.assert_close(effects.values, ml.target_effects(model, "w1 w2", vectors(), 2, signs=[-1]).values)
+    assert set(ml.output_effects(model, "w1 w2", vectors(), signs=1).table.sign) == {1}
+
+
 def test_the_target_layer_is_that_of_the_fit_unless_another_is_given(model):
     assert ml.target_effects(model, PROMPT, vectors()).target_layer == 3
     assert ml.target_effects(model, PROMPT, vectors(), target_layer=2).target_layer == 2
@@ -201,6 +207,17 @@ def test_the_model_is_left_as_it_was(any_model):
             lambda model: ml.target_effects(model, "w1", vectors(), target_layer=9),
             "target_layer=9 must lie from 1 to n_layers = 4",
         ),
+        (
+            lambda model: ml.target_effects(model, "w1", vectors(), 2, signs=(2,)),
+            r"signs=\(2,\) must hold \+1, -1 or both",
+        ),
+        (lambda model: ml.output_effects(model, "w1", vectors(), signs=(1, 1)), r"signs=\(1, 1\) repeat a value"),
+        (
+            lambda model: ml.output_effects(model, "w1", vectors(), tokens=["w1", "w2"]),
+            "must be two token ids from 0 to",
+        ),
+        (lambda model: ml.output_effects(model, "w1", vectors(), tokens=[1, 50]), "must be two token ids from 0 to 49"),
+        (lambda model: ml.target_effects(model, "w1", vectors()), "don't know where their effect is to be read"),
         (lambda model: ml.next_tokens(model, "w1", k=0), "k=0 must be from 1 to d_vocab = 50"),
         (lambda model: ml.activation_changes(model, "w1", ml.SteeringVectors(torch.ones(1, 7), 1)), "d_model 7"),
         (lambda model: ml.objective(model, "w1", vectors(), p=0.5), "p=0.5 must be"),

@@ -35,8 +35,11 @@ def test_the_edge_is_bracketed_and_bisected_from_above_and_from_below(model, mon
         edge_of_readability(sliced)
 
 
-@pytest.mark.parametrize("edge", [1e-4, 1e4])  # of the stream's norm: it is looked for far below, and far above
-def test_when_the_time_is_over_the_edge_is_looked_for_no_further(model, monkeypatch, edge):
+@pytest.mark.parametrize(
+    ("edge", "found_at"),  # shares of the stream's norm: it is looked for far below, far above, and near the first one
+    [(1e-4, 0.0125), (1e4, 0.4), (0.15, 0.168)],
+)
+def test_when_the_time_is_over_the_edge_is_looked_for_no_further(model, monkeypatch, edge, found_at):
     sliced, now = ml.slice_model(model, PROMPTS, 1, 3), [0.0]
     norm = float(sliced.resid.norm(dim=-1)[sliced.batch.own].median())
 
@@ -49,7 +52,7 @@ def test_when_the_time_is_over_the_edge_is_looked_for_no_further(model, monkeypa
     monkeypatch.setattr(readable, "time", SimpleNamespace(monotonic=lambda: now[0]))
     found = edge_of_readability(sliced, seconds=25.0)
     assert now[0] == 30.0 and len(found.curve) == 3
-    assert min(dict(found.curve)) <= found.radius <= max(dict(found.curve))
+    assert found.radius == pytest.approx(found_at * norm, rel=0.01)  # the outermost readable one; half of the least
 
 
 def test_the_effect_is_that_of_learned_vectors_and_grows_beyond_random_ones(any_model):
@@ -87,6 +90,14 @@ def test_on_a_trained_model_text_is_natural_below_the_edge_and_noise_beyond():
         steered = ml.coherence(organism.model, written)[torch.tensor((written.table.kind == "steered").to_numpy())]
         assert (float((steered > readable.NATURAL).float().mean()) > 0.9) == natural
     assert repr(found).startswith("Calibration(radius") and "of the stream's norm: readable 0.75" in repr(found)
+
+
+def test_a_slice_can_be_calibrated_as_it_can_be_fitted(model):
+    expected = ml.calibrate_radius(model, PROMPTS, 1, 3, rule="effect", target_positions=slice(-1, None))
+    found = ml.calibrate_radius(ml.slice_model(model, PROMPTS, 1, 3, slice(-1, None)), rule="effect")
+    assert found.radius == pytest.approx(expected.radius) and found.layers == expected.layers == (1, 3)
+    with pytest.raises(TypeError, match="prompts is missing"):
+        ml.calibrate_radius(model)
 
 
 def test_an_unknown_rule_and_a_senseless_target_are_refused(model):

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -201,6 +202,9 @@ def test_a_twin_of_a_search_is_counted_on_the_cards(tmp_path):
     assert {n for _, n in counts.values()} == {len(texts)}
     for number, (k, _) in counts.items():
         assert k >= int((texts == found.table.example[number]).sum())
+    assert sum(k for k, _ in counts.values()) > 0
+    alike = replace(other, rows=other.rows.assign(change="same"))  # what no vector changed is of no group
+    assert not any(k for k, _ in found.twins(alike, {}).values())
     page = ml.report(ml.Findings.of_trials(found, twin=other), path=tmp_path / "page.html").read_text()
     k, n = counts[0]
     assert f"<dt>Twin model</dt><dd>{k} of {n} (" in page and "no twin was measured" not in page

@@ -13,6 +13,7 @@ import torch
 
 import melbo_lens as ml
 from melbo_lens.generation.completions import COLUMNS
+from melbo_lens.reports.again import snippet
 from melbo_lens.reports.saved import SCAN_COLUMNS_0_1_0 as SCAN_COLUMNS
 
 EVIL = "<script>alert('x')</script><img src=x onerror=alert(1)>\"'&{{ 7 * 7 }}"
@@ -200,6 +201,65 @@ def test_it_says_what_it_cannot_say_and_how_to_do_it_again(tmp_path):
     limits = text[text.index('id="limits"') :]
     assert "no twin was measured" in limits and "no held-out prompts were given" in limits
     assert "What comes after 4 new tokens" in limits and "With 6 completions under random vectors" in limits
+
+
+SETTINGS = {"target_positions": slice(-2, None), "seed": 5, "progress": False}
+FITS = {
+    "vectors": lambda m, p: ml.fit_vectors(
+        m, p, 0, 4, n_vectors=3, radius=10.0, n_steps=2, orthogonal=False, **SETTINGS
+    ),
+    "adapters": lambda m, p: ml.fit_adapters(
+        m, p, 1, 4, n_adapters=2, rank=2, alpha=0.3, optimizer="power", n_steps=2, **SETTINGS
+    ),
+    "adapters of the attention": lambda m, p: ml.fit_adapters(
+        m, p, 1, 4, n_adapters=2, rank=2, radius=3.0, optimizer="power", n_steps=2, site="attn", **SETTINGS
+    ),
+    "a factor": lambda m, p: ml.fit_cpe(m, p, source_layers=[2], target_layer=4, n_factors=2, n_steps=1, **SETTINGS),
+    "factors": lambda m, p: ml.fit_cpe(m, p, source_layers=[0, 1], target_layer=4, n_factors=2, n_steps=1, **SETTINGS),
+    "exponential": lambda m, p: ml.fit_dct(m, p, 0, 4, n_factors=2, radius=5.0, n_steps=2, **SETTINGS),
+    "linear": lambda m, p: ml.fit_dct(m, p, 0, 4, n_factors=2, radius=5.0, kind="linear", **SETTINGS),
+    "jacobian": lambda m, p: ml.fit_jacobian(m, p, 0, 4, n_vectors=2, radius=5.0, **SETTINGS),
+    "noise": lambda m, p: ml.noise_vectors(m, p, 0, 4, n_vectors=2, radius=5.0, seed=5),
+    "contrastive": lambda m, p: ml.fit_contrastive(m, p, [f"{p} {p}"], 1, radius=3.0, positions=slice(-2, None)),
+}
+
+
+@pytest.mark.parametrize("name", list(FITS))
+def test_what_a_page_says_repeats_the_fit_of_every_method(name):
+    organism = ml.organisms.load("modes")
+    learned = FITS[name](organism.model, organism.prompts["clean"][0])
+    empty = ml.Completions(completions().table.head(0))
+    scope = {}
+    exec(snippet(ml.Findings(learned, empty)), scope)
+    again = scope["vectors"]
+    assert again.source_layers == learned.source_layers and again.provenance.keys() == learned.provenance.keys()
+    for key, tensor in learned.parts()[0].items():
+        torch.testing.assert_close(again.parts()[0][key], tensor, equal_nan=True)
+
+
+def test_what_a_page_says_repeats_a_search(tmp_path):
+    organism = ml.organisms.load("modes")
+    plan = [ml.Trial(0, 4, 10.0, 3, False, 0, 2)]
+    found = ml.discover(
+        organism.model, organism.prompts["clean"][0], plan=plan, max_new_tokens=3, seed=7, progress=False,
+        target_positions=slice(-3, None),
+    )  # fmt: skip
+    scope = {}
+    exec(snippet(ml.Findings.of_trials(found)), scope)
+    assert scope["found"].rows.equals(found.rows)
+
+
+def test_measures_that_a_page_does_not_know_are_refused(tmp_path):
+    organism = ml.organisms.load("modes")
+    prompt = organism.prompts["clean"][0]
+    vectors = ml.SteeringVectors(torch.randn(2, organism.model.cfg.d_model), 1)
+    effects = ml.output_effects(organism.model, prompt, vectors)
+    page = tmp_path / "page.html"
+    with pytest.raises(TypeError, match="efects is no field of Findings: did you mean effects"):
+        ml.report(vectors, completions(), path=page, efects=effects)
+    with pytest.raises(TypeError, match=r"effects is of type Effects, .* shows TargetEffects .* ml.target_effects"):
+        ml.report(vectors, completions(), path=page, effects=effects)
+    assert not page.exists()
 
 
 def test_two_runs_stand_side_by_side(tmp_path):

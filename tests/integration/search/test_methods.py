@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import melbo_lens as ml
-from melbo_lens.search import groups
+from melbo_lens.search import discovering, groups
 from melbo_lens.search.arms import Method, arms_of, check_methods, layer_pairs
 from melbo_lens.search.pace import Pace
 
@@ -124,12 +124,13 @@ def test_a_method_that_does_not_suit_a_model_costs_nothing_that_others_found(bui
         ml.discover(model, "w1 w2", plan=plan[1:2], max_new_tokens=2, progress=False)
 
 
-def test_held_out_prompts_that_can_not_be_written_on_cost_nothing_that_was_found(build, monkeypatch):
+@pytest.mark.parametrize("error", [FloatingPointError, RuntimeError])
+def test_held_out_prompts_that_can_not_be_written_on_cost_nothing_that_was_found(build, monkeypatch, error):
     def fails(*arguments, **settings):
-        raise FloatingPointError("the logits are NaN")
+        raise error("the logits are gone")
 
     monkeypatch.setattr(groups, "generate", fails)
-    with pytest.warns(UserWarning, match="has no rate on held-out prompts: the logits are NaN"):
+    with pytest.warns(UserWarning, match="has no rate on held-out prompts: the logits are gone"):
         found = ml.discover(
             build("gpt2", "bridge"), "w1 w2", plan=[ml.Trial(0, 2, 9.0, 4, False, 0, 2)], heldout="w3",
             max_new_tokens=2, behaviors={"any": "w"}, progress=False,
@@ -144,6 +145,42 @@ def test_prompts_that_leave_no_room_for_a_completion_are_refused_before_anything
     asked = {"prompts": "w1", "heldout": "w1"} | {which: "w1 " * (model.cfg.n_ctx - 3)}
     with pytest.raises(ValueError, match=r"prompts\[0\].*tokens remain for new ones, 4 were asked for"):
         ml.discover(model, max_new_tokens=4, progress=False, **asked)
+
+
+def only_short(text):
+    if "w" in text:
+        raise RuntimeError("no judge answers")
+    return True
+
+
+def test_a_behaviour_that_fails_on_a_held_out_text_costs_nothing_that_was_found(build, monkeypatch):
+    model, settings = build("gpt2", "bridge"), {"max_new_tokens": 2, "progress": False}
+    plan = [ml.Trial(0, 2, 9.0, 4, False, 0, 2)]
+    monkeypatch.setattr(groups, "heldout_rate", None)
+    monkeypatch.setattr(discovering, "heldout_rate", lambda texts, *more: only_short("w"))
+    with pytest.warns(UserWarning, match="has no rate on held-out prompts: no judge answers"):
+        found = ml.discover(model, "w1 w2", plan=plan, heldout="w3", **settings)
+    assert len(found.table)
+
+
+@pytest.mark.parametrize(
+    ("behaviors", "kind", "said"),
+    [
+        ({"x": "(a"}, ValueError, r"behaviors\['x'\]='\(a' is no regular expression"),
+        ({"x": 3}, TypeError, "is of type int"),
+    ],
+)
+def test_what_is_no_behaviour_is_refused_at_once(build, monkeypatch, tmp_path, behaviors, kind, said):
+    model = build("gpt2", "bridge")
+    written = ml.generate(model, "w1 w2", max_new_tokens=2, progress=False)
+    monkeypatch.setattr(model, "forward", None)
+    for call in (
+        lambda: ml.discover(model, "w1 w2", 1.0, behaviors, progress=False),
+        lambda: ml.gather(tmp_path, behaviors),
+        lambda: ml.evaluate(written, behaviors),
+    ):
+        with pytest.raises(kind, match=said):
+            call()
 
 
 def test_an_empty_plan_is_refused(build):

@@ -66,6 +66,24 @@ def test_a_rung_beyond_the_ladder_stays_among_the_arms():
     assert isinstance(beyond, Arm) and beyond in rounds.chosen and beyond in rounds.arms
 
 
+def test_a_rung_beyond_the_ladder_that_failed_is_not_tried_again():
+    rounds, _ = begun(["melbo"], 100.0)
+    highest = max((arm for arm in rounds.arms), key=lambda arm: arm.rung)
+    beyond = highest.beyond(1.0)
+
+    def over(arm, outcome_of):
+        trial = make(arm, 8, 1)
+        rounds.running.append((arm, trial))
+        rounds.over(trial, outcome_of(trial), Clock(100.0, 1), make, 1)
+
+    over(highest, outcome)
+    assert beyond in rounds.chosen
+    over(beyond, lambda trial: None)
+    rounds.chosen = [highest]  # a later round
+    over(highest, outcome)
+    assert rounds.chosen == [highest]
+
+
 @pytest.mark.parametrize("left", [10.0, 4.0])
 def test_the_first_trial_leaves_half_of_the_time_to_others(left):
     arms = arms_of(12)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections import deque
 from types import SimpleNamespace
 
@@ -175,6 +176,19 @@ def test_a_trial_that_fails_is_left_out_and_its_arm_is_not_tried_again(organism,
     bad.clear()
     with pytest.raises(RuntimeError, match="a cable"):  # without a folder it ends the search, as any surprise
         search(organism)
+
+
+def test_a_search_whose_trials_all_failed_says_why_when_it_is_asked_again(organism, clock, tmp_path, monkeypatch):
+    def perform(trial, *more):
+        clock.now += 100.0
+        raise ValueError("a cable was loose")
+
+    monkeypatch.setattr(outcomes, "perform", perform)
+    for _ in range(2):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with pytest.raises(ValueError, match="no trial could be completed: a cable was loose"):
+                search(organism, tmp_path, 60.0)
 
 
 def test_if_every_trial_fails_the_error_of_the_last_is_raised(organism, tmp_path):
