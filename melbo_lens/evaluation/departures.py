@@ -16,6 +16,7 @@ from melbo_lens.models.access import Model
 
 Kind: TypeAlias = Literal["same", "wording", "content", "noise"]
 KINDS = ("same", "wording", "content", "noise")
+COLUMNS = ["change", "new_words", "surprise", "natural"]
 NATURAL = -3.0  # nats per token: text that the unsteered model finds less probable than this is noise to it
 NEW = 0.5  # the share of new words from which on a change is one of content
 
@@ -47,17 +48,8 @@ def departures(model: Model, completions: Completions) -> pd.DataFrame:
         n = len(log_probs)
         surprise = -float(log_probs.min()) if n else 0.0
         natural = (float(log_probs.sum()) + surprise) / (n - 1) if n > 1 else -surprise if row.text else 0.0
-        change = (
-            "same"
-            if row.text == before.text
-            else "noise"
-            if natural < NATURAL
-            else "content"
-            if new >= NEW
-            else "wording"
-        )
-        columns.append((change, new, surprise, natural))
-    return pd.DataFrame(columns, columns=["change", "new_words", "surprise", "natural"], index=table.index)
+        columns.append((_change(row.text, before.text, new, natural), new, surprise, natural))
+    return pd.DataFrame(columns, columns=COLUMNS, index=table.index)
 
 
 def in_words(table: pd.DataFrame, natural: pd.Series | None = None) -> pd.DataFrame:
@@ -77,16 +69,21 @@ def in_words(table: pd.DataFrame, natural: pd.Series | None = None) -> pd.DataFr
         row.prompt: words(plain.get(row.prompt, "")) | words(row.prompt_text)
         for row in table.drop_duplicates("prompt").itertuples()
     }
-    found = pd.DataFrame(index=table.index)
-    before = table.prompt.map(lambda prompt: plain.get(prompt, ""))
-    found["new_words"] = [new_words(text, known[prompt]) for text, prompt in zip(table.text, table.prompt, strict=True)]
-    found["natural"] = float("nan") if natural is None else natural
-    found["surprise"] = float("nan")
-    found["change"] = "wording"
-    found.loc[found.new_words >= NEW, "change"] = "content"
-    found.loc[found.natural < NATURAL, "change"] = "noise"
-    found.loc[table.text == before, "change"] = "same"
-    return found[["change", "new_words", "surprise", "natural"]]
+    judged = pd.Series(float("nan") if natural is None else natural, index=table.index)
+    columns = []
+    for text, prompt, mean in zip(table.text, table.prompt, judged, strict=True):
+        new = new_words(text, known[prompt])
+        columns.append((_change(text, plain.get(prompt, ""), new, mean), new, float("nan"), mean))
+    return pd.DataFrame(columns, columns=COLUMNS, index=table.index)
+
+
+def _change(text: str, before: str, new: float, natural: float) -> Kind:
+    """How a text departs from the unsteered one; what no model judged, whose `natural` is NaN, is not called noise."""
+    if text == before:
+        return "same"
+    if natural < NATURAL:
+        return "noise"
+    return "content" if new >= NEW else "wording"
 
 
 def new_words(text: str, known: Set[str]) -> float:

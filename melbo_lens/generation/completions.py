@@ -40,7 +40,7 @@ class Completions:
     table: pd.DataFrame
     settings: Mapping[str, Any] = field(default_factory=dict)
     prompt_tokens: tuple[tuple[int, ...], ...] | None = None
-    continuation: Callable[[str], "Completions"] | None = None
+    continuation: Callable[[Sequence[str]], "Completions"] | None = None
 
     def __post_init__(self) -> None:
         missing = [column for column in COLUMNS if column not in self.table.columns]
@@ -108,24 +108,28 @@ class Completions:
         known = None if self.prompt_tokens is None else tuple(self.prompt_tokens[place] for place in places)
         return Completions(self.table.iloc[list(places)].reset_index(drop=True), self.settings, known)
 
-    def continue_with(self, message: str) -> "Completions":
-        """Adds each completion and then this user message to its chat, and completes again under the same perturbation.
+    def continue_with(self, message: str | Sequence[str]) -> "Completions":
+        """Adds each completion and then a user message to its chat, and completes again under the same perturbation.
 
         Args:
-            message: what the user says next, the same in every chat.
+            message: what the user says next: the same in every chat, or a message for each row.
 
         Returns:
             The next answers: a row for each row here, in the same order.
 
         Raises:
-            ValueError: the prompts were not chats, or these completions were filtered or loaded, so they have no model.
+            ValueError: the prompts were not chats, these completions were filtered or loaded, so they have no model, or
+                there is not a message for each row.
         """
         if self.continuation is None:
             raise ValueError(
                 "only completions of chats, as generate returns them, can be continued: give prompts as messages, or "
                 "chat=True."
             )
-        return self.continuation(message)
+        messages = [message] * len(self) if isinstance(message, str) else list(message)
+        if len(messages) != len(self):
+            raise ValueError(f"{len(messages)} messages were given for {len(self)} chats: give one for each, or one.")
+        return self.continuation(messages)
 
     def distinct(self, n: int = 2) -> pd.DataFrame:
         """How varied the completions of each kind, vector and sign are.

@@ -153,9 +153,9 @@ def _complete(
     if chats is None:
         return Completions(table, settings, ids)
 
-    def continue_with(message: str) -> Completions:
+    def continue_with(messages: Sequence[str]) -> Completions:
         longer = []
-        for chat, row, new in zip(chats, rows, written, strict=True):
+        for chat, row, new, message in zip(chats, rows, written, messages, strict=True):
             answer = answered(chat, space_between(decoding.host, row, new.tokens), new.text)
             longer.append([*answer, {"role": "user", "content": message}])
         batch = tokenize(decoding.host, longer, n_new_tokens=decoding.max_new_tokens)

@@ -60,12 +60,12 @@ def complete(
     vectors: SteeringVectors | None,
     signs: Sequence[int] = (1, -1),
     scales: Sequence[float] = (1.0,),
-    turns: Sequence[str] = (),
+    turns: Sequence[Sequence[str]] = (),
 ) -> pd.DataFrame:
     """Returns the completions of prompts under multiples of each vector, or unsteered.
 
-    With `turns`, every chat goes on with these requests in the same way, and the table has the last answers. Their
-    `prompt_text` is the last request of the prompt, and `factor` the multiple.
+    With `turns`, the chat of each prompt goes on with its requests in the same way, and the table has the last answers.
+    Their `prompt_text` is the request that is answered, and `factor` the multiple.
     """
     written = generate(
         organism.model,
@@ -79,9 +79,10 @@ def complete(
         batch_size=96,
         progress=False,
     )
-    for message in turns:
-        written = written.continue_with(message)
     asked = [prompts[i][-1]["content"] for i in written.table.prompt]
+    for requests in zip(*turns, strict=True):
+        asked = [requests[i] for i in written.table.prompt]
+        written = written.continue_with(asked)
     return written.table.assign(prompt_text=asked, factor=lambda table: table.sign * table.scale)
 
 
@@ -114,12 +115,15 @@ class Search:
                 kept = kept[first[: max(1, round(KEPT * len(first)))]]
         return kept, found
 
-    def trial(self, direction: SteeringVectors, name: str, shows: Shows, turns: Sequence[str] = ()) -> Score:
+    def trial(self, direction: SteeringVectors, name: str, shows: Shows, n_turns: int = 1) -> Score:
         """Scores one vector on a set of prompts, beside the unsteered model and random vectors.
 
-        With `turns`, it is the last answers that count, of chats that each of them leads by itself.
+        With more turns, each of them leads the chats by itself, which go on with other requests of the set, so that no
+        two end with the same one; the last answers count.
         """
         prompts = self.prompts(name)
+        asked, step = [prompt[-1]["content"] for prompt in prompts], max(1, len(prompts) // n_turns)
+        turns = [[asked[(i + turn * step) % len(asked)] for turn in range(1, n_turns)] for i in range(len(asked))]
         tables = {
             "steered": complete(self.organism, prompts, direction, (1,), turns=turns),
             "unsteered": complete(self.organism, prompts, None, turns=turns),
@@ -196,8 +200,8 @@ def refusals(organism: Organism, seed: int, size: Size) -> dict[str, Score]:
     """Counts refused requests that are answered under a vector, also at turn 3, and harmless ones refused under minus.
 
     One vector must do all of it; the selection sets decide on it, on its sign and on the multiple for each effect. At
-    turn 3 the chat was led under the vector, with refused requests of the selection set, as the post's was; beside it
-    stands the harder case, a chat in which the model refused before.
+    turn 3 the chat was led under the vector, with refused requests only, as the post's was; beside it stands the harder
+    case, a chat in which the model refused before.
     """
     prompt = organism.prompts["clean"][seed]
     search = Search(organism, learn(organism, [prompt], seed, size.n_vectors), size, seed)
@@ -215,10 +219,9 @@ def refusals(organism: Organism, seed: int, size: Size) -> dict[str, Score]:
     direction = sign * vectors[vector]
     answering = max(SCALES, key=lambda scale: answers[vector, sign * scale]) * direction
     refusing = max(SCALES, key=lambda scale: refused[vector, -sign * scale]) * -direction
-    turns = [prompt[-1]["content"] for prompt in search.prompts("selection")[:2]]
     return {
         "answer": search.trial(answering, "test", topic_answers),
-        "turn 3": search.trial(answering, "test", topic_answers, turns),
+        "turn 3": search.trial(answering, "test", topic_answers, n_turns=3),
         "after a refusal": search.trial(answering, "turn 3", topic_answers),
         "minus": search.trial(refusing, "harmless test", topic_refuses),
     }

@@ -314,6 +314,16 @@ def test_only_chats_fresh_from_the_model_continue(model):
         chat.filter(kind="unsteered").continue_with("w2")
 
 
+def test_each_chat_may_go_on_with_a_message_of_its_own(model):
+    first = ml.generate(model, CHATS, vectors(), max_new_tokens=2, progress=False)
+    messages = [f"w{5 + i}" for i in range(len(first))]
+    second = first.continue_with(messages)
+    for i, text in enumerate(second.table.prompt_text):
+        assert text == f"<bos> {CHATS[first.table.prompt[i]][0]['content']} {first.table.text[i]} {messages[i]} w0"
+    with pytest.raises(ValueError, match=f"1 messages were given for {len(first)} chats: give one for each, or one"):
+        first.continue_with(messages[:1])
+
+
 def test_an_empty_stop_text_is_refused(model):
     with pytest.raises(ValueError, match="empty string"):
         ml.generate(model, "w1", None, max_new_tokens=2, stop=["w2", ""], progress=False)
