@@ -230,7 +230,8 @@ def searches() -> str:
         places = [
             "not found" if one["group"] is None else f"group {one['group']}, {one['steered']} times" for one in found
         ]
-        cells = [f"{row['prompt']}, {row['seed']}", str(row["n_steered"]), f"{row['readable']:.0%}"]
+        asked = f"“{row['prompt']}”" if isinstance(row["prompt"], str) else str(row["prompt"])
+        cells = [f"{asked}, {row['seed']}", str(row["n_steered"]), f"{row['readable']:.0%}"]
         cells += [f"{row['shares']['nothing']:.0%}", *places]
         cells.append(f"{sum(one['random'] for one in found)} of {row['n_random']}")
         lines.append(f"| {' | '.join(cells)} |")
