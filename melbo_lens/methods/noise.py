@@ -57,7 +57,7 @@ def noise_vectors(
     values = to_sphere(directions, directions.new_full((n_vectors,), float(radius)))
     with hooks.frozen(sliced.host):
         found = measured(vectors_on(sliced, batch_size), (values,), float(radius), "random; nothing was learned")
-    provenance = {"method": "noise_vectors", **describe(sliced), "radius": float(radius), "seed": seed, **found}
-    return SteeringVectors(
-        values, sliced.source_layer, provenance=provenance, site=sliced.site.name, objective=objective_at(sliced)
-    )
+    aim = objective_at(sliced)
+    settings = {**describe(sliced), "target_positions": aim.header()["target_positions"], "n_vectors": n_vectors}
+    provenance = {"method": "noise_vectors", **settings, "radius": float(radius), "seed": seed, **found}
+    return SteeringVectors(values, sliced.source_layer, provenance=provenance, site=sliced.site.name, objective=aim)

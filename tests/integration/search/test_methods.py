@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import melbo_lens as ml
+from melbo_lens.evaluation.rates import check_behaviors
 from melbo_lens.search import discovering, groups
 from melbo_lens.search.arms import Method, arms_of, check_methods, layer_pairs
 from melbo_lens.search.pace import Pace
@@ -163,24 +164,19 @@ def test_a_behaviour_that_fails_on_a_held_out_text_costs_nothing_that_was_found(
     assert len(found.table)
 
 
-@pytest.mark.parametrize(
-    ("behaviors", "kind", "said"),
-    [
-        ({"x": "(a"}, ValueError, r"behaviors\['x'\]='\(a' is no regular expression"),
-        ({"x": 3}, TypeError, "is of type int"),
-    ],
-)
-def test_what_is_no_behaviour_is_refused_at_once(build, monkeypatch, tmp_path, behaviors, kind, said):
+def test_what_is_no_behaviour_is_refused_at_once(build, monkeypatch, tmp_path):
     model = build("gpt2", "bridge")
     written = ml.generate(model, "w1 w2", max_new_tokens=2, progress=False)
     monkeypatch.setattr(model, "forward", None)
     for call in (
-        lambda: ml.discover(model, "w1 w2", 1.0, behaviors, progress=False),
-        lambda: ml.gather(tmp_path, behaviors),
-        lambda: ml.evaluate(written, behaviors),
+        lambda bad: ml.discover(model, "w1 w2", 1.0, bad, progress=False),
+        lambda bad: ml.gather(tmp_path, bad),
+        lambda bad: ml.evaluate(written, bad),
     ):
-        with pytest.raises(kind, match=said):
-            call()
+        with pytest.raises(ValueError, match=r"behaviors\['x'\]='\(a' is no regular expression"):
+            call({"x": "(a"})
+    with pytest.raises(TypeError, match=r"behaviors\['x'\] is of type int: give a regular expression, a function"):
+        check_behaviors.__wrapped__({"x": 3})
 
 
 def test_an_empty_plan_is_refused(build):
