@@ -13,11 +13,8 @@ from melbo_lens.memory import in_batches
 from melbo_lens.models import hooks
 from melbo_lens.models.access import Model, host_of
 from melbo_lens.models.host import Host
-from melbo_lens.models.reading import END, log_probs_after
+from melbo_lens.models.reading import END, log_probs_after, rows_at_once
 from melbo_lens.prompts import tokenize
-
-ROWS_AT_ONCE = 64
-JUDGED_BYTES = 2**29  # of the logits of these rows and of what becomes of them
 
 
 @public
@@ -67,8 +64,7 @@ def token_log_probs(model: Model, completions: Completions, with_end: bool = Fal
     with hooks.frozen(host), torch.no_grad():
         for prompt, continuations in same.items():
             texts = sorted(continuations, key=len)
-            of_row = 3 * 4 * len(texts[-1]) * host.cfg.d_vocab  # float32 logits, their copy and their logarithms
-            at_once = max(1, min(ROWS_AT_ONCE, JUDGED_BYTES // of_row))
+            at_once = rows_at_once(host, len(texts[-1]))
             for chunk, (known, trusted) in in_batches(texts, at_once, partial(log_probs, prompt)):
                 cached = trusted
                 for text, row in zip(chunk, known, strict=True):

@@ -134,7 +134,7 @@ def check_behaviors(behaviors: Mapping[str, Behavior]) -> None:
                     f"behaviors[{name!r}]={behavior!r} is no regular expression ({error}): re.escape(...) makes one of "
                     "a text."
                 ) from error
-        elif not (callable(behavior) or isinstance(behavior, Judge | KeptVerdicts)):
+        elif not (callable(behavior) or isinstance(behavior, Judge | KeptVerdicts | re.Pattern)):
             raise TypeError(
                 f"behaviors[{name!r}] is of type {type(behavior).__name__}: give a regular expression, a function of "
                 "the text, or a judge."

@@ -19,7 +19,7 @@ UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\u30fc\p{Thai}\p{Lao}\p{Khmer}\p{Mya
 RUN = regex.compile(rf"[{UNSPACED}]+")
 PIECE = regex.compile(rf"[{UNSPACED}]+|[^\s{UNSPACED}]+")  # between spaces, with its punctuation
 WORD = regex.compile(rf"[{UNSPACED}]+|(?:(?![{UNSPACED}])[\p{{L}}\p{{N}}_]\p{{M}}*)+")
-NUMBER_OF_A_LIST = regex.compile(r"^\s*\d+[.)]\s+(?=\S)", regex.MULTILINE)
+NUMBERED = regex.compile(r"^[^\S\n]*(\d{1,2})[.)](?!\S)", regex.MULTILINE)  # a line that may be one of a list
 BEGINNINGS = tuple("{[<`")  # of JSON, of a tag and of code
 CAPITALS = "\0capitals"
 JAPANESE = {"HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA"}  # which is written with Chinese characters, too
@@ -49,20 +49,18 @@ def cluster_by_words(completions: Completions, threshold: float = 0.3) -> pd.Dat
 
 
 def words(text: str) -> set[str]:
-    """The different words of a text, without punctuation and the numbers of a list.
-
-    They are in lower case, except for long ones in capitals.
-    """
-    found = _parts(WORD.findall(NUMBER_OF_A_LIST.sub("", text)))
-    return {word if word.isupper() and len(word) > SHORT else word.lower() for word in found}
+    """The different words of a text, without punctuation; in lower case, except for long ones in capitals."""
+    return {word if word.isupper() and len(word) > SHORT else word.lower() for word in _parts(WORD.findall(text))}
 
 
 def telling_words(text: str) -> set[str]:
     """Those words of a text that may say something: numbers, and words of more than a few letters, if there are any.
 
-    What is written without spaces is telling, too.
+    What is written without spaces is telling, too; the numbers of a list's lines are not.
     """
-    mine = words(text)
+    mine, numbers = words(text), NUMBERED.findall(text)
+    if len(numbers) > 1:
+        mine -= set(numbers)
     return {word for word in mine if len(word) > SHORT or any(map(str.isdigit, word)) or RUN.match(word)} or mine
 
 

@@ -98,6 +98,7 @@ def fit_jacobian(
         settings = settings_of("fit_jacobian", sliced, aim, run) | {
             "optimizer": "rayleigh-ritz",
             "n_vectors": n_vectors,
+            "tolerance": tolerance,
             "radius": R,
             "radius_rule": "auto" if radius == "auto" else "given",
         }

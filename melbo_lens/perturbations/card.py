@@ -12,6 +12,7 @@ MOST_ROWS = 64
 ELSEWHERE = {
     *("prompts", "prompt_tokens", "effects", "sinks", "status", "rows", "parts", "matched_to", "derived", "versions"),
     *("method", "model", "fingerprint"),
+    *("positive_prompts", "positive_prompt_tokens", "negative_prompts", "negative_prompt_tokens"),
 }
 
 
@@ -38,7 +39,7 @@ def card(value: Any, repo_id: str) -> str:
         _table(["setting", "value"], [[key, json.dumps(provenance[key])] for key in _settings(provenance)])
         or "None are recorded.",
         "## Learned from",
-        _prompts(_listed(provenance.get("prompts"))),
+        *_learned_from(provenance),
         "## Controls",
         _controls(value.word, provenance),
         "## Figures",
@@ -47,6 +48,16 @@ def card(value: Any, repo_id: str) -> str:
         "\n".join(f"- {line}" for line in _limits(value)),
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _learned_from(provenance: Mapping[str, Any]) -> list[str]:
+    """The prompts of a fit, or the two sets of a difference of means."""
+    sides = [side for side in ("positive", "negative") if f"{side}_prompts" in provenance]
+    if not sides:
+        return [_prompts(_listed(provenance.get("prompts")))]
+    return [
+        line for side in sides for line in (f"The {side} prompts:", _prompts(_listed(provenance[f"{side}_prompts"])))
+    ]
 
 
 def _usage(value: Any, repo_id: str) -> str:

@@ -34,8 +34,10 @@ def snippet(findings: Findings) -> str:
     known = findings.vectors.provenance
     if "derived" in known and not findings.search:
         return ""
-    first = known.get("parts", [known])[0]
-    sets = [name for name in SETS if name in first]
+    parts = known.get("parts", [known])
+    # a part of a search may be a difference of means, which was learned from other prompts than the search's
+    first = next((part for part in parts if "prompts" in part), parts[0])
+    sets = ["prompts"] if findings.search else [name for name in SETS if name in first]
     head = ["import torch", "", "import melbo_lens as ml", "", *_model(first)]
     head += [line for name in sets or ["prompts"] for line in _prompts(first, name)]
     if findings.search:
@@ -44,11 +46,14 @@ def snippet(findings: Findings) -> str:
     if method is None or "parts" in known or known.get("init") is not None:
         return ""
     wanted = inspect.signature(method).parameters
+    if known.get("target_layer") is None and "target_layer" in wanted and "target_hook" not in wanted:
+        return ""  # its slice was read at a hook, which it takes from a slice only
     left_out = LEFT_OUT | ({"target_hook"} if known.get("target_layer") is not None else {"target_layer"})
     given = {name: known.get(KEPT_AS.get(name, name)) for name in wanted if name not in left_out}
     lines = [f"    {name}={_literal(name, value)}," for name, value in given.items() if value is not None]
     asked = [f"    {name}," for name in ["model", *sets]]
-    return "\n".join([*head, f"vectors = ml.{method.__name__}(", *asked, *lines, ")"])
+    some = [f"vectors = vectors[{known['rows']!r}]"] if "rows" in known else []
+    return "\n".join([*head, f"vectors = ml.{method.__name__}(", *asked, *lines, ")", *some])
 
 
 def _model(known: Mapping[str, Any]) -> list[str]:

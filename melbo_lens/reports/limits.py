@@ -22,7 +22,7 @@ def limits(findings: Findings, written: Written) -> Iterator[str]:
         + (
             "; the rates on held-out prompts are not."
             if heldout
-            else ", and no held-out prompts were given (discover takes them as heldout)."
+            else ", and none was measured on held-out prompts (give discover some as heldout, and time for them)."
         )
     )
     n = int((written.rows.kind == "random").sum())

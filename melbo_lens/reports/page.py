@@ -40,7 +40,10 @@ from melbo_lens.search.cards import (
 from melbo_lens.search.written import Written
 from melbo_lens.tables import seen
 
-HIDDEN_SETTINGS = ("prompt_tokens", "parts", "prompts", "rows", "matched_to", "effects")
+HIDDEN_SETTINGS = (
+    *("prompts", "prompt_tokens", "positive_prompts", "positive_prompt_tokens"),
+    *("negative_prompts", "negative_prompt_tokens", "parts", "rows", "matched_to", "effects"),
+)
 FIRST_CARDS, MOST_CARDS, MOST_TRIALS, MOST_NOISE = 12, 40, 1000, 20  # the cards after the first ones are folded
 SECTIONS = (
     "Findings Map Controls Radii Layers Similarity Tokens Trials Vectors Completions Prompts Settings Limits".split()

@@ -189,8 +189,14 @@ def _score(
         index = done.task.number
         try:
             found.table.loc[index, "heldout_rate"] = heldout_rate(done.value(), rows[index], behaviors, ordinary)
-        except (FloatingPointError, ValueError, RuntimeError) as error:  # what the search found is not to be lost
+        except (FloatingPointError, ValueError, RuntimeError, MemoryError) as error:  # what was found is not to be lost
             warnings.warn(f"group {index} has no rate on held-out prompts: {error}", stacklevel=4)
-            if isinstance(error, RuntimeError):
+            if isinstance(error, RuntimeError | MemoryError):
                 return  # memory has run out, or a device has failed
         longest = max(longest, search.clock.passed - began[index])
+    if rows and found.table.heldout_rate.isna().all():
+        warnings.warn(
+            f"no time was left to score a group on {len(prompts)} held-out prompts: give fewer of them, or a larger "
+            "budget.",
+            stacklevel=4,
+        )

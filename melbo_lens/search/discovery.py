@@ -253,14 +253,17 @@ class Discovery:
             By the row of a group: in how many of how many completions it was seen.
         """
         steered = twin.rows[twin.rows.kind == "steered"]
-        changed = steered[steered.change != "same"]
+        changed, by_name = steered[steered.change != "same"], dict[str, int]()
+        for name, behavior in behaviors.items():
+            shown = shows(changed.text, behavior)
+            by_name[name], changed = int(shown.sum()), changed[~shown]
         counts = changed.text[changed.change != "noise"].value_counts()
         by_words = alike(self.table.example.tolist(), counts.index.tolist(), self.ordinary)
         seen = (by_words.double() @ torch.tensor(counts.to_numpy(), dtype=torch.float64, device="cpu")).tolist()
-        for number, name in enumerate(self.table.behavior):
-            if name:
-                seen[number] = int(shows(changed.text, behaviors[name]).sum())
-        return {number: (int(n), len(steered)) for number, n in enumerate(seen)}
+        return {
+            number: (by_name[name] if name else int(seen[number]), len(steered))
+            for number, name in enumerate(self.table.behavior)
+        }
 
     def _repr_html_(self) -> str:
         written = self.written

@@ -11,7 +11,7 @@ import melbo_lens as ml
 from melbo_lens.evaluation import coherence as of_tokens
 from melbo_lens.evaluation.coherence import token_log_probs
 from melbo_lens.evaluation.departures import departures, new_words
-from melbo_lens.evaluation.words import forms, ordinary_in, weights, word_counts, words
+from melbo_lens.evaluation.words import forms, ordinary_in, telling_words, weights, word_counts, words
 from melbo_lens.models import hooks, reading
 from melbo_lens.models.access import host_of
 from tests import models
@@ -81,18 +81,20 @@ def test_the_proof_of_a_cache_reads_the_longest_text(model, monkeypatch):
         torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-4)
 
 
-def test_few_rows_are_read_at_once_where_their_logits_are_large(model, monkeypatch):
-    completions, seen = written(model), []
-    expected = token_log_probs(model, completions)
-    monkeypatch.setattr(of_tokens, "JUDGED_BYTES", 12 * 50 * 6 * 2)  # two rows of six tokens
-    in_batches = of_tokens.in_batches
+@pytest.mark.parametrize("cached", [True, False])
+def test_few_rows_are_read_at_once_where_their_logits_are_large(model, monkeypatch, cached):
+    completions, kind, seen = written(model), type(host_of(model)), []
+    expected, forward, logits = token_log_probs(model, completions), kind.forward, kind.cached_logits
+    if not cached:
+        monkeypatch.setattr(kind, "drop_rows", lambda self, cache, rows: False)
+    monkeypatch.setattr(reading, "READING_BYTES", 12 * 50 * 24)  # 24 tokens
+    monkeypatch.setattr(kind, "forward", lambda self, ids: seen.append(ids.numel()) or forward(self, ids))
     monkeypatch.setattr(
-        of_tokens, "in_batches", lambda rows, size, some: seen.append(size) or in_batches(rows, size, some)
+        kind, "cached_logits", lambda self, ids, *more: seen.append(ids.numel()) or logits(self, ids, *more)
     )
     for row, other in zip(token_log_probs(model, completions), expected, strict=True):
         torch.testing.assert_close(row, other, atol=1e-4, rtol=1e-4)
-    longest = completions.table.tokens.map(len).groupby(completions.table.prompt).max()
-    assert seen == [12 // n for n in longest]
+    assert max(seen) <= 24 and len(seen) > 4
 
 
 def test_a_prompt_runs_once_and_equal_completions_are_read_once(model, monkeypatch):
@@ -184,7 +186,8 @@ def test_a_change_of_wording_is_told_from_one_of_content(model, unsteered, text,
 def test_words_are_compared_without_case_and_punctuation():
     assert words("It's Lisbon, lisbon! IT is\n") == {"it", "s", "lisbon", "is"}
     assert words("LISBON") == {"LISBON"} != words("Lisbon")  # whoever shouts says something else
-    assert words("1. Apples\n2) 3 pears") == {"apples", "3", "pears"} and words("4.") == {"4"}
+    assert telling_words("1. Apples\n2) 3 pears") == {"apples", "3", "pears"}  # no numbers of a list's lines
+    assert telling_words("57. That is it.") == {"57", "that"} and telling_words("4.") == {"4"}
     assert words("Zu\u0308rich ❤\ufe0f") == {"zu\u0308rich"} and words("घृणा है") == {"घृणा", "है"}  # with their marks
 
 
@@ -226,6 +229,7 @@ def test_another_form_is_worth_as_much_as_all_words():
 def test_signs_of_ordinary_answers_count_less_and_their_forms_are_not_those_of_a_template():
     prompt = "<|im_start|>user\nName three capitals.<|im_end|>"
     ordinary = ordinary_in({"- apple\n- melon"}, {prompt})
+    assert weights(["1."], ordinary_in({"1. apple\n2. melon"}, {"Name two."})).tolist() == pytest.approx([0.3])
     assert weights(["-", "*", "- "], ordinary).tolist() == pytest.approx([0.3, 1.0, 1.0])
     assert {form for form in ordinary if form.startswith("\0")} == {"\0LATIN"}
     assert float(torch.cosine_similarity(*word_counts(["<b> x", "<i> y"], ordinary), dim=0)) > 0.5

@@ -242,7 +242,7 @@ def test_processing_that_changes_the_hidden_activation_is_refused(build, directo
         getattr(mlp, "in").original_component.weight.mul_(2)
         mlp.out.original_component.weight.div_(2)
     network = AutoModelForCausalLM.from_pretrained(directories("llama"))
-    with pytest.raises(ValueError, match="hidden activation is another one"):
+    with pytest.raises(ValueError, match="what enters them is another activation"):
         ml.export(fitted_on(model)[0], "peft", tmp_path / "out", model=model, hf_model=network)
 
 

@@ -203,6 +203,8 @@ def test_a_twin_of_a_search_is_counted_on_the_cards(tmp_path):
     for number, (k, _) in counts.items():
         assert k >= int((texts == found.table.example[number]).sum())
     assert sum(k for k, _ in counts.values()) > 0
+    named = found.twins(other, {"all": ".*"})  # what has a name is in no group that has none
+    assert not any(k for k, _ in named.values())
     alike = replace(other, rows=other.rows.assign(change="same"))  # what no vector changed is of no group
     assert not any(k for k, _ in found.twins(alike, {}).values())
     page = ml.report(ml.Findings.of_trials(found, twin=other), path=tmp_path / "page.html").read_text()

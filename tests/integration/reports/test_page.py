@@ -199,7 +199,7 @@ def test_it_says_what_it_cannot_say_and_how_to_do_it_again(tmp_path):
     with pytest.raises(ValueError, match=r"'modes-twin' have the fingerprint .*, not .*Load it as it was then"):
         exec(snippet.replace("'modes'", "'modes-twin'"), {})
     limits = text[text.index('id="limits"') :]
-    assert "no twin was measured" in limits and "no held-out prompts were given" in limits
+    assert "no twin was measured" in limits and "none was measured on held-out prompts" in limits
     assert "What comes after 4 new tokens" in limits and "With 6 completions under random vectors" in limits
 
 
@@ -218,7 +218,8 @@ FITS = {
     "factors": lambda m, p: ml.fit_cpe(m, p, source_layers=[0, 1], target_layer=4, n_factors=2, n_steps=1, **SETTINGS),
     "exponential": lambda m, p: ml.fit_dct(m, p, 0, 4, n_factors=2, radius=5.0, n_steps=2, **SETTINGS),
     "linear": lambda m, p: ml.fit_dct(m, p, 0, 4, n_factors=2, radius=5.0, kind="linear", **SETTINGS),
-    "jacobian": lambda m, p: ml.fit_jacobian(m, p, 0, 4, n_vectors=2, radius=5.0, **SETTINGS),
+    "jacobian": lambda m, p: ml.fit_jacobian(m, p, 0, 4, n_vectors=2, radius=5.0, tolerance=0.3, **SETTINGS),
+    "some rows": lambda m, p: ml.noise_vectors(m, p, 0, 4, n_vectors=3, radius=5.0, seed=5)[[2, 0]],
     "noise": lambda m, p: ml.noise_vectors(m, p, 0, 4, n_vectors=2, radius=5.0, seed=5),
     "contrastive": lambda m, p: ml.fit_contrastive(m, p, [f"{p} {p}"], 1, radius=3.0, positions=slice(-2, None)),
 }
@@ -248,6 +249,16 @@ def test_what_a_page_says_repeats_a_search(tmp_path):
     exec(snippet(ml.Findings.of_trials(found)), scope)
     assert scope["found"].rows.text.equals(found.rows.text)
     torch.testing.assert_close(scope["found"].vectors[0].values, found.vectors[0].values)
+
+
+def test_a_search_with_differences_of_means_asks_its_own_prompts(tmp_path):
+    organism = ml.organisms.load("modes")
+    prompt, other = organism.prompts["clean"][:2]
+    plan = [ml.ContrastiveTrial(0, 4, 10.0, (prompt,), (other,), 0), ml.Trial(0, 4, 10.0, 2, False, 0, 2)]
+    said = snippet(
+        ml.Findings.of_trials(ml.discover(organism.model, prompt, plan=plan, max_new_tokens=2, progress=False))
+    )
+    assert "\nprompts = " in said and "positive_prompts =" not in said and "ml.discover(model, prompts," in said
 
 
 def test_measures_that_a_page_does_not_know_are_refused(tmp_path):

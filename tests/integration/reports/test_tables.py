@@ -127,7 +127,7 @@ def test_limits_are_those_of_what_was_measured():
     said = " ".join(limits(findings, found))
     # Wilson's bound of 0 of 4 is z^2 / (n + z^2), z = 1.96
     assert "With 4 completions under random vectors, a share of up to 49.0 % can go unseen" in said
-    assert "no twin was measured" in said and "no held-out prompts were given" in said
+    assert "no twin was measured" in said and "none was measured on held-out prompts" in said
     assert "it wrote 2 completions" in said and "of more than 3 nats a token" in said
     assert "What comes after" not in said and "no behaviours were named" not in said
     tested = replace(found, groups=found.groups.assign(heldout_rate=0.5))

@@ -1,5 +1,6 @@
 """Do all methods take part in a search, each under its name, with what it found?"""
 
+import re
 from dataclasses import replace
 from typing import get_args
 
@@ -8,7 +9,7 @@ import torch
 
 import melbo_lens as ml
 from melbo_lens.evaluation.rates import check_behaviors
-from melbo_lens.search import discovering, groups
+from melbo_lens.search import groups
 from melbo_lens.search.arms import Method, arms_of, check_methods, layer_pairs
 from melbo_lens.search.pace import Pace
 
@@ -148,20 +149,31 @@ def test_prompts_that_leave_no_room_for_a_completion_are_refused_before_anything
         ml.discover(model, max_new_tokens=4, progress=False, **asked)
 
 
-def only_short(text):
-    if "w" in text:
-        raise RuntimeError("no judge answers")
-    return True
-
-
 def test_a_behaviour_that_fails_on_a_held_out_text_costs_nothing_that_was_found(build, monkeypatch):
     model, settings = build("gpt2", "bridge"), {"max_new_tokens": 2, "progress": False}
-    plan = [ml.Trial(0, 2, 9.0, 4, False, 0, 2)]
-    monkeypatch.setattr(groups, "heldout_rate", None)
-    monkeypatch.setattr(discovering, "heldout_rate", lambda texts, *more: only_short("w"))
-    with pytest.warns(UserWarning, match="has no rate on held-out prompts: no judge answers"):
-        found = ml.discover(model, "w1 w2", plan=plan, heldout="w3", **settings)
+    plan, seen = [ml.Trial(0, 2, 9.0, 4, False, 0, 2)], set()
+    ml.discover(model, "w1 w2", plan=plan, behaviors={"any": lambda text: not seen.add(text)}, **settings)
+
+    def knows_only_what_it_saw(text):
+        if text not in seen:
+            raise RuntimeError("no judge answers")
+        return True
+
+    monkeypatch.setattr(groups.HeldoutTask, "run", lambda self, bench: ["something else"])
+    with pytest.warns(UserWarning, match="has no rate on held-out prompts: the behavior raised .*no judge answers"):
+        found = ml.discover(
+            model, "w1 w2", plan=plan, heldout="w3", behaviors={"any": knows_only_what_it_saw}, **settings
+        )
     assert len(found.table)
+
+
+def test_held_out_prompts_for_which_no_time_is_left_are_said(build):
+    with pytest.warns(UserWarning, match="no time was left to score a group on 2 held-out prompts: give fewer"):
+        found = ml.discover(
+            build("gpt2", "bridge"), "w1 w2", 1e-6, heldout=["w3", "w4"], max_new_tokens=2, behaviors={"any": "w"},
+            progress=False,
+        )  # fmt: skip
+    assert len(found.table) and found.table.heldout_rate.isna().all()
 
 
 def test_what_is_no_behaviour_is_refused_at_once(build, monkeypatch, tmp_path):
@@ -175,6 +187,7 @@ def test_what_is_no_behaviour_is_refused_at_once(build, monkeypatch, tmp_path):
     ):
         with pytest.raises(ValueError, match=r"behaviors\['x'\]='\(a' is no regular expression"):
             call({"x": "(a"})
+    check_behaviors.__wrapped__({"x": re.compile("a", re.IGNORECASE)})
     with pytest.raises(TypeError, match=r"behaviors\['x'\] is of type int: give a regular expression, a function"):
         check_behaviors.__wrapped__({"x": 3})
 
