@@ -71,8 +71,9 @@ def test_the_vectors_on_the_page_write_what_it_shows(organism, folder):
         len(organism.model.to_tokens(text)[0]) for text in table.prompt_text
     ]
     # the example of a group is what its vector writes, in the direction that the page calls +
-    first = steered[(steered.vector == 0) & (steered.sign == 1)]
-    assert found.table.example.iloc[0] in set(first.text)
+    first, (trial, vector, sign) = steered[(steered.vector == 0) & (steered.sign == 1)], found.numbers()[0]
+    of_vector = found.table[(found.table.trial == trial) & (found.table.vector == vector) & (found.table.sign == sign)]
+    assert of_vector.example.iloc[0] in set(first.text)
 
 
 def test_the_command_writes_the_page_and_a_saved_one_is_the_same(organism, folder, tmp_path):
