@@ -1,5 +1,7 @@
 """Does steering do what it says: the same text as one-by-one generation, rows that never mix, and no trace left?"""
 
+from types import SimpleNamespace
+
 import pandas as pd
 import pytest
 import torch
@@ -358,3 +360,10 @@ def test_rows_that_are_finished_stop_costing(directories, monkeypatch):
     assert sum(sizes[: len(PROMPTS)]) == len(free) and sizes[-1] <= unfinished / 0.9
     for whole, cut in zip(free.tokens, ended.tokens, strict=True):
         assert cut == whole[: whole.index(often) if often in whole else len(whole)]
+
+
+def test_an_end_token_beyond_the_vocabulary_is_none(model):
+    host = host_of(model)
+    tokenizer = SimpleNamespace(eos_token_id=[2, host.cfg.d_vocab], chat_template=None)
+    seen = SimpleNamespace(tokenizer=tokenizer, networks=[None], cfg=host.cfg)
+    assert hooks.end_tokens(seen) == {2}
