@@ -1,7 +1,5 @@
 """Does steering do what it says: the same text as one-by-one generation, rows that never mix, and no trace left?"""
 
-from types import SimpleNamespace
-
 import pandas as pd
 import pytest
 import torch
@@ -362,8 +360,7 @@ def test_rows_that_are_finished_stop_costing(directories, monkeypatch):
         assert cut == whole[: whole.index(often) if often in whole else len(whole)]
 
 
-def test_an_end_token_beyond_the_vocabulary_is_none(model):
-    host = host_of(model)
-    tokenizer = SimpleNamespace(eos_token_id=[2, host.cfg.d_vocab], chat_template=None)
-    seen = SimpleNamespace(tokenizer=tokenizer, networks=[None], cfg=host.cfg)
-    assert hooks.end_tokens(seen) == {2}
+def test_an_end_token_beyond_the_vocabulary_is_none(model, monkeypatch):
+    d_vocab = host_of(model).cfg.d_vocab
+    monkeypatch.setattr(type(model.tokenizer), "eos_token_id", [2, d_vocab - 1, d_vocab], raising=False)
+    assert hooks.end_tokens(host_of(model)) == {2, d_vocab - 1}
