@@ -1,6 +1,7 @@
 """Do the post's four results hold on the organisms, at reduced size?  `melbo-lens reproduce` is the whole run."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -113,11 +114,12 @@ def test_a_chat_that_goes_on_is_led_under_its_vector():
     prompts = [experiments.as_chat(prompt) for prompt in organism.prompts["test"][:2]]
     values = torch.randn(1, organism.model.cfg.d_model, generator=torch.Generator().manual_seed(4))
     vector = ml.SteeringVectors.from_tensor(20 * torch.nn.functional.normalize(values), 0)
-    turns = [experiments.as_chat(prompt)[-1]["content"] for prompt in organism.prompts["harmless selection"][:2]]
+    requests = [experiments.as_chat(prompt)[-1]["content"] for prompt in organism.prompts["harmless selection"][:4]]
+    turns = [requests[:2], requests[2:]]  # of either chat
     found = real_experiments.complete(organism, prompts, vector, (1,), turns=turns)
-    for chat, last in zip(prompts, found.text, strict=True):
+    for chat, mine, last in zip(prompts, turns, found.text, strict=True):
         chat, answers = list(chat), []
-        for message in (*turns, None):
+        for message in (*mine, None):
             rows = ml.generate(
                 organism.model, [chat], vector, 16, signs=(1,), include_random=False, progress=False
             ).table
@@ -125,7 +127,24 @@ def test_a_chat_that_goes_on_is_led_under_its_vector():
             chat += [{"role": "assistant", "content": answers[-1]}, {"role": "user", "content": message}]
         assert answers[-1] == last
     unsteered = real_experiments.complete(organism, prompts, None, turns=turns)
-    assert unsteered.text.tolist() != found.text.tolist() and found.prompt_text[0] == prompts[0][-1]["content"]
+    assert unsteered.text.tolist() != found.text.tolist()
+    assert found.prompt_text.tolist() == [requests[1], requests[3]]  # what is answered at last
+
+
+def test_chats_of_several_turns_end_with_requests_of_their_own(monkeypatch):
+    asked = [f"request {i}" for i in range(6)]
+    seen, prompts = [], [[{"role": "user", "content": one}] for one in asked]
+    search = SimpleNamespace(prompts=lambda name: prompts, organism=None, size=Size(controls=False))
+    trial = real_experiments.Search.trial.__wrapped__  # without the types that tests check
+    monkeypatch.setattr(real_experiments, "complete", lambda *given, turns=(): seen.append(turns))
+    monkeypatch.setattr(real_experiments, "score", lambda tables, shows: None)
+    trial(search, None, "test", None, n_turns=3)
+    trial(search, None, "test", None)
+    (steered, unsteered, *alone) = seen
+    assert steered == unsteered and sorted(last for _, last in steered) == asked
+    assert (
+        all(len({first, *later}) == 3 for first, later in zip(asked, steered, strict=True)) and alone == [[[]] * 6] * 2
+    )
 
 
 def test_a_control_that_there_is_not_is_an_empty_cell():
