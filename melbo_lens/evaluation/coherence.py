@@ -13,7 +13,7 @@ from melbo_lens.memory import in_batches
 from melbo_lens.models import hooks
 from melbo_lens.models.access import Model, host_of
 from melbo_lens.models.host import Host
-from melbo_lens.models.reading import END, log_probs_after, rows_at_once
+from melbo_lens.models.reading import END, log_probs_after, read_at_once
 from melbo_lens.prompts import tokenize
 
 
@@ -64,7 +64,7 @@ def token_log_probs(model: Model, completions: Completions, with_end: bool = Fal
     with hooks.frozen(host), torch.no_grad():
         for prompt, continuations in same.items():
             texts = sorted(continuations, key=len)
-            at_once = rows_at_once(host, len(texts[-1]))
+            at_once = read_at_once(host, len(texts[-1]))
             for chunk, (known, trusted) in in_batches(texts, at_once, partial(log_probs, prompt)):
                 cached = trusted
                 for text, row in zip(chunk, known, strict=True):

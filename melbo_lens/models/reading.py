@@ -15,7 +15,7 @@ READ_AT_ONCE, READING_BYTES = 64, 2**30
 END = -1  # in a row of ids, whichever token ends a text
 
 
-def rows_at_once(host: Host, n_tokens: int) -> int:
+def read_at_once(host: Host, n_tokens: int) -> int:
     """How many rows of so many tokens are read together: 64, or as many as have 1 GiB of logits and logarithms."""
     of_row = 3 * 4 * n_tokens * host.cfg.d_vocab  # the logits, their copy in float32 and their logarithms
     return max(1, min(READ_AT_ONCE, READING_BYTES // of_row))
@@ -76,7 +76,7 @@ def _after_cached(host: Host, prompt: Sequence[int], rows: Sequence[Sequence[int
 def _alone(host: Host, rows: Sequence[Sequence[int]], length: int) -> list[Tensor]:
     """The log-probabilities of what stands after the first `length` tokens of each row, in one pass without a cache."""
     width = max(map(len, rows))
-    at_once = rows_at_once(host, width)
+    at_once = read_at_once(host, width)
     if len(rows) > at_once:
         parts = [rows[first : first + at_once] for first in range(0, len(rows), at_once)]
         return [found for some in parts for found in _alone(host, some, length)]

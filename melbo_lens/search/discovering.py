@@ -178,9 +178,9 @@ def _score(
 
     def tasks() -> Iterator[HeldoutTask]:
         for index, row in rows.items():
-            began[index] = search.clock.passed
-            if began[index] + MARGIN * longest > ends:
+            if search.clock.passed + MARGIN * longest > ends:
                 return
+            began[index] = search.clock.passed
             job, learned = search.outcomes[row.trial].job, found.vectors[row.trial][row.vector]
             yield HeldoutTask(index, job, int(row.vector), int(row.sign), learned, prompts, search.seed)
 
@@ -194,7 +194,7 @@ def _score(
             if isinstance(error, RuntimeError | MemoryError):
                 return  # memory has run out, or a device has failed
         longest = max(longest, search.clock.passed - began[index])
-    if rows and found.table.heldout_rate.isna().all():
+    if rows and not began:
         warnings.warn(
             f"no time was left to score a group on {len(prompts)} held-out prompts: give fewer of them, or a larger "
             "budget.",
