@@ -20,7 +20,7 @@ from melbo_lens.search.arms import Method, arms_of, check_methods
 from melbo_lens.search.discovery import Discovery
 from melbo_lens.search.groups import HeldoutTask, heldout_rate
 from melbo_lens.search.pace import MARGIN
-from melbo_lens.search.searching import Search, as_planned, in_rounds
+from melbo_lens.search.searching import Search, as_planned, in_rounds, until_interrupted
 from melbo_lens.sweeps.engines import Engine, Folder, Where, engine_for
 from melbo_lens.sweeps.jobs import Loadable
 from melbo_lens.sweeps.tasks import Bench
@@ -80,15 +80,18 @@ def discover(
         progress: whether to show a progress bar with the seconds.
 
     Returns:
-        The ranked groups with their vectors, what became of all directions, and the plan that was completed.
+        The ranked groups with their vectors, what became of all directions, and the plan that was completed. Where the
+        call is interrupted (Ctrl-C, or a notebook's stop), these are of the trials that were over.
 
     Raises:
         ValueError: the budget is not a positive number of seconds, the model has no edge, the directory holds results
             of another model, or another argument breaks a rule.
         FloatingPointError, ValueError, RuntimeError: no trial could be completed; it is the error of the last one.
+        KeyboardInterrupt: it was interrupted before a trial was over, or with a directory, where the same call goes on
+            and `gather` has what is there.
 
     Warns:
-        UserWarning: a prompt is plain text although the model's tokenizer has a template for chats. Or a trial was left
+        UserWarning: the search was interrupted. Or a prompt is plain text although the model's tokenizer has a template for chats. Or a trial was left
             out, since activations or logits were NaN or infinite, or since its method doesn't suit the model; with a
             directory, for whatever reason. Or a group could not be scored on held-out prompts.
     """
@@ -110,23 +113,26 @@ def discover(
         ) as bar:
             if progress:
                 bar.write(f"memory that it takes: {memory}", file=sys.stderr)
-            if plan is None:
-                held = SHARE_FOR_HELDOUT if heldout is not None else 0.0
-                search.clock.seconds = budget * (1 - held - SHARE_FOR_GROUPS)
-                in_rounds(search, methods, SHARE_FOR_EDGE * budget, bar)
-            else:
-                as_planned(search, plan, bar)
+            with until_interrupted(search):
+                if plan is None:
+                    held = SHARE_FOR_HELDOUT if heldout is not None else 0.0
+                    search.clock.seconds = budget * (1 - held - SHARE_FOR_GROUPS)
+                    in_rounds(search, methods, SHARE_FOR_EDGE * budget, bar)
+                else:
+                    as_planned(search, plan, bar)
             found = Discovery.of(search.outcomes, behaviors, search.edge)
-            if held_out is not None:
+            if held_out is not None and not search.interrupted:
                 bar.set_postfix_str("held-out prompts")
                 ends = budget if plan is None else float("inf")
-                _score(found, search, held_out, behaviors or {}, ends)
-            if plan is None:
+                with until_interrupted(search):
+                    _score(found, search, held_out, behaviors or {}, ends)
+            if plan is None and not search.interrupted:
                 bar.update(bar.total - bar.n)  # the rest of the budget is too short for anything more
     settings = {
         "budget": budget,
         "seed": seed,
         "seconds": round(search.clock.passed, 1),
+        "interrupted": search.interrupted,
         "max_new_tokens": max_new_tokens,
         "target_positions": where,
         "memory": memory,

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -35,6 +36,7 @@ class Search:
         edge: the edge of readability, if it was looked for.
         trials: by number, every trial that succeeded, with its outcome and the second at which it ended.
         failure: why the last trial failed that did.
+        interrupted: whether the user ended it.
     """
 
     workers: Engine
@@ -46,6 +48,7 @@ class Search:
     edge: Calibration | None = None
     trials: dict[int, tuple[Outcome, float]] = field(default_factory=dict)
     failure: Exception | None = None
+    interrupted: bool = False
 
     def __post_init__(self) -> None:
         self.clock = Pace(float("inf"), len(self.prompts))
@@ -89,12 +92,35 @@ class Search:
         if outcome is not None and outcome.failure is not None:
             error = _error(outcome.failure)
         if error is not None:  # of a single trial: what others found is not to be lost
-            warnings.warn(f"{done.task.job.trial} is left out: {error}", stacklevel=4)
+            warnings.warn(f"{done.task.job.trial} is left out: {error}", stacklevel=5)
             self.failure = error
             return None
         assert outcome is not None  # else there is an error
         self.trials[done.task.number] = (outcome, self.clock.passed if seconds is None else seconds)
         return outcome
+
+
+@contextmanager
+def until_interrupted(search: Search) -> Iterator[None]:
+    """Ends a search that is in memory alone where the user interrupts it, so that what it found is not lost.
+
+    Raises:
+        KeyboardInterrupt: no trial was over, or a folder keeps them all.
+
+    Warns:
+        UserWarning: the search was interrupted.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        if search.workers.folder is not None or not search.trials:
+            raise
+        search.interrupted = True
+        warnings.warn(
+            f"interrupted after {search.clock.passed:.0f} seconds: this is what was found in the trials that were "
+            f"over ({len(search.trials)}).",
+            stacklevel=5,
+        )
 
 
 class State:

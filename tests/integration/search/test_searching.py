@@ -105,6 +105,42 @@ def test_a_search_that_was_stopped_ends_as_one_that_was_not(organism, clock, tmp
     assert clock.ran == list(plain.plan) and len(clock.ran) == n
 
 
+def test_a_search_in_memory_that_is_interrupted_returns_the_trials_that_were_over(organism, clock):
+    heldout = organism.prompts["selection"][:2]
+    plain = search(organism, heldout=heldout)
+    clock.now, clock.ran, clock.stop_at = 0.0, [], 5
+    with pytest.warns(UserWarning, match=r"interrupted after \d+ seconds: .* trials that were over \(5\)"):
+        found = search(organism, heldout=heldout)
+    assert found.plan == plain.plan[:5] and found.settings["interrupted"] and not plain.settings["interrupted"]
+    assert found.table.heldout_rate.isna().all()  # whoever stops a search doesn't wait for more
+    pd.testing.assert_frame_equal(
+        found.rows[["trial", "vector", "text"]], plain.rows[plain.rows.trial < 5][["trial", "vector", "text"]]
+    )
+
+
+def test_a_plan_that_is_interrupted_returns_the_trials_that_were_over(organism, clock):
+    plan = [ml.Trial(0, 4, 4.0 + i, 4, False, i, 2) for i in range(3)]
+    clock.stop_at = 2
+    with pytest.warns(UserWarning, match="interrupted"):
+        assert search(organism, plan=plan).plan == tuple(plan[:2])
+
+
+def test_held_out_prompts_that_are_interrupted_cost_no_group(organism, clock, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(discovering, "heldout_rate", interrupted)
+    with pytest.warns(UserWarning, match="interrupted"):
+        found = search(organism, heldout=organism.prompts["selection"][:2])
+    assert len(found.table) and found.settings["interrupted"] and found.table.heldout_rate.isna().all()
+
+
+def test_an_interrupt_before_the_first_trial_is_over_is_raised(organism, clock):
+    clock.stop_at = 0
+    with pytest.raises(KeyboardInterrupt):
+        search(organism)
+
+
 def test_the_seconds_before_the_stop_count(organism, clock, tmp_path):
     clock.stop_at = 6
     with pytest.raises(KeyboardInterrupt):
