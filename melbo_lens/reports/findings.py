@@ -1,10 +1,8 @@
 """What did one run find?  `Findings` holds the perturbations, the completions under them, and every measure of them.
 
-It is saved as one folder. The JSON and safetensors files in it are read again; the CSV files are for people.
+`saved` keeps it in one folder.
 """
 
-import csv
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,15 +12,13 @@ from typing import Any
 import pandas as pd
 from torch import Tensor
 
-from melbo_lens import files
-from melbo_lens.arguments import as_list, plain_json, public
+from melbo_lens.arguments import as_list, public
 from melbo_lens.evaluation.departures import departures
-from melbo_lens.evaluation.rates import Behavior, verdicts
+from melbo_lens.evaluation.rates import Behavior
 from melbo_lens.generation.completions import Completions
 from melbo_lens.measures.changes import ActivationChanges, TargetEffects
 from melbo_lens.measures.radius import Calibration
 from melbo_lens.models.access import Model, host_of
-from melbo_lens.perturbations.loading import load
 from melbo_lens.perturbations.perturbation import Perturbation
 from melbo_lens.plots import TokenView
 from melbo_lens.prompts import Prompts
@@ -35,10 +31,7 @@ from melbo_lens.sweeps.engines import PLANS, Folder
 from melbo_lens.sweeps.sweep import merge
 from melbo_lens.sweeps.trials import trial_as
 
-MEASURES = {"changes": ActivationChanges, "effects": TargetEffects}
 TITLE = "What the vectors elicit"
-WRITTEN = "written.json"
-JUDGED = {"change": str, "new_words": float, "surprise": float, "natural": float}
 MOST_LOOKS = 12  # groups whose first token and place on the prompt are measured
 MOST_DRAWN = 20  # groups whose vectors are in the figures
 
@@ -95,7 +88,7 @@ class Findings:
             values = as_list(getattr(self, name))
             object.__setattr__(self, name, None if values is None else [float(value) for value in values])
         object.__setattr__(self, "behaviors", dict(self.behaviors or {}))
-        for name, kind in MEASURES.items():
+        for name, kind in saved.MEASURES.items():
             if not isinstance(getattr(self, name), kind | None):
                 raise TypeError(
                     f"{name} is of type {type(getattr(self, name)).__name__}, and a page shows {kind.__name__} there: "
@@ -244,60 +237,7 @@ class Findings:
         Args:
             directory: the folder.
         """
-        folder, completions = Path(directory), self.completions
-        folder.mkdir(parents=True, exist_ok=True)
-        self.vectors.save(folder / "vectors.safetensors")
-        files.write_text(folder / "completions.jsonl", completions.to_lines())
-        # texts are quoted, so that a lone carriage return in one of them doesn't end the row
-        files.write_text(
-            folder / "completions.csv", completions.table.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC)
-        )
-        texts = saved.texts(completions, self.written)
-        found = {name: verdicts(texts, how) for name, how in self.behaviors.items()}
-        about = {
-            "title": self.title,
-            "texts_that_show": {name: texts[verdict == 1].tolist() for name, verdict in found.items()},
-            "texts_without_verdict": {name: texts[verdict.isna()].tolist() for name, verdict in found.items()},
-            "settings": {key: value for key, value in completions.settings.items() if key != "perturbations"},
-            "control": self.control,
-            "coherence": self.coherence,
-            "calibration": None if self.calibration is None else vars(self.calibration),
-            "scan": None
-            if self.scan is None
-            else {
-                "columns": list(self.scan.table.columns),
-                "rows": saved.plain_rows(self.scan.table),
-                "settings": dict(self.scan.settings),
-            },
-            "ranking": None
-            if self.ranked is None
-            else {"columns": list(self.ranked.columns), "rows": saved.plain_rows(self.ranked)},
-            "groups": None
-            if self.groups is None
-            else {"columns": list(self.groups.columns), "rows": saved.plain_rows(self.groups), "said": self.said},
-            "trials": None
-            if self.trials is None
-            else {"columns": list(self.trials.columns), "rows": saved.plain_rows(self.trials)},
-            "views": None if self.views is None else self.views.to_json(),
-            "judged": None if self.judged is None else plain_json(self.judged.to_dict("list"), "judged"),
-            "looks": [[number, one.as_json()] for number, one in self.looks.items()],
-            "twins": [[number, *counts] for number, counts in self.twins.items()],
-            "search": plain_json(self.search, "search"),
-        }
-        files.write_json(folder / "about.json", about)
-        if self.written is not None:
-            files.write_text(folder / WRITTEN, json.dumps(self.written.as_json(), allow_nan=False))
-        for name in MEASURES:
-            if (value := getattr(self, name)) is not None:
-                value.save(folder / f"{name}.safetensors")
-        for name, table in (
-            ("ranking", self.ranked),
-            ("scan", None if self.scan is None else self.scan.table),
-            ("groups", self.groups),
-            ("trials", self.trials),
-        ):
-            if table is not None:
-                files.write_text(folder / f"{name}.csv", table.to_csv(index=False))
+        saved.write(vars(self), Path(directory))
 
     @classmethod
     @public
@@ -316,44 +256,5 @@ class Findings:
         folder = Path(directory)
         if (folder / PLANS).is_dir() and not (folder / "vectors.safetensors").is_file():
             return cls.of_sweep(folder, behaviors, f"What the trials in {folder.name} found")
-        lines, sheet = folder / "completions.jsonl", folder / "completions.csv"
-        for name, there in (
-            ("vectors.safetensors", (folder / "vectors.safetensors").is_file()),
-            (lines.name, lines.is_file() or sheet.is_file()),
-        ):
-            if not there:
-                raise FileNotFoundError(
-                    f"{folder} has no {name}: give a folder that `melbo-lens fit` or `save_results` wrote."
-                )
-        about = files.read_json(folder / "about.json") if (folder / "about.json").is_file() else {}
-        try:
-            completions = saved.completions(lines, sheet, about.get("settings", {}))
-            written = Written.of_json(files.read_json(folder / WRITTEN)) if (folder / WRITTEN).is_file() else None
-            return cls(
-                load(folder / "vectors.safetensors"),
-                completions,
-                behaviors or saved.behaviors(about, completions, written),
-                about.get("title", TITLE),
-                control=saved.numbers(about.get("control")),
-                coherence=saved.numbers(about.get("coherence")),
-                ranked=saved.ranking(about.get("ranking"), folder / "ranking.csv"),
-                calibration=None if about.get("calibration") is None else Calibration.of_json(about["calibration"]),
-                scan=saved.scan(about.get("scan")),
-                **saved.groups(about.get("groups")),
-                trials=saved.trials(about.get("trials")),
-                views=None if about.get("views") is None else TokenView.from_json(about["views"]),
-                judged=None if about.get("judged") is None else pd.DataFrame(about["judged"]).astype(JUDGED),
-                written=written,
-                looks={int(number): Look.of_json(one) for number, one in about.get("looks", [])},
-                twins={int(number): (int(k), int(n)) for number, k, n in about.get("twins", [])},
-                search=about.get("search", {}),
-                **{
-                    name: kind.load(path)
-                    for name, kind in MEASURES.items()
-                    if (path := folder / f"{name}.safetensors").is_file()
-                },
-            )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{folder / 'about.json'} is damaged: its parts are not what a run leaves ({error!r})."
-            ) from error
+        parts = saved.read(folder)
+        return cls(**{**parts, "behaviors": behaviors or parts["behaviors"]})

@@ -1,43 +1,181 @@
-"""How are parts of findings kept in a folder, and read again?  In JSON's types, also as version 0.1.0 wrote them."""
+"""How are findings kept in a folder, and read again?
 
+The JSON and safetensors files of the folder are read again; the CSV files are for people. What version 0.1.0 wrote can
+be read as well.
+"""
+
+import csv
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from melbo_lens import files
 from melbo_lens.arguments import plain_json
 from melbo_lens.evaluation.judges import KeptVerdicts
+from melbo_lens.evaluation.rates import verdicts
 from melbo_lens.generation.completions import Completions
+from melbo_lens.measures.changes import ActivationChanges, TargetEffects
+from melbo_lens.measures.radius import Calibration
+from melbo_lens.perturbations.loading import load
+from melbo_lens.plots import TokenView
 from melbo_lens.search.layers import LayerScan
+from melbo_lens.search.looks import Look
 from melbo_lens.search.written import Written
 
+MEASURES = {"changes": ActivationChanges, "effects": TargetEffects}
+VECTORS, LINES, SHEET, ABOUT, WRITTEN = (
+    "vectors.safetensors",
+    "completions.jsonl",
+    "completions.csv",
+    "about.json",
+    "written.json",
+)
+JUDGED = {"change": str, "new_words": float, "surprise": float, "natural": float}
 SCAN_COLUMNS_0_1_0 = "source_layer target_layer sign radius objective random_objective kl entropy".split()
 
 
-def plain_rows(table: pd.DataFrame) -> list[list[Any]]:
-    """Returns the cells of a table as plain Python values, with None for missing ones."""
-    return plain_json(table.astype(object).where(table.notna(), None).to_numpy().tolist(), "a table")
+def write(parts: Mapping[str, Any], folder: Path) -> None:
+    """Writes a folder, which is made if it is missing; each file is written whole or not at all.
+
+    Args:
+        parts: the fields of `Findings` by name.
+        folder: the folder.
+    """
+    completions, written, calibration, views = (
+        parts[name] for name in ("completions", "written", "calibration", "views")
+    )
+    scanned, judged = parts["scan"], parts["judged"]
+    folder.mkdir(parents=True, exist_ok=True)
+    parts["vectors"].save(folder / VECTORS)
+    files.write_text(folder / LINES, completions.to_lines())
+    # texts are quoted, so that a lone carriage return in one of them doesn't end the row
+    files.write_text(folder / SHEET, completions.table.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC))
+    every = _texts(completions, written)
+    shown = {name: verdicts(every, how) for name, how in parts["behaviors"].items()}
+    tables = {
+        "ranking": parts["ranked"],
+        "scan": None if scanned is None else scanned.table,
+        "groups": parts["groups"],
+        "trials": parts["trials"],
+    }
+    kept = {name: _as_json(table) for name, table in tables.items() if table is not None}
+    if scanned is not None:
+        kept["scan"]["settings"] = dict(scanned.settings)
+    if "groups" in kept:
+        kept["groups"]["said"] = parts["said"]
+    about = {
+        "title": parts["title"],
+        "texts_that_show": {name: every[verdict == 1].tolist() for name, verdict in shown.items()},
+        "texts_without_verdict": {name: every[verdict.isna()].tolist() for name, verdict in shown.items()},
+        "settings": {key: value for key, value in completions.settings.items() if key != "perturbations"},
+        "control": parts["control"],
+        "coherence": parts["coherence"],
+        "calibration": None if calibration is None else vars(calibration),
+        **dict.fromkeys(tables),
+        **kept,
+        "views": None if views is None else views.to_json(),
+        "judged": None if judged is None else plain_json(judged.to_dict("list"), "judged"),
+        "looks": [[number, one.as_json()] for number, one in parts["looks"].items()],
+        "twins": [[number, *counts] for number, counts in parts["twins"].items()],
+        "search": plain_json(parts["search"], "search"),
+    }
+    files.write_json(folder / ABOUT, about)
+    if written is not None:
+        files.write_text(folder / WRITTEN, json.dumps(written.as_json(), allow_nan=False))
+    for name in MEASURES:
+        if parts[name] is not None:
+            parts[name].save(folder / f"{name}.safetensors")
+    for name, table in tables.items():
+        if table is not None:
+            files.write_text(folder / f"{name}.csv", table.to_csv(index=False))
 
 
-def texts(completions: Completions, written: Written | None) -> pd.Series:
+def read(folder: Path) -> dict[str, Any]:
+    """Reads the fields of `Findings` from a folder.
+
+    Raises:
+        FileNotFoundError: the folder has no vectors or no completions.
+        ValueError: a file is damaged.
+    """
+    lines, sheet = folder / LINES, folder / SHEET
+    for name, there in ((VECTORS, (folder / VECTORS).is_file()), (LINES, lines.is_file() or sheet.is_file())):
+        if not there:
+            raise FileNotFoundError(
+                f"{folder} has no {name}: give a folder that `melbo-lens fit` or `save_results` wrote."
+            )
+    about: Any = files.read_json(folder / ABOUT) if (folder / ABOUT).is_file() else {}
+    with _damaged(folder / ABOUT):
+        settings = dict(about.get("settings", {}))
+    completions, written = _completions(lines, sheet, settings), None
+    if (folder / WRITTEN).is_file():
+        said = files.read_json(folder / WRITTEN)
+        with _damaged(folder / WRITTEN):
+            written = Written.of_json(said)
+    parts = {
+        "vectors": load(folder / VECTORS),
+        "completions": completions,
+        "written": written,
+        **{
+            name: kind.load(path)
+            for name, kind in MEASURES.items()
+            if (path := folder / f"{name}.safetensors").is_file()
+        },
+    }
+    with _damaged(folder / ABOUT):
+        return parts | {
+            **({"title": str(about["title"])} if "title" in about else {}),
+            "behaviors": _behaviors(about, completions, written),
+            "control": _numbers(about.get("control")),
+            "coherence": _numbers(about.get("coherence")),
+            "ranked": _ranking(about.get("ranking"), folder / "ranking.csv"),
+            "calibration": None if about.get("calibration") is None else Calibration.of_json(about["calibration"]),
+            "scan": _scan(about.get("scan")),
+            **_groups(about.get("groups")),
+            "trials": _trials(about.get("trials")),
+            "views": None if about.get("views") is None else TokenView.from_json(about["views"]),
+            "judged": None if about.get("judged") is None else pd.DataFrame(about["judged"]).astype(JUDGED),
+            "looks": {int(number): Look.of_json(one) for number, one in about.get("looks", [])},
+            "twins": {int(number): (int(k), int(n)) for number, k, n in about.get("twins", [])},
+            "search": dict(about.get("search", {})),
+        }
+
+
+@contextmanager
+def _damaged(path: Path) -> Iterator[None]:
+    """Says of every error in what was read that the file is damaged."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: its parts are not what a run leaves ({error!r}).") from error
+
+
+def _as_json(table: pd.DataFrame) -> dict[str, Any]:
+    """A table as plain Python values, with None for missing ones."""
+    rows = table.astype(object).where(table.notna(), None).to_numpy().tolist()
+    return {"columns": list(table.columns), "rows": plain_json(rows, "a table")}
+
+
+def _texts(completions: Completions, written: Written | None) -> pd.Series:
     """Every text once."""
     every = pd.concat([completions.table.text, *([] if written is None else [written.rows.text])])
     return every.drop_duplicates().reset_index(drop=True)
 
 
-def behaviors(about: Mapping[str, Any], completions: Completions, written: Written | None) -> dict[str, KeptVerdicts]:
+def _behaviors(about: Mapping[str, Any], completions: Completions, written: Written | None) -> dict[str, KeptVerdicts]:
     """The verdicts of the run: what it wrote and its file doesn't name didn't show the behaviour."""
-    everything, unknown = frozenset(texts(completions, written)), about.get("texts_without_verdict", {})
+    everything, unknown = frozenset(_texts(completions, written)), about.get("texts_without_verdict", {})
     return {
         name: KeptVerdicts(frozenset(shown), everything - {*shown, *unknown.get(name, [])})
         for name, shown in about.get("texts_that_show", {}).items()
     }
 
 
-def completions(lines: Path, sheet: Path, settings: Mapping[str, Any]) -> Completions:
+def _completions(lines: Path, sheet: Path, settings: Mapping[str, Any]) -> Completions:
     """Reads completions, also from the CSV file of version 0.1.0."""
     if not lines.is_file():
         return Completions(table(sheet), settings)
@@ -47,19 +185,23 @@ def completions(lines: Path, sheet: Path, settings: Mapping[str, Any]) -> Comple
         raise ValueError(f"{lines} is damaged: {error}.") from error
 
 
-def numbers(values: list[float | None] | None) -> list[float] | None:
+def _numbers(values: list[float | None] | None) -> list[float] | None:
+    return None if values is None else [float(value) for value in _cells(values)]
+
+
+def _cells(row: list[Any]) -> list[Any]:
     """Turns None, which is how JSON keeps NaN, back into NaN."""
-    return None if values is None else [math.nan if value is None else value for value in values]
+    return [math.nan if value is None else value for value in row]
 
 
-def ranking(kept: dict[str, Any] | None, sheet: Path) -> pd.DataFrame | None:
+def _ranking(kept: dict[str, Any] | None, sheet: Path) -> pd.DataFrame | None:
     """The table of `rank`, or None."""
     if kept is not None:
-        return pd.DataFrame([numbers(row) for row in kept["rows"]], columns=kept["columns"])
+        return pd.DataFrame([_cells(row) for row in kept["rows"]], columns=kept["columns"])
     return pd.read_csv(sheet) if sheet.is_file() else None  # version 0.1.0
 
 
-def groups(kept: dict[str, Any] | None) -> dict[str, Any]:
+def _groups(kept: dict[str, Any] | None) -> dict[str, Any]:
     """The groups and what was said of them, as fields of `Findings`."""
     if kept is None:
         return {}
@@ -67,17 +209,17 @@ def groups(kept: dict[str, Any] | None) -> dict[str, Any]:
     return {"groups": table.fillna(float("nan")), "said": kept["said"]}
 
 
-def trials(kept: dict[str, Any] | None) -> pd.DataFrame | None:
+def _trials(kept: dict[str, Any] | None) -> pd.DataFrame | None:
     """The table of trials, or None."""
     return None if kept is None else pd.DataFrame(kept["rows"], columns=kept["columns"])
 
 
-def scan(kept: dict[str, Any] | None) -> LayerScan | None:
+def _scan(kept: dict[str, Any] | None) -> LayerScan | None:
     """The scan of layers, or None."""
     if kept is None:
         return None
     columns = kept.get("columns", SCAN_COLUMNS_0_1_0)
-    return LayerScan(pd.DataFrame([numbers(row) for row in kept["rows"]], columns=columns), kept["settings"])
+    return LayerScan(pd.DataFrame([_cells(row) for row in kept["rows"]], columns=columns), kept["settings"])
 
 
 def table(path: Path) -> pd.DataFrame:

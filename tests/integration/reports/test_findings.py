@@ -130,6 +130,20 @@ def test_a_text_without_a_verdict_has_none_in_the_folder(tmp_path):
     pd.testing.assert_frame_equal(ml.evaluate(twice.completions, twice.behaviors).summary, before.summary)
 
 
+@pytest.mark.parametrize("name", "control coherence calibration ranking scan groups judged looks twins".split())
+def test_a_part_of_another_kind_is_a_damaged_file(folder, name):
+    about = json.loads((folder / "about.json").read_text())
+    (folder / "about.json").write_text(json.dumps({**about, name: ["x"]}))
+    with pytest.raises(ValueError, match=r"about\.json is damaged"):
+        ml.Findings.load(folder)
+
+
+def test_what_a_search_wrote_is_named_where_it_is_damaged(folder):
+    (folder / "written.json").write_text('{"rows": 5}')
+    with pytest.raises(ValueError, match=r"written\.json is damaged"):
+        ml.Findings.load(folder)
+
+
 def test_a_folder_of_version_0_1_0_is_read(folder, kept):
     """It had the CSV file alone, and the ranking in another."""
     (folder / "completions.jsonl").unlink()
