@@ -85,7 +85,7 @@ if TYPE_CHECKING:
     from melbo_lens.sweeps.trials import NoiseTrial as NoiseTrial
     from melbo_lens.sweeps.trials import Trial as Trial
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Where each public name lives. A module is imported when one of its names is first asked for, so
 # `import melbo_lens` costs nothing.
