@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, cast
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from melbo_lens.serving.harmless import harmless, shown
 
@@ -153,11 +154,12 @@ def fit(
     loaded = _load(model, dtype, device)
     import melbo_lens as ml
     from melbo_lens.methods.fitting import Optimizer
+    from melbo_lens.reports import saved
 
-    out.mkdir(parents=True, exist_ok=True)
     prompts = _asked(loaded, prompt, chat)
     positions = slice(-last, None) if last else slice(None)
     with _errors_in_a_sentence():
+        out.mkdir(parents=True, exist_ok=True)
         vectors = ml.fit_vectors(
             loaded,
             prompts,
@@ -171,7 +173,8 @@ def fit(
             seed=seed,
             checkpoint=out / "fit.checkpoint",
         )
-        vectors.save(out / "vectors.safetensors")
+        saved.forget(out)  # what an earlier run left here is not of these vectors
+        vectors.save(out / saved.VECTORS)
         _remember(out, model, dtype, device)
         (out / "fit.checkpoint").unlink()
         if max_new_tokens:
@@ -179,7 +182,8 @@ def fit(
             ml.Findings.measured(loaded, prompts, vectors, completions, title=f"Vectors of {model}").save(out)
             ml.report_directory(out)
     _show(repr(vectors))
-    _show(f"wrote {', '.join(sorted(path.name for path in out.iterdir()))} to {out}", soft_wrap=True)
+    written = [name for name in (*saved.FILES, saved.PAGE) if (out / name).is_file()]
+    _show(f"wrote {', '.join(written)} to {out}", soft_wrap=True)
 
 
 @app.command()
@@ -201,10 +205,11 @@ def discover(
     loaded = _load(model, dtype, device)
     import melbo_lens as ml
     from melbo_lens import files
+    from melbo_lens.reports import saved
 
-    out.mkdir(parents=True, exist_ok=True)
     prompts = _asked(loaded, prompt, chat)
     with _errors_in_a_sentence():
+        out.mkdir(parents=True, exist_ok=True)
         asked = _asked(loaded, heldout, chat, say=False) if heldout else None
         what = loaded if engine == "here" else ml.ModelKey(model, dtype, device)
         found = ml.discover(
@@ -217,6 +222,9 @@ def discover(
             directory=directory,
             engine=cast(Any, engine),
         )
+        saved.forget(out)  # what an earlier run left here is not of this search
+        for old in out.glob("group-*.safetensors"):
+            old.unlink()
         files.write_text(out / "groups.csv", found.table.to_csv(index=False))
         for row in range(min(len(found.table), 20)):
             found.vector(row).save(out / f"group-{row + 1}.safetensors")  # as the page numbers its cards
@@ -267,7 +275,11 @@ def sweep(
             raise typer.BadParameter("a shard is I/N, as --shard 3/16.")
         part = (int(numbers[0]), int(numbers[1]))
     with _errors_in_a_sentence():
-        jobs = jobs_of(yaml.safe_load(plan.read_text(encoding="utf-8")))
+        try:
+            said = yaml.safe_load(plan.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ValueError(f"{plan} is no YAML: {error}") from error
+        jobs = jobs_of(said)
         for outcome in ml.sweep(jobs, out, cast(Any, engine), shard=part, n_workers=workers, retry=retry):
             if outcome.failure is not None:
                 _show(repr(outcome), "failed: ", soft_wrap=True)
@@ -372,7 +384,7 @@ def export(
 
 def _show(text: object, before: str = "", **settings: Any) -> None:
     """Shows a line that may hold foreign text, after a red word."""
-    console.print(f"[red]{before}[/red]{shown(text)}", **settings)
+    console.print(Text.assemble((before, "red"), shown(text)), **settings)
 
 
 def _add_row(table: Table, *cells: str) -> None:

@@ -49,7 +49,8 @@ def write_together(contents: Mapping[str | os.PathLike[str], bytes]) -> None:
     Raises:
         OSError: a path is a folder, or can't be written.
     """
-    parts = {Path(path): data for path, data in contents.items()}
+    # through a link, the file that it names is replaced, and not the link
+    parts = {Path(os.path.realpath(path) if os.path.islink(path) else path): data for path, data in contents.items()}
     for path in parts:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, f"path={str(path)!r} is a folder: choose the path of a file")
@@ -232,7 +233,7 @@ def _said(
         raise ValueError(f"{path} holds {kind!r}, not {' or '.join(map(repr, kinds))}.")
     try:
         header = json.loads(metadata["header"])
-    except (KeyError, json.JSONDecodeError) as error:
+    except (KeyError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: its header is no JSON ({error}).") from error
     if not isinstance(header, dict):
         raise ValueError(f"{path} is damaged: its header is no JSON object.")

@@ -126,10 +126,17 @@ def positions_text(positions: slice | Sequence[int]) -> str:
 
 
 def positions_of(text: str) -> slice | list[int]:
-    """Reads what `positions_text` wrote."""
-    if text.startswith("slice"):
-        return slice(*ast.literal_eval(text.removeprefix("slice")))
-    return list(ast.literal_eval(text))
+    """Reads what `positions_text` wrote.
+
+    Raises:
+        ValueError: the text is something else.
+    """
+    try:
+        if text.startswith("slice"):
+            return slice(*ast.literal_eval(text.removeprefix("slice")))
+        return list(ast.literal_eval(text))
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
+        raise ValueError(f'{text!r} is neither a slice, such as "slice(-3, None)", nor a list of positions.') from error
 
 
 def _power(x: Tensor, exponent: float) -> Tensor:

@@ -77,7 +77,7 @@ def export(
     Raises:
         ValueError: the format is unknown, or can't hold this perturbation.
     """
-    if format in OURS:
+    if format in OURS and format not in EXPORTERS:  # another package's goes before ours
         import_module(f"melbo_lens.exports.{OURS[format]}")
     if format not in EXPORTERS:
         raise ValueError(

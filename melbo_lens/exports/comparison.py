@@ -126,7 +126,7 @@ def steered_differences(
         # any tokens tell two models apart
         prompts = (torch.arange(1, 1 + N_TOKENS, device=host.device) % int(host.cfg.d_vocab))[None]
     rows = probes(host, fitting_prompts(perturbations[0], prompts, host.device))
-    with hooks.frozen(host), torch.no_grad():
+    with hooks.frozen(host, *([] if hf_model is None else [hf_model])), torch.no_grad():
         network, _ = network_of(host, hf_model)
         if network is None:
             return None

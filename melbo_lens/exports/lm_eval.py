@@ -69,9 +69,12 @@ def to_lm_eval(
     name = hookpoint or _hookpoint(host, only.source_layer)
     if dtype is None:
         dtype = host.dtype if host is not None else torch.float32
+    kept = only.values[0].to(device=device, dtype=dtype).clone()
+    if not torch.isfinite(kept).all():
+        raise ValueError(f"the vector has values that {dtype} can't hold: choose another dtype, or a shorter vector.")
     entry: dict[str, Any] = {
         "action": "add",
-        "steering_vector": only.values[0].to(device=device, dtype=dtype).clone(),
+        "steering_vector": kept,
         "steering_coefficient": coefficient,
         "bias": None,
     }

@@ -143,7 +143,7 @@ def _check(lora: Lora, hf_model: nn.Module | None, prompts: Prompts) -> bool:
         with hooks.attached(host, adapters.hooks()):
             return host.forward(ids)
 
-    with hooks.frozen(host), torch.no_grad():
+    with hooks.frozen(host, *([] if hf_model is None else [hf_model])), torch.no_grad():
         _check_centring(adapters, host, steered, rows, allowed)
         network, weights = comparison.network_of(host, hf_model, list(adapters.sites.values()), names)
         if network is None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from melbo_lens.arguments import count
 from melbo_lens.perturbations.sites import site_of
 from melbo_lens.perturbations.vectors import SteeringVectors
 
@@ -68,15 +69,17 @@ def read(path: str | os.PathLike[str], layer: int | None = None, site: str | Non
 
 def _vectors(path: Any, values: Any, said: Mapping[str, Any], layer: int | None, site: str | None) -> SteeringVectors:
     stack = _stacked(path, values)
-    known = said.get("layer", layer)
+    known = said.get("layer")
+    if isinstance(known, bool) or not isinstance(known, int) or known < 0:  # that is no number of a block
+        if layer is None:
+            why = "doesn't say at which layer its vectors act"
+            if known is not None:
+                why = f"says layer {str(known)[:60]!r}, which is no number of a block"
+            raise ValueError(f"{path} {why}: pass layer=, the number of the block, counted from 0.")
+        known = layer
     if layer is not None and known != layer:
         raise ValueError(f"layer={layer} was given, but {path} says layer {known!r}: leave it out.")
-    if known is None:
-        raise ValueError(
-            f"{path} doesn't say at which layer its vectors act: pass layer=, the number of the block, counted from 0."
-        )
-    if isinstance(known, bool) or not isinstance(known, int) or known < 0:
-        raise ValueError(f"{path} says layer {known!r}, which is no number of a block: pass layer=.")
+    count("layer", known, least=0)
     where = site or said.get("site") or "mlp_out"
     site_of(where)
     provenance = {"method": "load", "file": Path(path).name, **said, "layer": known}
@@ -201,7 +204,7 @@ def _contents(path: Path) -> Any:
     size = path.stat().st_size
     if size > MAX_BYTES:
         raise ValueError(f"{path} has {size} bytes; a file of vectors may have at most {MAX_BYTES}.")
-    if not zipfile.is_zipfile(path):
+    if not _is_archive(path):
         raise ValueError(
             f"{path} is a pickle, as versions of torch before 1.6 wrote, or damaged. Reading one would run what it "
             "says: load it where you trust it, and save the tensor again with torch.save."
@@ -221,6 +224,13 @@ def _contents(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises many kinds for damaged files
         raise ValueError(f"{path} is damaged, or no file of torch.save ({str(error)[:200]}).") from error
+
+
+def _is_archive(path: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # of several volumes, it says
+        return False
 
 
 def _names(path: Path, size: int) -> Iterator[str]:

@@ -14,6 +14,7 @@ from melbo_lens.measures.output import Effects
 from melbo_lens.models import hooks
 from melbo_lens.models.slices import SlicedModel
 from melbo_lens.perturbations.perturbation import Perturbation
+from melbo_lens.perturbations.rows import at_the_fit
 
 
 @public
@@ -40,7 +41,7 @@ def rank(vectors: Perturbation, measured: Effects, clusters: Sequence[int] | Non
     labels = list(clusters) if clusters is not None else list(range(len(vectors)))
     if len(labels) != len(vectors):
         raise ValueError(f"{len(labels)} cluster labels were given for {len(vectors)} vectors: give one for each.")
-    effects, sunk = at_the_fit(vectors)
+    effects, sunk = at_the_fit(vectors.provenance, len(vectors))
     columns = {"objective": final, "effect": effects, "sink": sunk, "cluster": labels}
     table = table.assign(**{name: [values[k] for k in table.vector] for name, values in columns.items()})
     table = table.sort_values(["sink", "kl"], ascending=[True, False])
@@ -49,23 +50,6 @@ def rank(vectors: Perturbation, measured: Effects, clusters: Sequence[int] | Non
     return best.assign(
         near_duplicates=[int(sizes[key]) - 1 for key in zip(best.cluster, best.sign, strict=True)]
     ).reset_index(drop=True)
-
-
-def at_the_fit(vectors: Perturbation) -> tuple[list[float], list[bool]]:
-    """The effect of each row when it was fitted, and whether it had run into a sink; derived rows know neither."""
-    known, n = vectors.provenance, len(vectors)
-    parts = list(known.get("parts", [known]))
-    effects, sunk = list[float](), list[bool]()
-    for part in parts:
-        if "effects" not in part or "derived" in part:
-            return [float("nan")] * n, [False] * n
-        numbers = part["rows"] if part is not known and "rows" in part else range(len(part["effects"]))
-        effects += [part["effects"][i] for i in numbers]
-        sunk += [i in part.get("sinks", []) for i in numbers]
-    rows = known.get("rows", range(n))
-    if not effects or "derived" in known or max(rows, default=0) >= len(effects):
-        return [float("nan")] * n, [False] * n
-    return [effects[i] for i in rows], [sunk[i] for i in rows]
 
 
 def target_changes(sliced: SlicedModel, perturbations: Perturbation) -> Float[Tensor, "perturbation change"]:

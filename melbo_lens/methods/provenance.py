@@ -4,8 +4,10 @@ This file also tells whether a model is still the same, and remembers on which m
 """
 
 import hashlib
+import os
 import warnings
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
 from weakref import WeakKeyDictionary, WeakValueDictionary
@@ -95,13 +97,18 @@ def describe(sliced: SlicedModel) -> dict[str, Any]:
 def describe_model(host: Host) -> dict[str, Any]:
     """Provenance of a model: its name, its weights and the versions of what runs it."""
     return {
-        "model": host.name,
+        "model": _whole(host.name),
         "model_class": type(host.model).__name__,
         "fingerprint": fingerprint(host),
         "dtype": str(host.dtype).removeprefix("torch."),
         "device": host.device.type,
         "versions": {name: version(name) for name in ("melbo_lens", "transformer_lens", "transformers", "torch")},
     }
+
+
+def _whole(name: str) -> str:
+    """The whole path where a model's name is that of a folder on this machine, and so not one on the hub."""
+    return str(Path(name).resolve()) if os.sep in name and Path(name).is_dir() else name
 
 
 def fingerprint(host: Host) -> str:

@@ -48,7 +48,10 @@ def from_files(host: Host) -> nn.Module | None:
     from transformers import AutoModelForCausalLM
 
     try:
-        network: Any = AutoModelForCausalLM.from_pretrained(host.name, local_files_only=True, dtype=host.dtype)
+        # with peft installed, transformers looks for an adapter as well, and would ask the hub for it
+        network: Any = AutoModelForCausalLM.from_pretrained(
+            host.name, local_files_only=True, adapter_kwargs={"local_files_only": True}, dtype=host.dtype
+        )
     except (OSError, ValueError, AttributeError):
         return None
     return network.to(host.device).eval()

@@ -141,9 +141,9 @@ def watched(
 
 
 @contextmanager
-def frozen(host: Host) -> Iterator[None]:
+def frozen(host: Host, *others: nn.Module) -> Iterator[None]:
     """Switches gradients of parameters and dropout off inside; afterwards every flag is restored, whatever happens."""
-    trees = host.networks
+    trees = [*host.networks, *others]
     modules = list(dict.fromkeys(module for tree in trees for module in tree.modules()))
     parameters = list(dict.fromkeys(parameter for tree in trees for parameter in nn.Module.parameters(tree)))
     training, needed = [module.training for module in modules], [parameter.requires_grad for parameter in parameters]

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from melbo_lens.arguments import as_list, plain_fields, plain_json, public
+from melbo_lens.arguments import as_list, plain_fields, public
 from melbo_lens.ascent.objectives import Objective
 from melbo_lens.perturbations.perturbation import (
     Hook,
@@ -20,6 +20,7 @@ from melbo_lens.perturbations.perturbation import (
     no_history,
     objective_header,
 )
+from melbo_lens.perturbations.rows import checked_provenance
 from melbo_lens.perturbations.sites import ModelSites, WeightSite, usual_site
 from melbo_lens.perturbations.updates import RowUpdate
 
@@ -80,8 +81,11 @@ class SteeringAdapters(Perturbation):
                     f"the factors of layer {layer} must be A [adapter rank {width}] and B [adapter d_model rank], "
                     f"not empty; got {tuple(a.shape)} and {tuple(b.shape)}."
                 )
-            if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
-                raise ValueError(f"the factors of layer {layer} hold NaN or infinity: a perturbation must be finite.")
+            if not all(torch.isfinite(factor.float()).all() for factor in (a, b)):  # the dtype in which they are kept
+                raise ValueError(
+                    f"the factors of layer {layer} hold NaN or infinity (they are kept in float32): a "
+                    "perturbation must be finite."
+                )
             if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
                 raise ValueError(
                     f"source layer {layer!r} must be an integer and must not be negative: count blocks from 0."
@@ -95,7 +99,7 @@ class SteeringAdapters(Perturbation):
         object.__setattr__(self, "factors", MappingProxyType(kept))
         object.__setattr__(self, "scales", self.scales.detach().to(kept[min(kept)][0]).clone())
         object.__setattr__(self, "history", checked_history(self.history, n, self.word))
-        object.__setattr__(self, "provenance", plain_json(self.provenance, "provenance"))
+        object.__setattr__(self, "provenance", checked_provenance(self.provenance, n))
         object.__setattr__(self, "objective", checked_objective(self.objective, self.provenance))
         object.__setattr__(self, "sites", {layer: self.sites.get(layer, usual_site(layer)) for layer in kept})
 

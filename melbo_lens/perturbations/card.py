@@ -1,11 +1,14 @@
 """What should a person know who finds a value on the hub?  `card` writes it from the value and its provenance."""
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import yaml
+
+from melbo_lens.perturbations.rows import at_the_fit
 
 MOST_ROWS = 64
 # Entries of the provenance that have a section of their own, or say nothing to a reader.
@@ -110,8 +113,8 @@ def _figures(value: Any) -> str:
     if len(value.history):
         columns["objective, last"] = value.history[-1].tolist()
         columns["objective, first"] = value.history[0].tolist()
-    effects = _listed(value.provenance.get("effects"))
-    if len(effects) == len(value):
+    effects, _ = at_the_fit(value.provenance, len(value))
+    if not any(map(math.isnan, effects)):
         columns["effect (change / norm of the target)"] = effects
     rows = [[str(k), *(f"{column[k]:.4g}" for column in columns.values())] for k in range(min(len(value), MOST_ROWS))]
     more = f"\n\nand {len(value) - MOST_ROWS} more." if len(value) > MOST_ROWS else ""
@@ -128,8 +131,9 @@ def _limits(value: Any) -> list[str]:
         )
     if provenance.get("status"):
         lines.append(f"How the fit ended: {_plain(provenance['status'])}")
-    if provenance.get("sinks"):
-        lines.append(f"Rows that end in an attention sink, whose effect is no behaviour: {provenance['sinks']}.")
+    sinks = [str(k) for k, sunk in enumerate(at_the_fit(provenance, len(value))[1]) if sunk]
+    if sinks:
+        lines.append(f"Rows that end in an attention sink, whose effect is no behaviour: {', '.join(sinks)}.")
     if provenance.get("derived"):
         lines.append(f"Not as they were learned: {_plain(', '.join(map(str, provenance['derived'])))}.")
     if not len(value.history):

@@ -357,7 +357,9 @@ def concatenate(several: Sequence[P]) -> P:
     }
     tensors, header = several[0].parts()
     if any(one.objective != several[0].objective for one in several):
+        # what was learned for several objectives has none, and so no target
         header = {**header, "objective": None}
+        shared = {key: value for key, value in shared.items() if key not in ("target_layer", "target_hook")}
     alike = len({one.history.shape[0] for one in several}) == 1
     held = [one.parts()[0] for one in several]
     joined = {
@@ -411,6 +413,8 @@ def chosen_rows(index: Index, n: int, word: str) -> Int[Tensor, " row"]:
     if one and not -n <= int(chosen) < n:
         raise IndexError(f"{word} {chosen} was asked for, there are {n}: use 0 to {n - 1}.")
     everything = torch.arange(n, device="cpu")
+    if isinstance(chosen, slice):
+        chosen = list(range(n))[chosen]  # torch knows no negative steps
     kept = everything[[int(chosen)] if one else chosen]
     if len(kept) == 0:
         raise IndexError(f"the selection {chosen!r} holds no {word}; there are {n}.")

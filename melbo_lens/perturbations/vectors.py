@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from melbo_lens.arguments import as_list, plain_fields, plain_json, public
+from melbo_lens.arguments import as_list, count, plain_fields, public
 from melbo_lens.ascent.manifolds import linalg, norm, to_sphere, unit
 from melbo_lens.ascent.objectives import Objective
 from melbo_lens.perturbations.perturbation import (
@@ -20,6 +20,7 @@ from melbo_lens.perturbations.perturbation import (
     no_history,
     objective_header,
 )
+from melbo_lens.perturbations.rows import checked_provenance
 from melbo_lens.perturbations.sites import ModelSites, site_of
 
 if TYPE_CHECKING:
@@ -66,8 +67,8 @@ class SteeringVectors(Perturbation):
                 "values must be a floating-point tensor [vector d_model] that is not empty; "
                 f"got {tuple(self.values.shape)}."
             )
-        if not torch.isfinite(self.values).all():
-            raise ValueError("values hold NaN or infinity: a perturbation must be finite.")
+        if not torch.isfinite(self.values.float()).all():  # the dtype in which they are kept
+            raise ValueError("values hold NaN or infinity (they are kept in float32): a perturbation must be finite.")
         layer = cast(Any, self.source_layer)  # a caller may hand in anything
         if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
             raise ValueError(
@@ -77,7 +78,7 @@ class SteeringVectors(Perturbation):
         # the tensors are copied, since the caller may change its own later, and this value must not change
         object.__setattr__(self, "values", self.values.detach().float().clone())
         object.__setattr__(self, "history", checked_history(self.history, len(self.values), self.word))
-        object.__setattr__(self, "provenance", plain_json(self.provenance, "provenance"))
+        object.__setattr__(self, "provenance", checked_provenance(self.provenance, len(self.values)))
         object.__setattr__(self, "objective", checked_objective(self.objective, self.provenance))
         if self.targets is not None:
             if len(self.targets) != len(self.values):
@@ -231,8 +232,10 @@ class SteeringVectors(Perturbation):
             (hook name, function) pairs for `model.hooks` or `run_with_hooks`.
 
         Raises:
-            ValueError: layers is empty.
+            ValueError: layers is empty, or holds something else than a block's number, counted from 0.
         """
+        for layer in layers:  # a bridge passes over a hook that it doesn't have
+            count("layer", layer, least=0)
         if len(layers) == 0:
             raise ValueError(
                 "layers is empty: name at least one layer to remove the direction from, as range(model.cfg.n_layers)."

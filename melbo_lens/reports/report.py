@@ -14,6 +14,7 @@ from melbo_lens.perturbations.perturbation import Perturbation
 from melbo_lens.reports.comparison import compare
 from melbo_lens.reports.findings import TITLE, Findings
 from melbo_lens.reports.page import write_page
+from melbo_lens.reports.saved import PAGE
 from melbo_lens.search.discovery import Discovery
 
 
@@ -133,4 +134,4 @@ def report_directory(
         FileNotFoundError: the folder lacks one of its files.
         ValueError: a file is damaged.
     """
-    return write_page(Findings.load(directory, behaviors), Path(directory) / "report.html" if path is None else path)
+    return write_page(Findings.load(directory, behaviors), Path(directory) / PAGE if path is None else path)

@@ -28,19 +28,26 @@ from melbo_lens.search.looks import Look
 from melbo_lens.search.written import Written
 
 MEASURES = {"changes": ActivationChanges, "effects": TargetEffects}
-VECTORS, LINES, SHEET, ABOUT, WRITTEN = (
-    "vectors.safetensors",
-    "completions.jsonl",
-    "completions.csv",
-    "about.json",
-    "written.json",
-)
+TABLES = ("ranking", "scan", "groups", "trials")
+VECTORS, LINES, SHEET = "vectors.safetensors", "completions.jsonl", "completions.csv"
+ABOUT, WRITTEN = "about.json", "written.json"
+FILES = [VECTORS, LINES, SHEET, ABOUT, WRITTEN, *(f"{name}.safetensors" for name in MEASURES)]
+FILES += [f"{name}.csv" for name in TABLES]
+PAGE = "report.html"
 JUDGED = {"change": str, "new_words": float, "surprise": float, "natural": float}
 SCAN_COLUMNS_0_1_0 = "source_layer target_layer sign radius objective random_objective kl entropy".split()
 
 
+def forget(folder: Path) -> None:
+    """Removes the files of an earlier run and its page from a folder, and leaves all others."""
+    for name in (*FILES, PAGE):
+        (folder / name).unlink(missing_ok=True)
+
+
 def write(parts: Mapping[str, Any], folder: Path) -> None:
     """Writes a folder, which is made if it is missing; each file is written whole or not at all.
+
+    Files of an earlier run that this one doesn't have are removed, so that the folder is of one run.
 
     Args:
         parts: the fields of `Findings` by name.
@@ -85,14 +92,16 @@ def write(parts: Mapping[str, Any], folder: Path) -> None:
         "search": plain_json(parts["search"], "search"),
     }
     files.write_json(folder / ABOUT, about)
-    if written is not None:
+    if written is None:
+        (folder / WRITTEN).unlink(missing_ok=True)
+    else:
         files.write_text(folder / WRITTEN, json.dumps(written.as_json(), allow_nan=False))
     for name in MEASURES:
-        if parts[name] is not None:
-            parts[name].save(folder / f"{name}.safetensors")
+        path = folder / f"{name}.safetensors"
+        path.unlink(missing_ok=True) if parts[name] is None else parts[name].save(path)
     for name, table in tables.items():
-        if table is not None:
-            files.write_text(folder / f"{name}.csv", table.to_csv(index=False))
+        path = folder / f"{name}.csv"
+        path.unlink(missing_ok=True) if table is None else files.write_text(path, table.to_csv(index=False))
 
 
 def read(folder: Path) -> dict[str, Any]:

@@ -91,9 +91,10 @@ def discover(
             and `gather` has what is there.
 
     Warns:
-        UserWarning: the search was interrupted. Or a prompt is plain text although the model's tokenizer has a template for chats. Or a trial was left
-            out, since activations or logits were NaN or infinite, or since its method doesn't suit the model; with a
-            directory, for whatever reason. Or a group could not be scored on held-out prompts.
+        UserWarning: the search was interrupted. Or a prompt is plain text although the model's tokenizer has a template
+            for chats. Or a trial was left out, since activations or logits were NaN or infinite, or since its method
+            doesn't suit the model; with a directory, for whatever reason. Or a group could not be scored on held-out
+            prompts.
     """
     if plan is None and not 0 < budget < float("inf"):
         raise ValueError(f"budget={budget} must be a positive number of seconds.")

@@ -15,8 +15,8 @@ from melbo_lens.arguments import plain_json
 from melbo_lens.evaluation.departures import in_words, shares
 from melbo_lens.evaluation.rates import Behavior
 from melbo_lens.generation.completions import Completions
-from melbo_lens.measures.ranking import at_the_fit
 from melbo_lens.perturbations.perturbation import Perturbation
+from melbo_lens.perturbations.rows import at_the_fit
 from melbo_lens.search.groups import grouped, named, ordinary_words
 
 ROWS = "kind trial vector sign scale sample prompt prompt_text text change new_words surprise natural group".split()
@@ -131,7 +131,7 @@ def _directions(vectors: Perturbation, rows: pd.DataFrame) -> pd.DataFrame:
     known, n = vectors.provenance, len(vectors)
     numbers = max(n, int(rows.vector.max(skipna=True)) + 1 if rows.vector.notna().any() else 0)
     radii = vectors.measures().get("radius", [math.nan] * n)
-    effects, _ = at_the_fit(vectors)
+    effects, _ = at_the_fit(known, n)
     objective = vectors.objective
     target = math.nan if objective is None or objective.target_layer is None else objective.target_layer
     table = pd.DataFrame(index=range(numbers))

@@ -6,7 +6,7 @@ direction of writing, and the square brackets that rich takes for markup.
 
 import unicodedata
 
-from rich.markup import escape
+from rich.text import Text
 
 
 def harmless(text: object) -> str:
@@ -22,6 +22,6 @@ def harmless(text: object) -> str:
     )
 
 
-def shown(value: object) -> str:
-    """Returns the harmless text of a value for a line or a cell of rich's, in which it is no markup either."""
-    return escape(harmless(value))
+def shown(value: object) -> Text:
+    """Returns the harmless text of a value for a line or a cell of rich's, in which it is no markup or emoji either."""
+    return Text(harmless(value))

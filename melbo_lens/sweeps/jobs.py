@@ -13,7 +13,7 @@ import torch
 
 from melbo_lens import organisms
 from melbo_lens.arguments import count, plain_fields, plain_json, public
-from melbo_lens.ascent.objectives import positions_text
+from melbo_lens.ascent.objectives import positions_of, positions_text
 from melbo_lens.methods.provenance import fingerprint
 from melbo_lens.models.access import Model, boot, host_of
 from melbo_lens.organisms import Organism
@@ -158,7 +158,7 @@ def plan_jobs(
     Args:
         model: the name of an organism, a directory, a name on the Hugging Face hub, or a `ModelKey`.
         trials: what is tried.
-        prompts: texts or chats, each of which is a case of its own.
+        prompts: texts or chats, each of which is a case of its own; a single one is one case.
         together: whether a trial learns on all prompts at once instead.
         target_positions: where a change counts, in each prompt's own tokens.
         max_new_tokens: the length of the completions.
@@ -171,9 +171,15 @@ def plan_jobs(
     """
     if not trials or not prompts:
         raise ValueError("a sweep needs at least one trial and one prompt.")
+    first = prompts[0]
+    alone = isinstance(prompts, str) or (isinstance(first, Mapping) and "role" in first)  # one text, or one chat
+    each: list[Any] = [prompts] if alone else list(prompts)
+    for prompt in each:
+        if not isinstance(prompt, str | Sequence | Mapping):
+            raise ValueError(f"{prompt!r} is no prompt: give texts, or chats as lists of messages.")
     count("max_new_tokens", max_new_tokens)
     key = model if isinstance(model, ModelKey) else ModelKey(model)
-    cases = [tuple(prompts)] if together else [(prompt,) for prompt in prompts]
+    cases = [tuple(each)] if together else [(prompt,) for prompt in each]
     where = positions_text(target_positions)
     return [Job(trial, case, key, where, max_new_tokens) for case in cases for trial in trials]
 
@@ -188,6 +194,8 @@ def jobs_of(said: Mapping[str, Any]) -> list[Job]:
     Raises:
         ValueError: the file lacks something, or says something unknown.
     """
+    if not isinstance(said, Mapping):
+        raise ValueError(f"a plan is a mapping with model, prompts and trials; got {type(said).__name__}.")
     known = {"model", "dtype", "device", "prompts", "trials", "together", "target_positions", "max_new_tokens"}
     unknown = sorted(set(said) - known)
     missing = sorted({"model", "prompts", "trials"} - set(said))
@@ -195,11 +203,15 @@ def jobs_of(said: Mapping[str, Any]) -> list[Job]:
         raise ValueError(
             f"a plan knows no {unknown}: choose from {sorted(known)}." if unknown else f"the plan lacks {missing}."
         )
-    trials = [trial_from(one) for entry in said["trials"] for one in _combinations(entry)]
+    entries = said["trials"]
+    if not isinstance(entries, list) or not all(isinstance(entry, Mapping) for entry in entries):
+        raise ValueError("a plan's trials are a list of mappings, each with a kind and its settings.")
+    trials = [trial_from(one) for entry in entries for one in _combinations(entry)]
     key = ModelKey(said["model"], said.get("dtype", "float32"), said.get("device"))
     settings = {name: said[name] for name in ("together", "max_new_tokens") if name in said}
     if "target_positions" in said:
-        settings["target_positions"] = list(said["target_positions"])
+        where = said["target_positions"]
+        settings["target_positions"] = positions_of(where if isinstance(where, str) else str(where))
     return plan_jobs(key, trials, said["prompts"], **settings)
 
 

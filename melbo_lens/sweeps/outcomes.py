@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from melbo_lens.sweeps.running import perform
 from melbo_lens.sweeps.tasks import Bench, Task
 
 KIND = "Outcome"
+DIGEST = re.compile(r"[0-9a-f]{24}")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -178,6 +180,6 @@ def all_of(directory: str | os.PathLike[str]) -> Iterator[Outcome]:
     """Reads every outcome of a folder, in the order of their names."""
     paths = [*Path(directory).glob("*.safetensors"), *Path(directory).glob("*.failed.json")]
     digests = {path.name.split(".")[0] for path in paths}
-    for digest in sorted(digests):
+    for digest in sorted(filter(DIGEST.fullmatch, digests)):  # other files are the user's own
         if (outcome := read(directory, digest)) is not None:
             yield outcome

@@ -89,13 +89,21 @@ def of_shard(shard: tuple[int, int] | None) -> slice:
     """Returns which jobs of a plan a shard runs; all if there is none.
 
     Raises:
-        ValueError: the shard's number doesn't lie within their count.
+        ValueError: the shard's number doesn't lie within their count, or Slurm's array has gaps.
     """
     if shard is None:
         if "SLURM_ARRAY_TASK_ID" not in os.environ:
             return slice(None)
-        said = {name: int(os.environ.get(f"SLURM_ARRAY_TASK_{name}", 0)) for name in ("ID", "MIN", "MAX", "COUNT")}
-        shard = (said["ID"] - said["MIN"] + 1, said["COUNT"] or said["MAX"] - said["MIN"] + 1)
+        names = ("ID", "MIN", "MAX", "COUNT", "STEP")
+        said = {name: int(os.environ.get(f"SLURM_ARRAY_TASK_{name}", 0)) for name in names}
+        step = max(said["STEP"], 1)
+        n = (said["MAX"] - said["MIN"]) // step + 1
+        if said["COUNT"] not in (0, n):
+            raise ValueError(
+                f"Slurm's array has {said['COUNT']} tasks with numbers from {said['MIN']} to {said['MAX']}: which part "
+                "of the plan each of them runs can't be told. Use an array without gaps, or give shard."
+            )
+        shard = ((said["ID"] - said["MIN"]) // step + 1, n)
     i, n = shard
     if not 1 <= i <= n:
         raise ValueError(f"shard={i}/{n} must have a number from 1 to {max(n, 1)}.")

@@ -101,6 +101,35 @@ def export(*arguments):
     return CliRunner().invoke(app, ["export", *map(str, arguments)])
 
 
+def test_a_second_run_in_a_folder_leaves_nothing_of_the_first(directories, tmp_path):
+    out = tmp_path / "out"
+    asked = ["discover", "--model", "modes", "--no-chat", "--prompt", "river lamp", "--budget", "1", "--out", str(out)]
+    assert CliRunner().invoke(app, asked).exit_code == 0
+    assert (out / "written.json").is_file() and (out / "group-1.safetensors").is_file()
+    (out / "notes.txt").write_text("mine")
+    (out / "group-19.safetensors").touch()
+    assert CliRunner().invoke(app, asked).exit_code == 0 and not (out / "group-19.safetensors").exists()
+    result = fit(directories("llama"), out)
+    assert result.exit_code == 0 and "notes" not in result.output
+    found = ml.Findings.load(out)
+    assert found.written is None and found.groups is None and len(found.completions) == 9
+    assert not (out / "groups.csv").exists() and (out / "notes.txt").read_text() == "mine"
+    assert fit(directories("llama"), out, "--max-new-tokens", "0").exit_code == 0
+    with pytest.raises(FileNotFoundError, match=r"has no completions\.jsonl"):
+        ml.Findings.load(out)
+    assert not (out / "report.html").exists()
+
+
+def test_a_place_or_a_plan_that_can_not_be_read_is_said_in_a_sentence(directories, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "plan.yaml").write_text("model: [")
+    for result in (
+        fit(directories("llama"), tmp_path / "file"),
+        CliRunner().invoke(app, ["sweep", str(tmp_path / "plan.yaml"), "--out", str(tmp_path / "new")]),
+    ):
+        assert result.exit_code == 1 and "error: " in result.output and isinstance(result.exception, SystemExit)
+
+
 def test_export_writes_one_vector_of_a_file_after_a_comparison(directories, tmp_path):
     values = torch.randn(3, 32)
     ml.SteeringVectors.from_tensor(values, 1).save(tmp_path / "v.safetensors")

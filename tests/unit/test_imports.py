@@ -16,7 +16,7 @@ ORDER = (
 # within a folder there is an order too, so that it has no circle
 WITHIN = {
     "ascent": "manifolds objectives states sogi constraints adamw fixed_point",
-    "perturbations": "sites updates card hub perturbation vectors adapters loading",
+    "perturbations": "rows sites updates card hub perturbation vectors adapters loading",
     "models": (
         "tally host hooks passes reading blocks hooked bridge access targets slices fidelity slicing counterparts "
         "trimming"

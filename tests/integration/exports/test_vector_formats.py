@@ -9,6 +9,7 @@ import math
 import os
 import socket
 import struct
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import melbo_lens as ml
+from melbo_lens import exports
 from melbo_lens.models.access import host_of
+from melbo_lens.models.counterparts import from_files
 from tests import models
 
 TOKENS = torch.tensor([[1, 5, 6, 7, 9]])
@@ -352,3 +355,32 @@ def test_the_vector_of_lm_eval_has_the_dtype_of_the_model(directories, tmp_path)
     ml.export(a_vector(), "lm-eval", tmp_path / "v.pt", model=model)
     (entry,) = torch.load(tmp_path / "v.pt", weights_only=True).values()
     assert entry["steering_vector"].dtype == torch.bfloat16
+
+
+def test_a_dtype_that_the_vector_overflows_is_refused(tmp_path):
+    with pytest.warns(UserWarning, match="not compared"), pytest.raises(ValueError, match=r"float16 can't hold"):
+        ml.export(1e6 * a_vector(), "lm-eval", tmp_path / "v.pt", hookpoint="layers.1", dtype=torch.float16)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_plain_model_in_training_is_compared_without_dropout_and_goes_on_training(build, directories, tmp_path):
+    network = AutoModelForCausalLM.from_pretrained(directories("gpt2"), dtype=torch.float32).train()
+    network.transformer.drop.p = 0.5
+    before = torch.get_rng_state()
+    ml.export(a_vector(), "vllm-lens", tmp_path / "v.json", model=build("gpt2", "bridge"), hf_model=network)
+    assert network.training and network.transformer.drop.training and torch.equal(torch.get_rng_state(), before)
+
+
+def test_an_exporter_of_another_package_goes_before_ours(tmp_path, monkeypatch):
+    monkeypatch.setattr(exports, "EXPORTERS", {})
+    monkeypatch.delitem(sys.modules, "melbo_lens.exports.vllm_lens", raising=False)
+    exports.exporter("vllm-lens")(lambda vector, path, **settings: Path("theirs"))
+    assert ml.export(a_vector(), "vllm-lens", tmp_path / "v.json") == Path("theirs")
+
+
+def test_files_are_looked_for_on_this_machine_alone(build, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *names, **settings: asked.update(settings))
+    with pytest.raises(AttributeError):  # nothing was loaded
+        from_files(host_of(build("llama", "bridge")))
+    assert asked["local_files_only"] and asked["adapter_kwargs"] == {"local_files_only": True}

@@ -5,6 +5,7 @@ The client is that of huggingface_hub, in a process of its own, since it reads i
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -90,6 +91,28 @@ def test_the_card_says_what_the_provenance_has(learned, world, tmp_path):
     assert "| radius | 2.0 |" in body and "objective, last" in body and "Learned on 2 prompts" in body
     rows = re.findall(r"^\| \d+ \| (.+) \|$", body, re.M)
     assert len(rows) == 2 and all(row.startswith("2 | ") for row in rows)
+
+
+def test_the_card_of_chosen_rows_has_their_figures(learned):
+    value = learned["vectors"]
+    known = ml.SteeringVectors(
+        value.values, 1, value.history, {**value.provenance, "effects": [0.125, 0.375], "sinks": [1]}
+    )
+    assert re.search(r"\| 0 \|.*\| 0.375 \|\n\| 1 \|.*\| 0.125 \|", card(known[::-1], "user/found"))
+    assert "attention sink, whose effect is no behaviour: 0." in card(known[::-1], "user/found")
+    for one in (known[0], 2 * known):
+        assert "attention sink" not in card(one, "user/found")
+    assert "effect (change" not in card(2 * known, "user/found")  # a longer vector has another effect
+
+
+def test_a_folder_with_a_slash_is_no_repository(directories, tmp_path, monkeypatch):
+    folder = tmp_path / "m" / "llama"
+    shutil.copytree(directories("llama"), folder)
+    monkeypatch.chdir(tmp_path)
+    model = ml.ModelKey("m/llama").load()
+    value = ml.noise_vectors(model, PROMPTS, 1, 3, n_vectors=1, radius=1.0)
+    assert value.provenance["model"] == str(folder.resolve())
+    assert "base_model" not in card(value, "user/found")
 
 
 def test_a_card_that_is_there_is_left_unless_it_is_to_be_replaced(learned, world, tmp_path):

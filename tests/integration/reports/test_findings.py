@@ -138,6 +138,15 @@ def test_a_part_of_another_kind_is_a_damaged_file(folder, name):
         ml.Findings.load(folder)
 
 
+def test_a_second_run_leaves_no_measure_of_the_first(folder):
+    bare = replace(ml.Findings.load(folder), changes=None, effects=None, ranked=None)
+    (folder / "written.json").write_text("{}")
+    bare.save(folder)
+    again = ml.Findings.load(folder)
+    assert again.changes is again.effects is again.ranked is again.written is None
+    assert not (folder / "ranking.csv").exists()
+
+
 def test_what_a_search_wrote_is_named_where_it_is_damaged(folder):
     (folder / "written.json").write_text('{"rows": 5}')
     with pytest.raises(ValueError, match=r"written\.json is damaged"):

@@ -69,6 +69,13 @@ def test_completions_and_groups_of_a_search(directories, tmp_path, monkeypatch):
     assert WRITTEN in said
 
 
+def test_no_text_is_taken_for_an_emoji_or_changed(monkeypatch):
+    said = "answer :x: path a:key:b [red]x[/red] and a folder C:\\"
+    with cli.console.capture() as capture:
+        cli._show(said)
+    assert capture.get().strip() == said
+
+
 def test_a_command_shows_nothing_but_through_the_two_doors():
     """`_show` and `_add_row`; a table is printed when it is filled, and its title is shown."""
     tree = ast.parse(Path(cli.__file__).read_text())

@@ -232,6 +232,14 @@ def test_shards_share_out_a_plan_and_slurm_names_them(plan, monkeypatch):
     for name, value in {"ID": 7, "MIN": 5, "MAX": 8, "COUNT": 4}.items():
         monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
     assert plan[of_shard(None)] == plan[2::4]
+    for number in range(5):  # --array=1-9:2
+        for name, value in {"ID": 1 + 2 * number, "MIN": 1, "MAX": 9, "COUNT": 5, "STEP": 2}.items():
+            monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
+        assert plan[of_shard(None)] == plan[number::5]
+    for name, value in {"ID": 3, "MIN": 0, "MAX": 7, "COUNT": 3, "STEP": 1}.items():  # --array=0,3,7
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
+    with pytest.raises(ValueError, match="an array without gaps"):
+        of_shard(None)
     for wrong in ((0, 4), (5, 4), (1, 0)):
         with pytest.raises(ValueError, match="must have a number from 1"):
             of_shard(wrong)
@@ -280,6 +288,11 @@ def test_a_plan_in_a_file_stands_for_every_combination():
         ({"trials": [{"kind": "noise", "rank": 3}]}, r"has no setting \['rank'\]"),
         ({"trials": [{"kind": "noise", "seed": 3}]}, "needs"),
         ({"trials": []}, "at least one trial"),
+        ({"trials": ["vectors"]}, "list of mappings"),
+        ({"trials": {"kind": "noise"}}, "list of mappings"),
+        ({"prompts": [3]}, "3 is no prompt"),
+        ({"target_positions": -1}, "'-1' is neither a slice"),
+        ({"target_positions": "slice(1,"}, "neither a slice"),
         ({"dtype": "float64"}, "dtype='float64' must be"),
     ],
 )
@@ -288,6 +301,23 @@ def test_a_plan_that_says_something_unknown_is_refused(change, message):
     said = {"model": "modes", "prompts": ["w1"], "trials": [trial], **change}
     with pytest.raises(ValueError, match=message):
         jobs_of({name: value for name, value in said.items() if value is not None})
+
+
+def test_a_plan_that_is_no_mapping_is_refused():
+    for said in (None, ["model"]):
+        with pytest.raises(ValueError, match="a plan is a mapping"):
+            jobs_of.__wrapped__(said)
+
+
+def test_one_text_and_one_chat_are_one_prompt():
+    chat = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
+    for prompts in ("w1 w2", ["w1 w2"], chat, [chat]):
+        jobs = ml.plan_jobs("modes", TRIALS[:1], prompts)
+        assert [job.prompts for job in jobs] == [(chat,) if chat in (prompts, prompts[0]) else ("w1 w2",)]
+    said = {"model": "modes", "prompts": "w1 w2", "trials": [{"kind": "noise", "source_layer": 0, "target_layer": 4}]}
+    said["trials"][0] |= {"radius": 1.0, "n_vectors": 2, "seed": 0}
+    (job,) = jobs_of({**said, "target_positions": "slice(-3, None)"})
+    assert job.prompts == ("w1 w2",) and job.target_positions == "slice(-3, None, None)"
 
 
 @pytest.mark.parametrize(

@@ -97,8 +97,9 @@ def test_power_steerings_file_says_where_its_vectors_act(path):
     with pytest.raises(ValueError, match="acts at 'q_proj'"):
         ml.load(path)
     torch.save({**said, "source_layer": "six"}, path)
-    with pytest.raises(ValueError, match="says layer 'six'"):
+    with pytest.raises(ValueError, match="says layer 'six', which is no number of a block: pass layer="):
         ml.load(path)
+    check(ml.load(path, layer=5), ROWS, 5, "mlp_out")
 
 
 @pytest.fixture
@@ -318,3 +319,13 @@ def test_our_own_files_say_themselves_where_they_act(tmp_path):
         ml.load(tmp_path / "own.pt", model="x")
     with pytest.raises(FileNotFoundError, match="check the path"):
         ml.load(tmp_path / "missing.pt", layer=3)
+
+
+def test_a_file_that_says_it_is_one_of_several_volumes_is_refused(path, monkeypatch):
+    def several(_):
+        raise zipfile.BadZipFile("zipfiles that span multiple disks are not supported")
+
+    torch.save(ROWS, path)
+    monkeypatch.setattr(zipfile, "is_zipfile", several)
+    with pytest.raises(ValueError, match="or damaged"):
+        ml.load(path, layer=1)

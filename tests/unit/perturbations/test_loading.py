@@ -60,6 +60,7 @@ def rewrite(path, **changes):
         ({"kind": "SteeringStones"}, "SteeringStones"),
         ({"header": "{"}, "no JSON"),
         ({"header": "[]"}, "JSON object"),
+        ({"header": "[" * 100_000}, "no JSON"),
         ({"header": "{}"}, "damaged"),
     ],
 )
@@ -168,6 +169,13 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(vectors, tmp_path, 
     with pytest.raises(KeyboardInterrupt):
         (2 * vectors).save(path)
     assert path.read_bytes() == old and len(list(tmp_path.iterdir())) == 1
+
+
+def test_through_a_link_the_file_that_it_names_is_written(vectors, tmp_path):
+    vectors[0].save(tmp_path / "there")
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    vectors.save(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and len(ml.load(tmp_path / "there")) == len(vectors)
 
 
 def test_files_that_belong_together_are_written_as_one(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import melbo_lens as ml
+from melbo_lens.ascent.objectives import Objective
 
 
 def make(n=4, d=6, layer=2, history=True):
@@ -82,6 +83,52 @@ def test_concatenate_keeps_radii_histories_and_what_all_agree_on():
     torch.testing.assert_close(joined.radii, torch.cat([a.radii, b.radii, a.radii]))
     assert joined.history.shape[0] == 0 and joined.provenance["seed"] == 5 and len(joined.provenance["parts"]) == 3
     assert torch.equal(ml.concatenate([a, a]).history, torch.cat([a.history, a.history], dim=1))
+
+
+def test_what_was_learned_for_several_targets_has_none_when_it_is_joined():
+    def learned(positions):
+        objective = Objective(p=2, q=2, target_positions=positions, target_layer=3)
+        provenance = {"target_layer": 3, "p": 2, "q": 2}
+        return ml.SteeringVectors(make().values, 2, provenance=provenance, objective=objective)
+
+    one, other = learned(slice(-1, None)), learned(slice(-2, None))
+    joined = ml.concatenate([one, other])
+    assert joined.objective is None and ml.concatenate([one, one]).objective == one.objective
+    assert joined.provenance["p"] == 2 and "target_layer" not in joined.provenance
+
+
+def test_rows_of_what_was_derived_from_another_number_of_rows():
+    vectors = make()
+    spread = vectors[1] - vectors
+    assert [float(one.values.norm()) for one in spread] == pytest.approx(spread.radii.tolist())
+    mean = vectors[[1, 3]].mean()
+    assert "rows" not in mean.provenance and mean[0].provenance["rows"] == [0]
+    assert (2 * vectors[[1, 3]]).provenance["rows"] == [1, 3]
+    assert torch.equal(vectors[::-1].values, vectors.values.flip(0))
+    # an earlier version kept the row of the one vector
+    assert len(list(ml.SteeringVectors(vectors.values, 2, provenance={"rows": [1]}))) == 4
+
+
+@pytest.mark.parametrize(
+    "provenance", [[1], {"derived": 5}, {"sinks": "<img>"}, {"effects": {"a": 1}}, {"parts": [1]}, {"rows": ["x"]}]
+)
+def test_a_provenance_that_can_not_be_read_again_is_refused(provenance):
+    with pytest.raises((ValueError, TypeError), match="provenance"):
+        ml.SteeringVectors(make().values, 2, provenance=provenance)
+
+
+def test_numbers_that_overflow_where_they_are_kept_are_refused():
+    large = torch.tensor([[1e300, 0.0]], dtype=torch.float64)
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        ml.SteeringVectors.from_tensor(large, 1)
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        ml.SteeringAdapters.from_factors(large[None], torch.ones(1, 2, 1, dtype=torch.float64), 1)
+
+
+@pytest.mark.parametrize("layer", [-1, 1.5, True])
+def test_a_layer_to_ablate_is_a_number_of_a_block(layer):
+    with pytest.raises((ValueError, TypeError)):
+        make().ablation_hooks([layer])
 
 
 def test_one_vector_broadcasts_and_n_vectors_need_n_rows():

@@ -1,0 +1,49 @@
+"""What does the provenance say of each row?  Which row of a fit it was, and what the fit measured of it."""
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+from melbo_lens.arguments import plain_json
+
+LISTS = {"rows": int, "sinks": int, "effects": int | float | None, "derived": str, "parts": dict}
+
+
+def checked_provenance(provenance: Mapping[str, Any], n: int) -> dict[str, Any]:
+    """Returns a copy in JSON's types, without row numbers if there isn't one for each of the n rows, as of a mean.
+
+    Raises:
+        ValueError: it is no mapping, or an entry that is read again is no list of what it should hold.
+    """
+    if not isinstance(cast(Any, provenance), Mapping):  # a file may hold anything
+        raise ValueError(f"provenance must be a mapping of settings; got {type(provenance).__name__}.")
+    said: dict[str, Any] = plain_json(provenance, "provenance")
+    for name, kind in LISTS.items():
+        entry = said.get(name, [])
+        if not (isinstance(entry, list) and all(isinstance(one, kind) for one in cast(list[Any], entry))):
+            raise ValueError(f"provenance[{name!r}] is no list of what a fit leaves there.")
+    if len(said.get("rows", range(n))) != n:
+        del said["rows"]
+    return said
+
+
+def at_the_fit(provenance: Mapping[str, Any], n: int) -> tuple[list[float], list[bool]]:
+    """The effect of each of n rows when it was fitted, and whether it had run into a sink.
+
+    Rows that were derived, or were not fitted, know neither: their effects are NaN.
+    """
+    unknown = [float("nan")] * n, [False] * n
+    parts = list(provenance.get("parts", [provenance]))
+    effects, sunk = list[float](), list[bool]()
+    for part in parts:
+        if "effects" not in part or "derived" in part:
+            return unknown
+        of_fit = part["effects"]
+        numbers = part["rows"] if part is not provenance and "rows" in part else range(len(of_fit))
+        if max(numbers, default=0) >= len(of_fit):
+            return unknown
+        effects += [of_fit[i] for i in numbers]
+        sunk += [i in part.get("sinks", []) for i in numbers]
+    rows = provenance.get("rows", range(n))
+    if not effects or "derived" in provenance or max(rows, default=0) >= len(effects):
+        return unknown
+    return [effects[i] for i in rows], [sunk[i] for i in rows]
