@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from melbo_lens.ascent.constraints import Constraint
-from melbo_lens.ascent.states import Evaluate, Point, State
+from melbo_lens.ascent.states import Evaluate, Point, State, check_finite
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
@@ -47,6 +47,9 @@ def adamw(
 
     Yields:
         The state after each step.
+
+    Raises:
+        FloatingPointError: an objective or a gradient is NaN or infinite.
     """
     n_rows = len(start[0])
     if state is None:
@@ -63,6 +66,7 @@ def adamw(
             seen = evaluate(
                 tuple(torch.cat([old, x[None]], dim=1) for old, x in zip(found, here, strict=True)), rows.start
             )
+            check_finite(step, (seen.value, *seen.gradient), rows.start)
             if step < n_steps:
                 ascents = constraint.tangent(seen.gradient, _many(here), found)
                 for x, ascent in zip(moving, ascents, strict=True):

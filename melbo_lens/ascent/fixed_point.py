@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from melbo_lens.ascent.constraints import INERTIA, Block, Constraint, Inertia
-from melbo_lens.ascent.states import Evaluate, Point, State
+from melbo_lens.ascent.states import Evaluate, Point, State, check_finite
 
 TOLERANCE = 1e-3
 SLOWER, FASTER = 2.0, 0.9  # what a row's inertia is multiplied by where the row would turn back, and elsewhere
@@ -72,6 +72,9 @@ def fixed_point(
 
     Yields:
         The state after each evaluation. In its history, a frozen row keeps its value.
+
+    Raises:
+        FloatingPointError: an objective or a gradient is NaN or infinite.
     """
     n_rows = starts[0].shape[1]
     blocks = constraint.blocks(n_rows, n_steps)
@@ -82,6 +85,7 @@ def fixed_point(
         block = blocks[climb.block]
         active = tuple(x[:, block.start :] for x in climb.moving)
         seen = evaluate(climb.moving, block.start)
+        check_finite(climb.step, (seen.value, seen.score, *seen.gradient), block.start)
         sunk = torch.zeros_like(seen.value, dtype=torch.bool) if seen.sunk is None else seen.sunk
 
         # as its negative, a score in a sink is worse than any other, and the mildest sink is the best of them

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from melbo_lens.ascent.manifolds import unit
-from melbo_lens.ascent.states import Point, State
+from melbo_lens.ascent.states import Point, State, check_finite
 
 # From rows [row ...] and directions of the target [row d_target], or None for the directions of the changes themselves,
 # to the rows' mean changes and the gradients of their components along these directions.
@@ -66,28 +66,12 @@ def sogi(
         state = Swarm(start, history, 0, targets)
     for step in range(state.step, n_steps + 1):
         means, gradient = changes(state.point, state.targets if directed else None)
-        _check_finite(step, means, gradient)
+        check_finite(step, [x[None] for x in (means, *gradient)])
         new_targets, history = unit(means), state.history.clone()
         history[step] = (means * (state.targets if directed else new_targets)).sum(-1)
         point = spread(gradient) if step < n_steps else state.point
         state = replace(state, point=point, history=history, step=step + 1, targets=new_targets)
         yield state
-
-
-def _check_finite(step: int, means: Tensor, gradient: Point) -> None:
-    """Stops at the first row that isn't finite, since rows that repel each other would all become so.
-
-    Raises:
-        FloatingPointError: a mean change or a gradient is NaN or infinite.
-    """
-    finite = torch.isfinite(means).all(1)
-    for x in gradient:
-        finite &= torch.isfinite(x).flatten(1).all(1)
-    if not finite.all():
-        raise FloatingPointError(
-            f"row {int((~finite).nonzero()[0])} changes the target by NaN or infinity in step {step}: use a smaller "
-            "radius or scale, or load the model in bfloat16 or float32."
-        )
 
 
 def soft_orthogonalize(

@@ -1,6 +1,6 @@
 """What exists between two steps of an ascent?  A point, what was seen so far, and a form of both that a file holds."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
@@ -34,6 +34,26 @@ class Evaluation(NamedTuple):
     score: Float[Tensor, "restart row"]
     gradient: Point
     sunk: Bool[Tensor, "restart row"] | None = None
+
+
+def check_finite(step: int, seen: Iterable[Tensor], first: int = 0) -> None:
+    """Stops at the first row that isn't finite, since nothing can be learned from it, and other rows depend on it.
+
+    Args:
+        step: the step, which the message names.
+        seen: what was computed of the rows, [restart row ...] each.
+        first: the number of the first of these rows.
+
+    Raises:
+        FloatingPointError: a value of a row is NaN or infinite.
+    """
+    finite = torch.stack([torch.isfinite(x.unsqueeze(-1)).flatten(2).all(2) for x in seen]).all(0)
+    if not finite.all():
+        row = first + int((~finite).any(0).nonzero()[0])
+        raise FloatingPointError(
+            f"row {row} changes the target by NaN or infinity in step {step}, or its gradient is: use a smaller "
+            "radius, scale or exponent p, or load the model in bfloat16 or float32."
+        )
 
 
 # Evaluates a point's rows from number `first` on. The rows before it stand still, but may affect the scores of later

@@ -151,7 +151,9 @@ def verdicts(texts: pd.Series, behavior: Behavior) -> pd.Series:
         found = [float("nan") if verdict is None else verdict for verdict in behavior.verdicts(texts.tolist())]
         return pd.Series(found, index=texts.index, dtype=float)
     if not callable(behavior):
-        return texts.str.contains(behavior, regex=True).astype(float)
+        # with pandas' own search, another engine may read the expression than the one that checked it
+        pattern = re.compile(behavior)
+        return texts.map(lambda text: float(pattern.search(text) is not None)).astype(float)
     found = []
     for i, text in enumerate(texts):
         try:
@@ -259,7 +261,11 @@ def _note(table: pd.DataFrame, n_tests: int, level: float) -> str:
     per_row = int((table.kind == "steered").sum()) // n_tests
     if _fisher(per_row, per_row, 0, n_random) * n_tests < level:
         return ""
-    needed = next((n for n in range(per_row + 1, 10_001) if _fisher(n, n, 0, n * n_tests) * n_tests < level), None)
+
+    def told(n: int) -> bool:  # the controls grow with the completions
+        return _fisher(n, n, 0, n * n_random // per_row) * n_tests < level
+
+    needed = next(filter(told, range(per_row + 1, 10_001)), None)
     each = f"{per_row} completion{'s' if per_row > 1 else ''}"
     return (
         f"With {each} for each vector and sign, a single vector that always shows a behaviour can't be told from "

@@ -215,7 +215,7 @@ class Completions:
             ValueError: a line holds no such object; the message says which line.
         """
         rows, known = [], []
-        for number, line in enumerate(lines.split("\n")[:-1], 1):
+        for number, line in enumerate(lines.removesuffix("\n").split("\n") if lines else [], 1):
             try:
                 row = json.loads(line)
                 row["log_probs"] = [math.nan if value is None else float(value) for value in row["log_probs"]]

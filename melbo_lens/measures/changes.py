@@ -296,15 +296,22 @@ def _changes(
 def _read(
     host: Host, tokens: Tensor, perturbations: Perturbation | None, names: Sequence[str]
 ) -> list[Float[Tensor, "row pos d"]]:
-    """The activations at these hooks from one forward pass, in float32; the axes after `pos` are flattened."""
+    """The activations at these hooks from one forward pass, in float32; the axes after `pos` are flattened.
+
+    Raises:
+        ValueError: an activation has other axes.
+    """
     seen: dict[str, Tensor] = {}
     readers = [
-        (name, lambda activation, hook, name=name: seen.update({name: activation.to(host.device).float().flatten(2)}))
-        for name in dict.fromkeys(names)
+        (name, lambda activation, hook, name=name: seen.update({name: activation})) for name in dict.fromkeys(names)
     ]
     with hooks.attached(host, [*([] if perturbations is None else perturbations.hooks()), *readers]):
         host.forward(tokens)
-    return [seen[name] for name in names]
+    for name in names:
+        shape = tuple(seen[name].shape) if name in seen else ()
+        if len(shape) < 3 or shape[:2] != tokens.shape:
+            raise ValueError(f"{name!r} must have an activation [row pos ...]; seen: {shape}. Choose another hook.")
+    return [seen[name].to(host.device).float().flatten(2) for name in names]
 
 
 def _stream_name(layer: int) -> str:
@@ -330,7 +337,7 @@ def _target(host: Host, perturbations: Perturbation, layer: int | None, hook: st
         layer = learned_for.target_layer
         hook = learned_for.target_hook if layer is None else None
     if hook is not None:
-        hooks.hook_point(host, hook)
+        hooks.check_target(host, hook)
         return None, hook
     if layer is None:
         raise ValueError(

@@ -78,7 +78,7 @@ def fit_dct(
         radius: R, the norm of the vectors. "auto" is where random directions bend the slice: where the change departs
             from its linear part by half (`calibrate_radius(rule="nonlinearity")`), by the published rule.
         orthogonalize: of the exponential: "qr" keeps the v orthogonal in order, "soft" lets them repel each other
-            (`soft_orthogonalize`).
+            (`soft_orthogonalize`); of two alone, the second is then minus the first, so ask for three or more.
         prompt_reduction: of the exponential: "mean_change" takes u from the mean over the prompts, as published, and
             "sum_norms" one u for each prompt, as `fit_vectors` does.
         n_steps: 10 for the exponential and 20 for the quadratic by default; the linear one takes none.
@@ -114,6 +114,12 @@ def fit_dct(
             f'{model.d_model}, or kind="exponential", orthogonalize="soft".'
         )
     sliced = as_slice(model, prompts, source_layer, target_layer, target_positions, target_hook, site, POSITIONS)
+    d_target = sliced.target.shape[-1]
+    if kind == "linear" and n_factors > d_target:
+        raise ValueError(
+            f"n_factors={n_factors}, and the Jacobian of a target of {d_target} dimensions has {d_target} singular "
+            "vectors: ask for at most so many."
+        )
     run = asked.resolved(sliced, {"power": STEPS[kind] or 1})
     aim = objective_at(sliced, p=1, q=1)
     of_exponential = {

@@ -194,7 +194,8 @@ def _one_start(
     restart: int,
 ) -> Point:
     if init is not None and restart == 0:
-        return tuple(factor.cpu() for pair in init.factors.values() for factor in pair)
+        signs = _signs(init)
+        return tuple(factor.cpu() for a, b in init.factors.values() for factor in (a, signs * b))
     point: list[Tensor] = []
     for site in sites:
         d_in, d_model = host.widths(site.layer, site.name)
@@ -224,10 +225,15 @@ def check_init(
         )
 
 
+def _signs(adapters: SteeringAdapters) -> Float[Tensor, "adapter 1 1"]:
+    """The sign of each adapter's scale, which is all of it that a fit from its factors keeps."""
+    return torch.where(adapters.scales < 0, -1.0, 1.0)[:, None, None]
+
+
 def digest_of_factors(adapters: SteeringAdapters) -> str:
     """A short digest of the factors' bits, by which a provenance names the adapters that a fit started from."""
     digest = hashlib.blake2b(digest_size=8)
-    for pair in adapters.factors.values():
-        for factor in pair:
+    for a, b in adapters.factors.values():
+        for factor in (a, _signs(adapters) * b):
             digest.update(factor.cpu().numpy().tobytes())
     return digest.hexdigest()

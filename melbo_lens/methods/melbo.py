@@ -79,7 +79,8 @@ def fit_vectors(
             means all positions but an attention sink at the first (`slice_model`).
         orthogonal: True makes each vector orthogonal to those before it, so that the first are learned as if alone.
             False lets many vectors find the same direction of largest change. With "soft", vectors that point the same
-            way repel each other in every step (`soft_orthogonalize`), and there may be more of them than d_model.
+            way repel each other in every step (`soft_orthogonalize`), and there may be more of them than d_model. Of
+            two alone, the second is minus the first, so ask for three or more.
         optimizer: "power", a fixed-point iteration, is fast; "adamw" is the published recipe, step by step.
         n_steps: by default 300 for "adamw", and at most 40 for "power", which stops by tolerance.
         lr: the step size of "adamw" in units of the vectors' coordinates; 1e-3 by default, as published.

@@ -45,7 +45,9 @@ class BlockCall:
 
 def in_float32(call: BlockCall) -> BlockCall:
     """Returns the same call on float32 copies of the block and its arguments; the model itself is unchanged."""
-    block = copy.deepcopy(call.block).float()
+    # functions that hang on hooks are shared: they may hold anything, also what can't be copied
+    hung = [one for module in call.block.modules() for one in _hung_on(module)]
+    block = copy.deepcopy(call.block, {id(one): one for one in hung}).float()
     for module in block.modules():
         attributes = vars(module)
         # a bridge in compatibility mode keeps its processed weights as plain attributes
@@ -55,6 +57,13 @@ def in_float32(call: BlockCall) -> BlockCall:
             # TransformerLens' own layers cast to the dtype of their configuration, which the copy has for itself
             cfg.dtype = torch.float32
     return replace(call, block=block, arguments=_float(call.arguments), keywords=_float(call.keywords))
+
+
+def _hung_on(module: nn.Module) -> list[Any]:
+    """The functions that torch calls before and after a module, and TransformerLens' handles of them."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    handles = [*getattr(module, "fwd_hooks", []), *getattr(module, "bwd_hooks", [])]
+    return [*handles, *(function for kind in kinds for function in getattr(module, kind).values())]
 
 
 @dataclass(frozen=True)

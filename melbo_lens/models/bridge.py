@@ -41,10 +41,9 @@ class BridgeHost(Host):
         of_layers = [list(getattr(cache, "layers", None) or []) for cache in caches]
         if any(len(layers) != self.n_layers for layers in of_layers):  # layers may share a cache, or have none
             return None
-        names = {name for layers in of_layers for layer in layers for name in _states(layer)}
         if not all(callable(getattr(layer, "reorder_cache", None)) for layers in of_layers for layer in layers):
             return None
-        if len(caches) > 1 and not names <= {"keys", "values"}:  # recurrent states are kept in other ways
+        if len(caches) > 1 and not all(map(self.only_attends, caches)):  # recurrent states are kept in other ways
             return None
         for layers, n in zip(of_layers, n_rows, strict=True):
             for layer in layers[:shared]:
@@ -56,6 +55,10 @@ class BridgeHost(Host):
                     for other in same[1:]:
                         setattr(other, name, None)  # so that no more than one layer is held twice
         return caches[0]
+
+    def only_attends(self, cache: Any) -> bool:
+        layers = getattr(cache, "layers", None) or []
+        return all({*_states(layer)} <= {"keys", "values"} for layer in layers)
 
     @property
     def before_unembed(self) -> str:

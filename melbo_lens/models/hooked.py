@@ -40,6 +40,9 @@ class HookedHost(Host):
             entry.past_keys, entry.past_values = entry.past_keys[here], entry.past_values[here]
         return True
 
+    def only_attends(self, cache: Any) -> bool:
+        return True
+
     def joined(self, caches: Sequence[Any], n_rows: Sequence[int], shared: int) -> Any:
         def together(parts: Sequence[Tensor]) -> Tensor:
             return torch.cat([part.expand(n, *part.shape[1:]) for part, n in zip(parts, n_rows, strict=True)])

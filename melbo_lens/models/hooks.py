@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from melbo_lens.models.host import HookPoint, Host
 from melbo_lens.perturbations.sites import Hook, Site
 
+OF_PAIRS = ("hook_pattern", "hook_attn_scores")  # their axes are [row head pos pos]
+
 
 def hook_point(host: Host, name: str) -> HookPoint:
     """Returns the hook point of that name; a bridge also knows aliases.
@@ -23,6 +25,20 @@ def hook_point(host: Host, name: str) -> HookPoint:
         ValueError: the model has no such hook.
     """
     return _named(host.points, name)
+
+
+def check_target(host: Host, name: str) -> None:
+    """Refuses an activation of which no position's change can be told.
+
+    Raises:
+        ValueError: the model has no such hook, or its axes are those of heads and of pairs of positions.
+    """
+    hook_point(host, name)
+    if name.endswith(OF_PAIRS):
+        raise ValueError(
+            f"target_hook={name!r} has scores of pairs of positions, and a target is an activation [row pos ...]: "
+            "choose another hook, such as that of the attention's output."
+        )
 
 
 def _named(points: Mapping[str, HookPoint], name: str) -> HookPoint:

@@ -70,6 +70,13 @@ class Host(ABC):
             shared: the number of first layers in which each cache holds a single row, shared by all of its rows.
         """
 
+    @abstractmethod
+    def only_attends(self, cache: Any) -> bool:
+        """Whether a cache holds keys and values alone.
+
+        Several tokens at once after a recurrent state are rounded otherwise than one by one, and some rows more.
+        """
+
     @property
     @abstractmethod
     def before_unembed(self) -> str:

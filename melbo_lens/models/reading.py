@@ -27,7 +27,7 @@ def log_probs_after(
     """Computes how probable the unsteered model finds each token of several continuations of one prompt.
 
     The prompt runs once, and its cache serves all rows. The longest row is compared with a pass without a cache; if the
-    two differ, every row runs as a whole.
+    two differ, or if the cache holds recurrent states, every row runs as a whole.
 
     Args:
         host: the opened model, which the caller has frozen.
@@ -41,13 +41,15 @@ def log_probs_after(
     whole = [[*prompt, *row] for row in rows]
     if not cached or len(rows) == 1 or host.turning_length is not None:
         return _alone(host, whole, len(prompt)), cached
-    found = _after_cached(host, prompt, rows)
+    # a row of one token again and again tells nothing of a cache: whatever is attended to is the same
+    telling = [i for i, row in enumerate(whole) if len({*row[:-1]}) > 1]
+    found = _after_cached(host, prompt, rows) if telling else None
     if found is not None:
-        longest = max(range(len(rows)), key=lambda i: len(rows[i]))
+        longest = max(telling, key=lambda i: len(rows[i]))
         alone = _alone(host, [whole[longest]], len(prompt))[0]
         if bool(((found[longest] - alone).abs() <= closeness(host.dtype) * alone.abs().clamp(min=1.0)).all()):
             return found, True
-    return _alone(host, whole, len(prompt)), False
+    return _alone(host, whole, len(prompt)), not telling
 
 
 def _after_cached(host: Host, prompt: Sequence[int], rows: Sequence[Sequence[int]]) -> list[Tensor] | None:
@@ -58,7 +60,8 @@ def _after_cached(host: Host, prompt: Sequence[int], rows: Sequence[Sequence[int
     tokens = torch.tensor([list(prompt)], dtype=torch.long, device=host.device)
     try:
         logits, cache = host.cached_logits(tokens, mask, host.start_cache(1))
-        if not host.drop_rows(cache, torch.zeros(len(rows), dtype=torch.long, device=host.device)):
+        same = torch.zeros(len(rows), dtype=torch.long, device=host.device)
+        if not host.only_attends(cache) or not host.drop_rows(cache, same):
             return None
         known = logits[:, -1:].to(host.device).float().log_softmax(-1).expand(len(rows), -1, -1)
         if width > 1:

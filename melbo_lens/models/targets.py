@@ -22,7 +22,7 @@ def target_of(host: Host, source_layer: int, target_layer: int | None, target_ho
             "give either target_layer or target_hook, and not both: the change of one activation is measured."
         )
     if target_hook is not None:
-        hooks.hook_point(host, target_hook)
+        hooks.check_target(host, target_hook)
         block = layer_of(target_hook)
         if block is None or block <= source_layer:
             raise ValueError(

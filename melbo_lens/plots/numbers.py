@@ -83,6 +83,10 @@ def token_heatmap(
     )
 
 
+def _target(effects: TargetEffects) -> str:
+    return effects.target_hook if effects.target_layer is None else f"layer {effects.target_layer}"
+
+
 def layer_heatmap(
     changes: ActivationChanges, vector: int = 0, relative: bool = True, name: str | None = None
 ) -> Matrix:
@@ -123,7 +127,7 @@ def cosine_similarity(
     if isinstance(of, TargetEffects):
         keys = list(zip(of.vectors[:kept], of.signs[:kept], strict=True))
         both = len({sign for _, sign in keys}) > 1
-        numbers, what = [f"{k}{SIGNS[s] if both else ''}" for k, s in keys], f"effects at layer {of.target_layer}"
+        numbers, what = [f"{k}{SIGNS[s] if both else ''}" for k, s in keys], f"effects at {_target(of)}"
         shown = of
         if kept < n:
             shown = replace(of, values=of.values[:kept], vectors=of.vectors[:kept], signs=of.signs[:kept])
@@ -212,7 +216,11 @@ def ranking(table: pd.DataFrame, completions: Completions | None = None, names: 
     many = n > MOST_ROWS
     shown, texts = table.head(2 * N_NAMED["rows"] if many else n), examples(completions, by_sign=True)
     keys = [(int(row.vector), int(row.sign)) for row in shown.itertuples()]
+    # a vector may have several rows, and two of one name would share a bar
+    of_row = [str(name) for name in ("behavior", "scale", "prompt") if name in table and table[name].nunique() > 1]
+    more = ["".join(f" {name}" for name in row) for row in shown[of_row].astype(str).to_numpy()]
     called = [f"{k} {SIGNS[s]}" for k, s in keys] if names is None else names_of(n, names)[: len(keys)]
+    called = [name + what for name, what in zip(called, more, strict=True)]
     values, rest = shown[numeric].to_numpy(dtype=float), list(QUANTILES.values()) if many else []
     if many:
         values = np.concatenate([values, _quantiles(table[numeric].to_numpy(dtype=float))])
@@ -294,7 +302,7 @@ def effect_scatter(
         tuple(texts.get(key, "") for key in keys),
         axes[0],
         axes[1],
-        f"Effects at layer {changes.target_layer}",
+        f"Effects at {_target(changes)}",
         without_numbers(
             values, "rows", [f"{k}{SIGNS[s]}" for k, s in zip(changes.vectors, changes.signs, strict=True)]
         ),

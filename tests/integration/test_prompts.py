@@ -95,6 +95,20 @@ def test_coherence_of_completions_of_token_ids_is_after_these_ids(model):
     )
 
 
+def test_a_file_of_completions_that_was_cut_off_is_no_shorter_file(model):
+    lines = ml.generate(model, "w1 w2", None, max_new_tokens=4, progress=False).to_lines()
+    assert len(ml.Completions.from_lines(lines.rstrip("\n"), {})) == len(ml.Completions.from_lines(lines, {})) == 1
+    assert len(ml.Completions.from_lines("", {})) == 0
+    with pytest.raises(ValueError, match="line 1 holds no completion"):
+        ml.Completions.from_lines(lines[:-40], {})
+
+
+@pytest.mark.parametrize("positions", [[False, True], [0.5], ["1"]])
+def test_positions_are_numbers_and_no_mask(model, positions):
+    with pytest.raises((ValueError, TypeError), match="target_positions"):
+        tokenize(host_of(model), "w1 w2 w3", positions)
+
+
 def test_coherence_survives_files_and_selections(model, tmp_path):
     chats = [[{"role": "user", "content": text}] for text in ("w1 w2", "w3 w4 w5")]
     steering = ml.SteeringVectors(torch.randn(2, models.D_MODEL, generator=torch.Generator().manual_seed(0)), 1)

@@ -225,3 +225,23 @@ def test_the_model_is_left_as_it_was(any_model):
 def test_mistakes_are_said(model, call, said):
     with pytest.raises(ValueError, match=said):
         call(model)
+
+
+@pytest.mark.parametrize("prompt", ["w1 w2 w3", "w1 w2 w3 w4"])
+def test_scores_of_pairs_of_positions_are_no_target(build, prompt):
+    """With four heads and four tokens, their shape is that of an activation [row pos ...]."""
+    model, given = build("llama", "bridge"), {"target_hook": "blocks.3.attn.hook_pattern"}
+    assert given["target_hook"] in host_of(model).points
+    for call in (
+        lambda: ml.slice_model(model, prompt, 1, **given),
+        lambda: ml.target_effects(model, prompt, vectors(), **given),
+        lambda: ml.objective(model, prompt, vectors(), **given),
+    ):
+        with pytest.raises(ValueError, match="scores of pairs of positions"):
+            call()
+
+
+def test_an_activation_without_positions_is_no_target(build):
+    model = build("mixtral", "bridge")  # its router sees all positions of all rows as one axis
+    with pytest.raises(ValueError, match=r"must have an activation \[row pos"):
+        ml.target_effects(model, PROMPT, vectors(), target_hook="blocks.3.mlp.gate.hook_out")

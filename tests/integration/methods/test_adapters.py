@@ -12,7 +12,7 @@ from melbo_lens.ascent.objectives import Objective, penalized
 from melbo_lens.measures.ranking import target_changes
 from melbo_lens.methods import adapters as adapters_module
 from melbo_lens.methods.automatic import SHARE_OF_EDGE
-from melbo_lens.methods.low_rank import LowRank
+from melbo_lens.methods.low_rank import LowRank, digest_of_factors
 from melbo_lens.methods.problem import Problem
 from melbo_lens.models import hooks
 from melbo_lens.models.access import host_of
@@ -464,3 +464,13 @@ def test_several_source_layers_must_lie_before_the_hook_that_is_read(model, laye
     settings = {"n_adapters": 1, "rank": 1, "radius": 1.0, "n_steps": 2, "progress": False}
     fitted = ml.fit_adapters(model, PROMPTS, [0, 1], target_hook="blocks.2.hook_resid_mid", **settings)
     assert fitted.source_layers == (0, 1) and (fitted.history[-1] > 0).all()
+
+
+def test_a_fit_from_negated_adapters_begins_with_them(build):
+    model = build("llama", "bridge")
+    settings = {"n_adapters": 2, "rank": 2, "scale": 0.5, "n_steps": 1, "optimizer": "power", "progress": False}
+    one = ml.fit_adapters(model, PROMPTS, 1, 3, **settings)
+    for start in (one, -one):
+        again = ml.fit_adapters(model, PROMPTS, 1, 3, init=start, **settings)
+        torch.testing.assert_close(again.history[0], ml.objective(model, PROMPTS, start), rtol=1e-4, atol=1e-4)
+    assert digest_of_factors(one) != digest_of_factors(-one)

@@ -3,7 +3,10 @@
 The oracle runs the whole model with TransformerLens' own hooks, one row and one prompt at a time.
 """
 
+import functools
+import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -474,3 +477,25 @@ def test_heads_may_be_wider_than_the_stream(tmp_path):
         expected = network(tokens).logits
         with ml.steer(model, found[1]):
             torch.testing.assert_close(host_of(model).forward(tokens), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_target_has_as_many_linear_factors_as_dimensions(build):
+    model = build("llama", "bridge")
+    name = "blocks.3.attn.k.hook_out"
+    width = ml.slice_model(model, PROMPTS, 1, target_hook=name).target.shape[-1]
+    assert width < models.D_MODEL
+    with pytest.raises(ValueError, match=f"a target of {width} dimensions has {width} singular vectors"):
+        ml.fit_dct(model, PROMPTS, 1, n_factors=width + 1, radius=2.0, kind="linear", target_hook=name, progress=False)
+
+
+def test_a_hook_of_the_user_that_can_not_be_copied_is_shared_by_a_copy_in_float32(directories):
+    """Derivatives of a half-precision model run on copies of its blocks."""
+    seen = SimpleNamespace(lock=threading.Lock(), n=0)
+
+    def counted(activation, hook, store):
+        store.n += 1
+
+    model = models.bridge(directories("llama"), dtype=torch.bfloat16)
+    model.add_hook("blocks.2.hook_resid_post", functools.partial(counted, store=seen))
+    ml.fit_jacobian(model, PROMPTS, 1, 4, n_vectors=2, radius=1.0, progress=False)
+    assert seen.n > 0

@@ -11,6 +11,7 @@ from transformer_lens.model_bridge import TransformerBridge
 import melbo_lens as ml
 from melbo_lens.models import hooks, passes
 from melbo_lens.models.access import host_of
+from melbo_lens.models.reading import log_probs_after
 from tests import architectures, models
 from tests.integration.generation.test_generate import PROMPTS, one_by_one, vectors
 
@@ -66,6 +67,35 @@ def test_a_cache_that_forgets_is_found_out_and_the_text_is_right(forgetful, posi
         assert row.tokens[:clear] == expected[:clear]
         compared += clear
     assert compared > 40
+
+
+def test_a_row_of_one_token_proves_no_cache(directories, monkeypatch):
+    """All that it attends to is the same, whatever keys the cache loses."""
+    host, step = host_of(models.bridge(directories("llama"))), passes.Decoder.step
+
+    def loses_keys(self, tokens, steered):
+        if self.cache is not None and tokens.shape[1] == 1:
+            for layer in self.cache.layers:
+                layer.keys = layer.keys * 0
+        return step(self, tokens, steered)
+
+    monkeypatch.setattr(passes.Decoder, "step", loses_keys)
+    with torch.no_grad(), hooks.frozen(host):
+        decoder = passes.Decoder(host, [[5, 9, 13, 21, 30, 8], [26]], lambda rows: [])
+        decoder.first()
+        with pytest.warns(UserWarning, match="without a cache"):
+            decoder.next(torch.tensor([7, 26]))
+
+
+def test_a_cache_stays_in_doubt_until_a_row_of_different_tokens_was_compared(directories):
+    host = host_of(models.bridge(directories("llama")))
+    with torch.no_grad(), hooks.frozen(host):
+        decoder = passes.Decoder(host, [[5], [6]], lambda rows: [])
+        decoder.first()
+        decoder.next(torch.tensor([5, 6]))
+        assert decoder.doubtful
+        decoder.next(torch.tensor([5, 7]))
+        assert not decoder.doubtful
 
 
 def test_log_probs_without_cache_are_those_of_the_steered_model(forgetful):
@@ -298,6 +328,42 @@ def test_recurrent_states_of_several_prompts_are_not_joined(tmp_path):
         ids, mask = torch.tensor(TURNS[:1]), torch.ones(1, 3, dtype=torch.bool)
         caches = [host.cached_logits(ids, mask, host.start_cache(1))[1] for _ in range(2)]
     assert host.joined(caches, [1, 1], 0) is None
+
+
+@pytest.mark.parametrize(("name", "attends"), [("lfm2", False), ("jamba", False), ("qwen2", True)])
+def test_recurrent_states_are_told_from_keys_and_values(tmp_path, name, attends):
+    directory = architectures.save(name, tmp_path)
+    host = host_of(TransformerBridge.boot_transformers(directory, device="cpu", dtype=torch.float32))
+    with torch.no_grad(), hooks.frozen(host):
+        _, cache = host.cached_logits(torch.tensor(TURNS[:1]), torch.ones(1, 3, dtype=torch.bool), host.start_cache(1))
+        assert host.only_attends(cache) is attends
+        rows = [[7, 9, 11, 5, 6], [8, 10, 6, 9, 9]]
+        found, trusted = log_probs_after(host, TURNS[0], rows)
+    assert trusted is attends
+    for row, one in zip(rows, found, strict=True):
+        with torch.no_grad(), hooks.frozen(host):
+            whole = host.forward(torch.tensor([[*TURNS[0], *row]]))[0].float().log_softmax(-1)
+        expected = whole[2:-1].gather(1, torch.tensor(row)[:, None])[:, 0]
+        torch.testing.assert_close(one, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_row_of_one_token_proves_no_cache_to_a_reader(directories, monkeypatch):
+    host = host_of(models.bridge(directories("llama")))
+    prompt, rows = [25], [[25] * 5, [7, 30, 9]]
+    with torch.no_grad(), hooks.frozen(host):
+        expected, _ = log_probs_after(host, prompt, rows, cached=False)
+        drop = type(host).drop_rows
+
+        def forgets(self, cache, kept):
+            for layer in cache.layers:
+                layer.keys = layer.keys * 0  # which a row of one token doesn't show
+            return drop(self, cache, kept)
+
+        monkeypatch.setattr(type(host), "drop_rows", forgets)
+        found, trusted = log_probs_after(host, prompt, rows)
+        alike, _ = log_probs_after(host, prompt, [[25] * 3, [25] * 4])
+    assert not trusted and all(torch.allclose(a, b, atol=1e-4) for a, b in zip(found, expected, strict=True))
+    assert torch.allclose(alike[1], expected[0][:4], atol=1e-4)
 
 
 def test_rows_can_be_dropped_after_a_shared_pass(any_model):

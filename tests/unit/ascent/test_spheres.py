@@ -275,3 +275,23 @@ def test_adamw_is_the_equations_written_out():
     theta, values = adamw_by_hand(evaluate, starts(1)[0, 0], 60, 0.3)
     torch.testing.assert_close(state.history[:-1, 0], values)
     torch.testing.assert_close(state.point[0][0], theta)
+
+
+@pytest.mark.parametrize("where", ["value", "gradient"])
+@pytest.mark.parametrize(("ascend", "place"), [("power", 1), ("free", 1), ("adamw", 0)])  # of adamw's one row at a time
+def test_the_first_row_that_is_not_finite_is_named(ascend, place, where):
+    _, evaluate = quadratic()
+
+    def overflows(theta):
+        value, gradient = evaluate(theta)
+        spoiled = torch.arange(len(theta)) == place
+        if where == "value":
+            return value.masked_fill(spoiled, torch.nan), gradient
+        return value, gradient.masked_fill(spoiled[:, None], torch.inf)
+
+    start = starts(3)
+    states = (
+        descended(overflows, start[0], 3, 0.1) if ascend == "adamw" else climbed(overflows, start, ascend == "power", 3)
+    )
+    with pytest.raises(FloatingPointError, match=rf"row {place} .* in step 0"):
+        last(states)

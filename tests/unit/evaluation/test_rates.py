@@ -1,5 +1,7 @@
 """Are rates and tests those of the statistics that they name?"""
 
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -55,6 +57,27 @@ def test_it_says_how_many_completions_a_single_vector_would_need():
     assert not few.table.beats_control.any()
     enough = ml.evaluate(completions([needed, 0, 0], [0, 0, 0], needed), {"yes": "yes"})
     assert enough.note == "" and enough.table.beats_control.tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize("n_random", [1, 2])
+def test_the_completions_that_are_needed_follow_from_the_controls_that_there_are(n_random):
+    few = ml.evaluate(completions([1] * 6, [0] * n_random, 1), {"yes": "yes"})
+    needed = int(next(word for word in few.note.split(";")[1].split() if word.isdigit()))
+
+    def told(n):
+        found = ml.evaluate(completions([n, *[0] * 5], [0] * n_random, n), {"yes": "yes"})
+        return found.note == "" and bool(found.table.beats_control[0])
+
+    assert told(needed) and not told(needed - 1)
+
+
+@pytest.mark.parametrize("expression", [r"a{,2}b", r"x.{0,2000}b", r"(?x) a a b # c", r"a++b", "(?i)AAB"])
+def test_an_expression_is_pythons_own(expression):
+    found = completions([1], [0], 1)
+    found.table["text"] = ["aab", "x b", "none"]
+    expected = [bool(re.search(expression, text)) for text in found.table.text]
+    table = ml.evaluate(found, {"x": expression}).table
+    assert [table.unsteered[0], table.rate[0], table.random[0]] == expected
 
 
 def test_without_controls_nothing_is_claimed():

@@ -129,6 +129,19 @@ def test_ranking_keeps_the_order_of_its_table_and_every_measure():
     assert list(ml.plots.ranking(table).data[0].x) == [3.0, 1.0]
 
 
+def test_rows_of_one_vector_have_bars_of_their_own():
+    rows = {"vector": 0, "sign": 1, "behavior": ["a", "b", "b"], "scale": [1.0, 1.0, 2.0], "rate": [0.5, 0.2, 0.1]}
+    table = pd.DataFrame(rows)
+    assert numbers.ranking(table).rows == ("0 + a 1.0", "0 + b 1.0", "0 + b 2.0")
+    assert numbers.ranking(table[:1]).rows == ("0 +",)
+
+
+def test_effects_at_a_hook_name_it():
+    effects = ml.TargetEffects(torch.randn(3, 4), (0, 1, 2), (1, 1, 1), None, "blocks.3.attn.hook_z")
+    assert "blocks.3.attn.hook_z" in numbers.cosine_similarity(effects).matrix.title
+    assert "blocks.3.attn.hook_z" in numbers.effect_scatter(effects).title
+
+
 def test_the_layer_map_takes_the_larger_sign_and_leaves_untried_pairs_blank():
     rows = [(0, 2, 1, 1.0, 6.0, 2.0, 0.1, 1.0), (0, 2, -1, 1.0, 8.0, 2.0, 0.3, 2.0), (1, 3, 1, 1.0, 3.0, 3.0, 0.2, 1.5)]
     scan = ml.LayerScan(pd.DataFrame(rows, columns=COLUMNS))
