@@ -155,6 +155,7 @@ def fit(
     import melbo_lens as ml
     from melbo_lens.methods.fitting import Optimizer
     from melbo_lens.reports import saved
+    from melbo_lens.serving.conversation import MODEL_FILE
 
     prompts = _asked(loaded, prompt, chat)
     positions = slice(-last, None) if last else slice(None)
@@ -182,7 +183,7 @@ def fit(
             ml.Findings.measured(loaded, prompts, vectors, completions, title=f"Vectors of {model}").save(out)
             ml.report_directory(out)
     _show(repr(vectors))
-    written = [name for name in (*saved.FILES, saved.PAGE) if (out / name).is_file()]
+    written = [name for name in (*saved.FILES, "ranking.csv", MODEL_FILE, saved.PAGE) if (out / name).is_file()]
     _show(f"wrote {', '.join(written)} to {out}", soft_wrap=True)
 
 
@@ -223,14 +224,12 @@ def discover(
             engine=cast(Any, engine),
         )
         saved.forget(out)  # what an earlier run left here is not of this search
-        for old in out.glob("group-*.safetensors"):
-            old.unlink()
         files.write_text(out / "groups.csv", found.table.to_csv(index=False))
         for row in range(min(len(found.table), 20)):
             found.vector(row).save(out / f"group-{row + 1}.safetensors")  # as the page numbers its cards
+        _remember(out, model, dtype, device)
         if len(found.table):
             ml.Findings.of_discovery(loaded, prompts, found, title=f"What {model} hides").save(out)
-            _remember(out, model, dtype, device)
             ml.report_directory(out)
     table = Table(title=shown(found), show_lines=True)
     headings = ("card", "example", "layers", "radius, in\nnorms of\nthe stream", "vectors", "random", "held out")

@@ -275,8 +275,7 @@ def _text_ids(host: Any, text: str, i: int) -> list[int]:
 
 def _select(length: int, positions: Positions, i: int) -> list[bool]:
     if not isinstance(positions, slice):
-        positions = [positions] if isinstance(positions, int) else positions
-        if any(isinstance(t, bool) or not isinstance(t, int) for t in positions):
+        if not isinstance(positions, Sequence) or any(isinstance(t, bool) or not isinstance(t, int) for t in positions):
             raise ValueError(
                 f"target_positions={positions} must be a slice or a list of positions, such as slice(-3, None) or [-1]."
             )

@@ -47,7 +47,7 @@ def html(sentence: object, table: pd.DataFrame | None = None, most: int = 60, no
     """
     parts = [f"<p>{escape(str(sentence))}</p>"]
     if table is not None and len(table):
-        with pd.option_context("display.max_colwidth", None, "display.precision", 4):
+        with pd.option_context("display.max_colwidth", None, "display.precision", 4, "display.html.use_mathjax", False):
             shown = table.head(most).to_html(index=False, na_rep="", escape=True, border=0)
         parts.append(f'<div style="overflow-x:auto">{shown}</div>')
     if table is not None and len(table) > most:

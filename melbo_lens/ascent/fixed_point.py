@@ -85,11 +85,11 @@ def fixed_point(
         block = blocks[climb.block]
         active = tuple(x[:, block.start :] for x in climb.moving)
         seen = evaluate(climb.moving, block.start)
-        check_finite(climb.step, (seen.value, seen.score, *seen.gradient), block.start)
         sunk = torch.zeros_like(seen.value, dtype=torch.bool) if seen.sunk is None else seen.sunk
+        check_finite(climb.step, (seen.value, seen.score, *seen.gradient), block.start, spared=sunk)
 
         # as its negative, a score in a sink is worse than any other, and the mildest sink is the best of them
-        score = torch.where(sunk, -seen.score, seen.score)[:, : len(block)]
+        score = torch.where(sunk, -seen.score.nan_to_num(torch.inf), seen.score)[:, : len(block)]
         score = score.sum(1, keepdim=True) if block.joint else score  # [restart problem]
         top, winner = score.max(0)
         better = top > climb.best

@@ -36,18 +36,20 @@ class Evaluation(NamedTuple):
     sunk: Bool[Tensor, "restart row"] | None = None
 
 
-def check_finite(step: int, seen: Iterable[Tensor], first: int = 0) -> None:
+def check_finite(step: int, seen: Iterable[Tensor], first: int = 0, spared: Tensor | None = None) -> None:
     """Stops at the first row that isn't finite, since nothing can be learned from it, and other rows depend on it.
 
     Args:
         step: the step, which the message names.
         seen: what was computed of the rows, [restart row ...] each.
         first: the number of the first of these rows.
+        spared: rows [restart row] that may overflow, since they go back to where they last did not.
 
     Raises:
         FloatingPointError: a value of a row is NaN or infinite.
     """
     finite = torch.stack([torch.isfinite(x.unsqueeze(-1)).flatten(2).all(2) for x in seen]).all(0)
+    finite = finite if spared is None else finite | spared
     if not finite.all():
         row = first + int((~finite).any(0).nonzero()[0])
         raise FloatingPointError(

@@ -22,7 +22,7 @@ NEW = 0.5  # the share of new words from which on a change is one of content
 
 
 def departures(model: Model, completions: Completions) -> pd.DataFrame:
-    """Says of each completion how it departs from the unsteered completion of its prompt.
+    """Says of each completion how it departs from the unsteered completions of its prompt.
 
     Args:
         model: the model that wrote the completions.
@@ -30,7 +30,7 @@ def departures(model: Model, completions: Completions) -> pd.DataFrame:
 
     Returns:
         A row for each completion, with the index of the completions' table:
-        - change: "same" (the unsteered text), "noise" (`natural` is below -3), "content" (at least half of its
+        - change: "same" (an unsteered text), "noise" (`natural` is below -3), "content" (at least half of its
           different telling words are neither in the unsteered completion nor in the prompt) or "wording".
         - new_words: that share. Words of more than three letters and numbers are telling; one in capitals is another
           word.
@@ -40,15 +40,14 @@ def departures(model: Model, completions: Completions) -> pd.DataFrame:
           own; of an empty completion 0.
     """
     table = completions.table
-    plain = table[table.kind == "unsteered"].drop_duplicates("prompt").set_index("prompt")
+    plain, known = _unsteered(table)
     columns = []
     for row, log_probs in zip(table.itertuples(), token_log_probs(model, completions, True), strict=True):
-        before = plain.loc[row.prompt]
-        new = new_words(row.text, words(before.text) | words(row.prompt_text))
+        new = new_words(row.text, known[row.prompt])
         n = len(log_probs)
         surprise = -float(log_probs.min()) if n else 0.0
         natural = (float(log_probs.sum()) + surprise) / (n - 1) if n > 1 else -surprise if row.text else 0.0
-        columns.append((_change(row.text, before.text, new, natural), new, surprise, natural))
+        columns.append((_change(row.text, plain[row.prompt], new, natural), new, surprise, natural))
     return pd.DataFrame(columns, columns=COLUMNS, index=table.index)
 
 
@@ -64,22 +63,29 @@ def in_words(table: pd.DataFrame, natural: pd.Series | None = None) -> pd.DataFr
         The columns of `departures`; surprise is NaN, and so is natural if it was not given. A completion whose prompt
         has no unsteered one is compared with the empty text.
     """
-    plain = table[table.kind == "unsteered"].drop_duplicates("prompt").set_index("prompt").text.to_dict()
-    known = {
-        row.prompt: words(plain.get(row.prompt, "")) | words(row.prompt_text)
-        for row in table.drop_duplicates("prompt").itertuples()
-    }
+    plain, known = _unsteered(table)
     judged = pd.Series(float("nan") if natural is None else natural, index=table.index)
     columns = []
     for text, prompt, mean in zip(table.text, table.prompt, judged, strict=True):
         new = new_words(text, known[prompt])
-        columns.append((_change(text, plain.get(prompt, ""), new, mean), new, float("nan"), mean))
+        columns.append((_change(text, plain[prompt], new, mean), new, float("nan"), mean))
     return pd.DataFrame(columns, columns=COLUMNS, index=table.index)
 
 
-def _change(text: str, before: str, new: float, natural: float) -> Kind:
-    """How a text departs from the unsteered one; what no model judged, whose `natural` is NaN, is not called noise."""
-    if text == before:
+def _unsteered(table: pd.DataFrame) -> tuple[dict[int, set[str]], dict[int, set[str]]]:
+    """By prompt: the unsteered texts, of which there may be several samples, and the words of these and of the prompt.
+
+    A prompt that has none is compared with the empty text.
+    """
+    texts: dict[int, set[str]] = table[table.kind == "unsteered"].groupby("prompt").text.agg(set).to_dict()
+    asked = table.drop_duplicates("prompt").set_index("prompt").prompt_text
+    plain = {prompt: texts.get(prompt, {""}) for prompt in asked.index}
+    return plain, {prompt: words(text).union(*map(words, plain[prompt])) for prompt, text in asked.items()}
+
+
+def _change(text: str, before: Set[str], new: float, natural: float) -> Kind:
+    """How a text departs from the unsteered ones; what no model judged, whose `natural` is NaN, is not called noise."""
+    if text in before:
         return "same"
     if natural < NATURAL:
         return "noise"

@@ -66,6 +66,8 @@ def evaluate(completions: Completions, behaviors: Mapping[str, Behavior], level:
     Raises:
         ValueError: there are no behaviours, or no steered completions.
     """
+    if not 0 < level < 1:
+        raise ValueError(f"level={level} must lie between 0 and 1.")
     table = _checked(completions, behaviors)
     rows, summaries = [], []
     for name, behavior in behaviors.items():
@@ -92,6 +94,8 @@ def evaluate(completions: Completions, behaviors: Mapping[str, Behavior], level:
 
 def overall(completions: Completions, behaviors: Mapping[str, Behavior], level: float = 0.05) -> Evaluation:
     """Does the same as `evaluate` over all vectors together; the table of single ones, which takes long, is empty."""
+    if not 0 < level < 1:
+        raise ValueError(f"level={level} must lie between 0 and 1.")
     table = _checked(completions, behaviors)
     summaries = [
         _summary(name, table.assign(shown=verdicts(table.text, behavior))) for name, behavior in behaviors.items()
@@ -123,7 +127,8 @@ def check_behaviors(behaviors: Mapping[str, Behavior]) -> None:
     """Refuses what can't be asked of a text, before anything is computed.
 
     Raises:
-        TypeError, ValueError: a behaviour is neither a regular expression, nor a function, nor a judge.
+        TypeError, ValueError: a behaviour is neither a regular expression, nor a function, nor a judge, or is a
+            function that fails on an empty text.
     """
     for name, behavior in behaviors.items():
         if isinstance(behavior, str):
@@ -139,6 +144,8 @@ def check_behaviors(behaviors: Mapping[str, Behavior]) -> None:
                 f"behaviors[{name!r}] is of type {type(behavior).__name__}: give a regular expression, a function of "
                 "the text, or a judge."
             )
+        elif not isinstance(behavior, Judge | KeptVerdicts | re.Pattern):
+            verdicts(pd.Series(["", " "]), behavior)  # as completions may be
 
 
 def verdicts(texts: pd.Series, behavior: Behavior) -> pd.Series:
@@ -153,15 +160,13 @@ def verdicts(texts: pd.Series, behavior: Behavior) -> pd.Series:
     if not callable(behavior):
         # with pandas' own search, another engine may read the expression than the one that checked it
         pattern = re.compile(behavior)
-        return texts.map(lambda text: float(pattern.search(text) is not None)).astype(float)
+        return texts.map(lambda text: float(pattern.search(text) is not None), na_action="ignore").astype(float)
     found = []
-    for i, text in enumerate(texts):
+    for text in texts:
         try:
             found.append(bool(behavior(text)))
         except Exception as error:
-            raise ValueError(
-                f"the behavior raised {error!r} on completion {i}, {text!r}: it must take any text."
-            ) from error
+            raise ValueError(f"the behavior raised {error!r} on the text {text!r}: it must take any text.") from error
     return pd.Series(found, index=texts.index, dtype=float)
 
 

@@ -218,6 +218,8 @@ class Completions:
         for number, line in enumerate(lines.removesuffix("\n").split("\n") if lines else [], 1):
             try:
                 row = json.loads(line)
+                if not isinstance(row["text"], str):
+                    raise TypeError(f"text is {row['text']!r}")
                 row["log_probs"] = [math.nan if value is None else float(value) for value in row["log_probs"]]
                 known.append(row.pop(PROMPT_TOKENS, None))
                 # every column must be there, and columns that a user added are kept

@@ -86,11 +86,17 @@ def resume(
             raise OSError(f"checkpoint={str(path)!r} can't be written: its folder does not exist or is not writable.")
         return None
     tensors, saved = files.read(path, KIND)
-    saved = {**version_0_1_0.unsaid(saved, settings), **saved}
-    differing = sorted(key for key in {*settings, *saved} if settings.get(key) != saved.get(key))
+    there, here = _compared({**version_0_1_0.unsaid(saved, settings), **saved}), _compared(settings)
+    differing = sorted(key for key in {*here, *there} if here.get(key) != there.get(key))
     if differing:
-        pairs = ", ".join(f"{key}: {saved.get(key)!r} there, {settings.get(key)!r} here" for key in differing)
+        pairs = ", ".join(f"{key}: {there.get(key)!r} there, {here.get(key)!r} here" for key in differing)
         raise ValueError(
             f"checkpoint={str(path)!r} belongs to another fit ({pairs[:600]}): use the same arguments, or another file."
         )
-    return kind.of(version_0_1_0.translated(tensors, saved), device)
+    return kind.of(version_0_1_0.translated(tensors, there), device)
+
+
+def _compared(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings without our own version, since states of earlier ones go on; other packages compute the steps."""
+    versions = {name: said for name, said in settings.get("versions", {}).items() if name != "melbo_lens"}
+    return {**settings, "versions": versions}

@@ -97,7 +97,7 @@ def describe(sliced: SlicedModel) -> dict[str, Any]:
 def describe_model(host: Host) -> dict[str, Any]:
     """Provenance of a model: its name, its weights and the versions of what runs it."""
     return {
-        "model": _whole(host.name),
+        "model": whole_path(host.name),
         "model_class": type(host.model).__name__,
         "fingerprint": fingerprint(host),
         "dtype": str(host.dtype).removeprefix("torch."),
@@ -106,7 +106,7 @@ def describe_model(host: Host) -> dict[str, Any]:
     }
 
 
-def _whole(name: str) -> str:
+def whole_path(name: str) -> str:
     """The whole path where a model's name is that of a folder on this machine, and so not one on the hub."""
     return str(Path(name).resolve()) if os.sep in name and Path(name).is_dir() else name
 

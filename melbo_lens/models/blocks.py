@@ -45,9 +45,8 @@ class BlockCall:
 
 def in_float32(call: BlockCall) -> BlockCall:
     """Returns the same call on float32 copies of the block and its arguments; the model itself is unchanged."""
-    # functions that hang on hooks are shared: they may hold anything, also what can't be copied
-    hung = [one for module in call.block.modules() for one in _hung_on(module)]
-    block = copy.deepcopy(call.block, {id(one): one for one in hung}).float()
+    shared = {id(one): one for module in call.block.modules() for one in _hung_on(module) if not _can_be_copied(one)}
+    block = copy.deepcopy(call.block, shared).float()
     for module in block.modules():
         attributes = vars(module)
         # a bridge in compatibility mode keeps its processed weights as plain attributes
@@ -64,6 +63,15 @@ def _hung_on(module: nn.Module) -> list[Any]:
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     handles = [*getattr(module, "fwd_hooks", []), *getattr(module, "bwd_hooks", [])]
     return [*handles, *(function for kind in kinds for function in getattr(module, kind).values())]
+
+
+def _can_be_copied(function: Any) -> bool:
+    """Whether what hangs on a hook can be copied: a user's may hold anything, such as a lock or an open file."""
+    try:
+        copy.deepcopy(function)
+    except Exception:  # whatever an object raises that won't be copied
+        return False
+    return True
 
 
 @dataclass(frozen=True)

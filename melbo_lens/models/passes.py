@@ -98,7 +98,7 @@ class Decoder:
             if is_out_of_memory(error):
                 raise
             return self._distrusted(f"failed ({type(error).__name__}: {error})")
-        self.doubtful = not self._telling(self._witness())
+        self.doubtful = not any(map(self._telling, range(len(self.alive))))
         return self._proved(logits)
 
     def keep(self, places: Sequence[int]) -> bool:
@@ -202,7 +202,7 @@ class Decoder:
         return True
 
     def _proved(self, logits: Tensor) -> Tensor:
-        """Returns the logits if the witness's are right, and else those of a pass without a cache."""
+        """Returns the logits if the witnesses' are right, and else those of a pass without a cache."""
         error = self._off(logits)
         if error <= self._allowed:
             return logits
@@ -221,18 +221,18 @@ class Decoder:
         return self._uncached(self.alive) if self.apart else together
 
     def _off(self, logits: Tensor) -> float:
-        """Measures how far the logits of the witness are from a pass of this row alone."""
-        place = self._witness()
-        return self._error(logits[place], self._uncached([self.alive[place]])[0])
+        """Measures how far the logits of the witnesses are from a pass of such a row alone."""
+        return max(self._error(logits[place], self._uncached([self.alive[place]])[0]) for place in self._witnesses())
 
-    def _witness(self) -> int:
-        """The place of the row that tells whether a pass is right: the one with the most padding.
+    def _witnesses(self) -> list[int]:
+        """The places of the rows that tell whether a pass is right: the most padded of all and of telling ones.
 
         Of several it is the last, since the first row of a prompt whose pass was shared may be right by itself.
         """
         places = list(reversed(range(len(self.alive))))
-        telling = list(filter(self._telling, places))
-        return min(telling or places, key=lambda place: len(self.ids[self.alive[place]]))
+        some = [places, list(filter(self._telling, places))]
+        found = [min(rows, key=lambda place: len(self.ids[self.alive[place]])) for rows in some if rows]
+        return list(dict.fromkeys(found))
 
     def _telling(self, place: int) -> bool:
         """Whether a row has different tokens; if not, all that is attended to is the same, whatever a cache forgets."""

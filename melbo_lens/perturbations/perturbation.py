@@ -412,10 +412,9 @@ def chosen_rows(index: Index, n: int, word: str) -> Int[Tensor, " row"]:
     one = isinstance(chosen, Integral)
     if one and not -n <= int(chosen) < n:
         raise IndexError(f"{word} {chosen} was asked for, there are {n}: use 0 to {n - 1}.")
-    everything = torch.arange(n, device="cpu")
-    if isinstance(chosen, slice):
-        chosen = list(range(n))[chosen]  # torch knows no negative steps
-    kept = everything[[int(chosen)] if one else chosen]
+    # torch knows no negative steps
+    rows = list(range(n))[chosen] if isinstance(chosen, slice) else [int(chosen)] if one else chosen
+    kept = torch.arange(n, device="cpu")[rows]
     if len(kept) == 0:
         raise IndexError(f"the selection {chosen!r} holds no {word}; there are {n}.")
     return kept

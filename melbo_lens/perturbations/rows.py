@@ -5,23 +5,19 @@ from typing import Any, cast
 
 from melbo_lens.arguments import plain_json
 
-LISTS = {"rows": int, "sinks": int, "effects": int | float | None, "derived": str, "parts": dict}
-
 
 def checked_provenance(provenance: Mapping[str, Any], n: int) -> dict[str, Any]:
     """Returns a copy in JSON's types, without row numbers if there isn't one for each of the n rows, as of a mean.
 
     Raises:
-        ValueError: it is no mapping, or an entry that is read again is no list of what it should hold.
+        ValueError: it is no mapping, or doesn't list what was done to the rows.
     """
     if not isinstance(cast(Any, provenance), Mapping):  # a file may hold anything
         raise ValueError(f"provenance must be a mapping of settings; got {type(provenance).__name__}.")
     said: dict[str, Any] = plain_json(provenance, "provenance")
-    for name, kind in LISTS.items():
-        entry = said.get(name, [])
-        if not (isinstance(entry, list) and all(isinstance(one, kind) for one in cast(list[Any], entry))):
-            raise ValueError(f"provenance[{name!r}] is no list of what a fit leaves there.")
-    if len(said.get("rows", range(n))) != n:
+    if not isinstance(said.get("derived", []), list):
+        raise ValueError(f"provenance['derived']={said['derived']!r} must list what was done to the rows.")
+    if "rows" in said and not (_are_numbers(said["rows"]) and len(said["rows"]) == n):
         del said["rows"]
     return said
 
@@ -35,7 +31,7 @@ def at_the_fit(provenance: Mapping[str, Any], n: int) -> tuple[list[float], list
     parts = list(provenance.get("parts", [provenance]))
     effects, sunk = list[float](), list[bool]()
     for part in parts:
-        if "effects" not in part or "derived" in part:
+        if not _is_of_fit(part):
             return unknown
         of_fit = part["effects"]
         numbers = part["rows"] if part is not provenance and "rows" in part else range(len(of_fit))
@@ -47,3 +43,17 @@ def at_the_fit(provenance: Mapping[str, Any], n: int) -> tuple[list[float], list
     if not effects or "derived" in provenance or max(rows, default=0) >= len(effects):
         return unknown
     return [effects[i] for i in rows], [sunk[i] for i in rows]
+
+
+def _is_of_fit(part: Any) -> bool:
+    """Whether this is the provenance of rows as they were fitted; a user may keep other things under these names."""
+    if not isinstance(part, Mapping) or "derived" in part:
+        return False
+    known = cast(Mapping[str, Any], part)
+    effects = known.get("effects")
+    fitted = isinstance(effects, list) and all(isinstance(one, int | float) for one in cast(list[Any], effects))
+    return fitted and all(_are_numbers(known.get(name, [])) for name in ("rows", "sinks"))
+
+
+def _are_numbers(entry: Any) -> bool:
+    return isinstance(entry, list) and all(isinstance(one, int) for one in cast(list[Any], entry))

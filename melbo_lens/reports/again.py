@@ -1,6 +1,7 @@
 """How is a run repeated?  As a few lines of Python, from the settings that it kept."""
 
 import inspect
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -38,6 +39,11 @@ def snippet(findings: Findings) -> str:
     # a part of a search may be a difference of means, which was learned from other prompts than the search's
     first = next((part for part in parts if "prompts" in part), parts[0])
     sets = ["prompts"] if findings.search else [name for name in SETS if name in first]
+    if findings.search:  # of several searches, each from prompts of its own?
+        asked = {json.dumps(part["prompt_tokens"]) for part in parts if "prompt_tokens" in part}
+        written = 0 if findings.written is None else findings.written.rows.prompt_text.nunique()
+        if len(asked) > 1 or written > len(first.get("prompts", range(written))):
+            return ""
     head = ["import torch", "", "import melbo_lens as ml", "", *_model(first)]
     head += [line for name in sets or ["prompts"] for line in _prompts(first, name)]
     if findings.search:

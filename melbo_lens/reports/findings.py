@@ -231,8 +231,8 @@ class Findings:
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes a folder, which is made if it is missing; each file is written whole or not at all.
 
-        A function can't be saved, so for each behaviour the folder keeps the texts that show it, and those on which a
-        judge gave no verdict.
+        Files that an earlier `save` left there and these findings don't have are removed. A function can't be saved,
+        so for each behaviour the folder keeps the texts that show it, and those on which a judge gave no verdict.
 
         Args:
             directory: the folder.

@@ -48,6 +48,8 @@ def report(
         TypeError: vectors are given without completions, or findings together with one of their own fields.
         ValueError: a list holds fewer than two findings.
     """
+    if isinstance(findings, str | os.PathLike):
+        raise TypeError(f"findings={str(findings)!r} is a path: ml.report_directory writes the page of a folder.")
     if isinstance(findings, Sequence) and not isinstance(findings, Perturbation):
         if completions is not None or measured:
             raise TypeError("several findings know their completions and measures themselves: give them and a path.")

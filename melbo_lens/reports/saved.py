@@ -7,6 +7,7 @@ be read as well.
 import csv
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,22 +33,31 @@ TABLES = ("ranking", "scan", "groups", "trials")
 VECTORS, LINES, SHEET = "vectors.safetensors", "completions.jsonl", "completions.csv"
 ABOUT, WRITTEN = "about.json", "written.json"
 FILES = [VECTORS, LINES, SHEET, ABOUT, WRITTEN, *(f"{name}.safetensors" for name in MEASURES)]
-FILES += [f"{name}.csv" for name in TABLES]
-PAGE = "report.html"
+PAGE, GROUP = "report.html", re.compile(r"group-\d+\.safetensors")
 JUDGED = {"change": str, "new_words": float, "surprise": float, "natural": float}
 SCAN_COLUMNS_0_1_0 = "source_layer target_layer sign radius objective random_objective kl entropy".split()
 
 
 def forget(folder: Path) -> None:
-    """Removes the files of an earlier run and its page from a folder, and leaves all others."""
-    for name in (*FILES, PAGE):
+    """Removes the files of an earlier run, its page and the vectors of its groups from a folder, and no others."""
+    groups = [path.name for path in folder.glob("group-*.safetensors") if GROUP.fullmatch(path.name)]
+    for name in (*_left_by_a_run(folder), *groups):
         (folder / name).unlink(missing_ok=True)
+
+
+def _left_by_a_run(folder: Path) -> list[str]:
+    """The names of the files that an earlier run wrote into a folder; tables that it didn't have are the user's own."""
+    try:
+        said = files.read_json(folder / ABOUT)
+        return [*FILES, PAGE, *(f"{name}.csv" for name in TABLES if said.get(name) is not None)]
+    except (OSError, ValueError, AttributeError):  # no run wrote here, or none that can be read
+        return []
 
 
 def write(parts: Mapping[str, Any], folder: Path) -> None:
     """Writes a folder, which is made if it is missing; each file is written whole or not at all.
 
-    Files of an earlier run that this one doesn't have are removed, so that the folder is of one run.
+    The measures of an earlier run that this one doesn't have are removed.
 
     Args:
         parts: the fields of `Findings` by name.
@@ -58,6 +68,7 @@ def write(parts: Mapping[str, Any], folder: Path) -> None:
     )
     scanned, judged = parts["scan"], parts["judged"]
     folder.mkdir(parents=True, exist_ok=True)
+    earlier = _left_by_a_run(folder)
     parts["vectors"].save(folder / VECTORS)
     files.write_text(folder / LINES, completions.to_lines())
     # texts are quoted, so that a lone carriage return in one of them doesn't end the row
@@ -91,17 +102,19 @@ def write(parts: Mapping[str, Any], folder: Path) -> None:
         "twins": [[number, *counts] for number, counts in parts["twins"].items()],
         "search": plain_json(parts["search"], "search"),
     }
+    here = {VECTORS, LINES, SHEET, ABOUT, PAGE, *([] if written is None else [WRITTEN])}
+    here |= {f"{name}.safetensors" for name in MEASURES if parts[name] is not None} | {f"{name}.csv" for name in kept}
+    for name in {*earlier} - here:
+        (folder / name).unlink(missing_ok=True)
     files.write_json(folder / ABOUT, about)
-    if written is None:
-        (folder / WRITTEN).unlink(missing_ok=True)
-    else:
+    if written is not None:
         files.write_text(folder / WRITTEN, json.dumps(written.as_json(), allow_nan=False))
     for name in MEASURES:
-        path = folder / f"{name}.safetensors"
-        path.unlink(missing_ok=True) if parts[name] is None else parts[name].save(path)
+        if parts[name] is not None:
+            parts[name].save(folder / f"{name}.safetensors")
     for name, table in tables.items():
-        path = folder / f"{name}.csv"
-        path.unlink(missing_ok=True) if table is None else files.write_text(path, table.to_csv(index=False))
+        if table is not None:
+            files.write_text(folder / f"{name}.csv", table.to_csv(index=False))
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -141,7 +154,7 @@ def read(folder: Path) -> dict[str, Any]:
             "behaviors": _behaviors(about, completions, written),
             "control": _numbers(about.get("control")),
             "coherence": _numbers(about.get("coherence")),
-            "ranked": _ranking(about.get("ranking"), folder / "ranking.csv"),
+            "ranked": _ranking(about, folder / "ranking.csv"),
             "calibration": None if about.get("calibration") is None else Calibration.of_json(about["calibration"]),
             "scan": _scan(about.get("scan")),
             **_groups(about.get("groups")),
@@ -203,11 +216,11 @@ def _cells(row: list[Any]) -> list[Any]:
     return [math.nan if value is None else value for value in row]
 
 
-def _ranking(kept: dict[str, Any] | None, sheet: Path) -> pd.DataFrame | None:
-    """The table of `rank`, or None."""
-    if kept is not None:
-        return pd.DataFrame([_cells(row) for row in kept["rows"]], columns=kept["columns"])
-    return pd.read_csv(sheet) if sheet.is_file() else None  # version 0.1.0
+def _ranking(about: Mapping[str, Any], sheet: Path) -> pd.DataFrame | None:
+    if "ranking" not in about:  # version 0.1.0
+        return pd.read_csv(sheet) if sheet.is_file() else None
+    kept = about["ranking"]
+    return None if kept is None else pd.DataFrame([_cells(row) for row in kept["rows"]], columns=kept["columns"])
 
 
 def _groups(kept: dict[str, Any] | None) -> dict[str, Any]:

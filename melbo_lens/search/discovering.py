@@ -27,6 +27,7 @@ from melbo_lens.sweeps.tasks import Bench
 from melbo_lens.sweeps.trials import AnyTrial
 
 SHARE_FOR_HELDOUT, SHARE_FOR_GROUPS = 0.2, 0.03  # of the budget, for what follows the trials
+UNSTEERED = -1  # the number of the task that writes on held-out prompts without a vector
 SHARE_FOR_EDGE = 0.35  # of the budget, after which the edge is bisected no further
 
 
@@ -91,10 +92,10 @@ def discover(
             and `gather` has what is there.
 
     Warns:
-        UserWarning: the search was interrupted. Or a prompt is plain text although the model's tokenizer has a template
-            for chats. Or a trial was left out, since activations or logits were NaN or infinite, or since its method
-            doesn't suit the model; with a directory, for whatever reason. Or a group could not be scored on held-out
-            prompts.
+        UserWarning: the search was interrupted. Or a behaviour failed on a text, so that words alone made groups. Or a
+            prompt is plain text although the model's tokenizer has a template for chats. Or a trial was left out, since
+            activations or logits were NaN or infinite, or since its method doesn't suit the model; with a directory,
+            for whatever reason. Or a group could not be scored on held-out prompts.
     """
     if plan is None and not 0 < budget < float("inf"):
         raise ValueError(f"budget={budget} must be a positive number of seconds.")
@@ -121,12 +122,12 @@ def discover(
                     in_rounds(search, methods, SHARE_FOR_EDGE * budget, bar)
                 else:
                     as_planned(search, plan, bar)
-            found = Discovery.of(search.outcomes, behaviors, search.edge)
+            found, behaviors = _grouped(search, behaviors or {})
             if held_out is not None and not search.interrupted:
                 bar.set_postfix_str("held-out prompts")
                 ends = budget if plan is None else float("inf")
                 with until_interrupted(search):
-                    _score(found, search, held_out, behaviors or {}, ends)
+                    _score(found, search, held_out, behaviors, ends)
             if plan is None and not search.interrupted:
                 bar.update(bar.total - bar.n)  # the rest of the budget is too short for anything more
     settings = {
@@ -140,6 +141,18 @@ def discover(
         "trials_ended": [round(seconds, 1) for seconds in search.ended],
     }
     return replace(found, settings=settings)
+
+
+def _grouped(search: Search, behaviors: Mapping[str, Behavior]) -> tuple[Discovery, Mapping[str, Behavior]]:
+    """Groups what was written, and says by which behaviours: by none if one of them fails on a text."""
+    outcomes = search.outcomes
+    try:
+        return Discovery.of(outcomes, behaviors, search.edge), behaviors
+    except (ValueError, RuntimeError) as error:
+        if not behaviors:
+            raise
+        warnings.warn(f"the groups are of words alone, since a behaviour failed: {error}", stacklevel=4)
+        return Discovery.of(outcomes, {}, search.edge), {}
 
 
 def _asked(
@@ -191,12 +204,22 @@ def _score(
             job, learned = search.outcomes[row.trial].job, found.vectors[row.trial][row.vector]
             yield HeldoutTask(index, job, int(row.vector), int(row.sign), learned, prompts, search.seed)
 
-    ordinary = found.ordinary
-    for done in search.workers.run(tasks()):
+    ordinary, plain = found.ordinary, None
+    if rows and search.clock.passed + MARGIN * longest <= ends:
+        began_at = search.clock.passed
+        (done,) = search.workers.run([HeldoutTask(UNSTEERED, search.outcomes[0].job, 0, 1, None, prompts, search.seed)])
+        try:
+            plain = done.value()
+        except (FloatingPointError, ValueError, RuntimeError, MemoryError) as error:  # what was found is not to be lost
+            warnings.warn(f"no group has a rate on held-out prompts: {error}", stacklevel=4)
+            return
+        longest = max(longest, search.clock.passed - began_at)
+    for done in search.workers.run(tasks() if plain is not None else []):
         index = done.task.number
         try:
-            found.table.loc[index, "heldout_rate"] = heldout_rate(done.value(), rows[index], behaviors, ordinary)
-        except (FloatingPointError, ValueError, RuntimeError, MemoryError) as error:  # what was found is not to be lost
+            rate = heldout_rate(done.value(), plain or [], rows[index], behaviors, ordinary)
+            found.table.loc[index, "heldout_rate"] = rate
+        except (FloatingPointError, ValueError, RuntimeError, MemoryError) as error:
             warnings.warn(f"group {index} has no rate on held-out prompts: {error}", stacklevel=4)
             if isinstance(error, RuntimeError | MemoryError):
                 return  # memory has run out, or a device has failed

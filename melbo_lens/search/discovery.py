@@ -1,13 +1,13 @@
 """What did a search find?  Groups of completions, each with the vectors that wrote it."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
 import torch
 
-from melbo_lens.arguments import public
+from melbo_lens.arguments import count, public
 from melbo_lens.evaluation.departures import shares
 from melbo_lens.evaluation.rates import Behavior, check_behaviors, shows
 from melbo_lens.generation.completions import Completions
@@ -106,6 +106,7 @@ class Discovery:
         Raises:
             ValueError: the search found no group.
         """
+        count("n", n)
         if self.table.empty:
             raise ValueError(f"there is no vector to choose: {self.said}.")
         return self._vectors(self._first(n))
@@ -117,21 +118,14 @@ class Discovery:
         Their column `vector` numbers the chosen vectors, and `prompt` the different prompts of all trials. If the
         search found no group, the vectors are those of its first trial.
         """
+        count("n", n)
         chosen = self.numbers(n)
         parts: list[pd.DataFrame] = []
         for number, (trial, vector, sign) in enumerate(chosen):
-            written = self.completions[trial]
-            known = [()] * len(written) if written.prompt_tokens is None else written.prompt_tokens
-            table = written.table.assign(known=known)
+            table = _with_ids(self.completions[trial])
             mine = table[(table.vector == vector).fillna(False)]
             parts += [table[table.kind == "unsteered"], mine.assign(vector=number, sign=mine.sign * sign)]
-        table = pd.concat(parts, ignore_index=True).astype({"vector": "Int64"})
-        again = table.kind.eq("unsteered") & table.duplicated(["kind", "prompt_text", "sample"])
-        table = table[~again].sort_values("kind", key=lambda kind: kind.map(KINDS_IN_ORDER.index), kind="stable")
-        table = table.assign(prompt=pd.factorize(table.prompt_text)[0]).reset_index(drop=True)
-        ids = tuple(map(tuple, table.pop("known")))
-        settings = self.completions[chosen[0][0]].settings
-        return self._vectors(chosen), Completions(table, settings, ids if all(ids) else None)
+        return self._vectors(chosen), _side_by_side(parts, self.completions[chosen[0][0]].settings)
 
     def numbers(self, n: int = 20) -> list[tuple[int, int, int]]:
         """The trial, vector and sign of each of the vectors of `shown`."""
@@ -177,7 +171,7 @@ class Discovery:
     ) -> tuple[Perturbation, Completions]:
         """All vectors of the trials at one source layer (and target layer and method, if given), and their completions.
 
-        The column `vector` of the completions numbers the joined vectors.
+        The column `vector` of the completions numbers the joined vectors, and `prompt` the different prompts.
 
         Args:
             source_layer: where the vectors act.
@@ -207,16 +201,13 @@ class Discovery:
                 f"the methods {sorted({self.plan[i].method for i in chosen})}."
             )
         longest = max(len(self.vectors[i].history) for i in chosen)
-        tables, known, first = [], [], 0
+        tables, first = list[pd.DataFrame](), 0
         for i in chosen:
-            # every trial also completes the prompts unsteered; one set of these is enough
-            completions = self.completions[i] if first == 0 else self.completions[i].filter(kind=["steered", "random"])
-            tables.append(completions.table.assign(vector=completions.table.vector + first))
-            known.append(completions.prompt_tokens)
+            table = _with_ids(self.completions[i])
+            tables.append(table.assign(vector=table.vector + first))
             first += len(self.vectors[i])
         vectors = concatenate([_lengthened(self.vectors[i], longest) for i in chosen])
-        ids = None if None in known else tuple(row for rows in known for row in rows)
-        return vectors, Completions(pd.concat(tables, ignore_index=True), self.completions[chosen[0]].settings, ids)
+        return vectors, _side_by_side(tables, self.completions[chosen[0]].settings)
 
     def __repr__(self) -> str:
         return f"Discovery({len(self.table)} groups from {len(self.plan)} trials; {self.said})"
@@ -251,7 +242,13 @@ class Discovery:
 
         Returns:
             By the row of a group: in how many of how many completions it was seen.
+
+        Raises:
+            ValueError: a behaviour of this search is missing.
         """
+        missing = sorted({*self.table.behavior} - {"", *behaviors})
+        if missing:
+            raise ValueError(f"groups of this search show {missing}: give the behaviours with which it was made.")
         steered = twin.rows[twin.rows.kind == "steered"]
         changed, by_name = steered[steered.change != "same"], dict[str, int]()
         for name, behavior in behaviors.items():
@@ -297,7 +294,26 @@ def gather(directories: Folder | Sequence[Folder], behaviors: Mapping[str, Behav
         raise ValueError(
             f"no trial is finished in {', '.join(map(str, folders))}: run the sweep, or look at its status."
         )
-    return Discovery.of([found[digest] for digest in sorted(found)], behaviors)
+    outcomes = [found[digest] for digest in sorted(found)]
+    asked = [{name: getattr(one.job, name) for name in ("target_positions", "max_new_tokens")} for one in outcomes]
+    agreed = {name: value for name, value in asked[0].items() if all(one[name] == value for one in asked)}
+    return replace(Discovery.of(outcomes, behaviors), settings=agreed)
+
+
+def _with_ids(written: Completions) -> pd.DataFrame:
+    """The table of completions, with the ids of each prompt in a column."""
+    known = [()] * len(written) if written.prompt_tokens is None else written.prompt_tokens
+    return written.table.assign(known=known)
+
+
+def _side_by_side(parts: Sequence[pd.DataFrame], settings: Mapping[str, Any]) -> Completions:
+    """Joins completions of several trials, whose prompts may differ; each prompt is there once unsteered."""
+    table = pd.concat(parts, ignore_index=True).astype({"vector": "Int64"})
+    again = table.kind.eq("unsteered") & table.duplicated(["kind", "prompt_text", "sample"])
+    table = table[~again].sort_values("kind", key=lambda kind: kind.map(KINDS_IN_ORDER.index), kind="stable")
+    table = table.assign(prompt=pd.factorize(table.prompt_text)[0]).reset_index(drop=True)
+    ids = tuple(map(tuple, table.pop("known")))
+    return Completions(table, settings, ids if all(ids) else None)
 
 
 def _form(vectors: Perturbation) -> tuple[Any, ...]:

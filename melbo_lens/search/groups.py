@@ -94,7 +94,7 @@ def named(rows: pd.DataFrame, behaviors: Mapping[str, Behavior], ordinary: Set[s
     names.loc[(names.behavior != "") & (names.change == "noise"), "change"] = "content"
     by_words = changed & (names.change != "noise") & (names.behavior == "")
     # in the order of the texts, on which groups must depend in no other way
-    best = promise(names[by_words]).groupby(rows.text[by_words]).max()
+    best = promise(names[by_words]).astype(float).groupby(rows.text[by_words]).max()
     most = set(best.nlargest(MOST_TEXTS).index)
     texts = [text for text in best.index if text in most]
     labels = dict(zip(texts, cluster(word_counts(texts, ordinary), ALIKE), strict=True))
@@ -202,13 +202,13 @@ def _group(
 
 @dataclass(frozen=True)
 class HeldoutTask(Measurement[list[str]]):
-    """Writes on held-out prompts with the vector of a group; the result has a text for each prompt.
+    """Writes on held-out prompts with the vector of a group, or without any; the result has a text for each prompt.
 
     Attributes:
         number: the row of the group, which changes nothing.
         job: the job that learned the vector.
         vector, sign: which vector of it, and in which direction.
-        learned: the vector itself.
+        learned: the vector itself; None writes unsteered.
         prompts: the held-out prompts, as a `Job` has them.
         seed: the seed of the search.
     """
@@ -217,12 +217,14 @@ class HeldoutTask(Measurement[list[str]]):
     job: Job
     vector: int
     sign: int
-    learned: Perturbation
+    learned: Perturbation | None
     prompts: tuple[Any, ...]
     seed: int
 
     def name(self, fingerprint: str) -> str:
         asked = plain_json(self.prompts, "heldout")
+        if self.learned is None:
+            return f"{digest([fingerprint, self.job.max_new_tokens, asked, self.seed])}-heldout"
         return f"{digest([self.job.digest(fingerprint), self.vector, self.sign, asked, self.seed])}-heldout"
 
     def run(self, bench: Bench) -> list[str]:
@@ -232,7 +234,7 @@ class HeldoutTask(Measurement[list[str]]):
             self.learned,
             self.job.max_new_tokens,
             signs=(self.sign,),
-            include_unsteered=False,
+            include_unsteered=self.learned is None,
             include_random=False,
             seed=self.seed,
             progress=False,
@@ -246,24 +248,35 @@ class HeldoutTask(Measurement[list[str]]):
 
 
 def heldout_rate(
-    texts: Sequence[str], row: Any, behaviors: Mapping[str, Behavior], ordinary: Set[str] = frozenset()
+    texts: Sequence[str],
+    plain: Sequence[str],
+    row: Any,
+    behaviors: Mapping[str, Behavior],
+    ordinary: Set[str] = frozenset(),
 ) -> float:
-    """Returns the share of completions of held-out prompts that belong to the row's group.
+    """Returns the share of completions of held-out prompts that belong to the row's group, and that the vector changed.
 
     Args:
         texts: the completions.
+        plain: the unsteered completions of the same prompts.
         row: a row of the table of groups.
         behaviors: those with which the groups were made.
         ordinary: the words that counted less when they were made.
     """
+    changed = np.array([text != before for text, before in zip(texts, plain, strict=True)])
     if row.behavior:
-        return float(verdicts(pd.Series(list(texts)), behaviors[row.behavior]).mean())
-    return float(alike([row.example], texts, ordinary).float().mean())
+        shown = verdicts(pd.Series(list(texts)), behaviors[row.behavior])
+        return float(shown.where(changed | shown.isna(), 0.0).mean())
+    return float((alike([row.example], texts, ordinary)[0].numpy() & changed).mean())
 
 
 def alike(
     examples: Sequence[str], texts: Sequence[str], ordinary: Set[str] = frozenset()
 ) -> Bool[Tensor, "example text"]:
     """Says which texts have words so similar to those of which examples that they are of one group."""
-    counts = torch.nn.functional.normalize(word_counts([*examples, *texts], ordinary), dim=1)
-    return counts[: len(examples)] @ counts[len(examples) :].T > 1 - ALIKE
+    found, n = [torch.zeros(len(examples), 0, dtype=torch.bool, device="cpu")], len(examples)
+    for first in range(0, len(texts), MOST_TEXTS):
+        some = [*examples, *texts[first : first + MOST_TEXTS]]
+        counts = torch.nn.functional.normalize(word_counts(some, ordinary), dim=1)
+        found.append(counts[:n] @ counts[n:].T > 1 - ALIKE)
+    return torch.cat(found, dim=1)

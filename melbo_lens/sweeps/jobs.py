@@ -14,7 +14,7 @@ import torch
 from melbo_lens import organisms
 from melbo_lens.arguments import count, plain_fields, plain_json, public
 from melbo_lens.ascent.objectives import positions_of, positions_text
-from melbo_lens.methods.provenance import fingerprint
+from melbo_lens.methods.provenance import fingerprint, whole_path
 from melbo_lens.models.access import Model, boot, host_of
 from melbo_lens.organisms import Organism
 from melbo_lens.prompts import Positions, Prompts, pad
@@ -59,7 +59,7 @@ class ModelKey:
         elif not Path(self.name).exists() and (meant := get_close_matches(self.name, organisms.names(), 1, 0.85)):
             raise ValueError(f"there is no model {self.name!r} here: did you mean the organism {meant[0]!r}?")
         else:
-            model = boot(self.name, device=self.device, dtype=getattr(torch, self.dtype))
+            model = boot(whole_path(self.name), device=self.device, dtype=getattr(torch, self.dtype))
         if expected is not None and (found := fingerprint(host_of(model))) != expected:
             raise ValueError(
                 f"the weights of {self.name!r} have the fingerprint {found}, not {expected}: it is another model, or "
@@ -175,7 +175,7 @@ def plan_jobs(
     alone = isinstance(prompts, str) or (isinstance(first, Mapping) and "role" in first)  # one text, or one chat
     each: list[Any] = [prompts] if alone else list(prompts)
     for prompt in each:
-        if not isinstance(prompt, str | Sequence | Mapping):
+        if not prompt or isinstance(prompt, bytes) or not isinstance(prompt, str | Sequence | Mapping):
             raise ValueError(f"{prompt!r} is no prompt: give texts, or chats as lists of messages.")
     count("max_new_tokens", max_new_tokens)
     key = model if isinstance(model, ModelKey) else ModelKey(model)
@@ -207,11 +207,13 @@ def jobs_of(said: Mapping[str, Any]) -> list[Job]:
     if not isinstance(entries, list) or not all(isinstance(entry, Mapping) for entry in entries):
         raise ValueError("a plan's trials are a list of mappings, each with a kind and its settings.")
     trials = [trial_from(one) for entry in entries for one in _combinations(entry)]
+    if not isinstance(said["prompts"], str | list):
+        raise ValueError(f"a plan's prompts must be a text, a chat, or a list of either; got {said['prompts']!r}.")
     key = ModelKey(said["model"], said.get("dtype", "float32"), said.get("device"))
     settings = {name: said[name] for name in ("together", "max_new_tokens") if name in said}
     if "target_positions" in said:
         where = said["target_positions"]
-        settings["target_positions"] = positions_of(where if isinstance(where, str) else str(where))
+        settings["target_positions"] = positions_of(where if isinstance(where, str) else positions_text(where))
     return plan_jobs(key, trials, said["prompts"], **settings)
 
 

@@ -108,12 +108,15 @@ def test_a_second_run_in_a_folder_leaves_nothing_of_the_first(directories, tmp_p
     assert (out / "written.json").is_file() and (out / "group-1.safetensors").is_file()
     (out / "notes.txt").write_text("mine")
     (out / "group-19.safetensors").touch()
+    (out / "group-mine.safetensors").touch()
     assert CliRunner().invoke(app, asked).exit_code == 0 and not (out / "group-19.safetensors").exists()
     result = fit(directories("llama"), out)
     assert result.exit_code == 0 and "notes" not in result.output
     found = ml.Findings.load(out)
     assert found.written is None and found.groups is None and len(found.completions) == 9
     assert not (out / "groups.csv").exists() and (out / "notes.txt").read_text() == "mine"
+    assert [path.name for path in out.glob("group-*.safetensors")] == ["group-mine.safetensors"]
+    assert "loaded.json" in result.output
     assert fit(directories("llama"), out, "--max-new-tokens", "0").exit_code == 0
     with pytest.raises(FileNotFoundError, match=r"has no completions\.jsonl"):
         ml.Findings.load(out)

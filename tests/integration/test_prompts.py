@@ -3,6 +3,7 @@
 What was written can be handed to any measure as the ids that it was.
 """
 
+import json
 import warnings
 from types import SimpleNamespace
 
@@ -101,6 +102,8 @@ def test_a_file_of_completions_that_was_cut_off_is_no_shorter_file(model):
     assert len(ml.Completions.from_lines("", {})) == 0
     with pytest.raises(ValueError, match="line 1 holds no completion"):
         ml.Completions.from_lines(lines[:-40], {})
+    with pytest.raises(ValueError, match="text is None"):
+        ml.Completions.from_lines(json.dumps({**json.loads(lines), "text": None}), {})
 
 
 @pytest.mark.parametrize("positions", [[False, True], [0.5], ["1"]])

@@ -499,3 +499,18 @@ def test_a_hook_of_the_user_that_can_not_be_copied_is_shared_by_a_copy_in_float3
     model.add_hook("blocks.2.hook_resid_post", functools.partial(counted, store=seen))
     ml.fit_jacobian(model, PROMPTS, 1, 4, n_vectors=2, radius=1.0, progress=False)
     assert seen.n > 0
+
+
+class Part(nn.Linear):
+    """A part that a user put into a block, one of whose methods hangs on a hook."""
+
+    def act(self, module, arguments, output):
+        self(self.weight.new_zeros(1, self.in_features, dtype=output.dtype if torch.is_tensor(output) else None))
+
+
+def test_a_method_of_a_part_of_a_block_that_hangs_on_a_hook_is_copied_with_it(directories):
+    model = models.bridge(directories("llama"), dtype=torch.bfloat16)
+    part = Part(models.D_MODEL, models.D_MODEL, dtype=torch.bfloat16)
+    model.blocks[2].mlp.add_module("added", part)
+    model.blocks[2].mlp.register_forward_hook(part.act)
+    ml.fit_jacobian(model, PROMPTS, 1, 4, n_vectors=1, radius=1.0, progress=False)

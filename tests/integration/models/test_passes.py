@@ -87,6 +87,23 @@ def test_a_row_of_one_token_proves_no_cache(directories, monkeypatch):
             decoder.next(torch.tensor([7, 26]))
 
 
+def test_padding_is_proved_by_the_row_that_has_the_most_of_it(directories, monkeypatch):
+    """Also where that is a single token: with learned positions, wrong ones show in it."""
+    host = host_of(models.bridge(directories("gpt2")))
+    right = type(host).cached_logits
+
+    def blind(self, tokens, mask, cache):
+        return right(self, tokens, torch.ones_like(mask), cache)
+
+    monkeypatch.setattr(type(host), "cached_logits", blind)
+    with torch.no_grad(), hooks.frozen(host):
+        decoder = passes.Decoder(host, [[5, 9, 13, 21, 30, 8], [26]], lambda rows: [])
+        with pytest.warns(UserWarning, match="without a cache"):
+            found = decoder.first()
+        alone = host.forward(torch.tensor([[26]]))[0, -1]
+    torch.testing.assert_close(found[1], alone, rtol=1e-4, atol=1e-4)
+
+
 def test_a_cache_stays_in_doubt_until_a_row_of_different_tokens_was_compared(directories):
     host = host_of(models.bridge(directories("llama")))
     with torch.no_grad(), hooks.frozen(host):

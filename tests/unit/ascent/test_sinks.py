@@ -91,3 +91,17 @@ def test_a_row_that_begins_in_a_sink_leaves_it_by_the_usual_steps():
             torch.nn.functional.normalize(stretch * expected, dim=0) + INERTIA * expected, dim=0
         )
     torch.testing.assert_close(climb.point[0][0], expected)
+
+
+def test_a_row_that_overflows_in_a_sink_goes_back_as_well():
+    weights = torch.tensor([2.0, 1.0, 1.0])
+
+    def evaluate(theta):
+        sunk = theta[..., 0].abs() > 0.9
+        value = (theta.square() * weights).sum(-1).masked_fill(sunk, torch.inf)
+        return Evaluation(value, value, ((theta * weights).masked_fill(sunk[..., None], torch.nan),), sunk)
+
+    start = torch.nn.functional.normalize(torch.tensor([[[0.5, 1.0, 1.0], [0.1, 1.0, 0.2]]]), dim=-1)
+    *_, climb = fixed_point(lambda point, first: evaluate(point[0][:, first:]), (start,), Sphere(torch.ones(2)), 20)
+    assert torch.isfinite(climb.point[0]).all() and (climb.point[0][:, 0].abs() <= 0.9).all()
+    assert (climb.point[0][:, 0].abs() > start[0, :, 0].abs()).all()

@@ -8,6 +8,7 @@ import pytest
 from scipy.stats import hypergeom
 
 import melbo_lens as ml
+from melbo_lens.evaluation.rates import check_behaviors, verdicts
 from melbo_lens.generation.completions import COLUMNS
 
 
@@ -80,6 +81,22 @@ def test_an_expression_is_pythons_own(expression):
     assert [table.unsteered[0], table.rate[0], table.random[0]] == expected
 
 
+def test_a_missing_text_has_no_verdict():
+    assert verdicts(pd.Series(["a yes", None, "no"]), "yes").tolist()[::2] == [1.0, 0.0]
+    assert verdicts(pd.Series(["a yes", None, "no"]), "yes").isna().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("level", [0.0, 1.0, 2.0])
+def test_a_level_is_a_rate(level):
+    with pytest.raises(ValueError, match="level"):
+        ml.evaluate(completions([1], [0], 1), {"yes": "yes"}, level=level)
+
+
+def test_a_function_that_fails_on_an_empty_text_is_refused_at_once():
+    with pytest.raises(ValueError, match="it must take any text"):
+        check_behaviors({"first": lambda text: text.split()[0] == "yes"})
+
+
 def test_without_controls_nothing_is_claimed():
     only = completions([2, 1], [], 3)
     evaluation = ml.evaluate(only, {"yes": "yes"})
@@ -102,9 +119,9 @@ def test_a_rate_below_the_control_is_no_finding():
     assert table.p_value.tolist() == [1.0] and not table.beats_control.any()
 
 
-def test_a_behavior_that_raises_names_the_completion():
-    with pytest.raises(ValueError, match=r"ZeroDivisionError.* on completion 0, 'no'"):
-        ml.evaluate(completions([1], [0], 1), {"broken": lambda text: 1 / 0})
+def test_a_behavior_that_raises_names_the_text():
+    with pytest.raises(ValueError, match=r"ZeroDivisionError.* on the text 'no'"):
+        ml.evaluate(completions([1], [0], 1), {"broken": lambda text: 1 / (text != "no")})
 
 
 def on_prompt(made, prompt):
