@@ -86,7 +86,8 @@ def fixed_point(
         active = tuple(x[:, block.start :] for x in climb.moving)
         seen = evaluate(climb.moving, block.start)
         sunk = torch.zeros_like(seen.value, dtype=torch.bool) if seen.sunk is None else seen.sunk
-        check_finite(climb.step, (seen.value, seen.score, *seen.gradient), block.start, spared=sunk)
+        can_go_back = sunk & ~climb.dry[0][:, block.start :].flatten(2).isnan().any(-1)
+        check_finite(climb.step, (seen.value, seen.score, *seen.gradient), block.start, spared=can_go_back)
 
         # as its negative, a score in a sink is worse than any other, and the mildest sink is the best of them
         score = torch.where(sunk, -seen.score.nan_to_num(torch.inf), seen.score)[:, : len(block)]

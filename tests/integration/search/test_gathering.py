@@ -11,6 +11,7 @@ import melbo_lens as ml
 from melbo_lens.evaluation.departures import in_words
 from melbo_lens.generation.completions import COLUMNS
 from melbo_lens.reports.again import snippet
+from melbo_lens.search import groups
 from melbo_lens.search.groups import MOST_TEXTS, alike, heldout_rate
 
 PLAN = [ml.Trial(0, 3, 0.001, 3, False, 0, 3)]  # of a radius that does nothing
@@ -127,8 +128,11 @@ def test_counts_of_groups_are_checked(gathered, organism):
 def test_many_texts_are_compared_in_parts(monkeypatch):
     texts = [f"word{i} is here" for i in range(7)] + ["lisbon is lovely"]
     whole = alike(["lisbon is lovely", "word3 is here"], texts)
-    monkeypatch.setattr("melbo_lens.search.groups.MOST_TEXTS", 3)
+    sizes, counted = [], groups.word_counts
+    monkeypatch.setattr(groups, "word_counts", lambda some, *more: sizes.append(len(some)) or counted(some, *more))
+    monkeypatch.setattr(groups, "MOST_TEXTS", 3)
     assert MOST_TEXTS > 3 and (alike(["lisbon is lovely", "word3 is here"], texts) == whole).all()
+    assert max(sizes) == 2 + 3
     assert whole[0].tolist() == [False] * 7 + [True] and alike(["a"], []).shape == (1, 0)
 
 

@@ -93,15 +93,20 @@ def test_a_row_that_begins_in_a_sink_leaves_it_by_the_usual_steps():
     torch.testing.assert_close(climb.point[0][0], expected)
 
 
-def test_a_row_that_overflows_in_a_sink_goes_back_as_well():
+@pytest.mark.parametrize("overflow", [torch.inf, torch.nan])
+def test_a_row_that_overflows_in_a_sink_goes_back_as_well(overflow):
     weights = torch.tensor([2.0, 1.0, 1.0])
 
     def evaluate(theta):
         sunk = theta[..., 0].abs() > 0.9
-        value = (theta.square() * weights).sum(-1).masked_fill(sunk, torch.inf)
+        value = (theta.square() * weights).sum(-1).masked_fill(sunk, overflow)
         return Evaluation(value, value, ((theta * weights).masked_fill(sunk[..., None], torch.nan),), sunk)
 
-    start = torch.nn.functional.normalize(torch.tensor([[[0.5, 1.0, 1.0], [0.1, 1.0, 0.2]]]), dim=-1)
+    rows = torch.tensor([[[0.5, 1.0, 1.0], [0.1, 1.0, 0.2]], [[0.6, 1.0, 0.8], [0.2, 1.0, 0.1]]])
+    start = torch.nn.functional.normalize(rows, dim=-1)
     *_, climb = fixed_point(lambda point, first: evaluate(point[0][:, first:]), (start,), Sphere(torch.ones(2)), 20)
     assert torch.isfinite(climb.point[0]).all() and (climb.point[0][:, 0].abs() <= 0.9).all()
-    assert (climb.point[0][:, 0].abs() > start[0, :, 0].abs()).all()
+    assert (climb.point[0][:, 0].abs() > start[:, :, 0].abs().amax(0)).all()
+    inside = torch.nn.functional.normalize(torch.tensor([[[1.0, 0.1, 0.1]]]), dim=-1)
+    with pytest.raises(FloatingPointError, match="row 0 .* in step 0"):  # it has nowhere to go back to
+        list(fixed_point(lambda point, first: evaluate(point[0]), (inside,), Sphere(torch.ones(1)), 3))
