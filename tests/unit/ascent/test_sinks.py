@@ -108,5 +108,19 @@ def test_a_row_that_overflows_in_a_sink_goes_back_as_well(overflow):
     assert torch.isfinite(climb.point[0]).all() and (climb.point[0][:, 0].abs() <= 0.9).all()
     assert (climb.point[0][:, 0].abs() > start[:, :, 0].abs().amax(0)).all()
     inside = torch.nn.functional.normalize(torch.tensor([[[1.0, 0.1, 0.1]]]), dim=-1)
-    with pytest.raises(FloatingPointError, match="row 0 .* in step 0"):  # it has nowhere to go back to
+    with pytest.raises(FloatingPointError, match=r"row 0 .* in step 0"):  # it has nowhere to go back to
         list(fixed_point(lambda point, first: evaluate(point[0]), (inside,), Sphere(torch.ones(1)), 3))
+
+
+def test_a_restart_that_overflows_in_a_sink_hides_no_better_one():
+    seen = []
+
+    def evaluate(point, first):
+        seen.append(point)
+        late = len(seen) == 2
+        value = torch.tensor([[torch.nan if late else 1.0], [5.0 if late else 1.0]])
+        return Evaluation(value, value, (torch.ones_like(point[0]),), torch.tensor([[late], [False]]))
+
+    start = torch.eye(3)[:2, None]
+    *_, climb = fixed_point(evaluate, (start,), Sphere(torch.ones(1)), 1)
+    assert climb.history[-1].item() == 5.0 and torch.equal(climb.point[0], seen[1][0][1])
