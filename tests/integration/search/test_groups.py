@@ -104,13 +104,13 @@ def test_a_text_that_joins_is_compared_with_all_of_its_words(monkeypatch):
 
 
 def test_the_rate_on_held_out_prompts_is_that_of_the_behaviour_or_of_similar_words():
-    texts = ["alpha beta", "alpha gamma delta epsilon", "other"]  # cosines 1, 0.35 and 0
-    assert heldout_rate(texts, SimpleNamespace(behavior="", example="alpha beta"), {}) == pytest.approx(1 / 3)
+    plain, texts = [""] * 3, ["alpha beta", "alpha gamma delta epsilon", "other"]  # cosines 1, 0.35 and 0
+    assert heldout_rate(texts, plain, SimpleNamespace(behavior="", example="alpha beta"), {}) == pytest.approx(1 / 3)
     row = SimpleNamespace(behavior="", example="The capital of Portugal is the city of Lisbon.")
     ordinary, other = words("The capital of Portugal is Lisbon."), ["The capital of Spain is Madrid."]
-    assert heldout_rate(other, row, {}) == 1.0 and heldout_rate(other, row, {}, ordinary) == 0.0
+    assert heldout_rate(other, [""], row, {}) == 1.0 and heldout_rate(other, [""], row, {}, ordinary) == 0.0
     row = SimpleNamespace(behavior="named", example="x")
-    assert heldout_rate(texts, row, {"named": "alpha"}) == pytest.approx(2 / 3)
+    assert heldout_rate(texts, plain, row, {"named": "alpha"}) == pytest.approx(2 / 3)
 
 
 def test_ordinary_are_the_words_and_forms_of_prompts_and_unsteered_completions():

@@ -132,7 +132,7 @@ def test_held_out_prompts_that_can_not_be_written_on_cost_nothing_that_was_found
         raise error("the logits are gone")
 
     monkeypatch.setattr(groups, "generate", fails)
-    with pytest.warns(UserWarning, match="has no rate on held-out prompts: the logits are gone") as warned:
+    with pytest.warns(UserWarning, match="no group has a rate on held-out prompts: the logits are gone") as warned:
         found = ml.discover(
             build("gpt2", "bridge"), "w1 w2", plan=[ml.Trial(0, 2, 9.0, 4, False, 0, 2)], heldout="w3",
             max_new_tokens=2, behaviors={"any": "w"}, progress=False,
@@ -152,7 +152,7 @@ def test_prompts_that_leave_no_room_for_a_completion_are_refused_before_anything
 
 def test_a_behaviour_that_fails_on_a_held_out_text_costs_nothing_that_was_found(build, monkeypatch):
     model, settings = build("gpt2", "bridge"), {"max_new_tokens": 2, "progress": False}
-    plan, seen = [ml.Trial(0, 2, 9.0, 4, False, 0, 2)], set()
+    plan, seen = [ml.Trial(0, 2, 9.0, 4, False, 0, 2)], {"", " "}
     ml.discover(model, "w1 w2", plan=plan, behaviors={"any": lambda text: not seen.add(text)}, **settings)
 
     def knows_only_what_it_saw(text):
