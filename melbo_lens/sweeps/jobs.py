@@ -213,7 +213,8 @@ def jobs_of(said: Mapping[str, Any]) -> list[Job]:
     settings = {name: said[name] for name in ("together", "max_new_tokens") if name in said}
     if "target_positions" in said:
         where = said["target_positions"]
-        settings["target_positions"] = positions_of(where if isinstance(where, str) else positions_text(where))
+        # a number alone is neither a slice nor a list, which its reader says
+        settings["target_positions"] = positions_of(str(list(where)) if isinstance(where, list | range) else str(where))
     return plan_jobs(key, trials, said["prompts"], **settings)
 
 

@@ -294,7 +294,7 @@ def test_a_plan_in_a_file_stands_for_every_combination():
         ({"prompts": [[]]}, "is no prompt"),
         ({"prompts": 5}, "must be a text, a chat"),
         ({"prompts": {"role": "user"}}, "must be a text, a chat"),
-        ({"target_positions": -1}, "must be a slice or a list"),
+        ({"target_positions": -1}, "'-1' is neither a slice"),
         ({"target_positions": "slice(1,"}, "neither a slice"),
         ({"dtype": "float64"}, "dtype='float64' must be"),
     ],
