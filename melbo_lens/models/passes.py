@@ -221,8 +221,9 @@ class Decoder:
         return self._uncached(self.alive) if self.apart else together
 
     def _off(self, logits: Tensor) -> float:
-        """Measures how far the logits of the witnesses are from a pass of such a row alone."""
-        return max(self._error(logits[place], self._uncached([self.alive[place]])[0]) for place in self._witnesses())
+        """Measures how far the logits of the witnesses are from a pass of such a row alone; NaN if any of them is."""
+        errors = [self._error(logits[place], self._uncached([self.alive[place]])[0]) for place in self._witnesses()]
+        return float(torch.tensor(errors, dtype=torch.float64, device="cpu").max())  # Python's `max` passes over NaN
 
     def _witnesses(self) -> list[int]:
         """The places of the rows that tell whether a pass is right: the most padded of all and of telling ones.

@@ -104,6 +104,15 @@ def test_padding_is_proved_by_the_row_that_has_the_most_of_it(directories, monke
     torch.testing.assert_close(found[1], alone, rtol=1e-4, atol=1e-4)
 
 
+def test_a_witness_whose_logits_are_no_numbers_is_no_proof(directories, monkeypatch):
+    host = host_of(models.bridge(directories("gpt2")))
+    errors = iter([0.0, float("nan")])
+    monkeypatch.setattr(passes.Decoder, "_error", staticmethod(lambda found, expected: next(errors)))
+    with torch.no_grad(), hooks.frozen(host):
+        decoder = passes.Decoder(host, [[5, 9, 13], [26]], lambda rows: [])
+        assert len(decoder._witnesses()) == 2 and not decoder._off(torch.zeros(2, 4)) <= 1.0
+
+
 def test_a_cache_stays_in_doubt_until_a_row_of_different_tokens_was_compared(directories):
     host = host_of(models.bridge(directories("llama")))
     with torch.no_grad(), hooks.frozen(host):
