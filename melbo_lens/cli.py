@@ -183,7 +183,8 @@ def fit(
             ml.Findings.measured(loaded, prompts, vectors, completions, title=f"Vectors of {model}").save(out)
             ml.report_directory(out)
     _show(repr(vectors))
-    written = [name for name in (*saved.FILES, "ranking.csv", MODEL_FILE, saved.PAGE) if (out / name).is_file()]
+    written = [*(saved.left_by_a_run(out) or [saved.VECTORS]), MODEL_FILE]
+    written = [name for name in written if (out / name).is_file()]
     _show(f"wrote {', '.join(written)} to {out}", soft_wrap=True)
 
 

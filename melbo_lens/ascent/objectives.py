@@ -121,15 +121,7 @@ def penalized(
 
 
 def positions_text(positions: slice | Sequence[int]) -> str:
-    """Writes target positions as files keep them, in the same way for a list and a tuple.
-
-    Raises:
-        ValueError: they are neither a slice nor a list.
-    """
-    if not isinstance(cast(Any, positions), slice | Sequence):
-        raise ValueError(
-            f"target_positions={positions} must be a slice or a list of positions, such as slice(-3, None) or [-1]."
-        )
+    """Writes target positions as files keep them, in the same way for a list and a tuple."""
     return str(positions if isinstance(positions, slice) else list(positions))
 
 

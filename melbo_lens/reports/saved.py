@@ -41,11 +41,11 @@ SCAN_COLUMNS_0_1_0 = "source_layer target_layer sign radius objective random_obj
 def forget(folder: Path) -> None:
     """Removes the files of an earlier run, its page and the vectors of its groups from a folder, and no others."""
     groups = [path.name for path in folder.glob("group-*.safetensors") if GROUP.fullmatch(path.name)]
-    for name in (*_left_by_a_run(folder), *groups):
+    for name in (*left_by_a_run(folder), *groups):
         (folder / name).unlink(missing_ok=True)
 
 
-def _left_by_a_run(folder: Path) -> list[str]:
+def left_by_a_run(folder: Path) -> list[str]:
     """The names of the files that an earlier run wrote into a folder; tables that it didn't have are the user's own."""
     try:
         said = files.read_json(folder / ABOUT)
@@ -68,7 +68,7 @@ def write(parts: Mapping[str, Any], folder: Path) -> None:
     )
     scanned, judged = parts["scan"], parts["judged"]
     folder.mkdir(parents=True, exist_ok=True)
-    earlier = _left_by_a_run(folder)
+    earlier = left_by_a_run(folder)
     parts["vectors"].save(folder / VECTORS)
     files.write_text(folder / LINES, completions.to_lines())
     # texts are quoted, so that a lone carriage return in one of them doesn't end the row
