@@ -227,7 +227,7 @@ def check_init(
 
 def _signs(adapters: SteeringAdapters) -> Float[Tensor, "adapter 1 1"]:
     """The sign of each adapter's scale, which is all of it that a fit from its factors keeps."""
-    return torch.where(adapters.scales < 0, -1.0, 1.0)[:, None, None]
+    return (1 - 2 * (adapters.scales < 0).to(adapters.scales))[:, None, None]
 
 
 def digest_of_factors(adapters: SteeringAdapters) -> str:
