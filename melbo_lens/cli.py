@@ -67,16 +67,19 @@ def demo(
         from melbo_lens.search.cards import cards_of
 
         organism = ml.organisms.load("modes")
-    out.mkdir(parents=True, exist_ok=True)
     prompt = organism.prompts["clean"][0]
-    found = ml.discover(
-        organism.model, prompt, budget, organism.behaviors, heldout=organism.prompts["selection"][:16], seed=seed
-    )
-    files.write_text(out / "groups.csv", found.table.to_csv(index=False))
-    title = "What the modes organism hides"
-    ml.Findings.of_discovery(organism.model, prompt, found, organism.behaviors, title).save(out)
-    _remember(out, "modes")
-    ml.report_directory(out)
+    with _errors_in_a_sentence():
+        out.mkdir(parents=True, exist_ok=True)
+        found = ml.discover(
+            organism.model, prompt, budget, organism.behaviors, heldout=organism.prompts["selection"][:16], seed=seed
+        )
+        page = ml.Findings.of_discovery(
+            organism.model, prompt, found, organism.behaviors, "What the modes organism hides"
+        )
+        page.save(out)
+        files.write_text(out / "groups.csv", found.table.to_csv(index=False))
+        _remember(out, "modes")
+        ml.report_directory(out)
     _show(f"\n{found.said}")
     _show(f"prompt: {prompt}")
     written = found.written
@@ -109,10 +112,12 @@ def reproduce(
         from melbo_lens import files
         from melbo_lens.studies import claims, reproduction
     with _errors_in_a_sentence():
+        if out.is_dir() or not out.absolute().parent.is_dir():  # said before the work, which takes long
+            raise ValueError(f"--out {out} must be a file in a folder that exists.")
         results = reproduction.reproduce(
             suite=claims.REAL if real else claims.TINY, directory=directory, engine=cast(Any, engine)
         )
-    files.write_json(out, results)
+        files.write_json(out, results)
     rows = reproduction.table(results)
     table = Table(
         title=shown(f"seeds {', '.join(map(str, results['settings']['seeds']))}; {results['seconds']} seconds"),
@@ -153,13 +158,19 @@ def fit(
     """Learn vectors on a model, generate with them, and write vectors, completions and a page."""
     loaded = _load(model, dtype, device)
     import melbo_lens as ml
+    from melbo_lens.arguments import count
     from melbo_lens.methods.fitting import Optimizer
+    from melbo_lens.models.access import host_of
+    from melbo_lens.prompts import tokenize
     from melbo_lens.reports import saved
     from melbo_lens.serving.conversation import MODEL_FILE
 
     prompts = _asked(loaded, prompt, chat)
-    positions = slice(-last, None) if last else slice(None)
     with _errors_in_a_sentence():
+        for name, value in (("--last", last), ("--max-new-tokens", max_new_tokens)):
+            count(name, value, least=0)
+        tokenize(host_of(loaded), prompts, n_new_tokens=max_new_tokens)  # before the fit, which may take long
+        positions = slice(-last, None) if last else slice(None)
         out.mkdir(parents=True, exist_ok=True)
         vectors = ml.fit_vectors(
             loaded,
@@ -174,14 +185,17 @@ def fit(
             seed=seed,
             checkpoint=out / "fit.checkpoint",
         )
+        found = None
+        if max_new_tokens:
+            completions = ml.generate(loaded, prompts, vectors, max_new_tokens=max_new_tokens, seed=seed)
+            found = ml.Findings.measured(loaded, prompts, vectors, completions, title=f"Vectors of {model}")
         saved.forget(out)  # what an earlier run left here is not of these vectors
         vectors.save(out / saved.VECTORS)
         _remember(out, model, dtype, device)
-        (out / "fit.checkpoint").unlink()
-        if max_new_tokens:
-            completions = ml.generate(loaded, prompts, vectors, max_new_tokens=max_new_tokens, seed=seed)
-            ml.Findings.measured(loaded, prompts, vectors, completions, title=f"Vectors of {model}").save(out)
+        if found is not None:
+            found.save(out)
             ml.report_directory(out)
+        (out / "fit.checkpoint").unlink()
     _show(repr(vectors))
     written = [*(saved.left_by_a_run(out) or [saved.VECTORS]), MODEL_FILE]
     written = [name for name in written if (out / name).is_file()]
@@ -224,13 +238,14 @@ def discover(
             directory=directory,
             engine=cast(Any, engine),
         )
+        title = f"What {model} hides"
+        page = ml.Findings.of_discovery(loaded, prompts, found, title=title) if len(found.table) else None
         saved.forget(out)  # what an earlier run left here is not of this search
         files.write_text(out / "groups.csv", found.table.to_csv(index=False))
-        for row in range(min(len(found.table), 20)):
-            found.vector(row).save(out / f"group-{row + 1}.safetensors")  # as the page numbers its cards
         _remember(out, model, dtype, device)
-        if len(found.table):
-            ml.Findings.of_discovery(loaded, prompts, found, title=f"What {model} hides").save(out)
+        if page is not None:
+            page.save(out)
+            saved.write_groups(found, out)
             ml.report_directory(out)
     table = Table(title=shown(found), show_lines=True)
     headings = ("card", "example", "layers", "radius, in\nnorms of\nthe stream", "vectors", "random", "held out")
@@ -271,7 +286,7 @@ def sweep(
     part = None
     if shard is not None:
         numbers = shard.split("/")
-        if len(numbers) != 2 or not all(number.isdigit() for number in numbers):
+        if len(numbers) != 2 or not all(number.isdecimal() for number in numbers):
             raise typer.BadParameter("a shard is I/N, as --shard 3/16.")
         part = (int(numbers[0]), int(numbers[1]))
     with _errors_in_a_sentence():
@@ -311,10 +326,13 @@ def report(
     """Write the page of a run again, from its folder, without the model."""
     import melbo_lens as ml
 
-    if any("=" not in entry for entry in behavior or []):
+    asked = [entry.partition("=") for entry in behavior or []]
+    if not all(name and equals for name, equals, _ in asked):
         raise typer.BadParameter("a behavior is NAME=REGULAR EXPRESSION, as --behavior 'portuguese=a resposta'.")
+    if len({name for name, _, _ in asked}) < len(asked):
+        raise typer.BadParameter("two behaviors have one name: give each its own, or one expression, as 'a|b'.")
     with _errors_in_a_sentence():
-        path = ml.report_directory(directory, dict(entry.split("=", 1) for entry in behavior or []), out)
+        path = ml.report_directory(directory, {name: how for name, _, how in asked}, out)
     _show(f"wrote {path}, {path.stat().st_size / 1e6:.1f} MB", soft_wrap=True)
 
 
@@ -429,7 +447,9 @@ def _remember(out: Path, model: str, dtype: str = "float32", device: str | None 
 def _errors_in_a_sentence() -> Iterator[None]:
     try:
         yield
-    except (ValueError, TypeError, LookupError, RuntimeError, FloatingPointError, OSError, ImportError) as error:
+    except (  # torch asserts that it was built for a device
+        *(ValueError, TypeError, LookupError, RuntimeError, FloatingPointError, OSError, ImportError, AssertionError),
+    ) as error:
         _show(error, "error: ")
         raise typer.Exit(1) from error
 

@@ -116,7 +116,8 @@ def tokenize(
                 else ""
             )
             raise ValueError(
-                f"prompts[{i}] has {len(row)} tokens, the model's context n_ctx holds {n_ctx}{room}. Shorten it."
+                f"prompts[{i}] has {len(row)} tokens, the model's context n_ctx holds {n_ctx}{room}. "
+                + ("Ask for fewer new tokens, or shorten it." if n_new_tokens else "Shorten it.")
             )
     return pad(rows, texts, target_positions, host.device)
 

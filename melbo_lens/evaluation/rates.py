@@ -1,10 +1,11 @@
 """Which perturbations elicit a behaviour beyond chance?  Those whose rates exceed those of norm-matched random ones."""
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import pandas as pd
 from scipy.stats import binomtest, false_discovery_control, fisher_exact
@@ -25,7 +26,7 @@ class Evaluation:
     Attributes:
         table: one row for each vector, sign, scale and behaviour, with n (completions), errors (further ones on which a
             judge gave no verdict; they count in nothing else), rate with a 95 % Wilson interval (low, high), the
-            unsteered and the pooled random rate, p_value of Fisher's exact test (is the rate higher than with random
+            unsteered rate, that of all random vectors at this scale (random), p_value of Fisher's exact test (is the rate higher than with random
             vectors?), q_value after Benjamini and Hochberg over the rows of a behaviour, and beats_control (q_value
             below the level of `evaluate`, .05 by default).
         summary: one row for each behaviour, over all steered completions, with n, errors, rate, low, high, unsteered,
@@ -52,11 +53,12 @@ class Evaluation:
 
 @public
 def evaluate(completions: Completions, behaviors: Mapping[str, Behavior], level: float = 0.05) -> Evaluation:
-    """Counts behaviours in completions and tests every vector against the pooled random controls.
+    """Counts behaviours in completions and tests every vector against the random controls of its scale together.
 
     Args:
         completions: the completions, as `generate` returns them; tests need random controls among them.
-        behaviors: name -> a regular expression that is searched for, a function of the text, or a `judge`.
+        behaviors: name -> a regular expression that is searched for, a function of the text (which answers True or
+            False, or None where it can't tell), or a `judge`.
         level: the false discovery rate at which a row counts as beating the control.
 
     Returns:
@@ -73,14 +75,14 @@ def evaluate(completions: Completions, behaviors: Mapping[str, Behavior], level:
     for name, behavior in behaviors.items():
         judged = table.assign(shown=verdicts(table.text, behavior))
         steered, random, unsteered = (judged[judged.kind == kind] for kind in ("steered", "random", "unsteered"))
-        base = {"unsteered": unsteered.shown.mean(), "random": random.shown.mean()}
+        # a push of another length is no control: at several times the radius, random vectors write noise
+        controls = {scale: random[random.scale == scale].shown for scale in steered.scale.unique()}
         block = [
-            dict(zip(("vector", "sign", "scale"), key, strict=True))
-            | {"behavior": name}
+            {"vector": vector, "sign": sign, "scale": scale, "behavior": name}
             | _rate(group.shown)
-            | base
-            | _test(group.shown, random.shown)
-            for key, group in steered.groupby(["vector", "sign", "scale"])
+            | {"unsteered": unsteered.shown.mean(), "random": controls[scale].mean()}
+            | _test(group.shown, controls[scale])
+            for (vector, sign, scale), group in steered.groupby(["vector", "sign", "scale"])
         ]
         q_values = _q_values([float(row["p_value"]) for row in block])
         rows += [
@@ -127,10 +129,14 @@ def check_behaviors(behaviors: Mapping[str, Behavior]) -> None:
     """Refuses what can't be asked of a text, before anything is computed.
 
     Raises:
-        TypeError, ValueError: a behaviour is neither a regular expression, nor a function, nor a judge, or is a
-            function that fails on an empty text.
+        TypeError, ValueError: they don't map names to behaviours, or one of these is neither a regular expression, nor
+            a function, nor a judge, or is a function that fails on an empty text.
     """
+    if not isinstance(cast(Any, behaviors), Mapping):
+        raise TypeError(f"behaviors={behaviors!r} must map names to what is looked for, as {{'greek': 'greece'}}.")
     for name, behavior in behaviors.items():
+        if not isinstance(cast(Any, name), str) or not name:
+            raise ValueError(f"behaviors has the name {name!r}: a name must be a text that is not empty.")
         if isinstance(behavior, str):
             try:
                 re.compile(behavior)
@@ -152,7 +158,8 @@ def verdicts(texts: pd.Series, behavior: Behavior) -> pd.Series:
     """1 for each text that shows the behaviour, 0 for each that doesn't, and NaN where there is no verdict.
 
     Raises:
-        ValueError: the behaviour's function raised; the message says on which text.
+        ValueError: the behaviour's function raised, or answered something else than yes, no, or no verdict; the message
+            says on which text.
     """
     if isinstance(behavior, Judge | KeptVerdicts):
         found = [float("nan") if verdict is None else verdict for verdict in behavior.verdicts(texts.tolist())]
@@ -164,10 +171,31 @@ def verdicts(texts: pd.Series, behavior: Behavior) -> pd.Series:
     found = []
     for text in texts:
         try:
-            found.append(bool(behavior(text)))
+            shown = behavior(text)
         except Exception as error:
             raise ValueError(f"the behavior raised {error!r} on the text {text!r}: it must take any text.") from error
+        found.append(_verdict(shown, text))
     return pd.Series(found, index=texts.index, dtype=float)
+
+
+def _verdict(shown: Any, text: str) -> float:
+    """1, 0 or NaN, of which None is another name; any other answer would silently count as yes.
+
+    Raises:
+        ValueError: the answer is none of these.
+    """
+    if shown is None or shown is pd.NA or (isinstance(shown, float) and math.isnan(shown)):
+        return math.nan
+    if isinstance(shown, re.Match):
+        return 1.0
+    try:
+        if not isinstance(shown, str) and float(shown) in (0.0, 1.0):
+            return float(shown)
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(
+        f"the behavior answered {shown!r} on the text {text!r}: it must answer True or False, or None for no verdict."
+    )
 
 
 def shows(texts: pd.Series, behavior: Behavior) -> pd.Series:
@@ -260,7 +288,8 @@ def _fisher(k: int, n: int, k_control: int, n_control: int) -> float:
 
 def _note(table: pd.DataFrame, n_tests: int, level: float) -> str:
     """Says whether a single vector that always shows a behaviour could be told from controls that never do."""
-    n_random = int((table.kind == "random").sum())
+    scales = table[table.kind == "steered"].scale.unique()
+    n_random = min(int(((table.kind == "random") & (table.scale == scale)).sum()) for scale in scales)
     if n_random == 0:
         return "There are no random controls: generate with include_random=True to test anything."
     per_row = int((table.kind == "steered").sum()) // n_tests

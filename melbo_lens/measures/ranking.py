@@ -30,7 +30,8 @@ def rank(vectors: Perturbation, measured: Effects, clusters: Sequence[int] | Non
         One row for each vector and sign that is kept, the highest kl first, but those that ran into an attention sink
         last, since they write noise: vector, sign, kl and entropy_change (means over prompts, nats), objective (NaN
         without a history), effect (``||change|| / ||target||`` at the fit, NaN if that is not known), sink, cluster,
-        and near_duplicates (how many others of its cluster and sign the row stands for).
+        and near_duplicates (how many others of its cluster and sign the row stands for). Objective and effect are those
+        of the vector as it was learned, and NaN for sign -1: minus a vector is another one.
 
     Raises:
         ValueError: there isn't one label for each vector.
@@ -44,6 +45,7 @@ def rank(vectors: Perturbation, measured: Effects, clusters: Sequence[int] | Non
     effects, sunk = at_the_fit(vectors.provenance, len(vectors))
     columns = {"objective": final, "effect": effects, "sink": sunk, "cluster": labels}
     table = table.assign(**{name: [values[k] for k in table.vector] for name, values in columns.items()})
+    table.loc[table.sign < 0, ["objective", "effect"]] = float("nan")
     table = table.sort_values(["sink", "kl"], ascending=[True, False])
     sizes = table.groupby(["cluster", "sign"]).size()
     best = table.drop_duplicates(["cluster", "sign"])

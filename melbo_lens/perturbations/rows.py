@@ -27,22 +27,30 @@ def at_the_fit(provenance: Mapping[str, Any], n: int) -> tuple[list[float], list
 
     Rows that were derived, or were not fitted, know neither: their effects are NaN.
     """
-    unknown = [float("nan")] * n, [False] * n
-    parts = list(provenance.get("parts", [provenance]))
-    effects, sunk = list[float](), list[bool]()
-    for part in parts:
-        if not _is_of_fit(part):
-            return unknown
-        of_fit = part["effects"]
-        numbers = part["rows"] if part is not provenance and "rows" in part else range(len(of_fit))
-        if max(numbers, default=0) >= len(of_fit):
-            return unknown
-        effects += [of_fit[i] for i in numbers]
-        sunk += [i in part.get("sinks", []) for i in numbers]
-    rows = provenance.get("rows", range(n))
-    if not effects or "derived" in provenance or max(rows, default=0) >= len(effects):
-        return unknown
-    return [effects[i] for i in rows], [sunk[i] for i in rows]
+    found = _known(provenance)
+    if found is None or len(found) != n:
+        return [float("nan")] * n, [False] * n
+    return [effect for effect, _ in found], [sunk for _, sunk in found]
+
+
+def _known(said: Any) -> list[tuple[float, bool]] | None:
+    """The effect of each row that this provenance is of, and whether it sank; None if that is not known."""
+    if not isinstance(said, Mapping) or "derived" in said:
+        return None
+    known = cast(Mapping[str, Any], said)
+    if "parts" in known:  # joined rows, in the order of their parts, which may be joined themselves
+        parts = [_known(part) for part in known["parts"]] if isinstance(known["parts"], list) else [None]
+        every = [row for part in parts for row in part or []] if None not in parts else None
+    elif _is_of_fit(known):
+        every = [(effect, i in known.get("sinks", [])) for i, effect in enumerate(known["effects"])]
+    else:
+        every = None
+    rows = known.get("rows")
+    if every is None or rows is None:
+        return every
+    if not _are_numbers(rows) or not all(0 <= i < len(every) for i in rows):
+        return None
+    return [every[i] for i in rows]
 
 
 def _is_of_fit(part: Any) -> bool:

@@ -7,7 +7,6 @@ be read as well.
 import csv
 import json
 import math
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +23,7 @@ from melbo_lens.measures.changes import ActivationChanges, TargetEffects
 from melbo_lens.measures.radius import Calibration
 from melbo_lens.perturbations.loading import load
 from melbo_lens.plots import TokenView
+from melbo_lens.search.discovery import Discovery
 from melbo_lens.search.layers import LayerScan
 from melbo_lens.search.looks import Look
 from melbo_lens.search.written import Written
@@ -33,31 +33,44 @@ TABLES = ("ranking", "scan", "groups", "trials")
 VECTORS, LINES, SHEET = "vectors.safetensors", "completions.jsonl", "completions.csv"
 ABOUT, WRITTEN = "about.json", "written.json"
 FILES = [VECTORS, LINES, SHEET, ABOUT, WRITTEN, *(f"{name}.safetensors" for name in MEASURES)]
-PAGE, GROUP = "report.html", re.compile(r"group-\d+\.safetensors")
+PAGE, GROUP_FILES, MOST_GROUP_FILES = "report.html", "group_files", 20
 JUDGED = {"change": str, "new_words": float, "surprise": float, "natural": float}
 SCAN_COLUMNS_0_1_0 = "source_layer target_layer sign radius objective random_objective kl entropy".split()
 
 
 def forget(folder: Path) -> None:
     """Removes the files of an earlier run, its page and the vectors of its groups from a folder, and no others."""
-    groups = [path.name for path in folder.glob("group-*.safetensors") if GROUP.fullmatch(path.name)]
-    for name in (*left_by_a_run(folder), *groups):
+    for name in left_by_a_run(folder):
         (folder / name).unlink(missing_ok=True)
 
 
 def left_by_a_run(folder: Path) -> list[str]:
-    """The names of the files that an earlier run wrote into a folder; tables that it didn't have are the user's own."""
+    """The names of the files that an earlier run wrote into a folder; what it says nothing of is the user's own."""
     try:
         said = files.read_json(folder / ABOUT)
-        return [*FILES, PAGE, *(f"{name}.csv" for name in TABLES if said.get(name) is not None)]
-    except (OSError, ValueError, AttributeError):  # no run wrote here, or none that can be read
+        tables = [f"{name}.csv" for name in TABLES if said.get(name) is not None]
+        return [*FILES, PAGE, *tables, *map(_group_file, range(1, 1 + int(said.get(GROUP_FILES, 0))))]
+    except (OSError, ValueError, AttributeError, TypeError):  # no run wrote here, or none that can be read
         return []
+
+
+def write_groups(found: Discovery, folder: Path) -> None:
+    """Writes the vectors of a search's first groups into its folder, numbered as the page numbers its cards."""
+    vectors = [found.vector(row) for row in range(min(len(found.table), MOST_GROUP_FILES))]
+    files.write_json(folder / ABOUT, {**files.read_json(folder / ABOUT), GROUP_FILES: len(vectors)})
+    for number, vector in enumerate(vectors, 1):
+        vector.save(folder / _group_file(number))
+
+
+def _group_file(number: int) -> str:
+    return f"group-{number}.safetensors"
 
 
 def write(parts: Mapping[str, Any], folder: Path) -> None:
     """Writes a folder, which is made if it is missing; each file is written whole or not at all.
 
-    The measures of an earlier run that this one doesn't have are removed.
+    Nothing is written before all that can be refused was computed. What an earlier run left and this one doesn't have
+    is removed.
 
     Args:
         parts: the fields of `Findings` by name.
@@ -67,12 +80,6 @@ def write(parts: Mapping[str, Any], folder: Path) -> None:
         parts[name] for name in ("completions", "written", "calibration", "views")
     )
     scanned, judged = parts["scan"], parts["judged"]
-    folder.mkdir(parents=True, exist_ok=True)
-    earlier = left_by_a_run(folder)
-    parts["vectors"].save(folder / VECTORS)
-    files.write_text(folder / LINES, completions.to_lines())
-    # texts are quoted, so that a lone carriage return in one of them doesn't end the row
-    files.write_text(folder / SHEET, completions.table.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC))
     every = _texts(completions, written)
     shown = {name: verdicts(every, how) for name, how in parts["behaviors"].items()}
     tables = {
@@ -102,19 +109,22 @@ def write(parts: Mapping[str, Any], folder: Path) -> None:
         "twins": [[number, *counts] for number, counts in parts["twins"].items()],
         "search": plain_json(parts["search"], "search"),
     }
-    here = {VECTORS, LINES, SHEET, ABOUT, PAGE, *([] if written is None else [WRITTEN])}
-    here |= {f"{name}.safetensors" for name in MEASURES if parts[name] is not None} | {f"{name}.csv" for name in kept}
-    for name in {*earlier} - here:
+    texts = {
+        LINES: completions.to_lines(),
+        # texts are quoted, so that a lone carriage return in one of them doesn't end the row
+        SHEET: completions.table.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC),
+        ABOUT: files.json_bytes(about).decode(),
+        **({} if written is None else {WRITTEN: json.dumps(written.as_json(), allow_nan=False)}),
+        **{f"{name}.csv": table.to_csv(index=False) for name, table in tables.items() if table is not None},
+    }
+    measured = {f"{name}.safetensors": parts[name] for name in MEASURES if parts[name] is not None}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in {*left_by_a_run(folder)} - {VECTORS, PAGE, *texts, *measured}:
         (folder / name).unlink(missing_ok=True)
-    files.write_json(folder / ABOUT, about)
-    if written is not None:
-        files.write_text(folder / WRITTEN, json.dumps(written.as_json(), allow_nan=False))
-    for name in MEASURES:
-        if parts[name] is not None:
-            parts[name].save(folder / f"{name}.safetensors")
-    for name, table in tables.items():
-        if table is not None:
-            files.write_text(folder / f"{name}.csv", table.to_csv(index=False))
+    for name, value in {VECTORS: parts["vectors"], **measured}.items():
+        value.save(folder / name)
+    for name, text in texts.items():
+        files.write_text(folder / name, text)
 
 
 def read(folder: Path) -> dict[str, Any]:

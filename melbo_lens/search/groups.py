@@ -168,6 +168,11 @@ def grouped(directions: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     return table.sort_values(["score", "n_vectors"], ascending=False, kind="stable").reset_index(drop=True)
 
 
+def _facts(direction: pd.Series, sign: int) -> dict[str, Any]:
+    """The facts of a vector with a sign; its effect was measured at the fit, with its own sign only."""
+    return {**direction.to_dict(), **({} if sign > 0 else {"effect": float("nan")})}
+
+
 def _group(
     name: str, members: pd.DataFrame, directions: pd.DataFrame, of_kind: pd.Series, of_direction: pd.Series
 ) -> dict[str, Any]:
@@ -186,7 +191,7 @@ def _group(
         "behavior": example.behavior,
         "change": example.change,
         "example": example.text,
-        **directions.loc[(trial, vector)].to_dict(),
+        **_facts(directions.loc[(trial, vector)], sign),
         "vector": vector,
         "sign": sign,
         "rate": example.hits / of_direction[trial, vector, sign],

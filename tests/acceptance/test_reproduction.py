@@ -1,6 +1,7 @@
 """Do the post's four results hold on the organisms, at reduced size?  `melbo-lens reproduce` is the whole run."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -30,6 +31,27 @@ def test_the_claim_holds(results, claim):
         row for row in results["rows"] if (row["experiment"], row["measure"]) == (claim.experiment, claim.measure)
     )
     assert row["holds"], row
+
+
+EVERY_CLAIM = [*claims.CLAIMS, *claims.REAL.claims]
+NOT_NEEDED = {  # a claim is not made of these controls; a twin is needed wherever there is one
+    "backdoors": {"covariance"},
+    "locked skills": {"unsteered"},
+    "adapter": {"unsteered"},
+}
+
+
+@pytest.mark.parametrize("claim", EVERY_CLAIM, ids=lambda one: f"{one.experiment}: {one.measure}")
+def test_a_control_that_was_not_measured_proves_nothing(claim):
+    if claim.experiment == "backdoors" and claim.measure != "together":
+        pytest.skip("it counts hits alone, beside the claim on both")
+    with_twin = {one.title: one.has_twin for suite in (claims.TINY, claims.REAL) for one in suite.experiments}
+    needed = {"unsteered", "random", "covariance", *(["twin"] if with_twin[claim.experiment] else [])}
+    for control in needed - NOT_NEEDED.get(claim.experiment, set()):
+        for missing in range(3):
+            scores = [score(hits=50, **({control: math.nan} if i == missing else {})) for i in range(3)]
+            assert not claim.holds(scores), control
+    assert claim.holds([score(hits=50)] * 3)
 
 
 def score(**values):

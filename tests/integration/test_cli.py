@@ -107,15 +107,20 @@ def test_a_second_run_in_a_folder_leaves_nothing_of_the_first(directories, tmp_p
     assert CliRunner().invoke(app, asked).exit_code == 0
     assert (out / "written.json").is_file() and (out / "group-1.safetensors").is_file()
     (out / "notes.txt").write_text("mine")
-    (out / "group-19.safetensors").touch()
-    (out / "group-mine.safetensors").touch()
-    assert CliRunner().invoke(app, asked).exit_code == 0 and not (out / "group-19.safetensors").exists()
+    for name in ("group-77.safetensors", "group-mine.safetensors"):
+        (out / name).touch()
+    wrote = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    for refused in (["--max-new-tokens", "999"], ["--max-new-tokens", "-1"], ["--last", "-3"]):
+        result = fit(directories("llama"), out, *refused)
+        assert result.exit_code == 1 and "error: " in result.output
+        assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == wrote
+    assert CliRunner().invoke(app, asked).exit_code == 0
     result = fit(directories("llama"), out)
     assert result.exit_code == 0 and "notes" not in result.output
     found = ml.Findings.load(out)
     assert found.written is None and found.groups is None and len(found.completions) == 9
     assert not (out / "groups.csv").exists() and (out / "notes.txt").read_text() == "mine"
-    assert [path.name for path in out.glob("group-*.safetensors")] == ["group-mine.safetensors"]
+    assert {path.name for path in out.glob("group-*.safetensors")} == {"group-77.safetensors", "group-mine.safetensors"}
     assert "loaded.json" in result.output
     assert fit(directories("llama"), out, "--max-new-tokens", "0").exit_code == 0
     with pytest.raises(FileNotFoundError, match=r"has no completions\.jsonl"):

@@ -203,11 +203,16 @@ def test_a_ranking_shows_the_effects_of_the_fit_and_puts_rows_in_sinks_last(mode
     loudest = int(ml.rank(fitted, measured).vector[0])
     marked = replace(fitted, provenance={**fitted.provenance, "sinks": [loudest]})
     table = ml.rank(marked, measured)
-    assert table.effect.tolist() == [effects[k] for k in table.vector]
+    learned = table[table.sign > 0]
+    assert learned.effect.tolist() == [effects[k] for k in learned.vector]
+    assert learned.objective.tolist() == [float(fitted.history[-1][k]) for k in learned.vector]
+    # minus a vector is another one, of which the fit measured nothing
+    assert table[table.sign < 0][["effect", "objective"]].isna().all(axis=None) and len(learned) == 3
     assert not table.sink[:4].any() and table.vector[4:].tolist() == [loudest] * 2 and table.sink[4:].all()
     # through rows and joins; what was derived has another effect
     some = ml.concatenate([marked[[2, 0]], marked[1]])[[1, 2]]
     table = ml.rank(some, ml.output_effects(model, PROMPTS, some))
-    assert {int(k): e for k, e in zip(table.vector, table.effect, strict=True)} == {0: effects[0], 1: effects[1]}
+    learned = table[table.sign > 0]
+    assert {int(k): e for k, e in zip(learned.vector, learned.effect, strict=True)} == {0: effects[0], 1: effects[1]}
     assert {int(k): bool(s) for k, s in zip(table.vector, table.sink, strict=True)} == {k: k == loudest for k in (0, 1)}
     assert ml.rank(2 * marked, measured).effect.isna().all() and not ml.rank(2 * marked, measured).sink.any()

@@ -52,7 +52,7 @@ def test_a_plan_may_hold_trials_of_every_method_and_repeats_them(organism, promp
         if isinstance(vectors, ml.SteeringVectors):
             torch.testing.assert_close(vectors.radii, torch.full((len(vectors),), 10.0), atol=1e-3, rtol=0)
     for row in found.table.itertuples():
-        assert row.method == methods[row.trial] and row.effect >= 0
+        assert row.method == methods[row.trial] and (row.effect >= 0) == (row.sign > 0)
         assert (row.relative_radius > 0) == (row.method != "cpe")  # NaN, since unit factors have no radius
     assert set(found.table.method) <= set(methods) and len(set(found.table.method)) > 1
     completions = ml.generate(model, prompt, found.vector(0), 4, include_random=False, progress=False)

@@ -1,10 +1,12 @@
 """Are rates and tests those of the statistics that they name?"""
 
+import inspect
 import re
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from scipy.stats import hypergeom
 
 import melbo_lens as ml
@@ -45,6 +47,46 @@ def test_rates_intervals_and_p_values_are_those_of_the_formulas():
     q = np.minimum.accumulate((ordered * 3 / np.arange(1, 4))[::-1])[::-1]
     assert np.sort(table.q_value.to_numpy()) == pytest.approx(np.minimum(q, 1))
     assert table.beats_control.tolist() == (table.q_value < 0.05).tolist() == [True, False, False]
+
+
+def test_a_control_is_of_the_same_scale():
+    """At a larger scale random vectors write noise, which would hide what a vector does at a small one."""
+    small, large = completions([7, 0], [0, 0], 10), completions([7, 7], [7, 7], 10)
+    both = pd.concat([small.table, large.table.assign(scale=3.0)[large.table.kind != "unsteered"]])
+    found = ml.evaluate(ml.Completions(both.reset_index(drop=True)), {"yes": "yes"})
+    alone = ml.evaluate(small, {"yes": "yes"}).table
+    by_scale = dict(list(found.table.groupby("scale")))
+    assert by_scale[1.0].random.tolist() == [0, 0] and by_scale[3.0].random.tolist() == [0.7, 0.7]
+    assert by_scale[1.0].p_value.tolist() == alone.p_value.tolist()
+    assert by_scale[1.0].beats_control.tolist() == [True, False] and not by_scale[3.0].beats_control.any()
+    without = both[(both.kind != "random") | (both.scale == 1)].reset_index(drop=True)
+    found = ml.evaluate(ml.Completions(without), {"yes": "yes"})
+    assert found.table[found.table.scale == 3].p_value.isna().all() and "no random controls" in found.note
+
+
+@pytest.mark.parametrize("answer", [True, np.True_, 1, re.match("n", "no"), torch.tensor(True)])
+def test_an_answer_is_yes(answer):
+    assert verdicts(pd.Series(["no"]), lambda text: answer).tolist() == [1.0]
+
+
+@pytest.mark.parametrize("answer", [None, float("nan"), np.nan, pd.NA])
+def test_an_answer_is_no_verdict(answer):
+    assert verdicts(pd.Series(["no"]), lambda text: answer).isna().all()
+
+
+@pytest.mark.parametrize("answer", ["no", 0.2, 2, [], object()])
+def test_another_answer_than_yes_or_no_is_refused(answer):
+    with pytest.raises(ValueError, match="it must answer True or False"):
+        verdicts(pd.Series(["no"]), lambda text: answer)
+
+
+@pytest.mark.parametrize(
+    ("behaviors", "said"),
+    [(["yes"], "must map names"), ({3: "yes"}, "the name 3"), ({"": "yes"}, "the name ''")],
+)
+def test_behaviors_have_names(behaviors, said):
+    with pytest.raises((TypeError, ValueError), match=said):
+        inspect.unwrap(check_behaviors)(behaviors)
 
 
 def test_the_summary_pools_all_vectors():

@@ -136,6 +136,15 @@ def test_what_a_user_keeps_under_a_name_of_ours_is_no_figure_of_a_fit(mine):
     assert len(list(vectors)) == 4 and "attention sink" not in card(vectors, "user/found")
 
 
+def test_joined_rows_that_are_joined_again_keep_their_effects():
+    fit = {"effects": [0.0, 0.1, 0.2, 0.3], "sinks": [3]}
+    vectors = ml.SteeringVectors(make().values, 2, provenance=fit)
+    joined = ml.concatenate([ml.concatenate([vectors[[3, 2]], vectors[[1]]])[[2, 0]], vectors[[0]], vectors[[3, 1]]])
+    effects, sunk = at_the_fit(joined[[3, 0, 1, 2]].provenance, 4)
+    assert effects == [0.3, 0.1, 0.3, 0.0] and sunk == [True, False, True, False]
+    assert all(map(math.isnan, at_the_fit(ml.concatenate([joined, 2 * vectors]).provenance, 9)[0]))
+
+
 def test_numbers_that_overflow_where_they_are_kept_are_refused():
     large = torch.tensor([[1e300, 0.0]], dtype=torch.float64)
     with pytest.raises(ValueError, match="NaN or infinity"):
