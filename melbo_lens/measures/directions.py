@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from melbo_lens.arguments import public
+from melbo_lens.arguments import count, public
 from melbo_lens.ascent.manifolds import unit
 from melbo_lens.measures.output import run_to_the_end
 from melbo_lens.models import blocks, hooks
@@ -25,7 +25,8 @@ def top_tokens(
 ) -> pd.DataFrame:
     """The tokens that each vector promotes and suppresses most.
 
-    They are measured along the direct path (the vector's product with the unembedding) and, if `prompts` are given,
+    They are measured along the direct path (the product of the vector, times the final norm's weight, with the
+    unembedding, so up to the norm's common factor) and, if `prompts` are given,
     also by the mean change of the steered logits at a `position` of each prompt's own tokens.
 
     Args:
@@ -38,10 +39,16 @@ def top_tokens(
     Returns:
         One row for each vector and route ("direct" or "steered"). Its columns promoted and suppressed are lists of
         (token, change of the logit), the largest change first.
+
+    Raises:
+        ValueError: k is not positive, or the vectors don't fit the model.
     """
+    count("k", k)
     host = host_of(model)
+    vectors = vectors.on(host)
     unembedding = cast(Tensor, host.model.W_U).detach().float()  # [d_model d_vocab]
-    changes = {"direct": vectors.values.to(unembedding.device) @ unembedding}
+    with hooks.frozen(host):
+        changes = {"direct": host.through_final_norm(vectors.values.to(unembedding.device)) @ unembedding}
     if prompts is not None:
         batch = tokenize(host, prompts, target_positions=[position])
         ends = (batch.lengths + position if position < 0 else torch.full_like(batch.lengths, position)) + 1
@@ -57,7 +64,7 @@ def top_tokens(
         change = changes[route][vector]
         best = [
             list(zip(token_texts(host, indices), change[indices].tolist(), strict=True))
-            for indices in ((sign * change).topk(k).indices.tolist() for sign in (1, -1))
+            for indices in ((sign * change).topk(min(k, len(change))).indices.tolist() for sign in (1, -1))
         ]
         rows.append((vector, route, *best))
     return pd.DataFrame(rows, columns=["vector", "route", "promoted", "suppressed"])
@@ -78,9 +85,12 @@ def max_activating(model: Model, vectors: SteeringVectors, texts: Prompts, k: in
         token) and cosine.
 
     Raises:
+        ValueError: k is not positive, or the vectors don't fit the model.
         FloatingPointError: the stream holds NaN or infinity.
     """
+    count("k", k)
     host = host_of(model)
+    vectors = vectors.on(host)
     batch = tokenize(host, texts)
     with hooks.frozen(host):
         stream = (

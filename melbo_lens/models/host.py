@@ -6,6 +6,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from melbo_lens.models.tally import packed
@@ -172,6 +173,27 @@ class Host(ABC):
         """
         wrapped = getattr(self.model, "original_model", None)
         return [self.model, wrapped] if isinstance(wrapped, nn.Module) else [self.model]
+
+    def through_final_norm(self, directions: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_model"]:
+        """Returns what the unembedding reads of directions of the last stream, but for the norm's common factor.
+
+        That is ``weight * v``, with v centred if the norm centres; both are told from what the norm does, since models
+        keep its weight in several forms, and some have folded it into the unembedding. The caller has frozen the model.
+        """
+        norm = getattr(self.model, "ln_final", None)
+        if norm is None:
+            return directions
+        width = directions.shape[1]
+        probe = torch.ones(width, dtype=self.dtype, device=directions.device)
+        probe[1::2] = -1
+        if width % 2:
+            probe[-3:] = torch.tensor([1, 1, -2], dtype=self.dtype, device=directions.device)  # its mean is 0, too
+        loud = 100 * probe  # beside which the norm's epsilon is nothing
+        with torch.no_grad():
+            plus, minus, raised = (norm(x[None, None])[0, 0].float() for x in (loud, -loud, loud + 300))
+        weight = (plus - minus) / (2 * probe.float()) * probe.float().square().mean().sqrt()
+        centres = torch.allclose(plus, raised, rtol=0.1, atol=0.01)
+        return weight.to(directions) * (directions - directions.mean(1, keepdim=True) if centres else directions)
 
     @property
     def turning_length(self) -> int | None:

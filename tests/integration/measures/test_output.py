@@ -78,8 +78,44 @@ def test_top_tokens_by_both_routes(any_model):
     promoted, suppressed = table.iloc[3].promoted, table.iloc[3].suppressed
     assert promoted[0] == (models.WORDS[int(change.argmax())], pytest.approx(float(change.max()), rel=1e-3))
     assert suppressed[0] == (models.WORDS[int(change.argmin())], pytest.approx(float(change.min()), rel=1e-3))
-    direct = steering.values[0] @ any_model.W_U.detach()
-    assert table.iloc[0].promoted[0][0] == models.WORDS[int(direct.argmax())]
+
+
+def test_the_direct_path_leads_through_the_final_norm(any_model):
+    """The oracle is the derivative of the logits at a stream to which the vector is at a right angle."""
+    norm, steering = any_model.ln_final, vectors(2)
+    weights = [weight for name, weight in norm.named_parameters() if name.endswith(("weight", ".w")) or name == "w"]
+    before = [weight.detach().clone() for weight in weights]
+    generator = torch.Generator().manual_seed(8)
+    try:
+        for weight in weights:
+            weight.data = torch.randn(weight.shape, generator=generator)  # some are negative, as in real models
+        table = ml.top_tokens(any_model, steering, k=4)
+        for row, vector in enumerate(steering.values):
+            v, ones = vector, torch.ones_like(vector) / models.D_MODEL**0.5
+            stream = torch.randn(models.D_MODEL, generator=generator)
+            basis = torch.linalg.qr(torch.stack([ones, v], 1)).Q
+            stream = 50 * (stream - basis @ (basis.T @ stream))
+
+            def logits(x):
+                return any_model.unembed(any_model.ln_final(x[None, None]))[0, 0]
+
+            step = 1e-2
+            change = (logits(stream + step * v) - logits(stream - step * v)).detach() / (2 * step)
+            change = change * stream.square().mean().sqrt()
+            best = change.topk(4)
+            assert [token for token, _ in table.promoted[row]] == [models.WORDS[i] for i in best.indices.tolist()]
+            assert [float(x) for _, x in table.promoted[row]] == pytest.approx(best.values.tolist(), rel=2e-2)
+    finally:
+        for weight, was in zip(weights, before, strict=True):
+            weight.data = was
+    assert len(ml.top_tokens(any_model, steering, k=10**6).promoted[0]) == any_model.W_U.shape[1]
+    for refused in (
+        {"k": 0},
+        {"vectors": ml.SteeringVectors(torch.ones(1, 3), 1)},
+        {"vectors": replace(vectors(1), source_layer=9)},
+    ):
+        with pytest.raises(ValueError, match=r"k=0|d_model|layer"):
+            ml.top_tokens(any_model, **{"vectors": steering, **refused})
 
 
 def test_the_position_whose_stream_is_the_vector_activates_it_most(any_model):
