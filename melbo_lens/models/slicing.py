@@ -85,9 +85,15 @@ def slice_model(
             fidelity.check_alone(sliced, last, recording.streams[-1])
             if host.quantised:
                 fidelity.check_gradient(sliced)
-    if target_positions is None and sliced.begins_with_a_sink:
-        sliced = replace(sliced, batch=tokenize(host, batch, slice(1, None)))
+    sliced = without_sink(sliced) if target_positions is None else sliced
     return replace(sliced, recomputed=True) if sliced.kept[0] > KEPT_BYTES else sliced
+
+
+def without_sink(sliced: SlicedModel) -> SlicedModel:
+    """Returns the slice of whose positions a first one does not count that is an attention sink at its target."""
+    if not sliced.begins_with_a_sink:
+        return sliced
+    return replace(sliced, batch=tokenize(sliced.host, sliced.batch, slice(1, None)))
 
 
 def opened(model: "Model | SlicedModel") -> "SlicedModel | Host":

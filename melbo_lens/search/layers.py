@@ -22,6 +22,7 @@ from melbo_lens.methods.automatic import automatic
 from melbo_lens.methods.problem import Problem, bias, default_batch_size
 from melbo_lens.models import hooks
 from melbo_lens.models.slices import SlicedModel
+from melbo_lens.models.slicing import without_sink
 from melbo_lens.perturbations.vectors import SteeringVectors
 from melbo_lens.progress import Progress
 from melbo_lens.prompts import Positions, PromptBatch, Prompts, tokenize
@@ -226,7 +227,10 @@ class PairTask(Measurement[list[list[float]]]):
         shared = self.shared
         longest = bench.slice(shared.prompts, self.source_layer, self.farthest, shared.where)
         own = self.share * median_norm(longest) if self.share is not None else float(shared.radius)
-        sliced, batch = longest.shorter(self.target_layer), tokenize(bench.host, as_prompts(shared.prompts))
+        batch = tokenize(bench.host, as_prompts(shared.prompts))
+        sliced = longest.shorter(self.target_layer)
+        if shared.where is None:  # whether the first position is a sink depends on the target
+            sliced = without_sink(replace(sliced, batch=batch))
         usual = min(default_batch_size(sliced), 2 * shared.n_vectors * len(batch))  # so many are in a pass
         return halving(partial(_scan_pair, sliced, batch, own, shared.n_vectors, shared.n_steps, shared.seed), usual)
 
