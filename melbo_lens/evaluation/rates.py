@@ -26,9 +26,9 @@ class Evaluation:
     Attributes:
         table: one row for each vector, sign, scale and behaviour, with n (completions), errors (further ones on which a
             judge gave no verdict; they count in nothing else), rate with a 95 % Wilson interval (low, high), the
-            unsteered rate, that of all random vectors at this scale (random), p_value of Fisher's exact test (is the rate higher than with random
-            vectors?), q_value after Benjamini and Hochberg over the rows of a behaviour, and beats_control (q_value
-            below the level of `evaluate`, .05 by default).
+            unsteered rate, that of all random vectors at this scale (random), p_value of Fisher's exact test (is the
+            rate higher than with random vectors?), q_value after Benjamini and Hochberg over the rows of a behaviour,
+            and beats_control (q_value below the level of `evaluate`, .05 by default).
         summary: one row for each behaviour, over all steered completions, with n, errors, rate, low, high, unsteered,
             random, p_value, vectors (how many of them elicited it with either sign at least once), the numbers of
             completions n_random and n_unsteered, and errors_random and errors_unsteered.

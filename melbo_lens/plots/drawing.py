@@ -20,6 +20,7 @@ STEERED, CONTROL, UNSTEERED = COLORS[0], "#8c8c8c", COLORS[4]
 BAND = "rgba(128,128,128,0.22)"
 MARKED = COLORS[4]  # neither blue nor red nor grey, which heat maps have
 GAP = 0.12  # the least distance between two ticks of a logarithmic axis, as a share of the axis
+WIDEST = 0.5  # of the intervals that are drawn
 NARROW = 290  # pixels between the axes on a telephone
 # Dragging zooms, dragging with the shift key pans, and a double click shows all again, so their buttons only hide the
 # title. Plotly's newer versions have one that sends the figure's data to their host, which nothing here may do.
@@ -94,7 +95,8 @@ def draw_bars(bars: Bars) -> Figure:
         )
     figure.update_layout(barmode="group")
     figure.update_yaxes(title=bars.quantity, tickformat=".0%", rangemode="tozero")
-    return _styled(figure, bars.title, bars.note, 400)
+    hidden = " An interval wider than half the scale is not drawn; hovering shows it."
+    return _styled(figure, bars.title, bars.note + (hidden if (bars.high - bars.low > WIDEST).any() else ""), 400)
 
 
 def draw_panels(panels: Panels) -> Figure:
@@ -280,11 +282,14 @@ def _add_lines(figure: Figure, lines: Lines, row: int | None = None) -> None:
 def _whiskers(
     values: np.ndarray, low: np.ndarray | None, high: np.ndarray | None, color: str = "#7a7a7a"
 ) -> dict[str, object]:
-    """Returns error bars, except those wider than half the scale (from few completions), which would hide the rest."""
+    """Returns error bars, except those wider than `WIDEST` (from few completions), which would hide the rest.
+
+    These are NaN, for which nothing is drawn: a bar of no length would look exact.
+    """
     if low is None or high is None:
         return {}
-    known = np.isfinite(low) & (high - low <= 0.5)
-    above, below = (np.where(known, part, 0.0) for part in (high - values, values - low))
+    known = np.isfinite(low) & (high - low <= WIDEST)
+    above, below = (np.where(known, part, np.nan) for part in (high - values, values - low))
     return {
         "type": "data",
         "symmetric": False,

@@ -45,6 +45,8 @@ def limits(findings: Findings, written: Written) -> Iterator[str]:
             "How reliable a single vector is: it wrote "
             f"{per.median():.0f} completion{'s' if per.median() > 1 else ''}. More prompts or samples would tell."
         )
+    if not written.plain:
+        yield "What was changed: there are no unsteered completions, so every text counts as changed."
     if written.judged:
         yield (
             f"Whether noise is only noise. Text of more than {-NATURAL:.0f} nats a token to the unsteered model is "

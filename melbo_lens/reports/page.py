@@ -71,7 +71,8 @@ def write_page(findings: Findings, path: str | os.PathLike[str]) -> Path:
     has_steered = len(written.steered) > 0
     evaluation = overall(as_completions(written), behaviors) if behaviors and has_steered else None
     table = ladder.ladder(written) if has_steered else pd.DataFrame()
-    cards = cards_of(written, findings.looks, findings.twins, MOST_CARDS)
+    every = cards_of(written, findings.looks, findings.twins)
+    n_usual, cards = sum(card.no_more_than_controls for card in every), every[:MOST_CARDS]
     shown, usual = ([card for card in cards if card.no_more_than_controls is folded] for folded in (False, True))
     drawn = figures(findings, written, evaluation, table, [*shown, *usual])
     pictures = {picture.anchor: picture for picture in drawn}
@@ -96,10 +97,12 @@ def write_page(findings: Findings, path: str | os.PathLike[str]) -> Path:
         n_more=len(shown[FIRST_CARDS:]),
         n_cards=len(shown),
         usual=html(usual),
-        n_usual=len(usual),
+        n_usual=n_usual,
+        n_usual_cards=len(usual),
         has_twin=bool(findings.twins),
-        n_groups=len(written.groups) - len(usual),
+        n_groups=len(every) - n_usual,
         shares=written.shares,
+        has_plain=bool(written.plain),
         counts=kinds.value_counts().to_dict() | {"": 0},
         n_directions=len(kinds),
         noise=_noise(written),
@@ -176,6 +179,11 @@ def lead(written: Written) -> str:
     kinds, prompts = kinds_of(written.rows), written.rows.prompt.nunique()
     if not len(kinds):
         return "There are no steered completions."
+    if not written.plain:
+        return (
+            f"{len(kinds):,} directions were tried without an unsteered completion beside them, so what they change is "
+            "not known: generate with include_unsteered=True."
+        )
     parts = {name: percent(share) for name, share in written.shares.items()}
     noise = f", {parts['noise']} write noise" if written.judged else ""
     tried = (

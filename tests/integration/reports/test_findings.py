@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 import melbo_lens as ml
 from melbo_lens.cli import app
+from melbo_lens.generation.completions import COLUMNS
 from melbo_lens.reports import findings, saved
 from tests.integration.reports.test_page import completions, data_of, everything, rows_of
 
@@ -237,3 +238,15 @@ def test_a_twin_of_a_search_is_counted_on_the_cards(tmp_path):
     assert "No group of completions is commoner under the vectors than under random ones, and than in the twin" in page
     assert f"<summary>{len(found.table)} groups are no commoner than under random vectors of equal norm, or" in page
     assert sum(found.shares.values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("refused", [{"behaviors": {"x": "("}}, {"ranked": pd.DataFrame({"vector": [object()]})}])
+def test_findings_that_can_not_be_written_leave_a_folder_as_it_was(tmp_path, refused):
+    vectors = ml.SteeringVectors(torch.eye(3), 1)
+    rows = [(0, "p", "steered", k, 1, 1.0, 0, "text", [1], [-0.1]) for k in range(3)]
+    completions = ml.Completions(pd.DataFrame(rows, columns=COLUMNS).astype({"vector": "Int64"}))
+    ml.Findings(vectors, completions, title="one").save(tmp_path)
+    wrote = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises((ValueError, TypeError, re.error)):
+        ml.Findings(2 * vectors, completions, title="two", **refused).save(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == wrote

@@ -358,3 +358,20 @@ def test_the_page_says_how_many_groups_and_trials_it_leaves_out(tmp_path, monkey
     text = ml.report(findings, path=tmp_path / "few.html").read_text()
     assert text.count('<article class="card"') == 3 and "The first 3 of 5 groups have cards" in text
     assert "2 more groups" in text and "The first 2 of 4 trials." in text
+    # of those that random vectors write as often, all count, and some have cards
+    random = completions.table[completions.table.kind == "steered"].assign(kind="random").iloc[1:]
+    both = ml.Completions(pd.concat([completions.table, random], ignore_index=True))
+    findings = ml.Findings(ml.SteeringVectors(torch.eye(5), 1), both, {}, "Few")
+    text = ml.report(findings, path=tmp_path / "few.html").read_text()
+    assert "4 groups are no commoner than under random vectors" in text
+    assert f"The first {text.count('<article') - 1} of 4 have cards." in text
+    assert text.count('<article class="card"') == 3 and "groups have cards" not in text
+
+
+def test_without_unsteered_completions_a_page_does_not_say_what_changed(tmp_path):
+    (vectors, written, _), _ = everything("it is")
+    alone = ml.Completions(written.table[written.table.kind != "unsteered"].reset_index(drop=True))
+    for known, said in ((written, "change the content"), (alone, "what they change is not known")):
+        text = ml.report(vectors, known, path=tmp_path / "page.html").read_text()
+        assert said in text and ("every text counts as changed" in text) == (known is alone)
+        assert ("change the content" in text) == (known is written)
