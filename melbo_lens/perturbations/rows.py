@@ -39,7 +39,8 @@ def _known(said: Any) -> list[tuple[float, bool]] | None:
         return None
     known = cast(Mapping[str, Any], said)
     if "parts" in known:  # joined rows, in the order of their parts, which may be joined themselves
-        parts = [_known(part) for part in known["parts"]] if isinstance(known["parts"], list) else [None]
+        listed = cast(list[Any], known["parts"]) if isinstance(known["parts"], list) else [None]
+        parts = [_known(part) for part in listed]
         every = [row for part in parts for row in part or []] if None not in parts else None
     elif _is_of_fit(known):
         every = [(effect, i in known.get("sinks", [])) for i, effect in enumerate(known["effects"])]
@@ -53,11 +54,8 @@ def _known(said: Any) -> list[tuple[float, bool]] | None:
     return [every[i] for i in rows]
 
 
-def _is_of_fit(part: Any) -> bool:
+def _is_of_fit(known: Mapping[str, Any]) -> bool:
     """Whether this is the provenance of rows as they were fitted; a user may keep other things under these names."""
-    if not isinstance(part, Mapping) or "derived" in part:
-        return False
-    known = cast(Mapping[str, Any], part)
     effects = known.get("effects")
     fitted = isinstance(effects, list) and all(isinstance(one, int | float) for one in cast(list[Any], effects))
     return fitted and all(_are_numbers(known.get(name, [])) for name in ("rows", "sinks"))
