@@ -186,10 +186,10 @@ def test_a_damaged_pair_is_named_and_measured_again(model, tmp_path):
 def test_a_first_position_that_becomes_a_sink_later_counts_at_the_targets_before(directories):
     model = models.bridge(directories("gpt2"))
     network = model.original_model.transformer
-    mlp = network.h[2].mlp
+    mlp, usual = network.h[2].mlp, ml.slice_model(model, PROMPTS, 0, 2).usual_norm
     with torch.no_grad():  # the first position alone has the direction that sets off one neuron of block 2
-        network.wpe.weight[0, 0] += 60
-        mlp.c_fc.weight[:, 0], mlp.c_fc.weight[0, 0], mlp.c_fc.bias[0] = 0, 8, -14
+        network.wpe.weight[0, 0] += 5 * usual
+        mlp.c_fc.weight[:, 0], mlp.c_fc.weight[0, 0], mlp.c_fc.bias[0] = 0, 8, -30
         mlp.c_proj.weight[0], mlp.c_proj.weight[0, 1] = 0, 3000
     sinks = {target: ml.slice_model(model, PROMPTS, 0, target).begins_with_a_sink for target in (2, 4)}
     assert sinks == {2: False, 4: True}
