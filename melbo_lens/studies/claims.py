@@ -79,9 +79,9 @@ def _below(scores: Sequence[Score], level: float, *controls: str) -> bool:
     return all(median(scores, control) <= level for control in controls)
 
 
-def _rate(level: float, *twin: str) -> Callable[[Sequence[Score]], bool]:
+def _rate(level: float, *others: str) -> Callable[[Sequence[Score]], bool]:
     def holds(scores: Sequence[Score]) -> bool:
-        quiet = _below(scores, 0.05, "unsteered", "random", *twin) and _below(scores, 0.2, "covariance")
+        quiet = _below(scores, 0.05, "unsteered", "random", *others) and _below(scores, 0.2, "covariance")
         return median(scores) >= level and quiet
 
     return holds

@@ -51,8 +51,13 @@ class ModelKey:
             expected: the fingerprint of its weights, as the provenance of what was learned on them has it.
 
         Raises:
-            ValueError: the model has another fingerprint, or the name is almost that of an organism.
+            ValueError: the model has another fingerprint, the name is almost that of an organism, or torch was built
+                without the device.
         """
+        try:
+            torch.empty(0, device=self.device)
+        except AssertionError as error:  # so torch says that it was built without it
+            raise ValueError(f"device={self.device!r} can't be used: {error}.") from error
         organism = self.organism()
         if organism is not None:
             model = organism.model

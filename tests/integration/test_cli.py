@@ -207,3 +207,26 @@ def test_help_waits_for_no_library():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.returncode == 0 and "discover" in run.stdout, run.stderr
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (["reproduce", "--out", "missing/r.json"], "in a folder that exists"),
+        (["demo", "--budget", "-3"], "must be a positive number of seconds"),
+        pytest.param(
+            ["fit", *"--model modes --prompt a --source-layer 0 --target-layer 4 --device cuda".split()],
+            "device='cuda' can't be used",
+            marks=pytest.mark.skipif(torch.backends.cuda.is_built(), reason="this torch was built for CUDA"),
+        ),
+        (["report", ".", "--behavior", "a=x", "--behavior", "a=y"], "one name"),
+        (["report", ".", "--behavior", "=x"], "NAME=REGULAR"),
+        (["sweep", "plan.yaml", "--shard", "²/3", "--out", "new"], "a shard is I/N"),
+    ],
+)
+def test_what_can_not_be_done_is_said_before_the_work(tmp_path, monkeypatch, asked, said):
+    monkeypatch.chdir(tmp_path)
+    out = ["--out", "new"] if asked[0] in ("demo", "fit") else []
+    result = CliRunner().invoke(app, [*asked, *out])
+    assert result.exit_code in (1, 2) and isinstance(result.exception, SystemExit)
+    assert said in " ".join(result.output.replace("│", " ").split())
