@@ -55,7 +55,7 @@ class ModelKey:
                 without the device.
         """
         try:
-            torch.empty(0, device=self.device)
+            torch.empty(0, dtype=torch.float32, device=self.device)
         except AssertionError as error:  # so torch says that it was built without it
             raise ValueError(f"device={self.device!r} can't be used: {error}.") from error
         organism = self.organism()
