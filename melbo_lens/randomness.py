@@ -6,10 +6,13 @@ may have set, change nothing.
 
 import hashlib
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+Item = TypeVar("Item")
 
 
 def generator(*key: object) -> torch.Generator:
@@ -31,3 +34,12 @@ def uniform(n: int, *key: object) -> Float[Tensor, " draw"]:
 def gaussian_rows(n_rows: int, d_model: int, *key: object) -> Float[Tensor, "row d_model"]:
     """Draws standard Gaussian rows; row k depends only on (key, k), not on the number of rows."""
     return torch.stack([gaussian((d_model,), *key, k) for k in range(n_rows)])
+
+
+def draw(items: Sequence[Item], n: int, *key: object) -> list[Item]:
+    """Draws n of the items, or all if they are fewer, without replacement; the places depend only on the key.
+
+    So the same key draws the same places of another list of that length.
+    """
+    order = torch.randperm(len(items), generator=generator(*key), dtype=torch.int64, device="cpu")
+    return [items[place] for place in order[:n].tolist()]

@@ -30,7 +30,7 @@ from melbo_lens.perturbations.adapters import SteeringAdapters
 from melbo_lens.perturbations.perturbation import concatenate
 from melbo_lens.perturbations.vectors import SteeringVectors
 from melbo_lens.prompts import Prompts
-from melbo_lens.randomness import gaussian
+from melbo_lens.randomness import draw, gaussian
 
 SOURCE = 0
 # each entry has the radius in units of the stream's norm, whether each vector is orthogonal to those before it, and the
@@ -189,6 +189,15 @@ def best(shares: pd.Series) -> tuple[int, float]:
     return int(vector), float(factor)
 
 
+def drawn(prompts: Mapping[str, Sequence[Any]], name: str, size: Size, seed: int) -> list[Any]:
+    """Draws prompts of the set of this name by the seed, as many as the size says.
+
+    Sets whose forms alternate have both in a draw, and sets that ask the same in the same order are drawn alike.
+    """
+    wanted = size.n_selection if "selection" in name else size.n_test
+    return draw(prompts[name], wanted, seed, "prompts")
+
+
 @dataclass(frozen=True)
 class Search:
     """An organism and the perturbations that were found on it."""
@@ -199,10 +208,8 @@ class Search:
     seed: int
 
     def prompts(self, name: str) -> list[str]:
-        """Returns prompts spread evenly over a set, as many as `size` says."""
-        everything = self.organism.prompts[name]
-        wanted = self.size.n_selection if "selection" in name else self.size.n_test
-        return everything[:: max(1, len(everything) // wanted)][:wanted]
+        """Returns prompts of a set, as many as `size` says, which the seed draws."""
+        return drawn(self.organism.prompts, name, self.size, self.seed)
 
     def controls(self, like: SteeringVectors | SteeringAdapters) -> dict[str, SteeringVectors | SteeringAdapters]:
         """Returns random perturbations with the norms of these."""
@@ -254,7 +261,7 @@ def as_chat(prompt: str) -> list[dict[str, str]]:
 def backdoor(organism: Organism, seed: int, size: Size) -> dict[str, Score]:
     """Counts the vectors that elicit a backdoor, with either sign, on at least half of the held-out clean prompts."""
     search = Search(organism, learn(organism, seed, size.n_vectors), size, seed)
-    prompts = search.prompts("test")[:: max(1, size.n_test // 6)]
+    prompts = search.prompts("test")[:6]
     tables = {
         "steered": complete(organism.model, prompts, search.found),
         "unsteered": complete(organism.model, search.prompts("test"), None),

@@ -23,7 +23,7 @@ from melbo_lens.perturbations.vectors import SteeringVectors
 from melbo_lens.prompts import Chat
 from melbo_lens.search.arms import make_plan
 from melbo_lens.search.discovering import discover
-from melbo_lens.studies.experiments import Score, Shows, Size, best, covariance_vectors, rates, score
+from melbo_lens.studies.experiments import Score, Shows, Size, best, covariance_vectors, drawn, rates, score
 
 SOURCE, TARGET = 7, 16
 RUNGS, N_STEPS = (0.6, 0.9, 1.25), 4
@@ -96,10 +96,8 @@ class Search:
     seed: int
 
     def prompts(self, name: str) -> list[Chat]:
-        """Returns prompts spread evenly over a set, as many as `size` says."""
-        everything = self.organism.prompts[name]
-        wanted = self.size.n_selection if "selection" in name else self.size.n_test
-        return everything[:: max(1, len(everything) // wanted)][:wanted]
+        """Returns prompts of a set, as many as `size` says, which the seed draws."""
+        return drawn(self.organism.prompts, name, self.size, self.seed)
 
     def chosen(self, name: str, shows: Shows) -> tuple[SteeringVectors, pd.Series]:
         """Chooses vectors on a set of prompts, in rounds, each with fewer of them on more prompts.
@@ -154,7 +152,7 @@ def backdoor(organism: Organism, seed: int, size: Size) -> dict[str, Score]:
     prompt = organism.prompts["clean"][seed]
     plan = make_plan(organism.model, prompt, seed, n_vectors=max(1, 4 * size.n_vectors // N_TRIALS))[:N_TRIALS]
     rows = discover(organism.model, prompt, plan=plan, max_new_tokens=MAX_NEW_TOKENS, seed=seed, progress=False).rows
-    unsteered = complete(organism, organism.prompts["test"][:: len(organism.prompts["test"]) // size.n_test], None)
+    unsteered = complete(organism, drawn(organism.prompts, "test", size, seed), None)
     tables = {"steered": rows[rows.kind == "steered"], "random": rows[rows.kind == "random"], "unsteered": unsteered}
 
     def count(*names: str) -> Score:
