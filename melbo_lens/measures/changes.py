@@ -17,7 +17,7 @@ from melbo_lens.ascent.objectives import Objective, TokenNorm
 from melbo_lens.models import hooks
 from melbo_lens.models.access import Model, host_of
 from melbo_lens.models.host import Host
-from melbo_lens.models.slices import SINK
+from melbo_lens.models.sinks import SINK
 from melbo_lens.perturbations.perturbation import Perturbation
 from melbo_lens.perturbations.sites import layer_of
 from melbo_lens.prompts import Positions, PromptBatch, Prompts, one_prompt, tokenize

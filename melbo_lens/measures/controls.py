@@ -1,5 +1,6 @@
 """What is a found perturbation compared with?  With random ones of its kind and norm, measured at the same place."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -11,11 +12,13 @@ from melbo_lens.arguments import public
 from melbo_lens.ascent.constraints import NORMALIZATIONS
 from melbo_lens.ascent.manifolds import to_sphere
 from melbo_lens.measures.source import mean_norms
+from melbo_lens.models import hooks
 from melbo_lens.models.access import Model, host_of
+from melbo_lens.models.sinks import ordinary_positions
 from melbo_lens.perturbations.adapters import SteeringAdapters
 from melbo_lens.perturbations.perturbation import Perturbation
 from melbo_lens.perturbations.vectors import SteeringVectors
-from melbo_lens.prompts import Prompts, pad
+from melbo_lens.prompts import Prompts, pad, tokenize
 from melbo_lens.randomness import gaussian_rows
 
 
@@ -101,21 +104,31 @@ def scales_for_norms(
     Raises:
         ValueError: no scale gives that norm.
     """
-    guesses = norms / mean_norms(adapters, model, prompts)
-    reached = mean_norms(adapters * guesses, model, prompts)
+    host = host_of(model)
+    batch = tokenize(host, prompts)
+    with hooks.frozen(host):
+        where = ordinary_positions(host, batch)
+
+    def norms_of(some: SteeringAdapters) -> Float[Tensor, " adapter"]:
+        return mean_norms(some, host, batch, where)
+
+    guesses = norms / norms_of(adapters)
+    reached = norms_of(adapters * guesses)
     bent = ((reached - norms).abs() > 1e-4 * norms).tolist()
     solved = [
-        _solved(adapters[k], model, prompts, float(norms[k]), guess) if bent[k] else guess
+        _solved(adapters[k], norms_of, float(norms[k]), guess) if bent[k] else guess
         for k, guess in enumerate(guesses.tolist())
     ]
     return torch.tensor(solved, dtype=guesses.dtype, device=guesses.device)
 
 
-def _solved(adapter: SteeringAdapters, model: Model, prompts: Prompts, norm: float, guess: float) -> float:
+def _solved(
+    adapter: SteeringAdapters, norms_of: Callable[[SteeringAdapters], Tensor], norm: float, guess: float
+) -> float:
     """The number at which one adapter's update has this mean norm, found from a first guess."""
 
     def excess(factor: float) -> float:
-        return float(mean_norms(adapter * factor, model, prompts)[0]) - norm
+        return float(norms_of(adapter * factor)[0]) - norm
 
     low = high = guess
     while excess(low) > 0:

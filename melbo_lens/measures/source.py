@@ -14,6 +14,7 @@ from melbo_lens.memory import in_batches
 from melbo_lens.models import blocks, hooks
 from melbo_lens.models.access import Model, host_of
 from melbo_lens.models.host import Host
+from melbo_lens.models.sinks import ordinary_positions
 from melbo_lens.perturbations.adapters import SteeringAdapters
 from melbo_lens.perturbations.vectors import SteeringVectors
 from melbo_lens.prompts import PromptBatch, Prompts, tokenize
@@ -30,7 +31,8 @@ class AdapterEffect:
     Attributes:
         values: the bias that each adapter gives each position of each prompt, measured after a norm that follows the
             weights; 0 in the padding.
-        mask: True at the prompts' own positions.
+        mask: True at the prompts' own positions but attention sinks, where the clean stream of a layer has over ten
+            times its median norm.
         layer: the block whose output gains the bias.
         site: the site at which a steering vector would act in the same place.
     """
@@ -41,13 +43,13 @@ class AdapterEffect:
     site: str = "mlp_out"
 
     def norms(self) -> Float[Tensor, " adapter"]:
-        """The mean norm of the update over the prompts' own positions."""
+        """The mean norm of the update over the positions of the mask."""
         return self.values.norm(dim=-1)[:, self.mask].mean(-1)
 
     def singular(self, adapter: int) -> tuple[Float[Tensor, " k"], Float[Tensor, "k d_model"]]:
         """Singular values and right singular vectors of one adapter's biases [position d_model], largest first.
 
-        The biases are not centred.
+        The biases are those of the positions of the mask, and not centred.
 
         Args:
             adapter: its index.
@@ -95,7 +97,15 @@ def source_effects(
             f"layer={layer} is no source layer of these adapters: choose from {list(adapters.source_layers)}."
         )
     batch = tokenize(host, prompts)
-    own = batch.own
+    with hooks.frozen(host):
+        biases, ordinary = _biases(adapters, host, batch, layer), ordinary_positions(host, batch)
+    return AdapterEffect(biases, ordinary, layer, VECTOR_SITES[adapters.sites[layer].name])
+
+
+def _biases(
+    adapters: SteeringAdapters, host: Host, batch: PromptBatch, layer: int
+) -> Float[Tensor, "adapter prompt pos d_model"]:
+    """What each adapter adds at one of its layers, 0 in the padding."""
     before = [other for other in adapters.source_layers if other < layer]
     with hooks.frozen(host), torch.no_grad():
         clean = _written(adapters[:1], host, batch, layer, [])
@@ -103,13 +113,13 @@ def source_effects(
         def added(places: Sequence[int]) -> Float[Tensor, "adapter prompt pos d_model"]:
             some = adapters[list(places)]
             plain = _written(some, host, batch, layer, before) if before else clean
-            return (_written(some, host, batch, layer, [*before, layer]) - plain).masked_fill(~own[..., None], 0)
+            return (_written(some, host, batch, layer, [*before, layer]) - plain).masked_fill(~batch.own[..., None], 0)
 
         at_once = max(1, ROWS_AT_ONCE // len(batch))
         parts = [part for _, part in in_batches(range(len(adapters)), at_once, added)]
     biases = torch.cat(parts)
     hooks.check_finite(host, biases.abs(), [f"adapter {k}" for k in range(len(biases))], "its update")
-    return AdapterEffect(biases, own, layer, VECTOR_SITES[adapters.sites[layer].name])
+    return biases
 
 
 @public
@@ -124,7 +134,8 @@ def nearest_vectors(
 ) -> SteeringVectors:
     """A steering vector for each adapter, which acts as the adapter does but whatever the position holds.
 
-    At the positions t the adapter gives the biases ``e_t``; for one of rank 1 that is ``s (a . x_t) b``. Then:
+    At the positions t, all but attention sinks, the adapter gives the biases ``e_t``; for one of rank 1 that is
+    ``s (a . x_t) b``. Then:
 
         mean:  v = mean over t of e_t
         gain:  v = gain * s * sign(mean over t of a . x_t) * b
@@ -199,11 +210,20 @@ def _degated(
     return gain * signs[:, None] * written
 
 
-def mean_norms(adapters: SteeringAdapters, model: Model, prompts: Prompts) -> Float[Tensor, " adapter"]:
-    """The mean norm of each adapter's update over the prompts' own positions and its source layers."""
-    return torch.stack(
-        [source_effects(adapters, model, prompts, layer).norms() for layer in adapters.source_layers]
-    ).mean(0)
+def mean_norms(
+    adapters: SteeringAdapters, model: Model, prompts: Prompts, where: Bool[Tensor, "prompt pos"] | None = None
+) -> Float[Tensor, " adapter"]:
+    """The mean norm of each adapter's update over its source layers and these positions.
+
+    None means the prompts' own positions but attention sinks.
+    """
+    host = host_of(model)
+    batch = tokenize(host, prompts)
+    if where is None:
+        with hooks.frozen(host):
+            where = ordinary_positions(host, batch)
+    norms = [_biases(adapters.on(host), host, batch, layer).norm(dim=-1) for layer in adapters.source_layers]
+    return torch.stack([of_layer[:, where].mean(-1) for of_layer in norms]).mean(0)
 
 
 def _written(

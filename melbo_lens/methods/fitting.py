@@ -25,7 +25,8 @@ from melbo_lens.methods import checkpoints
 from melbo_lens.methods.mean_change import MeanChange
 from melbo_lens.methods.problem import Problem, default_batch_size
 from melbo_lens.methods.provenance import describe
-from melbo_lens.models.slices import SINK, SlicedModel
+from melbo_lens.models.sinks import SINK
+from melbo_lens.models.slices import SlicedModel
 from melbo_lens.models.trimming import trimmed
 from melbo_lens.progress import Progress
 

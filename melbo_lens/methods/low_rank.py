@@ -16,6 +16,7 @@ from torch import Tensor
 from melbo_lens.ascent.states import Point
 from melbo_lens.measures.controls import scales_for_norms
 from melbo_lens.models.host import Host
+from melbo_lens.models.sinks import ordinary_positions
 from melbo_lens.models.slices import SlicedModel
 from melbo_lens.perturbations.adapters import SteeringAdapters
 from melbo_lens.perturbations.sites import WeightSite, flat_heads, layer_of
@@ -32,10 +33,10 @@ class LowRank:
     Attributes:
         sliced: the slice, which begins at the first of the sites or before it.
         sites: the weights that are updated, one entry for each source layer, in order.
-        hidden: the clean hidden activation at each site, at the prompts' own positions.
+        hidden: the clean hidden activation at each site, at the prompts' own positions but attention sinks.
         scale: the scale of every update. None solves each adapter's scale so that its update has the mean norm
             `update_norm`.
-        update_norm: the wanted mean of ``||s B A a||`` over own positions and layers, a the clean hidden activation.
+        update_norm: the wanted mean of ``||s B A a||`` over these positions and layers, a the clean hidden activation.
             It is measured before any norm that follows the weights.
     """
 
@@ -98,13 +99,15 @@ class LowRank:
 
 
 def hidden_activations(sliced: SlicedModel, sites: Sequence[WeightSite]) -> list[Float[Tensor, "position d_in"]]:
-    """The clean hidden activations at each site, at the prompts' own positions."""
+    """The clean hidden activations at each site, at the prompts' own positions but attention sinks.
+
+    At a sink an update may be many times as large as elsewhere, and a mean would be that of the first position.
+    """
     seen: dict[int, Tensor] = {}
+    where = ordinary_positions(sliced.host, sliced.batch)
 
     def read(layer: int) -> Callable[..., None]:
-        return lambda activation, hook: seen.update(
-            {layer: flat_heads(activation).to(sliced.device).float()[sliced.batch.own]}
-        )
+        return lambda activation, hook: seen.update({layer: flat_heads(activation).to(sliced.device).float()[where]})
 
     with torch.no_grad():
         sliced.change_under([(site.hidden_hook, read(site.layer)) for site in sites], sliced.everyone)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from melbo_lens.ascent.objectives import Objective, penalized
 from melbo_lens.ascent.states import Evaluation, Point
-from melbo_lens.models.slices import SINK, SlicedModel
+from melbo_lens.models.sinks import SINK
+from melbo_lens.models.slices import SlicedModel
 
 CHUNK_BYTES = 2**30  # what the forward pass of one chunk may keep for the backward pass
 

@@ -12,13 +12,10 @@ from torch.utils.checkpoint import checkpoint
 from melbo_lens.arguments import without_autocast
 from melbo_lens.models import blocks, hooks
 from melbo_lens.models.host import Host
+from melbo_lens.models.sinks import SINK
 from melbo_lens.models.targets import stream_name
 from melbo_lens.perturbations.sites import SITES, Hook, Site
 from melbo_lens.prompts import PromptBatch
-
-# A position whose norm, or its change, is so many times the usual norm of the target is an attention sink. In clean
-# text sinks have over a hundred times the usual norm, and changes of behaviour have about once of it.
-SINK = 10.0
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -474,3 +474,28 @@ def test_a_fit_from_negated_adapters_begins_with_them(build):
         again = ml.fit_adapters(model, PROMPTS, 1, 3, init=start, **settings)
         torch.testing.assert_close(again.history[0], ml.objective(model, PROMPTS, start), rtol=1e-4, atol=1e-4)
     assert digest_of_factors(one) != digest_of_factors(-one)
+
+
+def test_the_radius_is_a_mean_over_all_positions_but_sinks(model):
+    """A first position that is a sink at a later layer, as in many models, doesn't count in the radius or its control.
+
+    The other positions keep the radius, whatever an update does to the first one.
+    """
+
+    def sinks(stream, hook):
+        stream = stream.clone()
+        stream[:, 0] *= 1000
+        return stream
+
+    settings = {"n_adapters": 3, "rank": 2, "n_steps": 20, "lr": 0.05, "radius": 5.0, "progress": False}
+    with model.hooks(fwd_hooks=[("blocks.3.hook_resid_post", sinks)]):
+        fitted = ml.fit_adapters(model, PROMPTS, 1, 3, **settings)
+        for adapters in (fitted, ml.random_adapters(fitted, model)):
+            effect = ml.source_effects(adapters, model, PROMPTS)
+            assert effect.mask.tolist() == [[False, True, True, True, True], [False, True, True, True, False]]
+            norms = effect.values.norm(dim=-1)  # [adapter prompt pos]
+            others = torch.cat([norms[:, 0, 1:5], norms[:, 1, 1:4]], dim=1).mean(1)
+            torch.testing.assert_close(others, torch.full((3,), 5.0), rtol=1e-3, atol=0)
+            assert (norms[:, :, 0] - 5.0).abs().max() > 0.05  # with it, the mean would be another
+    usual = ml.source_effects(fitted, model, PROMPTS)
+    assert usual.mask.tolist() == [[True] * 5, [True, True, True, True, False]]
