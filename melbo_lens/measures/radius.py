@@ -21,6 +21,8 @@ from melbo_lens.perturbations.sites import Hook
 from melbo_lens.randomness import gaussian_rows
 
 Rule: TypeAlias = Literal["nonlinearity", "fraction", "stream", "kl"]  # what `solve_radius` knows
+Reduction: TypeAlias = Literal["every", "mean"]
+Read: TypeAlias = Callable[[Float[Tensor, " d_model"]], Float[Tensor, " change"]]  # the change that a vector makes
 DEFAULT_TARGETS = {"nonlinearity": 0.5, "fraction": 0.35, "stream": 0.05, "kl": 0.1}
 N_DIRECTIONS = 8
 STEPS = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4)  # of central differences, as shares of the stream's norm
@@ -104,12 +106,17 @@ def check_rule(rule: str, target: float | None) -> None:
 
 
 def solve_radius(
-    sliced: SlicedModel, rule: Rule = "nonlinearity", target: float | None = None, seed: int = 0
+    sliced: SlicedModel,
+    rule: Rule = "nonlinearity",
+    target: float | None = None,
+    seed: int = 0,
+    reduction: Reduction = "every",
 ) -> Calibration:
     """The radius R at which a rule reaches its target, measured along random unit directions v.
 
     - "nonlinearity": the rms over v of ``||D(R v) - R J v|| / ||R J v||``. Here D is the change of the target
-      activations at the target positions and J v its directional derivative at 0, both in float32. Where the curve
+      activations and J v its directional derivative at 0, both in float32. By `reduction`, D has the changes at "every"
+      target position of every prompt, or is their "mean" over positions and prompts, as for DCT. Where the curve
       levels off below the default target, half of that level becomes the target. The curve of a mixture of experts
       jumps at tiny radii, where a token changes its expert; there the last rise counts, or the lowest point of the
       curve.
@@ -137,9 +144,10 @@ def solve_radius(
             kl = _solve(lambda radius: _kl(sliced, clean, radius * directions), norm, wanted, rule, False)
             return replace(kl, norm=norm)
         exact = sliced.in_float32()
-        linear = _directional_derivatives(exact, directions)
+        change = _change_of(exact, reduction)
+        linear = _directional_derivatives(exact, change, directions)
         bent = _solve(
-            lambda radius: _nonlinearity(exact, directions, linear, radius), norm, wanted, rule, target is None
+            lambda radius: _nonlinearity(change, directions, linear, radius), norm, wanted, rule, target is None
         )
         return replace(bent, norm=norm)
 
@@ -207,50 +215,52 @@ def _solve(
     return Calibration(radius, tuple(sorted(curve.items())), rule, wanted)
 
 
-def _nonlinearity(
-    sliced: SlicedModel, directions: Tensor, linear: Float[Tensor, "direction change"], radius: float
-) -> float:
+def _change_of(sliced: SlicedModel, reduction: Reduction) -> Read:
+    """The function from a vector to what it changes: one long row of numbers."""
+    everyone, mask = sliced.everyone, sliced.batch.target_mask
+
+    def change(vector: Tensor) -> Tensor:
+        at_targets = sliced.change(vector.expand(len(everyone), -1), everyone)
+        if reduction == "every":
+            return at_targets[mask].flatten()
+        return (at_targets * (mask / mask.sum(1, keepdim=True))[..., None]).sum(1).mean(0)
+
+    return change
+
+
+def _nonlinearity(change: Read, directions: Tensor, linear: Float[Tensor, "direction change"], radius: float) -> float:
     """The rms over directions of the relative difference between the changes and their linear approximation."""
-    changes = _selected(sliced, radius * directions)
+    changes = _changes(change, radius * directions)
     expected = radius * linear
     ratios = (changes - expected).norm(dim=1) / expected.norm(dim=1).clamp(min=1e-30)
     return float(ratios.square().mean().sqrt())
 
 
-def _selected(sliced: SlicedModel, vectors: Float[Tensor, "direction d_model"]) -> Float[Tensor, "direction change"]:
-    """The changes at all target positions of all prompts; each direction has one long row."""
-    everyone = sliced.everyone
+def _changes(change: Read, vectors: Float[Tensor, "direction d_model"]) -> Float[Tensor, "direction change"]:
     with torch.no_grad():
-        return torch.stack(
-            [sliced.change(v.expand(len(everyone), -1), everyone)[sliced.batch.target_mask].flatten() for v in vectors]
-        )
+        return torch.stack([change(vector) for vector in vectors])
 
 
 def _directional_derivatives(
-    sliced: SlicedModel, directions: Float[Tensor, "direction d_model"]
+    sliced: SlicedModel, change: Read, directions: Float[Tensor, "direction d_model"]
 ) -> Float[Tensor, "direction change"]:
     """J v by forward differentiation, or by differences if an operation has no forward derivative.
 
     Some mixtures of experts have such operations. The kernels of quantised weights lack one without saying so.
     """
     if sliced.host.quantised:
-        return _central_differences(sliced, directions, NotImplementedError("the weights are quantised"))
-
-    def change(bias: Tensor) -> Tensor:
-        everyone = sliced.everyone
-        return sliced.change(bias.expand(len(everyone), -1), everyone)[sliced.batch.target_mask].flatten()
-
+        return _central_differences(sliced, change, directions, NotImplementedError("the weights are quantised"))
     try:
         with sdpa_kernel(SDPBackend.MATH):  # the only form of attention that has a forward derivative
             return torch.stack([torch.func.jvp(change, (torch.zeros_like(v),), (v,))[1].detach() for v in directions])
     except (NotImplementedError, RuntimeError) as missing:
         if is_out_of_memory(missing):
             raise
-        return _central_differences(sliced, directions, missing)
+        return _central_differences(sliced, change, directions, missing)
 
 
 def _central_differences(
-    sliced: SlicedModel, directions: Float[Tensor, "direction d_model"], missing: Exception
+    sliced: SlicedModel, change: Read, directions: Float[Tensor, "direction d_model"], missing: Exception
 ) -> Float[Tensor, "direction change"]:
     """The derivative ``(D(h v) - D(-h v)) / 2 h`` at the step h where two neighbouring steps agree best.
 
@@ -266,7 +276,7 @@ def _central_differences(
     steps, agreement = (STEPS, AGREEMENT) if exact else (HALF_STEPS, HALF_AGREEMENT)
     estimates = []
     for step in (share * typical for share in steps):
-        estimates.append((_selected(sliced, step * directions) - _selected(sliced, -step * directions)) / (2 * step))
+        estimates.append((_changes(change, step * directions) - _changes(change, -step * directions)) / (2 * step))
     apart = [
         float((larger - smaller).norm() / smaller.norm().clamp(min=1e-30))
         for larger, smaller in itertools.pairwise(estimates)

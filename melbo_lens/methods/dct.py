@@ -1,6 +1,7 @@
 """Which directions change the target most, taken together?  A decomposition of the mean change (DCT) finds them.
 
-It approximates ``Delta(R v)`` by ``sum_l alpha_l f(<v_l, v>) u_l``, with f(x) = x, x^2 / 2 or exp(x) - 1.
+It approximates ``Delta(R v)``, for unit v, by ``sum_l alpha_l f(<v_l, v>) u_l`` with ``f(x) = R x`` (linear),
+``R^2 x^2 / 2`` (quadratic) or ``exp(x) - 1`` (exponential).
 """
 
 from pathlib import Path
@@ -75,8 +76,9 @@ def fit_dct(
         target_layer: the change is measured in the stream that enters this block.
         kind: which decomposition. The linear and the quadratic one say nothing of signs: use both.
         n_factors: how many vectors; at most d_model, except for the exponential with `orthogonalize="soft"`.
-        radius: R, the norm of the vectors. "auto" is where random directions bend the slice: where the change departs
-            from its linear part by half (`calibrate_radius(rule="nonlinearity")`), by the published rule.
+        radius: R, the norm of the vectors. "auto" is where random directions bend the slice: where the mean change
+            Delta departs from its linear part by half, by the published rule. (`calibrate_radius(rule="nonlinearity")`
+            asks the same of the changes at all positions, without a mean, and gives a smaller radius.)
         orthogonalize: of the exponential: "qr" keeps the v orthogonal in order, "soft" lets them repel each other
             (`soft_orthogonalize`); of two alone, the second is then minus the first, so ask for three or more.
         prompt_reduction: of the exponential: "mean_change" takes u from the mean over the prompts, as published, and
@@ -172,7 +174,7 @@ def fit_dct(
 
 def _bend(sliced: SlicedModel, seed: int) -> Calibration:
     """Finds the radius at which random directions bend the slice."""
-    return solve_radius(sliced, "nonlinearity", seed=seed)
+    return solve_radius(sliced, "nonlinearity", seed=seed, reduction="mean")
 
 
 def spread_of(orthogonalize: str, temperature: float, radius: float) -> Spread:

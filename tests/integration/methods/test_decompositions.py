@@ -278,6 +278,20 @@ def test_second_derivatives_are_those_of_the_whole_model(any_model):
     assert float(both[0] @ u[0]) == pytest.approx(float(v[0] @ dense @ v[0]), rel=1e-2)
 
 
+def test_the_automatic_radius_is_where_the_mean_change_departs_from_its_linear_part(model):
+    """The published ratio: of the mean over positions and prompts, whose parts cancel, unlike those of all changes."""
+    settings = {"n_factors": 2, "n_steps": 1, "target_positions": LAST, "progress": False}
+    radius = ml.fit_dct(model, PROMPTS, 1, 3, **settings).provenance["radius"]
+    derivative = jacobian(model, stacked=False)
+    squares = []
+    for v in torch.randn(100, D, generator=torch.Generator().manual_seed(7)):
+        linear = radius * (derivative @ (v / v.norm()))
+        squares.append(float((mean_change(model, radius * v / v.norm()).detach() - linear).norm() / linear.norm()) ** 2)
+    assert (sum(squares) / len(squares)) ** 0.5 == pytest.approx(0.5, rel=0.15)  # other directions than the library's
+    every = ml.calibrate_radius(model, PROMPTS, 1, 3, rule="nonlinearity", target_positions=LAST).radius
+    assert not every == pytest.approx(radius, rel=0.1)
+
+
 @pytest.mark.parametrize("orthogonalize", ["qr", "soft"])
 def test_exponential_factors_change_more_than_random_vectors_and_keep_their_norm(model, orthogonalize):
     n = 6 if orthogonalize == "qr" else 40
