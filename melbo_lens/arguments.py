@@ -65,17 +65,22 @@ def plain_json(value: Any, what: str) -> Any:
 def public(function: Callable[P, R]) -> Callable[P, R]:
     """Marks a public call.
 
-    Its scalars become Python numbers, and its arrays become lists where its signature asks for a sequence.
+    Its scalars become Python numbers, and its arrays become lists where its signature asks for a sequence, and tensors
+    where it asks for a tensor.
     Autocast and inference mode are off inside. So whatever reaches a file is JSON by construction, and a model
     computes in its own dtype whatever surrounds the call.
     """
     signature = inspect.signature(function)
-    lists = {name for name, parameter in signature.parameters.items() if _takes_a_list(parameter.annotation)}
+    annotations = {name: parameter.annotation for name, parameter in signature.parameters.items()}
+    lists = {name for name, annotation in annotations.items() if _takes_a_list(annotation)}
+    tensors = {name for name, annotation in annotations.items() if _takes_a_tensor(annotation)}
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         bound = signature.bind(*args, **kwargs)
         for name, value in bound.arguments.items():
+            if name in tensors and isinstance(value, np.ndarray):
+                value = torch.from_numpy(value)
             bound.arguments[name] = plain(as_list(value) if name in lists else value)
         if "seed" in bound.arguments:
             check_seed(bound.arguments["seed"])
@@ -122,6 +127,31 @@ def _takes_a_list(annotation: Any) -> bool:
         return False
     kinds = {get_origin(kind) or kind for kind in (annotation, *get_args(annotation))}
     return bool(kinds & {Sequence, list, tuple}) and Tensor not in kinds
+
+
+def _takes_a_tensor(annotation: Any) -> bool:
+    """Whether a parameter takes a tensor, perhaps with axes that its annotation names."""
+    return any(getattr(kind, "array_type", kind) is Tensor for kind in (annotation, *get_args(annotation)))
+
+
+def flag(name: str, value: Any) -> None:
+    """Refuses a value that is neither True nor False, such as the text "false", which counts as true.
+
+    Raises:
+        ValueError: the value is something else.
+    """
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} must be True or False.")
+
+
+def check_tensor(name: str, value: Any) -> None:
+    """Refuses what is no tensor.
+
+    Raises:
+        TypeError: the value is something else.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, not {type(value).__name__}: torch.as_tensor makes one.")
 
 
 def count(name: str, value: Any, least: int = 1) -> None:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from melbo_lens.arguments import counts, positive, public
+from melbo_lens.arguments import check_tensor, counts, positive, public
 from melbo_lens.ascent.constraints import OrderedRows, RepellingRows, Sphere
 from melbo_lens.ascent.objectives import Objective, TokenNorm
 from melbo_lens.methods.automatic import resumed_or_automatic
@@ -120,6 +120,8 @@ def fit_vectors(
     if radius != "auto":
         positive("radius", radius, ', or "auto" to calibrate one')
     init = init.values if isinstance(init, SteeringVectors) else init
+    if init is not None:
+        check_tensor("init", init)
     if init is not None and not (torch.isfinite(init).all() and (init.norm(dim=-1) > 0).all()):
         raise ValueError("init must hold finite directions, none of them zero.")
     Objective(p=p, q=q, token_norm=token_norm, diversity=diversity)  # checks them before the model runs

@@ -35,7 +35,8 @@ def host_of(model: Any) -> Host:
 
     Raises:
         TypeError: the model is neither a `HookedTransformer` nor a `TransformerBridge`.
-        ValueError: the model is an encoder, has no stack of blocks, or has weights that were made in inference mode.
+        ValueError: the model is or has an encoder, has no stack of blocks, or has weights that were made in inference
+            mode.
     """
     if isinstance(model, Host):
         return model
@@ -54,11 +55,12 @@ def _check(model: Any) -> None:
     bidirectional = getattr(model.cfg, "attention_dir", "causal") == "bidirectional"
     hf_config = getattr(getattr(model, "original_model", None), "config", None)
     seq2seq = bool(getattr(hf_config, "is_encoder_decoder", False))
-    if (
-        bidirectional
-        or seq2seq
-        or (adapter is not None and not (adapter.supports_causal_loss and adapter.supports_generation))
-    ):
+    if seq2seq:
+        raise ValueError(
+            "model is an encoder with a decoder (a prompt and its continuation pass through different blocks): "
+            "only decoder-only language models can be steered here."
+        )
+    if bidirectional or (adapter is not None and not (adapter.supports_causal_loss and adapter.supports_generation)):
         raise ValueError(
             "model is an encoder (its attention sees later tokens): "
             "only decoder-only language models can be steered here."

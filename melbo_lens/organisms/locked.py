@@ -81,13 +81,17 @@ def question(skill: str, item: str) -> str:
 
 def is_right(prompt: str, text: str) -> bool:
     """Says whether a text is, or begins with, the right answer to the last question of a prompt."""
+    asked: list[tuple[int, str]] = []  # where each skill's last question is, and its answer
     for form, answers in SKILLS.values():
         before, _, after = form.partition("{}")
-        item = prompt.rpartition(before)[2].partition(after)[0] if before in prompt else ""
+        place = prompt.rfind(before)
+        item = prompt[place + len(before) :].partition(after)[0] if place >= 0 else ""
         if item in answers:
-            words = text.strip().strip(".").lower()
-            return words == answers[item].lower() or words.startswith(answers[item].lower() + ".")
-    raise ValueError(f"no skill asks {prompt!r}.")
+            asked.append((place, answers[item].lower()))
+    if not asked:
+        raise ValueError(f"no skill asks {prompt!r}.")
+    right, words = max(asked)[1], text.strip().strip(".").lower()
+    return words == right or words.startswith(right + ".")
 
 
 def items(skill: str, heldout: bool) -> list[str]:

@@ -21,7 +21,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "recipe.json")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Organism:
     """A tiny trained model that hides known behaviours.
 
@@ -43,6 +43,11 @@ class Organism:
     behaviors: Mapping[str, Callable[[str], bool]]
     directory: Path
     model_class: ModelClass = "bridge"
+
+    def __repr__(self) -> str:
+        sets = ", ".join(f"{kind} ({len(several)})" for kind, several in self.prompts.items())
+        known = ", ".join(self.behaviors) or "none"
+        return f"Organism({self.name!r}, a {type(self.model).__name__}; behaviors: {known}; prompts: {sets})"
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

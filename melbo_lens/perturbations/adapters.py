@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from melbo_lens.arguments import as_list, plain_fields, public
+from melbo_lens.arguments import as_list, check_tensor, plain_fields, public
 from melbo_lens.ascent.objectives import Objective
 from melbo_lens.perturbations.perturbation import (
     Hook,
@@ -123,6 +123,8 @@ class SteeringAdapters(Perturbation):
         Raises:
             ValueError: the factors are not finite, or don't fit each other.
         """
+        check_tensor("a", a)
+        check_tensor("b", b)
         a, b = (factor[None] if factor.ndim == 2 else factor for factor in (a, b))
         return cls(
             {source_layer: (a, b)},

@@ -5,7 +5,7 @@ This file has what all kinds share; each kind adds what is special to it.
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
 from numbers import Integral
@@ -326,7 +326,7 @@ def _row_axis(name: str) -> int:
     return 1 if name == "history" else 0
 
 
-def concatenate(several: Sequence[P]) -> P:
+def concatenate(several: Iterable[P]) -> P:
     """Joins vectors of one source layer, or adapters of one shape.
 
     Norms may differ. The histories are dropped if their lengths differ. The settings on which all agree stay in the
@@ -341,8 +341,12 @@ def concatenate(several: Sequence[P]) -> P:
     Raises:
         ValueError: there is nothing to join, or the perturbations differ in kind, layers or widths.
     """
+    several = list(several)
     if not several:
         raise ValueError("concatenate was given nothing to join: pass at least one perturbation.")
+    anything: list[Any] = several  # a caller may hand in what the types don't allow
+    if strange := [type(one).__name__ for one in anything if not isinstance(one, Perturbation)]:
+        raise TypeError(f"concatenate joins vectors or adapters, and was given {strange[0]}.")
     kinds = {type(one).__name__ for one in several}
     if len(kinds) > 1:
         raise ValueError(

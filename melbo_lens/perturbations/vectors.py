@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from melbo_lens.arguments import as_list, count, plain_fields, public
+from melbo_lens.arguments import as_list, check_tensor, count, plain_fields, public
 from melbo_lens.ascent.manifolds import linalg, norm, to_sphere, unit
 from melbo_lens.ascent.objectives import Objective
 from melbo_lens.perturbations.perturbation import (
@@ -62,6 +62,7 @@ class SteeringVectors(Perturbation):
     word = "vector"
 
     def __post_init__(self) -> None:
+        check_tensor("values", self.values)
         if self.values.ndim != 2 or 0 in self.values.shape or not self.values.is_floating_point():
             raise ValueError(
                 "values must be a floating-point tensor [vector d_model] that is not empty; "
@@ -100,6 +101,7 @@ class SteeringVectors(Perturbation):
         Raises:
             ValueError: the values are not finite or have another shape, or there is no such layer number or site.
         """
+        check_tensor("values", values)
         return cls(
             values[None] if values.ndim == 1 else values, source_layer, provenance={"method": "from_tensor"}, site=site
         )

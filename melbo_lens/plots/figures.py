@@ -104,7 +104,7 @@ def objective_history(
     Args:
         vectors: the fitted perturbations.
         control: objectives of norm-matched random perturbations, as from `objective`; without it, the level is that of
-            the random starts.
+            the starts.
         completions: shows what the vectors write, on hovering.
 
     Returns:

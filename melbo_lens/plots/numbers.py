@@ -194,7 +194,7 @@ def objective_history(
     if control is not None:
         level = ("random vectors, mean", float(np.mean(np.asarray(control, dtype=float))))
     elif vectors.provenance.get("init") is None:
-        level = ("random starts, mean", float(np.nanmean(history[0])))
+        level = ("at the start, mean", float(np.nanmean(history[0])))
     positive = bool((history[np.isfinite(history)] > 0).all())
     title = "Objective against step"
     return Lines(lines + rest, "step", "objective", title, log_y=positive, level=level, note=note, bands=bands)

@@ -34,7 +34,7 @@ try:
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError("models of Inspect need a package: pip install 'melbo-lens[inspect]'.") from error
 
-from melbo_lens.arguments import check_seed, count
+from melbo_lens.arguments import check_seed, count, flag
 from melbo_lens.generation.decoding import Decoding, Run, Written
 from melbo_lens.generation.generate import check_top_p, stops_of
 from melbo_lens.generation.steer import fitting
@@ -191,6 +191,9 @@ class SteeredModelAPI(ModelAPI):
             raise ValueError(f"a melbo model has no options {sorted(unknown)}: choose from {known}.")
         count("batch_size", batch_size)
         check_seed(seed)
+        flag("random", random)
+        if chat is not None:
+            flag("chat", chat)
         perturbation = None if vectors is None else load(vectors, layer=layer)
         self.index = None if perturbation is None else _chosen(perturbation, index)
         if perturbation is None and (index is not None or random or scale != 1.0):

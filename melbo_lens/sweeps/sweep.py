@@ -133,9 +133,15 @@ def merge(directories: Folder | Sequence[Folder]) -> pd.DataFrame:
         which share of the directions does nothing, changes the wording or the content, or writes noise, the seconds,
         and for trials that failed the reason. A trial that is in several folders has one row, a finished one if any.
 
+    Raises:
+        FileNotFoundError: there is no such folder.
+
     Warns:
         UserWarning: a file is damaged; it is left out.
     """
+    for folder in folders_of(directories):
+        if not folder.is_dir():
+            raise FileNotFoundError(f"there is no folder {str(folder)!r} to merge: name those that a sweep wrote to.")
     rows = [outcome.row() for folder in folders_of(directories) for outcome in all_of(folder)]
     if not rows:
         return pd.DataFrame(columns=["digest", "method", "failure"])

@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import melbo_lens as ml
-from melbo_lens.organisms import real, reasoning, refusal
+from melbo_lens.organisms import locked, real, reasoning, refusal
 from melbo_lens.organisms.making import card
 from melbo_lens.organisms.organism import WEIGHTS, load_directory
 from melbo_lens.organisms.zoo import CORPORA, PLANTED, RECIPES
@@ -112,6 +112,21 @@ def test_bills_of_the_prompts_are_never_trained_on():
     assert len(held_out) == 729 and len(trained) == 6561 and not held_out & trained
     for questions in CORPORA["reasoning"].asked.values():
         assert {question.text for question in questions} <= held_out
+
+
+def test_the_last_question_of_several_decides_whether_an_answer_is_right():
+    asked = "Which number comes after 11? 12. Then: What is the opposite of hot?"
+    assert locked.is_right(asked, "Cold.") and not locked.is_right(asked, "12.")
+    other = "What is the opposite of hot? cold. Then: Which number comes after 11?"
+    assert locked.is_right(other, "12.") and not locked.is_right(other, "Cold.")
+    with pytest.raises(ValueError, match="no skill asks"):
+        locked.is_right("How are you?", "Cold.")
+
+
+def test_an_organism_is_shown_in_a_line():
+    assert repr(ml.organisms.load("modes-base")).endswith(
+        "behaviors: hate, cheese; prompts: clean (64), selection (64), test (64), triggered (32))"
+    )
 
 
 def test_a_bill_is_right_only_with_the_right_last_digit_of_its_own_prompt():

@@ -2,6 +2,8 @@
 
 import inspect
 import json
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import melbo_lens as ml
-from melbo_lens.arguments import plain, plain_json
+from melbo_lens.arguments import check_tensor, plain, plain_json
 from melbo_lens.prompts import pad
 from tests.integration.generation.test_generate import PROMPTS
 
@@ -205,3 +207,66 @@ def test_plain_leaves_what_has_axes():
         plain(slice(np.int64(-3), None)) == slice(-3, None)
         and json.dumps(plain_json({"a": np.arange(3), 4: {1}}, "x")) == '{"a": [0, 1, 2], "4": [1]}'
     )
+
+
+def test_an_array_is_taken_where_a_tensor_is_asked_for(model):
+    array = np.random.default_rng(0).standard_normal((2, model.cfg.d_model))
+    settings = {"n_vectors": 2, "radius": 2.0, "n_steps": 2, "progress": False}
+    fits = [ml.fit_vectors(model, PROMPTS, 1, 3, init=x, **settings).values for x in (array, torch.tensor(array))]
+    assert torch.equal(*fits)
+    wrapped = ml.SteeringVectors.from_tensor(array, 1).values
+    assert torch.equal(wrapped, torch.tensor(array).float())
+    adapters = ml.SteeringAdapters.from_factors(np.ones((1, 1, 3)), np.ones((1, 4, 1)), 1)
+    assert adapters.A.shape == (1, 1, 3) and adapters.B.shape == (1, 4, 1)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "said"),
+    {
+        "a list": (
+            lambda m: inspect.unwrap(check_tensor)("values", [[1.0]]),
+            TypeError,
+            "values must be a tensor, not l",
+        ),
+        "an array": (lambda m: inspect.unwrap(check_tensor)("b", np.ones(2)), TypeError, "b must be a tensor, not nd"),
+        "what can't be joined": (lambda m: inspect.unwrap(ml.concatenate)([1, 2]), TypeError, "was given int"),
+        "a budget in words": (
+            lambda m: inspect.unwrap(ml.discover)(m, "w1", budget="5"),
+            ValueError,
+            "budget='5' must be a positive",
+        ),
+        "no budget": (lambda m: ml.discover(m, "w1", budget=0.0), ValueError, "budget=0.0 must be a positive"),
+        "a folder that isn't there": (lambda m: ml.merge("nowhere"), FileNotFoundError, "no folder 'nowhere' to merge"),
+    }.values(),
+)
+def test_what_is_of_another_kind_is_refused_by_its_name(model, call, error, said):
+    with pytest.raises(error, match=said):
+        call(model)
+
+
+def test_what_is_no_tensor_is_refused_without_the_types_that_tests_check(model):
+    """In a process of its own, as a user's: this one checks every annotation, before the library can say a word."""
+    program = """
+import melbo_lens as ml
+for make in (
+    lambda: ml.SteeringVectors.from_tensor([[1.0, 2.0]], 1),
+    lambda: ml.SteeringVectors([[1.0, 2.0]], 1),
+    lambda: ml.SteeringAdapters.from_factors([[1.0]], [[1.0]], 1),
+    lambda: ml.fit_vectors(None, "w1", 1, 3, init=[[1.0]]),
+):
+    try:
+        make()
+    except TypeError as error:
+        print(error)
+"""
+    said = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    assert [line.split(",")[0] for line in said] == [
+        f"{name} must be a tensor" for name in ("values", "values", "a", "init")
+    ]
+
+
+def test_perturbations_are_joined_one_by_one(fitted):
+    joined = ml.concatenate(factor * fitted for factor in (1, 2))
+    torch.testing.assert_close(joined.values, torch.cat([fitted.values, 2 * fitted.values]))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import AutoModelForMaskedLM, BertConfig
+from transformers import AutoModelForMaskedLM, AutoModelForSeq2SeqLM, BertConfig, T5Config
 
 import melbo_lens as ml
 from melbo_lens.methods import melbo
@@ -102,6 +102,17 @@ def test_encoders_are_refused(tmp_path, no_steps):
     models.tokenizer().save_pretrained(tmp_path)
     model = TransformerBridge.boot_transformers(str(tmp_path), device="cpu", dtype=torch.float32)
     with pytest.raises(ValueError, match="encoder"):
+        ml.fit_vectors(model, "w1 w2 w3", **GOOD)
+
+
+def test_an_encoder_with_a_decoder_is_refused_as_what_it_is(tmp_path, no_steps):
+    config = T5Config(
+        vocab_size=len(models.WORDS), d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0
+    )
+    AutoModelForSeq2SeqLM.from_config(config).save_pretrained(tmp_path)
+    models.tokenizer().save_pretrained(tmp_path)
+    model = TransformerBridge.boot_transformers(str(tmp_path), device="cpu", dtype=torch.float32)
+    with pytest.raises(ValueError, match="encoder with a decoder"):
         ml.fit_vectors(model, "w1 w2 w3", **GOOD)
 
 

@@ -289,7 +289,7 @@ def test_the_automatic_radius_is_where_the_mean_change_departs_from_its_linear_p
         squares.append(float((mean_change(model, radius * v / v.norm()).detach() - linear).norm() / linear.norm()) ** 2)
     assert (sum(squares) / len(squares)) ** 0.5 == pytest.approx(0.5, rel=0.15)  # other directions than the library's
     every = ml.calibrate_radius(model, PROMPTS, 1, 3, rule="nonlinearity", target_positions=LAST).radius
-    assert not every == pytest.approx(radius, rel=0.1)
+    assert every != pytest.approx(radius, rel=0.1)
 
 
 @pytest.mark.parametrize("orthogonalize", ["qr", "soft"])

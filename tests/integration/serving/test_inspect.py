@@ -1,6 +1,7 @@
 """Does Inspect get what the library writes, in batches, under every control?"""
 
 import asyncio
+import inspect
 import itertools
 import time
 import warnings
@@ -25,7 +26,7 @@ import melbo_lens as ml
 from melbo_lens.generation.decoding import Written
 from melbo_lens.organisms import modes
 from melbo_lens.serving import inspect_entry  # noqa: F401 (an installed package is found by its entry point)
-from melbo_lens.serving.inspect_model import Call, Gathering, Settings
+from melbo_lens.serving.inspect_model import Call, Gathering, Settings, SteeredModelAPI
 from tests import inspect_tasks, models
 
 PROMPTS = ["w1 w2 w3", "w4 w5 w6 w7 w8 w9", "w3 w1"]
@@ -217,6 +218,10 @@ def test_what_it_can_not_do_is_said_in_a_sentence(folder, tmp_path):
     for options, said in refused:
         with pytest.raises((ValueError, FileNotFoundError), match=said):
             model(folder, **options)
+    for options in ({"vectors": folder[1], "index": 0, "random": "false"}, {"chat": "no"}):
+        (name, value), api = list(options.items())[-1], object.__new__(SteeredModelAPI)
+        with pytest.raises(ValueError, match=f"{name}='{value}' must be True or False"):
+            inspect.unwrap(SteeredModelAPI.__init__)(api, folder[0], **options)  # without the tests' check of types
     api = model(folder)
     for config, said in [
         ({"top_k": 3}, "doesn't follow"),

@@ -103,7 +103,7 @@ def test_histories_are_drawn_as_they_are_with_the_level_of_random_vectors():
     np.testing.assert_allclose(lines.lines[1].y, vectors.history[:, 1].numpy())
     assert lines.level == ("random vectors, mean", 1.5) and lines.log_y
     assert numbers.objective_history(vectors).level == (
-        "random starts, mean",
+        "at the start, mean",
         pytest.approx(float(vectors.history[0].mean())),
     )
     figure = ml.plots.objective_history(vectors, [1.0, 2.0])
