@@ -14,7 +14,6 @@ from melbo_lens.models.access import Model, host_of
 from melbo_lens.models.counterparts import layer_name
 from melbo_lens.models.host import Host
 from melbo_lens.perturbations.perturbation import Perturbation
-from melbo_lens.perturbations.sites import site_of
 from melbo_lens.perturbations.vectors import SteeringVectors
 from melbo_lens.prompts import Prompts
 
@@ -52,10 +51,10 @@ def single_vectors(perturbation: Perturbation | Sequence[Perturbation], format: 
                 f"{format} holds one vector for each layer, {len(one)} of layer {one.source_layer} were given: choose "
                 f'one, as ml.export(vectors[0], "{format}", path, model=model).'
             )
-        if not site_of(one.site).after_block:
+        if not one.reaches_stream:
             raise ValueError(
                 f"{format} adds vectors to the output of a block, and a vector at site={one.site!r} passes through "
-                'the rest of its block first: learn it at site="mlp_out" or "resid_post".'
+                'the rest of its block first: learn it at site="resid_post".'
             )
         vectors.append(one)
     layers = [one.source_layer for one in vectors]

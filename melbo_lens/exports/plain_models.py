@@ -51,7 +51,7 @@ def edits_of(perturbation: Perturbation) -> list[Edit]:
 
     Raises:
         TypeError: the perturbation is of another package's kind.
-        ValueError: there are several vectors or adapters.
+        ValueError: there are several vectors or adapters, or a vector doesn't reach the output of its layer as it is.
     """
     if not isinstance(perturbation, SteeringVectors | SteeringAdapters):
         raise TypeError(f"one vector or one adapter can steer here; got {type(perturbation).__name__}.")
@@ -61,6 +61,11 @@ def edits_of(perturbation: Perturbation) -> list[Edit]:
             f"{perturbation.word}s[0]. Nest blocks to steer with several at once."
         )
     if isinstance(perturbation, SteeringVectors):
+        if perturbation.site == "mlp_out" and not perturbation.reaches_stream:
+            raise ValueError(
+                "a vector at site='mlp_out' is added to the output of its layer here, and in the model that it was "
+                'learned on the block scales or normalises it first: learn it at site="resid_post".'
+            )
         return [Edit(PLACES[perturbation.site], perturbation.source_layer, (perturbation.values[0],))]
     scale = perturbation.scales[0]
     return [

@@ -20,6 +20,7 @@ from melbo_lens.models.host import Host
 from melbo_lens.models.slices import SlicedModel
 from melbo_lens.models.tally import held_in
 from melbo_lens.perturbations.perturbation import Perturbation
+from melbo_lens.perturbations.sites import SITES
 
 P = TypeVar("P", bound=Perturbation)
 
@@ -83,6 +84,8 @@ def describe(sliced: SlicedModel) -> dict[str, Any]:
         "device": sliced.device.type,
         "source_layer": sliced.source_layer,
         "site": sliced.site.name,
+        # only where the block changes what is added at a site from which it usually reaches the stream as it is
+        **({} if sliced.site == SITES[sliced.site.name] else {"within_block": True}),
         "target_layer": sliced.target_layer,
         "source_hook": sliced.source_hook,
         "target_hook": sliced.target_hook,

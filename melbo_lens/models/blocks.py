@@ -1,10 +1,11 @@
 """What does each block do as a function?  One ordinary pass is recorded, and its calls are repeated on other rows."""
 
 import copy
+from collections import UserDict
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,10 @@ from melbo_lens.models.hooks import attached, frozen, watched, without_reason
 from melbo_lens.models.host import Host
 from melbo_lens.models.tally import Tally
 from melbo_lens.perturbations.sites import Hook
+
+# What blocks hand to later ones beside the stream, as keys and values in Gemma 4: the id of the recorded mapping -> the
+# one that serves in its place. A pass changes it, so each has its own.
+Shared: TypeAlias = dict[int, UserDict]
 
 
 @dataclass(frozen=True)
@@ -34,28 +39,37 @@ class BlockCall:
     axes: tuple[Any, Any] = ((), {})
     device: torch.device | None = None
 
-    def __call__(self, stream: Tensor, prompts: Tensor, n_prompts: int) -> Tensor:
-        """Calls the block on rows that belong to the given prompts."""
-        arguments, keywords = _select_rows((self.arguments, self.keywords), self.axes, prompts, n_prompts)
+    def __call__(self, stream: Tensor, prompts: Tensor, n_prompts: int, shared: Shared | None = None) -> Tensor:
+        """Calls the block on rows that belong to the given prompts.
+
+        `shared` holds what several blocks share in one pass; without it, the block alone has a copy.
+        """
+        shared = {} if shared is None else shared
+        arguments, keywords = _select_rows((self.arguments, self.keywords), self.axes, prompts, n_prompts, shared)
         stream = stream.to(self.device or stream.device)
         if "hidden_states" in keywords:
             return _stream(self.block(*arguments, **{**keywords, "hidden_states": stream}))
         return _stream(self.block(stream, *arguments, **keywords))
 
 
-def in_float32(call: BlockCall) -> BlockCall:
-    """Returns the same call on float32 copies of the block and its arguments; the model itself is unchanged."""
-    shared = {id(one): one for module in call.block.modules() for one in _hung_on(module) if not _can_be_copied(one)}
-    block = copy.deepcopy(call.block, shared).float()
+def in_float32(call: BlockCall, shared: Shared) -> BlockCall:
+    """Returns the same call on float32 copies of the block and its arguments; the model itself is unchanged.
+
+    `shared` is the same for all calls of a slice.
+    """
+    hung = {id(one): one for module in call.block.modules() for one in _hung_on(module) if not _can_be_copied(one)}
+    block = copy.deepcopy(call.block, hung).float()
     for module in block.modules():
         attributes = vars(module)
         # a bridge in compatibility mode keeps its processed weights as plain attributes
-        attributes.update({name: _float(value) for name, value in attributes.items() if isinstance(value, Tensor)})
+        attributes.update(
+            {name: _float(value, shared) for name, value in attributes.items() if isinstance(value, Tensor)}
+        )
         cfg = cast(Any, getattr(module, "cfg", None))
         if isinstance(getattr(cfg, "dtype", None), torch.dtype):
             # TransformerLens' own layers cast to the dtype of their configuration, which the copy has for itself
             cfg.dtype = torch.float32
-    return replace(call, block=block, arguments=_float(call.arguments), keywords=_float(call.keywords))
+    return replace(call, block=block, arguments=_float(call.arguments, shared), keywords=_float(call.keywords, shared))
 
 
 def _hung_on(module: nn.Module) -> list[Any]:
@@ -205,12 +219,12 @@ def _row_axes(value: Any, other: Any, n_rows: int, n_other: int) -> Any:
         )
     if isinstance(value, tuple | list):
         return tuple(_row_axes(item, same, n_rows, n_other) for item, same in zip(value, other, strict=True))
-    if isinstance(value, dict):
+    if isinstance(value, dict | UserDict):
         return {key: _row_axes(item, other[key], n_rows, n_other) for key, item in value.items()}
     return None
 
 
-def _select_rows(value: Any, axes: Any, prompts: Tensor, n_prompts: int) -> Any:
+def _select_rows(value: Any, axes: Any, prompts: Tensor, n_prompts: int, shared: Shared) -> Any:
     """Selects the rows of the prompts along each tensor's own axis; what all rows share stays as it is."""
     if isinstance(value, Tensor):
         if axes is None:
@@ -219,11 +233,17 @@ def _select_rows(value: Any, axes: Any, prompts: Tensor, n_prompts: int) -> Any:
         return per_row.index_select(axes, prompts.to(value.device)).flatten(axes, axes + 1)
     if isinstance(value, tuple | list):
         return type(value)(
-            _select_rows(item, axis, prompts, n_prompts)
+            _select_rows(item, axis, prompts, n_prompts, shared)
             for item, axis in zip(value, axes or [None] * len(value), strict=True)
         )
     if isinstance(value, dict):
-        return {key: _select_rows(item, (axes or {}).get(key), prompts, n_prompts) for key, item in value.items()}
+        return {
+            key: _select_rows(item, (axes or {}).get(key), prompts, n_prompts, shared) for key, item in value.items()
+        }
+    if isinstance(value, UserDict):
+        if id(value) not in shared:
+            shared[id(value)] = type(value)(_select_rows(dict(value), axes, prompts, n_prompts, shared))
+        return shared[id(value)]
     return value
 
 
@@ -231,10 +251,16 @@ def _stream(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def _float(value: Any) -> Any:
+def _float(value: Any, shared: Shared) -> Any:
     """Converts half-precision tensors to float32, also inside tuples, lists and dicts."""
     if isinstance(value, Tensor):
         return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
     if isinstance(value, tuple | list):
-        return type(value)(_float(item) for item in value)
-    return {key: _float(item) for key, item in value.items()} if isinstance(value, dict) else value
+        return type(value)(_float(item, shared) for item in value)
+    if isinstance(value, dict):
+        return {key: _float(item, shared) for key, item in value.items()}
+    if isinstance(value, UserDict):
+        if id(value) not in shared:
+            shared[id(value)] = type(value)(_float(dict(value), shared))
+        return shared[id(value)]
+    return value

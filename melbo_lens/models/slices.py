@@ -171,7 +171,8 @@ class SlicedModel:
         """
         if self.resid.dtype in (torch.float32, torch.float64) or self.target_layer is None or not self.site.after_block:
             return self
-        calls = tuple(blocks.in_float32(call) for call in self.calls)
+        shared: blocks.Shared = {}
+        calls = tuple(blocks.in_float32(call, shared) for call in self.calls)
         resid = self.resid.float()
         with hooks.frozen(self.host), torch.no_grad():
             target = replay(self.host, calls, [], None, resid, self.everyone, len(self.batch))
@@ -195,12 +196,13 @@ def replay(
 ) -> Tensor:
     """Runs the blocks one after the other, each with its own hooks, and returns what was read or left the last one."""
     seen: list[Tensor] = []
+    shared: blocks.Shared = {}
     everything = [*added, *([(read, lambda activation, hook: seen.append(activation))] if read else [])]
 
     def run(call: blocks.BlockCall, stream: Tensor) -> Tensor:
         # attached here, so that a block which is computed again has them again
         with hooks.attached(host, hooks.within(host, call.block, everything)):
-            return call(stream, prompts, n_prompts)
+            return call(stream, prompts, n_prompts, shared)
 
     for call in calls:
         again = recomputed and torch.is_grad_enabled()

@@ -38,8 +38,8 @@ def slice_model(
             of them, except a first position that is an attention sink: in many models the stream has over a hundred
             times its usual norm there, which would drown every change of behaviour.
         target_hook: the activation to read instead of a layer's stream, for instance "blocks.9.attn.hook_z".
-        site: "mlp_out", "resid_post" or "attn_out"; the first two give the same slice, and the last runs the source
-            block too.
+        site: "mlp_out", "resid_post" or "attn_out"; the first two give the same slice, unless the block scales or
+            normalises its sum. The last runs the source block too, as "mlp_out" does in such a block.
 
     Returns:
         The slice. It was checked: replaying the blocks without a perturbation reproduces the recorded stream, and with
@@ -81,12 +81,27 @@ def slice_model(
                 entry,
                 where,
             )
-            fidelity.check_hooked_run(sliced, last)
+            sliced = _where_the_hook_acts(sliced, last)
             fidelity.check_alone(sliced, last, recording.streams[-1])
             if host.quantised:
                 fidelity.check_gradient(sliced)
     sliced = without_sink(sliced) if target_positions is None else sliced
     return replace(sliced, recomputed=True) if sliced.kept[0] > KEPT_BYTES else sliced
+
+
+def _where_the_hook_acts(sliced: SlicedModel, last: int) -> SlicedModel:
+    """Returns the slice, or one that runs the source block too where that block changes what the hook adds.
+
+    Such are models that scale or normalise the sum after the MLP, as post-norm ones do and Gemma 4.
+    """
+    try:
+        fidelity.check_hooked_run(sliced, last)
+    except RuntimeError:
+        if not sliced.site.after_block:
+            raise
+        sliced = replace(sliced, site=replace(sliced.site, after_block=False))
+        fidelity.check_hooked_run(sliced, last)
+    return sliced
 
 
 def without_sink(sliced: SlicedModel) -> SlicedModel:

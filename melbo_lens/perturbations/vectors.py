@@ -151,6 +151,16 @@ class SteeringVectors(Perturbation):
         """The name of the hook at which the vectors are added."""
         return site_of(self.site).hook_name(self.source_layer)
 
+    @property
+    def reaches_stream(self) -> bool:
+        """Whether what is added at the site reaches the stream that leaves the block as it is, as far as is known.
+
+        It doesn't at the attention's output; nor at the MLP's where the block scales or normalises its sum, which a fit
+        finds out.
+        """
+        fitted = self.provenance.get("matched_to", self.provenance)
+        return site_of(self.site).after_block and not fitted.get("within_block", False)
+
     def row_hooks(self, index: Sequence[int], coefficients: Float[Tensor, " row"]) -> list[Hook]:
         """Returns hooks for a batch whose row r gets `coefficients[r]` times the vector `index[r]`.
 

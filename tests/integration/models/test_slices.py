@@ -6,11 +6,14 @@ import pytest
 import torch
 from torch import nn
 from transformer_lens.model_bridge import TransformerBridge
+from transformers import AutoModelForCausalLM
 
 import melbo_lens as ml
 from melbo_lens.models import blocks, fidelity, hooks
 from melbo_lens.models.access import host_of
+from melbo_lens.perturbations.sites import SITES
 from tests import architectures, models
+from tests.oracles.textbook import target_activation
 
 SOURCE, TARGET = 1, 3
 CASES = [(name, kind) for name in models.CONFIGS for kind in ("bridge", "compatible")] + [("gpt2", "hooked")]
@@ -127,15 +130,23 @@ def test_a_block_that_does_not_replay_is_refused_by_name(directories):
         fidelity.check_replay(host_of(model), recording, torch.tensor([0]), 1)
 
 
-def test_a_model_that_rescales_the_perturbation_is_refused(directories):
+def test_a_block_that_rescales_the_perturbation_is_run_too(directories):
     model = models.bridge(directories("gpt2"))
     # a residual multiplier: what the MLP hook sees is not what is added to the stream
     handle = model.blocks[1].register_forward_hook(lambda module, args, output: output * 1.5)
     point = hooks.hook_point(host_of(model), "blocks.1.hook_mlp_out")
     halve = point.register_forward_hook(lambda module, args, output: output * 0.5)
+    vector = torch.randn(models.D_MODEL, generator=torch.Generator().manual_seed(0))
     try:
-        with pytest.raises(RuntimeError, match="rescale the perturbation"):
-            ml.slice_model(model, "w1 w2 w3", SOURCE, TARGET)
+        sliced = ml.slice_model(model, "w1 w2 w3", SOURCE, TARGET)
+        found = sliced.change(vector[None], torch.tensor([0]))
+        tokens = model.to_tokens("w1 w2 w3")
+        clean, steered = (target_activation(model, tokens, SOURCE, TARGET, v) for v in (0 * vector, vector))
+        torch.testing.assert_close(found[0], steered - clean, rtol=1e-3, atol=1e-4)
+        with pytest.raises(RuntimeError, match="rescale the perturbation"):  # it isn't what the stream would gain
+            fidelity.check_hooked_run(replace(sliced, site=replace(sliced.site, after_block=True)), TARGET)
+        fitted = ml.fit_vectors(sliced, n_vectors=2, radius=2.0, n_steps=3, progress=False)
+        assert fitted.site == "mlp_out" and not sliced.site.after_block
     finally:
         handle.remove()
         halve.remove()
@@ -176,3 +187,77 @@ def test_rows_follow_their_prompts_where_heads_and_rows_share_an_axis(tmp_path, 
 def test_arguments_whose_rows_cannot_be_told_are_refused():
     with pytest.raises(RuntimeError, match=r"shape \(3, 8\) for 3 prompts and \(1, 7\) for 1"):
         blocks._row_axes((torch.zeros(3, 8),), (torch.zeros(1, 7),), 3, 1)
+
+
+@pytest.fixture(scope="module")
+def gemma4(tmp_path_factory):
+    """Blocks with a scaled sum and inputs of their own, of which the later half share keys and values with earlier."""
+    settings = {
+        **architectures.GQA,
+        "num_hidden_layers": 8,
+        "head_dim": 8,
+        "global_head_dim": 8,
+        "num_kv_shared_layers": 4,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": architectures.VOCAB,
+        "layer_types": ["sliding_attention", "full_attention"] * 4,
+        "sliding_window": 16,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(architectures.ARCHITECTURES, "gemma4", ("Gemma4TextConfig", settings))
+        directory = architectures.save("gemma4", tmp_path_factory.mktemp("gemma4"))
+    return directory, TransformerBridge.boot_transformers(directory, device="cpu", dtype=torch.float32)
+
+
+@pytest.mark.parametrize("site", ["mlp_out", "resid_post", "attn_out"])
+@pytest.mark.parametrize("source", [1, 5])  # before and among the blocks that read shared keys and values
+@pytest.mark.parametrize("prompts", [["w1 w2 w3"], ["w1 w2 w3", "w4 w5 w6 w7 w8"]])
+def test_blocks_that_share_keys_and_values_follow_their_rows(gemma4, site, source, prompts):
+    model, target = gemma4[1], 7
+    sliced = ml.slice_model(model, prompts, source, target, site=site)
+    rows = torch.arange(len(prompts)).repeat(3).flip(0)  # more rows than prompts, in another order
+    vectors = torch.randn(len(rows), models.D_MODEL, generator=torch.Generator().manual_seed(0))
+    for _ in range(2):  # what one pass shares doesn't reach the next one
+        found = sliced.change(vectors, rows)
+        for row, vector, prompt in zip(found, vectors, rows.tolist(), strict=True):
+            ids = sliced.batch.rows()[prompt]
+            streams = []
+            for v in (0 * vector, vector):
+                add = (SITES[site].hook_name(source), lambda x, hook, v=v: x + v)
+                read = (f"blocks.{target}.hook_in", lambda x, hook, streams=streams: streams.append(x[0]))
+                model.run_with_hooks(torch.tensor([ids]), fwd_hooks=[add, read])
+            change = streams[1] - streams[0]
+            torch.testing.assert_close(row[: len(ids)], change, rtol=1e-3, atol=1e-4 * float(change.norm()))
+
+
+def test_shared_keys_and_values_stay_shared_in_float32(gemma4):
+    half = TransformerBridge.boot_transformers(gemma4[0], device="cpu", dtype=torch.bfloat16)
+    prompts, rows = ["w1 w2 w3", "w4 w5 w6 w7 w8"], torch.tensor([1, 0, 1])
+    vectors = torch.randn(3, models.D_MODEL, generator=torch.Generator().manual_seed(0))
+    whole, rounded = (ml.slice_model(model, prompts, 1, 7, site="resid_post") for model in (gemma4[1], half))
+    found, expected = rounded.in_float32().change(vectors, rows), whole.change(vectors, rows)
+    assert float((found - expected).norm() / expected.norm()) < 0.1  # the weights were rounded
+
+
+def test_a_vector_that_its_block_changes_is_not_added_to_the_output_of_a_layer(gemma4, tmp_path):
+    directory, model = gemma4
+    network = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    fitted = ml.fit_vectors(model, "w1 w2 w3", 1, 7, n_vectors=2, radius=2.0, n_steps=2, progress=False)
+    assert fitted.provenance["within_block"] and not fitted.reaches_stream
+    for one in (fitted[0], -2.0 * fitted[1], ml.random_vectors(fitted)[0]):
+        with (
+            pytest.raises(ValueError, match="the block scales or normalises it first"),
+            ml.on_transformers(network, one),
+        ):
+            pass
+        with pytest.raises(ValueError, match="passes through the rest of its block first"):
+            ml.export(one, "gguf", tmp_path / "vector.gguf")
+    ordinary = ml.fit_vectors(
+        model, "w1 w2 w3", 1, 7, n_vectors=1, radius=2.0, n_steps=2, site="resid_post", progress=False
+    )
+    assert "within_block" not in ordinary.provenance and ordinary.reaches_stream
+    ids = torch.tensor([[1, 5, 9, 7]])
+    with torch.no_grad(), ml.on_transformers(network, ordinary[0]):
+        found = network(ids, use_cache=False).logits
+    with torch.no_grad(), ml.steer(model, ordinary[0]):
+        torch.testing.assert_close(found, model(ids, use_cache=False), rtol=1e-4, atol=1e-4)
