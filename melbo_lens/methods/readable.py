@@ -4,6 +4,7 @@ Below the edge learned vectors change what a model says, and beyond it they make
 it differs by a factor of ten between models, but in each of them the behaviours lie just below it.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -76,9 +77,9 @@ def edge_of_readability(
         raise NoRadius(f"the model can't write after these prompts: {error}") from error
     level = float(coherence(sliced.host, own).nanmean())
     if not level > NATURAL:
+        does = "writes nothing" if math.isnan(level) else f"gives its own text {level:.2f} nats per token"
         raise NoRadius(
-            f"the unsteered model gives its own text {level:.2f} nats per token, so there is no readable text to lose: "
-            'give a radius, or use rule="effect".'
+            f'the unsteered model {does}, so there is no readable text to lose: give a radius, or use rule="effect".'
         )
     radius, rungs = _edge(
         lambda radius: climber.rung(radius, write=True), lambda r: r.readable >= target, sliced, seconds

@@ -78,6 +78,12 @@ def test_a_model_that_can_not_write_is_told_so(model, monkeypatch):
         ml.calibrate_radius(model, PROMPTS, 1, 3, rule="readable")
 
 
+def test_a_model_that_writes_nothing_is_told_so(model, monkeypatch):
+    monkeypatch.setattr(readable, "coherence", lambda host, completions: torch.full((len(completions),), float("nan")))
+    with pytest.raises(NoRadius, match="the unsteered model writes nothing, so there is no readable text"):
+        edge_of_readability(ml.slice_model(model, PROMPTS, 1, 3))
+
+
 def test_on_a_trained_model_text_is_natural_below_the_edge_and_noise_beyond():
     organism = ml.organisms.load("modes")
     prompt = organism.prompts["clean"][3]
