@@ -33,6 +33,15 @@ def at_the_fit(provenance: Mapping[str, Any], n: int) -> tuple[list[float], list
     return [effect for effect, _ in found], [sunk for _, sunk in found]
 
 
+def says_within_block(said: Any) -> bool:
+    """Whether a provenance, or that of what was joined or controlled, tells of a block that changes what is added."""
+    if not isinstance(said, Mapping):
+        return False
+    known = cast(Mapping[str, Any], said)
+    parts = cast(list[Any], known["parts"]) if isinstance(known.get("parts"), list) else []
+    return known.get("within_block") is True or any(map(says_within_block, [known.get("matched_to"), *parts]))
+
+
 def _known(said: Any) -> list[tuple[float, bool]] | None:
     """The effect of each row that this provenance is of, and whether it sank; None if that is not known."""
     if not isinstance(said, Mapping) or "derived" in said:

@@ -20,7 +20,7 @@ from melbo_lens.perturbations.perturbation import (
     no_history,
     objective_header,
 )
-from melbo_lens.perturbations.rows import checked_provenance
+from melbo_lens.perturbations.rows import checked_provenance, says_within_block
 from melbo_lens.perturbations.sites import ModelSites, site_of
 
 if TYPE_CHECKING:
@@ -158,8 +158,7 @@ class SteeringVectors(Perturbation):
         It doesn't at the attention's output; nor at the MLP's where the block scales or normalises its sum, which a fit
         finds out.
         """
-        fitted = self.provenance.get("matched_to", self.provenance)
-        return site_of(self.site).after_block and not fitted.get("within_block", False)
+        return site_of(self.site).after_block and not says_within_block(self.provenance)
 
     def row_hooks(self, index: Sequence[int], coefficients: Float[Tensor, " row"]) -> list[Hook]:
         """Returns hooks for a batch whose row r gets `coefficients[r]` times the vector `index[r]`.

@@ -244,7 +244,8 @@ def test_a_vector_that_its_block_changes_is_not_added_to_the_output_of_a_layer(g
     network = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     fitted = ml.fit_vectors(model, "w1 w2 w3", 1, 7, n_vectors=2, radius=2.0, n_steps=2, progress=False)
     assert fitted.provenance["within_block"] and not fitted.reaches_stream
-    for one in (fitted[0], -2.0 * fitted[1], ml.random_vectors(fitted)[0]):
+    joined = ml.concatenate([fitted, ml.random_vectors(fitted)])
+    for one in (fitted[0], -2.0 * fitted[1], ml.random_vectors(fitted)[0], joined[3]):
         with (
             pytest.raises(ValueError, match="the block scales or normalises it first"),
             ml.on_transformers(network, one),
