@@ -80,7 +80,7 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
         bound = signature.bind(*args, **kwargs)
         for name, value in bound.arguments.items():
             if name in tensors and isinstance(value, np.ndarray):
-                value = torch.from_numpy(value)
+                value = _as_tensor(value)
             bound.arguments[name] = plain(as_list(value) if name in lists else value)
         if "seed" in bound.arguments:
             check_seed(bound.arguments["seed"])
@@ -130,8 +130,18 @@ def _takes_a_list(annotation: Any) -> bool:
 
 
 def _takes_a_tensor(annotation: Any) -> bool:
-    """Whether a parameter takes a tensor, perhaps with axes that its annotation names."""
-    return any(getattr(kind, "array_type", kind) is Tensor for kind in (annotation, *get_args(annotation)))
+    """Whether a parameter takes a tensor, perhaps with axes that its annotation names, and doesn't take an array."""
+    kinds = [getattr(kind, "array_type", kind) for kind in (annotation, *get_args(annotation))]
+    return Tensor in kinds and np.ndarray not in kinds
+
+
+def _as_tensor(array: Any) -> Any:
+    """Copies an array of numbers to a tensor, and returns any other as it is, for the call to refuse."""
+    kind = array.dtype.kind
+    if kind not in "fiub":
+        return array
+    dtype = np.dtype(np.float64) if kind == "f" and array.dtype.itemsize > 8 else array.dtype.newbyteorder("=")
+    return torch.from_numpy(np.array(array, dtype=dtype, order="C"))
 
 
 def flag(name: str, value: Any) -> None:

@@ -54,7 +54,8 @@ def single_vectors(perturbation: Perturbation | Sequence[Perturbation], format: 
         if not one.reaches_stream:
             raise ValueError(
                 f"{format} adds vectors to the output of a block, and a vector at site={one.site!r} passes through "
-                'the rest of its block first: learn it at site="resid_post".'
+                "the rest of its block first"
+                + ("." if one.site == "resid_post" else ': learn it at site="resid_post".')
             )
         vectors.append(one)
     layers = [one.source_layer for one in vectors]

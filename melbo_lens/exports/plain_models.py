@@ -61,10 +61,11 @@ def edits_of(perturbation: Perturbation) -> list[Edit]:
             f"{perturbation.word}s[0]. Nest blocks to steer with several at once."
         )
     if isinstance(perturbation, SteeringVectors):
-        if perturbation.site == "mlp_out" and not perturbation.reaches_stream:
+        if perturbation.site != "attn_out" and not perturbation.reaches_stream:
             raise ValueError(
-                "a vector at site='mlp_out' is added to the output of its layer here, and in the model that it was "
-                'learned on the block scales or normalises it first: learn it at site="resid_post".'
+                f"a vector at site={perturbation.site!r} is added to the output of its layer here, and in the model "
+                "that it was learned on the block scales or normalises it first"
+                + ("." if perturbation.site == "resid_post" else ': learn it at site="resid_post".')
             )
         return [Edit(PLACES[perturbation.site], perturbation.source_layer, (perturbation.values[0],))]
     scale = perturbation.scales[0]

@@ -14,8 +14,10 @@ from melbo_lens.memory import in_batches
 from melbo_lens.models import blocks, hooks
 from melbo_lens.models.access import Model, host_of
 from melbo_lens.models.host import Host
+from melbo_lens.models.reaching import said_of
 from melbo_lens.models.sinks import ordinary_positions
 from melbo_lens.perturbations.adapters import SteeringAdapters
+from melbo_lens.perturbations.sites import site_of
 from melbo_lens.perturbations.vectors import SteeringVectors
 from melbo_lens.prompts import PromptBatch, Prompts, tokenize
 
@@ -183,6 +185,7 @@ def nearest_vectors(
         "explained": [round(share, 6) for share in (1 - missed / total).tolist()],
         "explained_by_direction": [round(share, 6) for share in top.tolist()],
         "adapters": dict(adapters.provenance),
+        **said_of(host, tokenize(host, prompts), measured.layer, site_of(measured.site)),
     }
     return SteeringVectors(vectors, measured.layer, provenance=provenance, site=measured.site)
 

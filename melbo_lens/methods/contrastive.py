@@ -19,6 +19,7 @@ from melbo_lens.methods.provenance import describe_model
 from melbo_lens.models import blocks, hooks
 from melbo_lens.models.access import Model, host_of
 from melbo_lens.models.host import Host
+from melbo_lens.models.reaching import said_of
 from melbo_lens.perturbations.sites import site_of
 from melbo_lens.perturbations.vectors import SteeringVectors
 from melbo_lens.prompts import Positions, PromptBatch, Prompts, tokenize
@@ -86,6 +87,7 @@ def fit_contrastive(
         **describe_model(host),
         "source_layer": source_layer,
         "site": site,
+        **said_of(host, sides[0], source_layer, site_of(site)),
         "positions": positions_text(positions),
         **{
             name: value

@@ -122,6 +122,7 @@ def fit_vectors(
     init = init.values if isinstance(init, SteeringVectors) else init
     if init is not None:
         check_tensor("init", init)
+        init = init.float()
     if init is not None and not (torch.isfinite(init).all() and (init.norm(dim=-1) > 0).all()):
         raise ValueError("init must hold finite directions, none of them zero.")
     Objective(p=p, q=q, token_norm=token_norm, diversity=diversity)  # checks them before the model runs

@@ -1,10 +1,9 @@
 """Which positions are attention sinks?  Those where a layer's stream has a norm beyond all proportion."""
 
-import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from melbo_lens.models import hooks
+from melbo_lens.models import blocks
 from melbo_lens.models.host import Host
 from melbo_lens.models.targets import stream_name
 from melbo_lens.perturbations.sites import Hook
@@ -24,11 +23,13 @@ def ordinary_positions(host: Host, batch: PromptBatch) -> Bool[Tensor, "prompt p
     """
     ordinary = batch.own.clone()
 
-    def look(stream: Tensor, hook: object) -> None:
+    def look(stream: Tensor) -> None:
         norms = stream.detach().to(ordinary.device).float().norm(dim=-1)
         ordinary.logical_and_(norms <= SINK * norms[batch.own].median())
 
-    reads: list[Hook] = [(stream_name(layer, host.n_layers), look) for layer in range(1, host.n_layers + 1)]
-    with torch.no_grad(), hooks.attached(host, reads):
-        host.forward(batch.tokens)
+    reads: list[Hook] = [
+        (stream_name(layer, host.n_layers), lambda stream, hook: look(stream)) for layer in range(1, host.n_layers)
+    ]
+    last = blocks.record(host, batch.tokens, host.n_layers, host.n_layers, reads).streams[-1]  # no unembedding
+    look(last)
     return ordinary

@@ -8,6 +8,7 @@ from melbo_lens.arguments import public
 from melbo_lens.models import blocks, fidelity, hooks
 from melbo_lens.models.access import Model, host_of
 from melbo_lens.models.host import Host
+from melbo_lens.models.reaching import reaches_stream
 from melbo_lens.models.slices import SlicedModel, replay
 from melbo_lens.models.targets import target_of
 from melbo_lens.perturbations.sites import site_of
@@ -38,8 +39,8 @@ def slice_model(
             of them, except a first position that is an attention sink: in many models the stream has over a hundred
             times its usual norm there, which would drown every change of behaviour.
         target_hook: the activation to read instead of a layer's stream, for instance "blocks.9.attn.hook_z".
-        site: "mlp_out", "resid_post" or "attn_out"; the first two give the same slice, unless the block scales or
-            normalises its sum. The last runs the source block too, as "mlp_out" does in such a block.
+        site: "mlp_out", "resid_post" or "attn_out"; the first two give the same slice, and the last runs the source
+            block too. So does "mlp_out" where the block scales or normalises its sum, as those of Gemma 4 do.
 
     Returns:
         The slice. It was checked: replaying the blocks without a perturbation reproduces the recorded stream, and with
@@ -81,27 +82,14 @@ def slice_model(
                 entry,
                 where,
             )
-            sliced = _where_the_hook_acts(sliced, last)
+            if where.after_block and not reaches_stream(host, batch, source_layer, source_hook):
+                sliced = replace(sliced, site=replace(where, after_block=False))
+            fidelity.check_hooked_run(sliced, last)
             fidelity.check_alone(sliced, last, recording.streams[-1])
             if host.quantised:
                 fidelity.check_gradient(sliced)
     sliced = without_sink(sliced) if target_positions is None else sliced
     return replace(sliced, recomputed=True) if sliced.kept[0] > KEPT_BYTES else sliced
-
-
-def _where_the_hook_acts(sliced: SlicedModel, last: int) -> SlicedModel:
-    """Returns the slice, or one that runs the source block too where that block changes what the hook adds.
-
-    Such are models that scale or normalise the sum after the MLP, as post-norm ones do and Gemma 4.
-    """
-    try:
-        fidelity.check_hooked_run(sliced, last)
-    except RuntimeError:
-        if not sliced.site.after_block:
-            raise
-        sliced = replace(sliced, site=replace(sliced.site, after_block=False))
-        fidelity.check_hooked_run(sliced, last)
-    return sliced
 
 
 def without_sink(sliced: SlicedModel) -> SlicedModel:

@@ -280,9 +280,10 @@ class SteeringVectors(Perturbation):
             )
         rows = other.provenance.get("rows")
         how = f"{word} {f'vectors {rows}' if rows else 'others'}"
-        return self._less_target(other).derived(
-            {"values": self.values + sign * other.values.to(self.values.device)}, how
-        )
+        kept = self._less_target(other)
+        if says_within_block(other.provenance):
+            kept = replace(kept, provenance={**kept.provenance, "within_block": True})
+        return kept.derived({"values": self.values + sign * other.values.to(self.values.device)}, how)
 
     def _less_target(self, other: "SteeringVectors") -> "SteeringVectors":
         """Returns these vectors, without a target if the others were learned for a different one."""

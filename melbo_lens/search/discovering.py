@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from melbo_lens.arguments import positive, public
+from melbo_lens.arguments import public
 from melbo_lens.ascent.objectives import positions_text
 from melbo_lens.evaluation.rates import Behavior, check_behaviors
 from melbo_lens.methods.planning import plan_memory
@@ -97,8 +97,9 @@ def discover(
             activations or logits were NaN or infinite, or since its method doesn't suit the model; with a directory,
             for whatever reason. Or a group could not be scored on held-out prompts.
     """
-    if plan is None:
-        positive("budget", budget, ": it is in seconds")
+    anything: Any = budget  # a caller may hand in what the types don't allow
+    if plan is None and (not isinstance(anything, int | float) or not 0 < anything < float("inf")):
+        raise ValueError(f"budget={budget!r} must be a positive number of seconds.")
     if plan is not None and not len(plan):
         raise ValueError("plan is empty: give at least one trial, or none of it (plan=None) and a budget.")
     check_methods(methods)

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import melbo_lens as ml
-from melbo_lens.arguments import check_tensor, plain, plain_json
+from melbo_lens.arguments import _as_tensor, check_tensor, plain, plain_json
 from melbo_lens.prompts import pad
 from tests.integration.generation.test_generate import PROMPTS
 
@@ -221,6 +221,31 @@ def test_an_array_is_taken_where_a_tensor_is_asked_for(model):
 
 
 @pytest.mark.parametrize(
+    "array",
+    [
+        np.array([3.0, 2.0, 1.0])[::-1],
+        np.array([1.0, 2.0, 3.0], dtype=">f8"),
+        np.array([1, 2, 3]),
+        np.array([1.0, 2.0, 3.0], dtype=np.longdouble),
+    ],
+    ids=["backwards", "big endian", "integers", "long"],
+)
+def test_an_array_may_lie_in_memory_as_it_likes(array):
+    rows = ml.SteeringVectors(torch.ones(3, 4), 1)
+    expected = torch.tensor([[1.0], [2.0], [3.0]]).expand(3, 4)
+    assert torch.equal((rows * array).values, expected) and torch.equal((rows / array).values, 1 / expected)
+    matrix = np.stack([array, array])
+    if matrix.dtype.kind == "f":
+        assert torch.equal(ml.SteeringVectors.from_tensor(matrix, 1).values, expected[:, 0].expand(2, 3))
+    assert np.array_equal(array, [1, 2, 3])
+
+
+def test_an_array_of_texts_is_left_for_the_call_to_refuse():
+    for array in (np.array(["w1 w2", "w3"]), np.array([{}, None], dtype=object)):
+        assert _as_tensor(array) is array
+
+
+@pytest.mark.parametrize(
     ("call", "error", "said"),
     {
         "a list": (
@@ -233,9 +258,13 @@ def test_an_array_is_taken_where_a_tensor_is_asked_for(model):
         "a budget in words": (
             lambda m: inspect.unwrap(ml.discover)(m, "w1", budget="5"),
             ValueError,
-            "budget='5' must be a positive",
+            "budget='5' must be a positive number of seconds",
         ),
-        "no budget": (lambda m: ml.discover(m, "w1", budget=0.0), ValueError, "budget=0.0 must be a positive"),
+        "no budget": (
+            lambda m: ml.discover(m, "w1", budget=0.0),
+            ValueError,
+            "budget=0.0 must be a positive number of seconds",
+        ),
         "a folder that isn't there": (lambda m: ml.merge("nowhere"), FileNotFoundError, "no folder 'nowhere' to merge"),
     }.values(),
 )

@@ -18,8 +18,8 @@ WITHIN = {
     "ascent": "manifolds objectives states sogi constraints adamw fixed_point",
     "perturbations": "rows sites updates card hub perturbation vectors adapters loading",
     "models": (
-        "tally host hooks passes reading blocks hooked bridge access targets sinks slices fidelity slicing "
-        "counterparts trimming"
+        "tally host hooks passes reading blocks hooked bridge access targets sinks reaching slices fidelity "
+        "slicing counterparts trimming"
     ),
     "measures": "source controls radius changes output next_tokens directions ranking",
     "methods": (

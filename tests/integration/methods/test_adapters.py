@@ -497,5 +497,8 @@ def test_the_radius_is_a_mean_over_all_positions_but_sinks(model):
             others = torch.cat([norms[:, 0, 1:5], norms[:, 1, 1:4]], dim=1).mean(1)
             torch.testing.assert_close(others, torch.full((3,), 5.0), rtol=1e-3, atol=0)
             assert (norms[:, :, 0] - 5.0).abs().max() > 0.05  # with it, the mean would be another
-    usual = ml.source_effects(fitted, model, PROMPTS)
+    unembedded: list[torch.Tensor] = []
+    with model.hooks(fwd_hooks=[("unembed.hook_out", lambda logits, hook: unembedded.append(logits))]):
+        usual = ml.source_effects(fitted, model, PROMPTS)
+    assert not unembedded  # logits of all positions would take more memory than all else
     assert usual.mask.tolist() == [[True] * 5, [True, True, True, True, False]]

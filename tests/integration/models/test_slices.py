@@ -239,13 +239,31 @@ def test_shared_keys_and_values_stay_shared_in_float32(gemma4):
     assert float((found - expected).norm() / expected.norm()) < 0.1  # the weights were rounded
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("source", [1, 5])
+def test_a_block_that_changes_what_is_added_is_told_from_rounding(gemma4, dtype, source):
+    """The change is held against what was added: a tenth of the stream would drown in the stream's own rounding."""
+    half = TransformerBridge.boot_transformers(gemma4[0], device="cpu", dtype=dtype)
+    for prompt in ("w1 w2 w3", "w4 w5 w6 w7", "w9", "w2 w2 w8"):
+        assert not ml.slice_model(half, prompt, source, 7).site.after_block
+        assert ml.slice_model(half, prompt, source, 7, site="resid_post").site.after_block
+
+
 def test_a_vector_that_its_block_changes_is_not_added_to_the_output_of_a_layer(gemma4, tmp_path):
     directory, model = gemma4
     network = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     fitted = ml.fit_vectors(model, "w1 w2 w3", 1, 7, n_vectors=2, radius=2.0, n_steps=2, progress=False)
     assert fitted.provenance["within_block"] and not fitted.reaches_stream
     joined = ml.concatenate([fitted, ml.random_vectors(fitted)])
-    for one in (fitted[0], -2.0 * fitted[1], ml.random_vectors(fitted)[0], joined[3]):
+    adapters = ml.fit_adapters(
+        model, "w1 w2 w3", 1, 7, n_adapters=1, rank=2, n_steps=1, optimizer="power", radius=1.0, progress=False
+    )
+    others = [
+        ml.nearest_vectors(adapters, model, "w1 w2 w3")[0],
+        ml.fit_contrastive(model, ["w1 w2"], ["w3 w4"], 1, site="mlp_out")[0],
+        ml.SteeringVectors(torch.ones(1, models.D_MODEL), 1) + fitted[0],
+    ]
+    for one in (fitted[0], -2.0 * fitted[1], ml.random_vectors(fitted)[0], joined[3], *others):
         with (
             pytest.raises(ValueError, match="the block scales or normalises it first"),
             ml.on_transformers(network, one),
@@ -253,6 +271,8 @@ def test_a_vector_that_its_block_changes_is_not_added_to_the_output_of_a_layer(g
             pass
         with pytest.raises(ValueError, match="passes through the rest of its block first"):
             ml.export(one, "gguf", tmp_path / "vector.gguf")
+    of_stream = ml.fit_contrastive(model, ["w1 w2"], ["w3 w4"], 1, site="resid_post")
+    assert of_stream.reaches_stream and "within_block" not in of_stream.provenance
     ordinary = ml.fit_vectors(
         model, "w1 w2 w3", 1, 7, n_vectors=1, radius=2.0, n_steps=2, site="resid_post", progress=False
     )
