@@ -168,8 +168,8 @@ def test_a_kernel_without_a_gradient_is_seen_before_anything_is_learned(build, m
     """As bitsandbytes' four bits are on some CPUs: the forward pass is right, and nothing comes back."""
     real = blocks.BlockCall.__call__
 
-    def forwards_only(call, stream, prompts, n_prompts):
-        return stream + (real(call, stream, prompts, n_prompts) - stream).detach()
+    def forwards_only(call, stream, prompts, n_prompts, shared=None):
+        return stream + (real(call, stream, prompts, n_prompts, shared) - stream).detach()
 
     monkeypatch.setattr(blocks.BlockCall, "__call__", forwards_only)
     monkeypatch.setattr(Host, "quantised", True)
