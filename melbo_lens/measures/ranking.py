@@ -28,10 +28,10 @@ def rank(vectors: Perturbation, measured: Effects, clusters: Sequence[int] | Non
 
     Returns:
         One row for each vector and sign that is kept, the highest kl first, but those that ran into an attention sink
-        last, since they write noise: vector, sign, kl and entropy_change (means over prompts, nats), objective (NaN
-        without a history), effect (``||change|| / ||target||`` at the fit, NaN if that is not known), sink, cluster,
-        and near_duplicates (how many others of its cluster and sign the row stands for). Objective and effect are those
-        of the vector as it was learned, and NaN for sign -1: minus a vector is another one.
+        last, since they write noise: vector, sign, kl and entropy_change (means over prompts, nats), objective (of the
+        vector as it was learned: NaN for sign -1, and without a history), effect (``||change|| / ||target||`` of the
+        vector with its sign at the fit, NaN if that is not known), sink, cluster, and near_duplicates (how many others
+        of its cluster and sign the row stands for).
 
     Raises:
         ValueError: there isn't one label for each vector.
@@ -42,10 +42,14 @@ def rank(vectors: Perturbation, measured: Effects, clusters: Sequence[int] | Non
     labels = list(clusters) if clusters is not None else list(range(len(vectors)))
     if len(labels) != len(vectors):
         raise ValueError(f"{len(labels)} cluster labels were given for {len(vectors)} vectors: give one for each.")
-    effects, sunk = at_the_fit(vectors.provenance, len(vectors))
-    columns = {"objective": final, "effect": effects, "sink": sunk, "cluster": labels}
-    table = table.assign(**{name: [values[k] for k in table.vector] for name, values in columns.items()})
-    table.loc[table.sign < 0, ["objective", "effect"]] = float("nan")
+    of_sign = {sign: at_the_fit(vectors.provenance, len(vectors), sign) for sign in (1, -1)}
+    rows = list(zip(table.vector, table.sign, strict=True))
+    table = table.assign(
+        objective=[final[k] if sign > 0 else float("nan") for k, sign in rows],
+        effect=[of_sign[sign][0][k] for k, sign in rows],
+        sink=[of_sign[sign][1][k] for k, sign in rows],
+        cluster=[labels[k] for k, _ in rows],
+    )
     table = table.sort_values(["sink", "kl"], ascending=[True, False])
     sizes = table.groupby(["cluster", "sign"]).size()
     best = table.drop_duplicates(["cluster", "sign"])

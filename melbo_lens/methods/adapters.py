@@ -178,7 +178,7 @@ def fit_adapters(
             "normalization": normalization,
             "init": None if init is None else digest_of_factors(init),
         }
-        problem = Problem(sliced, act, objective.value, run.batch_size, diversity)
+        problem = Problem(sliced, act, objective.value, run.batch_size, diversity, act.minus)
         found = fit(problem, starts, constraint, run, settings, f"layer {settings['source_layer']}, rank {rank}")
         scales = act.scales(found.point)
         alike = _alikeness(problem.changes(found.point))

@@ -156,7 +156,8 @@ def fit_cpe(
         "normalization": "frobenius",  # of matrices of rank 1: unit vectors
     }
     with hooks.frozen(host):
-        problem = Problem(sliced, LowRank(sliced, sites, [], scale), Objective(p=1, q=1).value, run.batch_size)
+        act = LowRank(sliced, sites, [], scale)
+        problem = Problem(sliced, act, Objective(p=1, q=1).value, run.batch_size, minus=act.minus)
         changes = MeanChange(problem)
         random = tuple(x[0].to(sliced.device) for x in starting_factors(host, sites, None, n_factors, 1, seed, 1))
         targets = unit(gaussian_rows(n_factors, sliced.target.shape[-1], "fit_cpe", seed).to(sliced.device))

@@ -4,8 +4,9 @@ It approximates ``Delta(R v)``, for unit v, by ``sum_l alpha_l f(<v_l, v>) u_l``
 ``R^2 x^2 / 2`` (quadratic) or ``exp(x) - 1`` (exponential).
 """
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -164,12 +165,17 @@ def fit_dct(
             found = ended(problem, derivatives.reached(values), 0, run, settings, said)
     order = alpha.argsort(descending=True)
     listed = [float(f"{one:.6g}") for one in alpha[order].tolist()]
-    effects = [found.provenance["effects"][i] for i in order.tolist()]
-    places = {old: new for new, old in enumerate(order.tolist())}
-    sinks = sorted(places[i] for i in found.provenance["sinks"])
-    provenance = {**found.provenance, "alpha": listed, "effects": effects, "sinks": sinks}
+    known = found.provenance
+    figures = _reordered(known, order.tolist()) | {"minus": _reordered(known["minus"], order.tolist())}
+    provenance = {**known, "alpha": listed, **figures}
     history = found.history[:, order] if len(found.history) else found.history
     return SteeringVectors(values[order], sliced.source_layer, history, provenance, sliced.site.name, aim, u[order])
+
+
+def _reordered(known: Mapping[str, Any], order: list[int]) -> dict[str, Any]:
+    """What was measured of the rows, in their new order."""
+    places = {old: new for new, old in enumerate(order)}
+    return {"effects": [known["effects"][i] for i in order], "sinks": sorted(places[i] for i in known["sinks"])}
 
 
 def _bend(sliced: SlicedModel, seed: int) -> Calibration:

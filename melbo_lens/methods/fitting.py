@@ -133,8 +133,8 @@ class Fitted:
         point: the rows that were found; each tensor is [row ...].
         history: the objective before each step and, in the last row, the objective of `point`.
         provenance: every setting, with `status` and `seconds`; `relative_radius`, the radius as a share of the
-            stream's median norm; `effects`, of each row ``||change|| / ||target||``; and `sinks`, the rows that run
-            into an attention sink, whose effect says nothing about behaviour.
+            stream's median norm; `effects`, of each row ``||change|| / ||target||``; `sinks`, the rows that run into
+            an attention sink, whose effect says nothing about behaviour; and `minus`, both for minus each row.
     """
 
     point: Point
@@ -235,11 +235,19 @@ def measured(problem: Problem, point: Point, radius: float | None, said: str = "
         said: how they were found, in words.
     """
     effects, sunk = problem.effects(point)
+    minus_effects, minus_sunk = problem.effects(problem.minus(point))
     norm = float(f"{median_norm(problem.sliced):.6g}")
     return {
         "status": said + in_sinks(sunk),
         "stream_norm": norm,
         "relative_radius": None if radius is None else float(f"{radius / norm:.4g}"),
+        **_figures(effects, sunk),
+        "minus": _figures(minus_effects, minus_sunk),
+    }
+
+
+def _figures(effects: Float[Tensor, " row"], sunk: Bool[Tensor, " row"]) -> dict[str, Any]:
+    return {
         "effects": [float(f"{effect:.4g}") for effect in effects.tolist()],
         "sinks": sunk.nonzero().flatten().tolist(),
     }

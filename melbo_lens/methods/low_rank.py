@@ -52,6 +52,10 @@ class LowRank:
         added = [hook for site, a, b in triples for hook in site.hooks(GridUpdate(a, b, scales))]
         return self.sliced.change_under(added, prompts.repeat(len(scales)))
 
+    def minus(self, rows: Point) -> Point:
+        """The rows whose updates are the opposite ones: A and minus B at each site."""
+        return tuple(-x if i % 2 else x for i, x in enumerate(rows))
+
     def scales(self, rows: Point) -> Float[Tensor, " row"]:
         """The scale s of each adapter's update. The ascent's gradient treats it as a constant."""
         if self.scale is not None:

@@ -26,6 +26,11 @@ Act: TypeAlias = Callable[[Point, Int[Tensor, " prompt"]], Float[Tensor, "row_pr
 Value: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
+def opposite(rows: Point) -> Point:
+    """Minus the rows, where these act by being added."""
+    return tuple(-x for x in rows)
+
+
 @dataclass(frozen=True, eq=False)
 class Problem:
     """The objective of every row of a point, summed over the prompts, and the gradient of the scores.
@@ -39,6 +44,7 @@ class Problem:
         value: what is maximised, summed over the prompts.
         batch_size: the number of rows times prompts in one forward pass.
         diversity: the weight of the penalty; 0 turns it off.
+        minus: what the sign -1 makes of rows.
     """
 
     sliced: SlicedModel
@@ -46,6 +52,7 @@ class Problem:
     value: Value
     batch_size: int
     diversity: float = 0.0
+    minus: Callable[[Point], Point] = opposite
 
     def __call__(self, point: Point, first: int = 0) -> Evaluation:
         """Objective, score and gradient of row `first` and all rows after it, of a point [restart row ...]."""

@@ -113,9 +113,10 @@ def _figures(value: Any) -> str:
     if len(value.history):
         columns["objective, last"] = value.history[-1].tolist()
         columns["objective, first"] = value.history[0].tolist()
-    effects, _ = at_the_fit(value.provenance, len(value))
-    if not any(map(math.isnan, effects)):
-        columns["effect (change / norm of the target)"] = effects
+    for name, sign in (("effect (change / norm of the target)", 1), ("effect of minus it", -1)):
+        effects, _ = at_the_fit(value.provenance, len(value), sign)
+        if not any(map(math.isnan, effects)):
+            columns[name] = effects
     rows = [[str(k), *(f"{column[k]:.4g}" for column in columns.values())] for k in range(min(len(value), MOST_ROWS))]
     more = f"\n\nand {len(value) - MOST_ROWS} more." if len(value) > MOST_ROWS else ""
     return _table([value.word, *columns], rows) + more
@@ -131,7 +132,8 @@ def _limits(value: Any) -> list[str]:
         )
     if provenance.get("status"):
         lines.append(f"How the fit ended: {_plain(provenance['status'])}")
-    sinks = [str(k) for k, sunk in enumerate(at_the_fit(provenance, len(value))[1]) if sunk]
+    sides = ((prefix, at_the_fit(provenance, len(value), sign)[1]) for prefix, sign in (("", 1), ("minus ", -1)))
+    sinks = [f"{prefix}{k}" for prefix, sunk in sides for k, one in enumerate(sunk) if one]
     if sinks:
         lines.append(f"Rows that end in an attention sink, whose effect is no behaviour: {', '.join(sinks)}.")
     if provenance.get("derived"):

@@ -1,7 +1,7 @@
 """What does the provenance say of each row?  Which row of a fit it was, and what the fit measured of it."""
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 from melbo_lens.arguments import plain_json
 
@@ -22,12 +22,12 @@ def checked_provenance(provenance: Mapping[str, Any], n: int) -> dict[str, Any]:
     return said
 
 
-def at_the_fit(provenance: Mapping[str, Any], n: int) -> tuple[list[float], list[bool]]:
-    """The effect of each of n rows when it was fitted, and whether it had run into a sink.
+def at_the_fit(provenance: Mapping[str, Any], n: int, sign: int = 1) -> tuple[list[float], list[bool]]:
+    """The effect that each of n rows, or minus each, had when it was fitted, and whether it had run into a sink.
 
-    Rows that were derived, or were not fitted, know neither: their effects are NaN.
+    Rows that were derived by more than their sign, or were not fitted, know neither: their effects are NaN.
     """
-    found = _known(provenance)
+    found = _known(provenance, sign)
     if found is None or len(found) != n:
         return [float("nan")] * n, [False] * n
     return [effect for effect, _ in found], [sunk for _, sunk in found]
@@ -42,17 +42,22 @@ def says_within_block(said: Any) -> bool:
     return known.get("within_block") is True or any(map(says_within_block, [known.get("matched_to"), *parts]))
 
 
-def _known(said: Any) -> list[tuple[float, bool]] | None:
-    """The effect of each row that this provenance is of, and whether it sank; None if that is not known."""
-    if not isinstance(said, Mapping) or "derived" in said:
+def _known(said: Any, sign: int) -> list[tuple[float, bool]] | None:
+    """The effect of each row, or of minus each, that this provenance is of, and whether it sank; None if not known."""
+    if not isinstance(said, Mapping):
         return None
     known = cast(Mapping[str, Any], said)
+    derived = known.get("derived", [])
+    if not isinstance(derived, list) or any(how != "negated" for how in cast(list[Any], derived)):
+        return None
+    sign *= (-1) ** len(cast(list[Any], derived))
+    side = known if sign > 0 else known.get("minus")
     if "parts" in known:  # joined rows, in the order of their parts, which may be joined themselves
         listed = cast(list[Any], known["parts"]) if isinstance(known["parts"], list) else [None]
-        parts = [_known(part) for part in listed]
+        parts = [_known(part, sign) for part in listed]
         every = [row for part in parts for row in part or []] if None not in parts else None
-    elif _is_of_fit(known):
-        every = [(effect, i in known.get("sinks", [])) for i, effect in enumerate(known["effects"])]
+    elif _is_of_fit(side):
+        every = [(effect, i in side.get("sinks", [])) for i, effect in enumerate(side["effects"])]
     else:
         every = None
     rows = known.get("rows")
@@ -63,11 +68,14 @@ def _known(said: Any) -> list[tuple[float, bool]] | None:
     return [every[i] for i in rows]
 
 
-def _is_of_fit(known: Mapping[str, Any]) -> bool:
-    """Whether this is the provenance of rows as they were fitted; a user may keep other things under these names."""
+def _is_of_fit(side: Any) -> TypeGuard[Mapping[str, Any]]:
+    """Whether this is what a fit measured of rows; a user may keep other things under these names."""
+    if not isinstance(side, Mapping):
+        return False
+    known = cast(Mapping[str, Any], side)
     effects = known.get("effects")
     fitted = isinstance(effects, list) and all(isinstance(one, int | float) for one in cast(list[Any], effects))
-    return fitted and all(_are_numbers(known.get(name, [])) for name in ("rows", "sinks"))
+    return fitted and _are_numbers(known.get("sinks", []))
 
 
 def _are_numbers(entry: Any) -> bool:

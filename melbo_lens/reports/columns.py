@@ -20,6 +20,7 @@ from melbo_lens.evaluation.rates import Behavior, shows
 from melbo_lens.reports.findings import Findings
 from melbo_lens.reports.measuring import plane
 from melbo_lens.search.cards import anchor, namer
+from melbo_lens.search.groups import signed
 from melbo_lens.search.written import Written
 
 KEYS = ["trial", "vector", "sign"]
@@ -100,7 +101,7 @@ def _directions(findings: Findings, written: Written) -> pd.DataFrame:
     table = table.merge(_places(findings, written, table), on=KEYS, how="left")
     changed = mine.assign(changed=(mine.change != "same").astype(float)).groupby(KEYS).changed.mean()
     table = table.merge(changed.rename("changed").reset_index(), on=KEYS, how="left")
-    table.loc[table.sign < 0, "effect"] = math.nan  # measured for the vector as it was learned, as its objective is
+    table = signed(table)
     facts = [table.pop(fact) for fact in FACTS if fact != "method"]
     table = pd.concat([table, *facts], axis=1)
     if findings.written is None and findings.ranked is not None:

@@ -10,6 +10,7 @@ from melbo_lens.evaluation.departures import NATURAL
 from melbo_lens.plots.arrays import Line, Lines
 from melbo_lens.plots.drawing import CONTROL
 from melbo_lens.search.cards import Rate, color_of, short
+from melbo_lens.search.groups import signed
 from melbo_lens.search.written import Written
 
 MOST_GROUPS = 4
@@ -24,7 +25,7 @@ def ladder(written: Written) -> pd.DataFrame:
     Returns:
         The columns of `AT`, n (completions), readable (how many are natural text, or the unsteered one), changed (how
         many differ from the unsteered ones), group 0, group 1, ... (how many belong to each of the first groups), and
-        effect (the median over vectors as they were learned; NaN at other multiples, where it was not measured).
+        effect (the median over vectors and signs at the norm that was fitted; NaN at other multiples of it).
     """
     facts = written.directions.assign(vector=written.directions.vector.astype(int))
     rows = written.steered.astype({"vector": int}).merge(facts, on=["trial", "vector"], how="left")
@@ -32,7 +33,8 @@ def ladder(written: Written) -> pd.DataFrame:
         rows[name] = (rows[name] * rows.scale).map(lambda value: float(f"{value:.4g}"))
         if rows.groupby(AT[:3], dropna=False)[name].nunique().max() > MOST_RUNGS:  # vectors with norms of their own
             rows[name] = 2 ** ((2 * np.log2(rows[name].clip(lower=1e-30))).round() / 2)
-    rows.loc[(rows.sign < 0) | (rows.scale != 1), "effect"] = math.nan  # it was measured as the vector was learned
+    rows = signed(rows)
+    rows.loc[rows.scale != 1, "effect"] = math.nan  # it was measured at the norm that was fitted
     # what shows a behaviour that was named counts as content, and may be unreadable all the same
     rows["changed"] = rows.change != "same"
     rows["readable"] = ~(rows.changed & (rows.natural < NATURAL))

@@ -1,6 +1,5 @@
 """What is measured of vectors for a page?  Their changes and effects, and where the directions of a search lie."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -50,7 +49,6 @@ def measures_of_directions(
     trial, vector, _ = chosen[0]
     aim = found.vectors[trial][vector].objective or Objective()  # joined ones, of several targets, have none
     batch = tokenize(host, prompts, aim.target_positions)
-    effect_of = {(int(row.trial), int(row.vector), int(row.sign)): row.effect for row in found.table.itertuples()}
     places, changes, effects, ranked = [], [], [], []
     for mine, vectors in joined:
         places += mine
@@ -58,8 +56,7 @@ def measures_of_directions(
         effects.append(target_effects(host, batch, vectors, host.n_layers, batch.positions))
         table = rank(vectors, output_effects(host, batch, vectors, signs=(1,)))
         number = table.vector.map(dict(enumerate(mine)))
-        effect = [effect_of.get(chosen[place], math.nan) for place in number]
-        ranked.append(table.assign(vector=number, cluster=number, effect=effect))
+        ranked.append(table.assign(vector=number, cluster=number))
     order = torch.tensor(places, dtype=torch.long, device="cpu").argsort()  # back to that of the chosen
     return {
         "changes": replace(changes[0], change=torch.cat([one.change for one in changes])[order]),

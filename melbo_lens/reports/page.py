@@ -42,7 +42,7 @@ from melbo_lens.tables import seen
 
 HIDDEN_SETTINGS = (
     *("prompts", "prompt_tokens", "positive_prompts", "positive_prompt_tokens"),
-    *("negative_prompts", "negative_prompt_tokens", "parts", "rows", "matched_to", "effects"),
+    *("negative_prompts", "negative_prompt_tokens", "parts", "rows", "matched_to", "effects", "minus"),
 )
 FIRST_CARDS, MOST_CARDS, MOST_TRIALS, MOST_NOISE = 12, 40, 1000, 20  # the cards after the first ones are folded
 SECTIONS = (

@@ -163,7 +163,7 @@ class Discovery:
 
     def _vectors(self, chosen: Sequence[tuple[int, int, int]]) -> Perturbation:
         """Joins chosen vectors, given by trial, vector and sign."""
-        found = [sign * self.vectors[trial][vector] for trial, vector, sign in chosen]
+        found = [one if sign > 0 else -one for one, sign in ((self.vectors[t][v], sign) for t, v, sign in chosen)]
         longest = max(len(one.history) for one in found)
         return concatenate([_lengthened(one, longest) for one in found])
 

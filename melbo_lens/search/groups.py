@@ -26,6 +26,7 @@ from melbo_lens.generation.completions import Completions
 from melbo_lens.generation.generate import generate
 from melbo_lens.measures.ranking import cluster
 from melbo_lens.perturbations.perturbation import Perturbation
+from melbo_lens.perturbations.rows import at_the_fit
 from melbo_lens.sweeps.jobs import Job, as_prompts
 from melbo_lens.sweeps.tasks import Bench, Measurement, digest
 from melbo_lens.sweeps.trials import AnyTrial
@@ -125,7 +126,7 @@ def _joined(labels: Mapping[str, int], texts: Sequence[str], ordinary: Set[str])
 
 
 def directions_of(done: Sequence[AnyTrial], fitted: Sequence[Perturbation]) -> pd.DataFrame:
-    """The trial, number, method, layers, radius and effect of every vector of a search."""
+    """The trial, number, method, layers, radius and effects, of it and of minus it, of every vector of a search."""
     return pd.DataFrame(
         [
             {
@@ -137,11 +138,19 @@ def directions_of(done: Sequence[AnyTrial], fitted: Sequence[Perturbation]) -> p
                 "radius": plan.radius,
                 "relative_radius": plan.radius / learned.provenance["stream_norm"],
                 "effect": effect,
+                "minus_effect": minus_effect,
             }
             for trial, (plan, learned) in enumerate(zip(done, fitted, strict=True))
-            for vector, effect in enumerate(learned.provenance["effects"])
+            for vector, (effect, minus_effect) in enumerate(
+                zip(*(at_the_fit(learned.provenance, len(learned), sign)[0] for sign in (1, -1)), strict=True)
+            )
         ]
     )
+
+
+def signed(table: pd.DataFrame) -> pd.DataFrame:
+    """A table of vectors with signs, beside the facts of the vectors, with the effect that each has with its sign."""
+    return table.assign(effect=table.effect.where(table.sign > 0, table.minus_effect)).drop(columns="minus_effect")
 
 
 def grouped(directions: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
@@ -158,7 +167,9 @@ def grouped(directions: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     rows = rows.assign(promise=promise(rows))
     of_kind = rows.groupby("kind").size()
     of_direction = rows[rows.kind == "steered"].groupby(["trial", "vector", "sign"]).size()
-    facts = directions.set_index(["trial", "vector"])
+    facts = signed(directions.merge(pd.DataFrame({"sign": [1, -1]}), how="cross")).set_index(
+        ["trial", "vector", "sign"]
+    )
     found = [
         _group(str(group), members, facts, of_kind, of_direction)
         for group, members in rows[rows.group != ""].groupby("group")
@@ -166,11 +177,6 @@ def grouped(directions: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     ]
     table = pd.DataFrame(found, columns=[*COLUMNS, "trial"])
     return table.sort_values(["score", "n_vectors"], ascending=False, kind="stable").reset_index(drop=True)
-
-
-def _facts(direction: pd.Series, sign: int) -> dict[str, Any]:
-    """The facts of a vector with a sign; its effect was measured at the fit, with its own sign only."""
-    return {**direction.to_dict(), **({} if sign > 0 else {"effect": float("nan")})}
 
 
 def _group(
@@ -191,7 +197,7 @@ def _group(
         "behavior": example.behavior,
         "change": example.change,
         "example": example.text,
-        **_facts(directions.loc[(trial, vector)], sign),
+        **directions.loc[(trial, vector, sign)].to_dict(),
         "vector": vector,
         "sign": sign,
         "rate": example.hits / of_direction[trial, vector, sign],

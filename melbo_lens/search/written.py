@@ -32,8 +32,8 @@ class Written:
         rows: every completion, those without steering first: kind, trial, vector (NA: unsteered), sign, scale, sample,
             prompt (a number for each different text of a prompt), prompt_text, text, how it departs (change, new_words,
             surprise, natural; see `departures`), and group, a row of `groups` (NA: none).
-        directions: every vector: trial, vector, method, source_layer, target_layer, radius, relative_radius, effect.
-            What is not known is NaN.
+        directions: every vector: trial, vector, method, source_layer, target_layer, radius, relative_radius, effect,
+            and minus_effect, that of minus the vector. What is not known is NaN.
         groups: the table of groups, as `Discovery.table` is one.
         places: of vectors and signs, the point that stands for what each changes in the model: trial, vector, sign, x
             and y; None if that was not measured.
@@ -116,9 +116,12 @@ class Written:
         Raises:
             KeyError, TypeError, ValueError: it is something else.
         """
-        tables = {name: None if said[name] is None else _table(said[name]) for name in ("rows", "directions", "groups")}
+        tables = {name: _table(said[name]) for name in ("rows", "directions", "groups")}
         places = None if said["places"] is None else _table(said["places"])[PLACES]
-        return cls(_tidied(tables["rows"]), tables["directions"], tables["groups"], places)
+        directions = tables["directions"]
+        if "minus_effect" not in directions:  # a page of before these were measured
+            directions["minus_effect"] = math.nan
+        return cls(_tidied(tables["rows"]), directions, tables["groups"], places)
 
 
 def _tidied(rows: pd.DataFrame) -> pd.DataFrame:
@@ -131,7 +134,6 @@ def _directions(vectors: Perturbation, rows: pd.DataFrame) -> pd.DataFrame:
     known, n = vectors.provenance, len(vectors)
     numbers = max(n, int(rows.vector.max(skipna=True)) + 1 if rows.vector.notna().any() else 0)
     radii = vectors.measures().get("radius", [math.nan] * n)
-    effects, _ = at_the_fit(known, n)
     objective = vectors.objective
     target = math.nan if objective is None or objective.target_layer is None else objective.target_layer
     table = pd.DataFrame(index=range(numbers))
@@ -140,7 +142,8 @@ def _directions(vectors: Perturbation, rows: pd.DataFrame) -> pd.DataFrame:
     table["source_layer"], table["target_layer"] = min(vectors.source_layers), target
     table["radius"] = pd.Series(radii, dtype=float)
     table["relative_radius"] = table.radius / float(known.get("stream_norm") or math.nan)
-    table["effect"] = pd.Series(effects, dtype=float)
+    for name, sign in (("effect", 1), ("minus_effect", -1)):
+        table[name] = pd.Series(at_the_fit(known, n, sign)[0], dtype=float)
     return table
 
 

@@ -237,13 +237,17 @@ def test_a_ranking_shows_the_effects_of_the_fit_and_puts_rows_in_sinks_last(mode
     effects = fitted.provenance["effects"]
     measured = ml.output_effects(model, PROMPTS, fitted)
     loudest = int(ml.rank(fitted, measured).vector[0])
-    marked = replace(fitted, provenance={**fitted.provenance, "sinks": [loudest]})
+    minus = fitted.provenance["minus"]
+    both = {**fitted.provenance, "sinks": [loudest], "minus": {**minus, "sinks": [loudest]}}
+    marked = replace(fitted, provenance=both)
     table = ml.rank(marked, measured)
     learned = table[table.sign > 0]
     assert learned.effect.tolist() == [effects[k] for k in learned.vector]
     assert learned.objective.tolist() == [float(fitted.history[-1][k]) for k in learned.vector]
-    # minus a vector is another one, of which the fit measured nothing
-    assert table[table.sign < 0][["effect", "objective"]].isna().all(axis=None) and len(learned) == 3
+    # minus a vector is another one: the fit didn't maximise its objective, and measured its effect apart
+    others = table[table.sign < 0]
+    assert others.effect.tolist() == [minus["effects"][k] for k in others.vector]
+    assert others.objective.isna().all() and len(learned) == len(others) == 3
     assert not table.sink[:4].any() and table.vector[4:].tolist() == [loudest] * 2 and table.sink[4:].all()
     # through rows and joins; what was derived has another effect
     some = ml.concatenate([marked[[2, 0]], marked[1]])[[1, 2]]

@@ -5,9 +5,10 @@ import torch
 
 import melbo_lens as ml
 from melbo_lens.ascent.constraints import Sphere
-from melbo_lens.methods.fitting import Run, fit, objective_at, settings_of
+from melbo_lens.methods.fitting import Run, fit, measured, objective_at, settings_of
 from melbo_lens.methods.problem import Problem
 from melbo_lens.models import access, hooks
+from melbo_lens.perturbations.rows import at_the_fit
 from melbo_lens.randomness import gaussian_rows
 from tests import models
 from tests.builders import vector_problem
@@ -185,6 +186,60 @@ def test_a_public_call_opens_the_model_once(model, name, monkeypatch):
     monkeypatch.setattr(access, "_check", lambda found: opened.append(found) or check(found))
     CALLS[name](model, given)
     assert opened == [model]
+
+
+FITS = {
+    "vectors": lambda model, **settings: ml.fit_vectors(model, PROMPTS, 1, 3, **VECTORS, **settings),
+    "adapters": lambda model, **settings: ml.fit_adapters(model, PROMPTS, [1, 2], 4, **ADAPTERS, **settings),
+    "cpe": lambda model, **settings: ml.fit_cpe(
+        model, PROMPTS, [1, 2], 4, n_factors=3, n_steps=3, scale=3.0, progress=False, **settings
+    ),
+    "dct": lambda model, **settings: ml.fit_dct(
+        model, PROMPTS, 1, 3, radius=2.0, n_factors=3, n_steps=3, progress=False, **settings
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FITS)
+def test_a_fit_knows_what_each_row_and_minus_each_row_does(any_model, name):
+    found = FITS[name](any_model, target_positions=slice(-2, None))
+    expected, target = {}, found.provenance["target_hook"]
+    for sign, one in ((sign, one) for one in found for sign in (1, -1)):
+        changes, cleans = [], []
+        for prompt in PROMPTS:  # by whole runs of the model
+            tokens, seen = any_model.to_tokens(prompt), []
+            for hooked in ([], (sign * one).hooks()):
+                read = (target, lambda activation, hook, seen=seen: seen.append(activation[0, -2:].detach()))
+                with torch.no_grad():
+                    any_model.run_with_hooks(tokens, fwd_hooks=[*hooked, read])
+            changes.append(seen[1] - seen[0])
+            cleans.append(seen[0])
+        expected.setdefault(sign, []).append(float(torch.cat(changes).norm() / torch.cat(cleans).norm()))
+    for sign in (1, -1):
+        effects, sunk = at_the_fit(found.provenance, len(found), sign)
+        assert effects == pytest.approx(expected[sign], rel=2e-3) and not any(sunk)
+        assert at_the_fit((-found).provenance, len(found), -sign) == (effects, sunk)  # minus minus a row is the row
+        some = ml.concatenate([-found[:1], found[1:]])
+        assert at_the_fit(some.provenance, len(found), sign)[0] == pytest.approx(
+            [expected[-sign][0], *expected[sign][1:]], rel=2e-3
+        )
+    assert expected[1] != pytest.approx(expected[-1], rel=1e-2)  # or else the wrong sign would pass
+
+
+def test_a_sink_of_minus_a_row_is_said_of_minus_the_row(model, monkeypatch):
+    sliced = ml.slice_model(model, PROMPTS, 1, 3)
+    rows = torch.eye(sliced.d_model)[:3]
+    problem = vector_problem(sliced)
+    monkeypatch.setattr(
+        Problem, "effects", lambda self, point: (point[0].sum(1), (point[0] < 0).any(1) & (point[0][:, 1] != 0))
+    )
+    found = measured(problem, (rows,), 1.0, "as given")
+    assert found["status"] == "as given" and found["sinks"] == [] and found["minus"]["sinks"] == [1]
+    value = ml.SteeringVectors(rows, 1, provenance=found)
+    assert at_the_fit(value[[1, 0]].provenance, 2, -1) == ([-1.0, -1.0], [True, False])
+    table = ml.rank(value, ml.output_effects(model, PROMPTS, value))
+    assert [(row.vector, row.sign) for row in table.itertuples() if row.sink] == [(1, -1)] and table.sink.iloc[-1]
+    assert table.effect.tolist() == [float(row.sign) for row in table.itertuples()]
 
 
 def test_a_control_is_measured_as_what_it_controls(model):

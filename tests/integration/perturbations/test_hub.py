@@ -96,10 +96,12 @@ def test_the_card_says_what_the_provenance_has(learned, world, tmp_path):
 def test_the_card_of_chosen_rows_has_their_figures(learned):
     value = learned["vectors"]
     known = ml.SteeringVectors(
-        value.values, 1, value.history, {**value.provenance, "effects": [0.125, 0.375], "sinks": [1]}
+        *(value.values, 1, value.history),
+        {**value.provenance, "effects": [0.125, 0.375], "sinks": [1], "minus": {"effects": [0.5, 0.75], "sinks": []}},
     )
-    assert re.search(r"\| 0 \|.*\| 0.375 \|\n\| 1 \|.*\| 0.125 \|", card(known[::-1], "user/found"))
+    assert re.search(r"\| 0 \|.*\| 0.375 \| 0.75 \|\n\| 1 \|.*\| 0.125 \| 0.5 \|", card(known[::-1], "user/found"))
     assert "attention sink, whose effect is no behaviour: 0." in card(known[::-1], "user/found")
+    assert "attention sink, whose effect is no behaviour: minus 0." in card(-known[::-1], "user/found")
     for one in (known[0], 2 * known):
         assert "attention sink" not in card(one, "user/found")
     assert "effect (change" not in card(2 * known, "user/found")  # a longer vector has another effect

@@ -55,7 +55,14 @@ def written(judged=True, behaviors=MappingProxyType({"cheese": "cheese"})):
         }
     )
     vectors = ml.SteeringVectors(
-        2 * torch.eye(3), 1, provenance={"method": "fit_vectors", "stream_norm": 8.0, "effects": [0.3, 0.4, 0.5]}
+        2 * torch.eye(3),
+        1,
+        provenance={
+            "method": "fit_vectors",
+            "stream_norm": 8.0,
+            "effects": [0.3, 0.4, 0.5],
+            "minus": {"effects": [0.6, 0.8, 0.7]},
+        },
     )
     return Written.of_run(vectors, ml.Completions(table), behaviors, judgement if judged else None)
 
@@ -226,3 +233,6 @@ def test_everything_comes_back_from_json():
     again = Written.of_json(found.as_json())
     for name in ("rows", "directions", "groups"):
         pd.testing.assert_frame_equal(getattr(again, name), getattr(found, name), check_dtype=False)
+    said = found.as_json()
+    del said["directions"]["minus_effect"]  # as a page of before these were measured
+    assert Written.of_json(said).directions.minus_effect.isna().all()

@@ -49,6 +49,9 @@ def test_what_is_measured_are_the_directions_of_the_first_groups_whatever_their_
     assert table.source_layer.nunique() == 2 and kept.search["measured"] == list(dict.fromkeys(keys))
     assert kept.changes.layers == tuple(range(1, 5)) and set(kept.effects.signs) == {1}
     kl = dict(zip(kept.ranked.vector, kept.ranked.kl, strict=True))
+    said, of_key = kept.ranked.set_index("vector").effect, table.set_index(["trial", "vector", "sign"]).effect
+    assert {key[2] for key in kept.search["measured"]} == {1, -1}
+    assert said.sort_index().tolist() == [of_key[key] for key in kept.search["measured"]]
     for number, key in enumerate(kept.search["measured"]):
         one = found.vector(keys.index(key))
         change = ml.activation_changes(model, prompt, one, range(1, 5)).change[0]

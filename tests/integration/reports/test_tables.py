@@ -31,8 +31,11 @@ def of(directions, steered):
         ("steered", trial, vector, 1, scale, 0, 0, "p", change, change, 0.5, 5.0, natural.get(change, -0.1), group)
         for trial, vector, scale, change, group in steered
     ]
-    facts = [(t, v, "melbo", source, 3, radius, radius / 8, effect) for t, v, source, radius, effect in directions]
-    names = "trial vector method source_layer target_layer radius relative_radius effect".split()
+    facts = [
+        (t, v, "melbo", source, 3, radius, radius / 8, effect, 2 * effect)
+        for t, v, source, radius, effect in directions
+    ]
+    names = "trial vector method source_layer target_layer radius relative_radius effect minus_effect".split()
     groups = pd.DataFrame({"behavior": ["", "named"], "example": ["content", "x"]})
     table = pd.DataFrame(rows, columns=ROWS).astype({"vector": "Int64", "group": "Int64"})
     return Written(table, pd.DataFrame(facts, columns=names), groups)
@@ -58,6 +61,8 @@ def test_a_rung_counts_what_was_written_at_one_norm():
         [1, 2.0, 0.25, 3, 2, 2, 1, 0],
     ]
     assert table.effect.tolist() == pytest.approx([0.8, 0.1, 0.4])  # of the norm at which each was learned
+    minus = replace(found, rows=found.rows.assign(sign=-1))
+    assert ladder.ladder(minus).effect.tolist() == pytest.approx([1.6, 0.2, 0.8])  # those of minus the vectors
     assert [row["layers"] for row in ladder.rows_of(table)] == ["0 to 3", "1 to 3", "1 to 3"]
     assert ladder.rows_of(table)[1]["shares"] == [0.5, 0.5]
     # the curves are those of the pair of layers with the most radii
@@ -189,6 +194,8 @@ def test_the_tables_of_a_page_hold_what_was_written():
         assert (directions["group"][i], directions["kind"][i]) == (group, kind)
         assert data["texts"][directions["text"][i]] == text and directions["measures"]["changed"][i] == changed
     assert directions["measures"]["radius"] == [2.0] * 6
+    effects = {name: directions["measures"]["effect"][i] for name, i in of_name.items()}
+    assert (effects["0\u202f+"], effects["0\u202f−"], effects["2\u202f−"]) == (0.3, 0.6, 0.7)
 
 
 def test_a_direction_is_of_the_group_that_it_writes_most_and_has_its_objective_where_it_was_learned():

@@ -9,6 +9,7 @@ import torch
 
 import melbo_lens as ml
 from melbo_lens.evaluation.rates import check_behaviors
+from melbo_lens.perturbations.rows import at_the_fit
 from melbo_lens.search import groups
 from melbo_lens.search.arms import Method, arms_of, check_methods, layer_pairs
 from melbo_lens.search.pace import Pace
@@ -52,7 +53,7 @@ def test_a_plan_may_hold_trials_of_every_method_and_repeats_them(organism, promp
         if isinstance(vectors, ml.SteeringVectors):
             torch.testing.assert_close(vectors.radii, torch.full((len(vectors),), 10.0), atol=1e-3, rtol=0)
     for row in found.table.itertuples():
-        assert row.method == methods[row.trial] and (row.effect >= 0) == (row.sign > 0)
+        assert row.method == methods[row.trial] and row.effect >= 0
         assert (row.relative_radius > 0) == (row.method != "cpe")  # NaN, since unit factors have no radius
     assert set(found.table.method) <= set(methods) and len(set(found.table.method)) > 1
     completions = ml.generate(model, prompt, found.vector(0), 4, include_random=False, progress=False)
@@ -105,6 +106,10 @@ def test_what_methods_of_several_forms_found_stands_side_by_side_by_form(organis
     plan = [PLAN[0], PLAN[1], PLAN[-1], ml.Trial(0, 4, 12.0, 4, False, 3, 2)]
     found = ml.discover(organism.model, prompt, plan=plan, max_new_tokens=4, progress=False)
     assert isinstance(found.first(50), (ml.SteeringVectors, ml.SteeringAdapters))
+    assert set(found.table.sign) == {1, -1}
+    for row in found.table.itertuples():  # the effect is that of the vector with its sign
+        effects, _ = at_the_fit(found.vectors[row.trial].provenance, len(found.vectors[row.trial]), row.sign)
+        assert row.effect == effects[row.vector] > 0
     with pytest.raises(ValueError, match=r"name one of the methods \['cpe', 'melbo', 'noise'\]"):
         found.joined(0)
     vectors, completions = found.joined(0, method="noise")
