@@ -1,7 +1,7 @@
 """Which figures are there?  Each function takes measured values and returns a plotly figure; it displays nothing.
 
 It is one of plotly with one method more: `to_paper` makes it a figure of a paper. It is drawn from the arrays that the
-function of the same name in `plots.numbers` returns; use that one for exact numbers.
+function of the same name in `plots.numbers` or `plots.rates` returns; use that one for exact numbers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from melbo_lens.generation.completions import Completions
 from melbo_lens.measures.changes import ActivationChanges, TargetEffects
 from melbo_lens.measures.radius import Calibration
 from melbo_lens.perturbations.perturbation import Numbers, Perturbation
-from melbo_lens.plots import drawing, numbers
+from melbo_lens.plots import drawing, numbers, rates
 from melbo_lens.plots.paper import Figure
 from melbo_lens.search.layers import LayerScan
 
@@ -194,7 +194,7 @@ def behavior_rates(evaluation: Evaluation) -> Figure:
     Returns:
         The figure, which is not shown by itself.
     """
-    return drawing.draw_bars(numbers.behavior_rates(evaluation))
+    return drawing.draw_bars(rates.behavior_rates(evaluation))
 
 
 def scale_sweep(
@@ -211,4 +211,4 @@ def scale_sweep(
     Returns:
         The figure, which is not shown by itself.
     """
-    return drawing.draw_stacked(*numbers.scale_sweep(completions, behaviors, coherence))
+    return drawing.draw_stacked(*rates.scale_sweep(completions, behaviors, coherence))

@@ -1,6 +1,6 @@
 """Which numbers does each picture show?  Each function turns measured values or completions into labelled arrays."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from sklearn.decomposition import PCA
 
-from melbo_lens.evaluation.rates import Behavior, Evaluation, verdicts
+from melbo_lens.evaluation.rates import Behavior
 from melbo_lens.generation.completions import Completions
 from melbo_lens.measures.changes import ActivationChanges, TargetEffects
 from melbo_lens.measures.radius import Calibration
@@ -19,7 +19,6 @@ from melbo_lens.plots.arrays import (
     MOST_ROWS,
     QUANTILES,
     Band,
-    Bars,
     Clustered,
     Line,
     Lines,
@@ -29,7 +28,7 @@ from melbo_lens.plots.arrays import (
     left_out,
     without_numbers,
 )
-from melbo_lens.plots.labels import SIGNS, examples, examples_of_rows, names_of, shown_behaviors, some, wilson
+from melbo_lens.plots.labels import SIGNS, examples, examples_of_rows, names_of, shown_behaviors, some
 from melbo_lens.plots.text import visible
 from melbo_lens.plots.trees import clusters, tree
 from melbo_lens.search.layers import LayerScan
@@ -307,99 +306,6 @@ def effect_scatter(
             values, "rows", [f"{k}{SIGNS[s]}" for k, s in zip(changes.vectors, changes.signs, strict=True)]
         ),
         named=_far_apart(places, N_NAMED["points"]) if len(fine) > MOST_ROWS else (),
-    )
-
-
-def behavior_rates(evaluation: Evaluation) -> Bars:
-    """Returns the rate of each behaviour in all steered completions and in the controls, with 95 % Wilson intervals."""
-    summary = evaluation.summary
-    some(len(summary), "behaviours")
-    rows: list[tuple[Iterable[float], ...]] = [(summary.rate, summary.low, summary.high)]
-    for name in ("random", "unsteered"):
-        counts = summary.get(f"n_{name}", pd.Series(0, index=summary.index))
-        rows.append(
-            (
-                summary[name],
-                *zip(*[wilson(rate, n) for rate, n in zip(summary[name], counts, strict=True)], strict=True),
-            ),
-        )
-    values, low, high = (np.array(column, dtype=float) for column in zip(*rows, strict=True))
-    groups = ("steered", "random, same norms", "unsteered")
-    return Bars(
-        values,
-        low,
-        high,
-        tuple(summary.behavior),
-        groups,
-        "share of completions",
-        "How often completions show each behaviour",
-        evaluation.note,
-    )
-
-
-def scale_sweep(
-    completions: Completions, behaviors: Mapping[str, Behavior], coherence: Numbers | None = None
-) -> tuple[Lines, Lines]:
-    """Returns rates, and coherence, against signed multiples of the vectors; multiple 0 is unsteered.
-
-    `coherence` has one number for each completion, as from `coherence`; without it, the share of different words is
-    used instead.
-    """
-    table = completions.table
-    some(len(table), "completions")
-    if not behaviors:
-        raise ValueError("behaviors is empty: name at least one, as {'portuguese': r'\\ba resposta'}.")
-    if coherence is None:
-        measure, quantity = (
-            table.text.map(lambda text: len(set(text.split())) / max(len(text.split()), 1)),
-            "share of different words",
-        )
-    else:
-        measure, quantity = (
-            pd.Series(np.asarray(coherence, dtype=float), index=table.index),
-            "log-probability per token, unsteered",
-        )
-    rows = table.assign(multiple=table.sign * table.scale, coherence=measure)
-    rates, means = [], []
-    for kind in ("steered", "random"):
-        part = rows[rows.kind.isin([kind, "unsteered"])]
-        if not (part.kind == kind).any():
-            continue
-        groups = part.groupby("multiple")
-        for name, behavior in behaviors.items():
-            if kind == "random" and len(behaviors) > 1:
-                continue
-            shown = verdicts(part.text, behavior).groupby(part.multiple)
-            hits = shown.mean()
-            bounds = np.array([wilson(rate, n) for rate, n in zip(hits, shown.count(), strict=True)])
-            label = name if kind == "steered" else f"{name}, random"
-            rates.append(
-                Line(
-                    label,
-                    hits.index.to_numpy(float),
-                    hits.to_numpy(),
-                    bounds[:, 0],
-                    bounds[:, 1],
-                    control=kind == "random",
-                )
-            )
-        if kind == "random" and len(behaviors) > 1:
-            each = pd.DataFrame({name: verdicts(part.text, behavior) for name, behavior in behaviors.items()})
-            known = each.notna().all(axis=1) | each.eq(1).any(axis=1)  # else an error might have been the one
-            shown = each.eq(1).any(axis=1).astype(float).where(known).groupby(part.multiple)
-            hits = shown.mean()
-            bounds = np.array([wilson(rate, n) for rate, n in zip(hits, shown.count(), strict=True)])
-            rates.append(
-                Line(
-                    "any, random", hits.index.to_numpy(float), hits.to_numpy(), bounds[:, 0], bounds[:, 1], control=True
-                )
-            )
-        mean = groups.coherence.mean()
-        means.append(Line(kind, mean.index.to_numpy(float), mean.to_numpy(), control=kind == "random"))
-    axis = "multiple of the vector (0: unsteered)"
-    return (
-        Lines(tuple(rates), axis, "share of completions", "Behaviour and coherence against scale", percent=True),
-        Lines(tuple(means), axis, quantity, "Coherence"),
     )
 
 

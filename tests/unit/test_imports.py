@@ -35,7 +35,7 @@ WITHIN = {
     ),
     "sweeps": "trials running jobs tasks outcomes engines sweep",
     "search": "arms pace groups looks written cards rounds searching discovery discovering layers",
-    "plots": "arrays text labels paper trees numbers drawing figures embedding tokens exploring",
+    "plots": "arrays text labels paper trees numbers rates drawing figures embedding tokens exploring",
     "reports": "measuring saved findings ladder limits again columns pictures page comparison report",
     "serving": "harmless inspect_entry inspect_model conversation terminal",
 }

@@ -9,7 +9,7 @@ from scipy.spatial.distance import pdist
 
 import melbo_lens as ml
 from melbo_lens.generation.completions import COLUMNS as COMPLETION_COLUMNS
-from melbo_lens.plots import numbers
+from melbo_lens.plots import numbers, rates
 from melbo_lens.plots.arrays import QUANTILES
 from melbo_lens.plots.drawing import log_axis
 from melbo_lens.reports.saved import SCAN_COLUMNS_0_1_0 as COLUMNS
@@ -181,7 +181,7 @@ def test_effects_lie_along_their_principal_components_in_the_group_of_their_beha
 
 def test_rates_stand_beside_their_controls_with_intervals():
     evaluation = ml.evaluate(completions(), {"loud": "loud"})
-    bars = numbers.behavior_rates(evaluation)
+    bars = rates.behavior_rates(evaluation)
     assert bars.groups == ("steered", "random, same norms", "unsteered")
     np.testing.assert_allclose(bars.values[:, 0], [0.5, 0.5, 0])
     np.testing.assert_allclose(
@@ -197,8 +197,8 @@ def test_rates_stand_beside_their_controls_with_intervals():
 
 def test_a_scale_sweep_runs_over_signed_multiples_through_unsteered():
     swept = completions(scales=(0.5, 2.0))
-    rates, coherence = numbers.scale_sweep(swept, {"loud": "loud"}, coherence=np.arange(len(swept)))
-    steered, random = rates.lines
+    shares, coherence = rates.scale_sweep(swept, {"loud": "loud"}, coherence=np.arange(len(swept)))
+    steered, random = shares.lines
     assert steered.x.tolist() == [-2.0, -0.5, 0.0, 0.5, 2.0] and steered.y.tolist() == [0, 0, 0, 1, 1]
     assert random.control and random.y.tolist() == [0, 0, 0, 1, 1]
     table = swept.table.assign(order=range(len(swept)))
