@@ -87,7 +87,7 @@ bench-real: $(VENV)/.smollm2
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check --no-deps batched-melbo==0.1.1
 	$(VENV)/bin/python -m tests.benchmarks.real
 
-# ten searches of two minutes each; they need both cores for themselves
+# twenty searches of two minutes each; they need both cores for themselves
 bench-search: $(VENV)/.smollm2
 	$(VENV)/bin/python -m tests.benchmarks.search
 

@@ -148,7 +148,10 @@ def fit(
     radius: Annotated[str, typer.Option(help='their norm, or "auto"')] = "auto",
     optimizer: Annotated[str, typer.Option(help='"power" or "adamw"')] = "power",
     orthogonal: Annotated[bool, typer.Option(help="make each vector orthogonal to those before it")] = True,
-    last: Annotated[int, typer.Option(help="count the change at the last so many positions; 0: at all")] = 0,
+    last: Annotated[
+        int,
+        typer.Option(help="count the change at the last so many positions; 0: at all but a first one that is a sink"),
+    ] = 0,
     max_new_tokens: Annotated[int, typer.Option(help="length of the completions; 0: none")] = 32,
     seed: Seed = 0,
     dtype: Dtype = "float32",
@@ -170,7 +173,7 @@ def fit(
         for name, value in (("--last", last), ("--max-new-tokens", max_new_tokens)):
             count(name, value, least=0)
         tokenize(host_of(loaded), prompts, n_new_tokens=max_new_tokens)  # before the fit, which may take long
-        positions = slice(-last, None) if last else slice(None)
+        positions = slice(-last, None) if last else None
         out.mkdir(parents=True, exist_ok=True)
         vectors = ml.fit_vectors(
             loaded,

@@ -66,7 +66,8 @@ def evaluate(completions: Completions, behaviors: Mapping[str, Behavior], level:
         can't show.
 
     Raises:
-        ValueError: there are no behaviours, or no steered completions.
+        TypeError, ValueError: there are no behaviours or no steered completions, one is no behaviour or fails on a
+            text, or `level` is not between 0 and 1.
     """
     if not 0 < level < 1:
         raise ValueError(f"level={level} must lie between 0 and 1.")
@@ -220,7 +221,7 @@ def select(behaviors: Mapping[str, Behavior], on: Completions, score: Completion
         interval (low, high), unsteered, random and p_value.
 
     Raises:
-        ValueError: the sets share a prompt, or the scoring set lacks a chosen vector.
+        TypeError, ValueError: the sets share a prompt, the scoring set lacks a chosen vector, or as in `evaluate`.
     """
     shared = set(on.table.prompt_text) & set(score.table.prompt_text)
     if shared:

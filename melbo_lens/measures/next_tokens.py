@@ -61,6 +61,7 @@ def next_tokens(model: Model, prompt: Prompts, perturbations: Perturbation | Non
     one_prompt(batch)
     if not 1 <= k <= host.cfg.d_vocab:
         raise ValueError(f"k={k} must be from 1 to d_vocab = {host.cfg.d_vocab}.")
+    names = [] if perturbations is None else [f"{perturbations.word} {i}" for i in range(len(perturbations))]
     following = batch.tokens[:, 1:, None]
     log_probs, ranks, best, values = [], [], [], []
     runs = (
@@ -72,9 +73,7 @@ def next_tokens(model: Model, prompt: Prompts, perturbations: Perturbation | Non
         for i, run in enumerate(runs):
             with hooks.attached(host, [] if run is None else run.hooks()):
                 logits = host.forward(batch.tokens).float()
-            hooks.check_finite(
-                host, logits, ["the unsteered model" if run is None else f"{run.word} {i - 1}"], "the logits"
-            )
+            hooks.check_finite(host, logits, [["the unsteered model", *names][i]], "the logits")
             logits = logits.log_softmax(-1)
             followed = logits[:, :-1].gather(-1, following)
             log_probs.append(followed[0, :, 0].cpu())
@@ -82,6 +81,7 @@ def next_tokens(model: Model, prompt: Prompts, perturbations: Perturbation | Non
             top = logits[0].topk(k)
             values.append(top.values.cpu())
             best.append(tuple(tuple(token_texts(host, row)) for row in top.indices.tolist()))
-    conditions = ("unsteered", *(f"vector {i}" for i in range(len(runs) - 1)))
     tokens = tuple(token_texts(host, batch.rows()[0]))
-    return NextTokens(tokens, torch.stack(log_probs), torch.stack(ranks), tuple(best), torch.stack(values), conditions)
+    return NextTokens(
+        tokens, torch.stack(log_probs), torch.stack(ranks), tuple(best), torch.stack(values), ("unsteered", *names)
+    )

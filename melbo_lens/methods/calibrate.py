@@ -43,10 +43,11 @@ def calibrate_radius(
         model, prompts, source_layer, target_layer, target_positions, target_hook, site: as in `slice_model`; or a
             slice in the model's place, which says them itself.
         rule: "readable" (the share of learned vectors' short completions that the unsteered model finds natural falls
-            through `target`: behaviours lie just below that radius), "effect" (learned vectors change the target by
-            so much of its norm), "nonlinearity" (the blocks between source and target stop being linear), "fraction"
-            (a fraction of the norm of the activation to which vectors are added, as published), "stream" (a fraction
-            of the source stream's norm) or "kl" (how far random vectors of that norm move the next-token distribution).
+            through `target`: behaviours were seen from half of that radius to a fifth beyond it), "effect" (learned
+            vectors change the target by so much of its norm), "nonlinearity" (the blocks between source and target stop
+            being linear), "fraction" (a fraction of the norm of the activation to which vectors are added, as
+            published), "stream" (a fraction of the source stream's norm) or "kl" (how far random vectors of that norm
+            move the next-token distribution).
             Norms are medians over positions.  See `edge_of_readability`, `edge_of_effect` and `solve_radius`.
         target: the value that the rule must reach; by default 0.75, 1, 0.5, 0.35 and 0.05 of the norms, and 0.1 nats.
         seed: the seed of the random directions.
@@ -56,7 +57,8 @@ def calibrate_radius(
         of a fit takes 0.65.
 
     Raises:
-        ValueError: the rule is unknown, the target is not a positive, finite number, or no finite radius qualifies.
+        TypeError, ValueError: the rule is unknown, the target is not a positive, finite number, no finite radius
+            qualifies, or prompts or layers are missing or stand beside a slice that says them.
     """
     if rule not in RULES:
         raise ValueError(f"rule={rule!r} must be one of {sorted(RULES)}.")

@@ -72,7 +72,9 @@ def fit_vectors(
             leaves the last block.
         n_vectors: how many vectors to learn; with `orthogonal`, at most d_model.
         radius: the norm R of the vectors. Different radii elicit different behaviours, so try a few. "auto" takes .65
-            of the edge at which a few learned vectors stop writing readable text (`calibrate_radius`).
+            of the edge at which a few learned vectors stop writing readable text (`calibrate_radius`); where a model
+            can't write, of that at which their effect is 1, or else the radius at which the blocks bend. The
+            provenance says which (`radius_rule`).
         p: a larger p favours a change that is concentrated on few positions; the post uses 2 and 4.
         q: each prompt's sum is raised to 1 / q; the post uses 1 and p.
         target_positions: where a change counts, in each prompt's own tokens: `slice(-3, None)` for the last three. None

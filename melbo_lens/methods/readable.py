@@ -1,7 +1,8 @@
 """At which radius do vectors stop writing readable text?  A few vectors are learned to find that edge.
 
 Below the edge learned vectors change what a model says, and beyond it they make noise. As a share of the stream's norm
-it differs by a factor of ten between models, but in each of them the behaviours lie just below it.
+it differs by a factor of ten between models, but in each of them behaviours lie around it, from half of it to a fifth
+beyond.
 """
 
 import math

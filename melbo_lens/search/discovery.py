@@ -33,10 +33,10 @@ class Discovery:
         table: one row for each group of readable completions that differ from the unsteered ones, ranked by its score:
             group, behavior (its name, if behaviours were given), change ("content" or "wording", see `departures`),
             example, method, source_layer, target_layer, radius, relative_radius (as a share of the stream's median
-            norm), effect (``||change|| / ||target||`` at the fit; NaN of the other sign, which was not measured),
-            vector (the number, within its trial, of the vector that elicits the group most), sign, rate (of that vector
-            on the prompts), heldout_rate, random_rate, n_vectors (how many vectors elicit it), and of the example
-            natural and surprise (nats).
+            norm), effect (``||change|| / ||target||`` of the vector with its sign, at the fit), vector (the number,
+            within its trial, of the vector that elicits the group most), sign, rate (of that vector on the prompts),
+            heldout_rate, random_rate, n_vectors (how many vectors elicit it), of the example natural and surprise
+            (nats), score, and trial (the number of its trial in `plan`, `vectors` and `completions`).
         shares: the share of all directions, vectors with a sign, that do nothing (no completion changed), and of those
             that change the wording, the content, or write noise.
         rows: every completion but the unsteered ones, with the number of its trial, how it departs, and its group,

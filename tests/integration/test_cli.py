@@ -52,6 +52,16 @@ def fit(directory, out, *more):
     )
 
 
+@pytest.mark.parametrize(("given", "positions"), [([], None), (["--last", "3"], slice(-3, None))])
+def test_a_fit_counts_the_positions_that_the_library_counts_by_default(
+    directories, tmp_path, monkeypatch, given, positions
+):
+    asked = []
+    monkeypatch.setattr(ml, "fit_vectors", lambda *_, **settings: asked.append(settings) or (1 / 0))
+    fit(directories("llama"), tmp_path / "out", *given)
+    assert asked[0]["target_positions"] == positions  # all positions would count a sink at the first
+
+
 @pytest.mark.parametrize(
     ("chat", "prompt", "told"),
     [

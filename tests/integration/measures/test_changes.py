@@ -119,7 +119,8 @@ def test_next_tokens_are_those_of_single_runs(model, make):
     perturbations = make(model)
     expected = ml.next_tokens(model, PROMPT, perturbations, k=4)
     ids = model.to_tokens(PROMPT)[0]
-    assert expected.conditions == ("unsteered", "vector 0", "vector 1", "vector 2") and len(expected.tokens) == len(ids)
+    assert expected.conditions == ("unsteered", *(f"{perturbations.word} {k}" for k in range(3)))
+    assert len(expected.tokens) == len(ids) and perturbations.word == ("vector" if make is not adapters else "adapter")
     for i, one in enumerate([None, *(perturbations[[k]] for k in range(3))]):
         _, log_probs = by_hand(model, PROMPT, one, 3)
         followed = log_probs[:-1].gather(1, ids[1:, None])[:, 0]

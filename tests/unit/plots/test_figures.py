@@ -207,6 +207,19 @@ def test_a_scale_sweep_runs_over_signed_multiples_through_unsteered():
     assert len(ml.plots.scale_sweep(swept, {"loud": "loud"}).data) == 4
 
 
+def test_random_vectors_of_a_scale_sweep_have_one_curve_of_any_behaviour():
+    swept = completions(1, scales=(1.0,))
+    texts = {("steered", 1): "loud", ("steered", -1): "soft", ("random", 1): "soft unsure", ("random", -1): "unsure"}
+    table = swept.table.assign(text=[texts.get((row.kind, row.sign), "plain") for row in swept.table.itertuples()])
+    asked = {"loud": lambda text: None if "unsure" in text else "loud" in text, "soft": "soft"}
+    shares, _ = rates.scale_sweep(ml.Completions(table), asked)
+    steered_loud, steered_soft, random = shares.lines
+    assert (steered_loud.y.tolist(), steered_soft.y.tolist()) == ([0, 0, 1], [1, 0, 0])
+    assert random.name == "any, random" and random.control
+    # where one has no verdict, the other decides if it is there; else nobody knows
+    assert random.y[1:].tolist() == [0, 1] and np.isnan(random.y[0]) and np.isnan(random.low[0])
+
+
 def test_examples_prefer_a_text_that_differs_and_a_scale_near_one():
     table = completions(1, scales=(0.5, 1.0)).table
     table.loc[(table.kind == "steered") & (table.sign == 1), "text"] = ["half", "whole"]
