@@ -66,7 +66,7 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
     """Marks a public call.
 
     Its scalars become Python numbers, and its arrays become lists where its signature asks for a sequence, and tensors
-    where it asks for a tensor.
+    where it asks for a tensor. Where it asks for a class that has `check_argument`, that is asked of the value.
     Autocast and inference mode are off inside. So whatever reaches a file is JSON by construction, and a model
     computes in its own dtype whatever surrounds the call.
     """
@@ -74,6 +74,7 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
     annotations = {name: parameter.annotation for name, parameter in signature.parameters.items()}
     lists = {name for name, annotation in annotations.items() if _takes_a_list(annotation)}
     tensors = {name for name, annotation in annotations.items() if _takes_a_tensor(annotation)}
+    kinds = {name: kind for name, annotation in annotations.items() if (kind := _only_kind(annotation))}
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -82,6 +83,9 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
             if name in tensors and isinstance(value, np.ndarray):
                 value = _as_tensor(value)
             bound.arguments[name] = plain(as_list(value) if name in lists else value)
+        for name, kind in kinds.items():
+            if bound.arguments.get(name) is not None or signature.parameters[name].default is not None:
+                kind.check_argument(name, bound.arguments.get(name))
         if "seed" in bound.arguments:
             check_seed(bound.arguments["seed"])
         with without_autocast(), torch.inference_mode(False):
@@ -133,6 +137,12 @@ def _takes_a_tensor(annotation: Any) -> bool:
     """Whether a parameter takes a tensor, perhaps with axes that its annotation names, and doesn't take an array."""
     kinds = [getattr(kind, "array_type", kind) for kind in (annotation, *get_args(annotation))]
     return Tensor in kinds and np.ndarray not in kinds
+
+
+def _only_kind(annotation: Any) -> Any:
+    """The class that a parameter takes, or None in its place, if the class says of a value that it is another one."""
+    kinds = [kind for kind in get_args(annotation) or (annotation,) if kind is not type(None)]
+    return kinds[0] if len(kinds) == 1 and hasattr(kinds[0], "check_argument") else None
 
 
 def _as_tensor(array: Any) -> Any:

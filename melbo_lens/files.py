@@ -104,7 +104,7 @@ def write_folder(folder: str | os.PathLike[str], contents: Mapping[str, bytes]) 
 def _temporary(path: Path, data: bytes) -> str:
     """Writes a temporary sibling, flushes it to the disk, and returns its name."""
     try:
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:64]}.", suffix=".tmp")
     except OSError as error:
         raise type(error)(
             error.errno, f"path={str(path)!r} can't be written: {error.strerror}. Choose an existing, writable folder"

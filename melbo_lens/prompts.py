@@ -270,6 +270,10 @@ def _text_ids(host: Any, text: str, i: int) -> list[int]:
             stacklevel=2,
         )
         keywords = {"prepend_bos": False}
+    if getattr(host.tokenizer, "pad_token", None) is None:  # `to_tokens` pads, though one text needs no padding
+        begins = host.cfg.default_prepend_bos and not keywords
+        ids = _chat_ids(host, text)
+        return [host.tokenizer.bos_token_id, *ids] if begins and host.tokenizer.bos_token_id is not None else ids
     # truncate=False, since a prompt that is too long must be refused, not silently shortened
     return host.to_tokens(text, truncate=False, **keywords)[0].tolist()
 

@@ -11,7 +11,7 @@ import pandas as pd
 from scipy.stats import binomtest, false_discovery_control, fisher_exact
 
 from melbo_lens import tables
-from melbo_lens.arguments import public
+from melbo_lens.arguments import finite, public
 from melbo_lens.evaluation.judges import Judge, KeptVerdicts
 from melbo_lens.generation.completions import Completions
 
@@ -69,8 +69,7 @@ def evaluate(completions: Completions, behaviors: Mapping[str, Behavior], level:
         TypeError, ValueError: there are no behaviours or no steered completions, one is no behaviour or fails on a
             text, or `level` is not between 0 and 1.
     """
-    if not 0 < level < 1:
-        raise ValueError(f"level={level} must lie between 0 and 1.")
+    _check_level(level)
     table = _checked(completions, behaviors)
     rows, summaries = [], []
     for name, behavior in behaviors.items():
@@ -97,8 +96,7 @@ def evaluate(completions: Completions, behaviors: Mapping[str, Behavior], level:
 
 def overall(completions: Completions, behaviors: Mapping[str, Behavior], level: float = 0.05) -> Evaluation:
     """Does the same as `evaluate` over all vectors together; the table of single ones, which takes long, is empty."""
-    if not 0 < level < 1:
-        raise ValueError(f"level={level} must lie between 0 and 1.")
+    _check_level(level)
     table = _checked(completions, behaviors)
     summaries = [
         _summary(name, table.assign(shown=verdicts(table.text, behavior))) for name, behavior in behaviors.items()
@@ -126,17 +124,34 @@ def _summary(name: str, shown: pd.DataFrame) -> dict[str, Any]:
     return {"behavior": name} | _rate(steered.shown) | base | _test(steered.shown, random.shown) | sizes
 
 
+def _check_level(level: float) -> None:
+    if not 0 < finite("level", level) < 1:
+        raise ValueError(f"level={level} must lie between 0 and 1.")
+
+
 def check_behaviors(behaviors: Mapping[str, Behavior]) -> None:
     """Refuses what can't be asked of a text, before anything is computed.
 
     Raises:
-        TypeError, ValueError: they don't map names to behaviours, or one of these is neither a regular expression, nor
-            a function, nor a judge, or is a function that fails on an empty text.
+        TypeError, ValueError: as `check_kinds` says, or a function fails on an empty text.
     """
-    if not isinstance(cast(Any, behaviors), Mapping):
+    check_kinds(behaviors)
+    for behavior in behaviors.values():
+        if not isinstance(behavior, str | Judge | KeptVerdicts | re.Pattern):
+            verdicts(pd.Series(["", " "]), behavior)  # as completions may be
+
+
+def check_kinds(behaviors: Any) -> None:
+    """Refuses what is no behaviour, without asking any of a text.
+
+    Raises:
+        TypeError, ValueError: they don't map names to behaviours, or one of these is neither a regular expression, nor
+            a function, nor a judge.
+    """
+    if not isinstance(behaviors, Mapping):
         raise TypeError(f"behaviors={behaviors!r} must map names to what is looked for, as {{'greek': 'greece'}}.")
-    for name, behavior in behaviors.items():
-        if not isinstance(cast(Any, name), str) or not name:
+    for name, behavior in cast(Mapping[Any, Any], behaviors).items():
+        if not isinstance(name, str) or not name:
             raise ValueError(f"behaviors has the name {name!r}: a name must be a text that is not empty.")
         if isinstance(behavior, str):
             try:
@@ -151,8 +166,6 @@ def check_behaviors(behaviors: Mapping[str, Behavior]) -> None:
                 f"behaviors[{name!r}] is of type {type(behavior).__name__}: give a regular expression, a function of "
                 "the text, or a judge."
             )
-        elif not isinstance(behavior, Judge | KeptVerdicts | re.Pattern):
-            verdicts(pd.Series(["", " "]), behavior)  # as completions may be
 
 
 def verdicts(texts: pd.Series, behavior: Behavior) -> pd.Series:

@@ -83,7 +83,8 @@ class Completions:
     def filter(self, **columns: Any) -> "Completions":
         """The rows whose columns have the given value, or one of the values of a list.
 
-        An example is `completions.filter(kind="steered", vector=[0, 3])`.
+        An example is `completions.filter(kind="steered", vector=[0, 3])`. None stands for no value, as the `vector` of
+        unsteered ones.
 
         Args:
             columns: column=value or column=[values].
@@ -99,9 +100,9 @@ class Completions:
             if column not in self.table.columns:
                 raise ValueError(f"there is no column {column!r} to filter by: choose from {list(self.table.columns)}.")
             wanted = as_list(wanted)
-            kept &= self.table[column].isin(
-                [wanted] if isinstance(wanted, str) or not isinstance(wanted, Iterable) else list(wanted)
-            )
+            values = [wanted] if isinstance(wanted, str) or not isinstance(wanted, Iterable) else list(wanted)
+            # None is what files have where the table has NA
+            kept &= self.table[column].isin(values) | (self.table[column].isna() & (None in values))
         return self._rows(kept.to_numpy().nonzero()[0].tolist())
 
     def _rows(self, places: Sequence[int]) -> "Completions":

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 from torch import Tensor
 
-from melbo_lens.arguments import counts, public, signs_of
+from melbo_lens.arguments import counts, flag, public, signs_of
 from melbo_lens.generation.completions import COLUMNS, Completions
 from melbo_lens.generation.decoding import Decoding, Run
 from melbo_lens.generation.steer import fitting
@@ -86,8 +86,12 @@ def generate(
     all_scales: Sequence[float] = [scales] if isinstance(scales, int | float) else scales
     _check_settings(max_new_tokens, all_scales, temperature, n_samples, positions, batch_size)
     check_top_p(top_p)
-    if include_random < 0:
-        raise ValueError(f"include_random={include_random} must be True, False, or how many controls to make.")
+    flag("include_unsteered", include_unsteered)
+    if chat is not None:
+        flag("chat", chat)
+    if not isinstance(include_random, int) or include_random < 0:
+        raise ValueError(f"include_random={include_random!r} must be True, False, or how many controls to make.")
+    stops = stops_of(stop)
     by_ids = isinstance(prompts, Tensor | PromptBatch | AsPrompts)  # token ids are never chats
     if chat and not by_ids:
         prompts = [
@@ -111,16 +115,14 @@ def generate(
     if not runs:
         raise ValueError("nothing to generate: give perturbations, or include_unsteered=True.")
     n_vectors = 0 if perturbations is None else len(perturbations)
-    decoding = Decoding(
-        host, bank, n_vectors, max_new_tokens, temperature, positions, seed, stops_of(stop), top_p=top_p
-    )
+    decoding = Decoding(host, bank, n_vectors, max_new_tokens, temperature, positions, seed, stops, top_p=top_p)
     settings = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
         "top_p": top_p,
         "positions": positions,
         "seed": seed,
-        "stop": stops_of(stop),
+        "stop": stops,
         "perturbations": dict(perturbations.provenance) if perturbations else None,
     }
     asked = None if by_ids else as_list(prompts)
@@ -179,6 +181,8 @@ def answered(chat: Chat, space: str, text: str) -> Chat:
 def stops_of(stop: str | Sequence[str] | None) -> list[str]:
     """The texts that end a completion, as a list."""
     stops = [] if stop is None else [stop] if isinstance(stop, str) else list(stop)
+    if any(not isinstance(text, str) for text in stops):
+        raise TypeError(f"stop={stop!r} must be a text, or several.")
     if any(not text for text in stops):
         raise ValueError(f"stop={stop!r} holds an empty string, which every text contains: leave it out.")
     return stops

@@ -21,9 +21,12 @@ def steer(model: Model, perturbation: Perturbation | Sequence[Perturbation]) -> 
         perturbation: vectors or adapters, or a sequence of such values.
 
     Raises:
+        TypeError: a perturbation is something else.
         ValueError: a perturbation doesn't fit the model.
     """
-    several = [perturbation] if isinstance(perturbation, Perturbation) else list(perturbation)
+    several = list(perturbation) if isinstance(perturbation, Sequence) else [perturbation]
+    for one in several:
+        Perturbation.check_argument("perturbation", one)
     host = host_of(model)
     several = [fitting(host, one) for one in several]
     with hooks.attached(host, [hook for one in several for hook in one.hooks()]):

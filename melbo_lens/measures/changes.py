@@ -6,6 +6,7 @@ Nothing here depends on the kind of perturbation.
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -19,7 +20,6 @@ from melbo_lens.models.access import Model, host_of
 from melbo_lens.models.host import Host
 from melbo_lens.models.sinks import SINK
 from melbo_lens.perturbations.perturbation import Perturbation
-from melbo_lens.perturbations.sites import layer_of
 from melbo_lens.prompts import Positions, PromptBatch, Prompts, one_prompt, tokenize
 from melbo_lens.texts import token_texts
 
@@ -157,11 +157,10 @@ def activation_changes(
     batch = tokenize(host, prompt)
     one_prompt(batch)
     n_layers, perturbations = host.n_layers, perturbations.on(host)
-    first = min(layer for name, _ in perturbations.hooks() if (layer := layer_of(name)) is not None)
-    chosen = list(range(first + 1, n_layers + 1) if layers is None else layers)
-    if not chosen or any(not 1 <= layer <= n_layers for layer in chosen):
+    chosen = range(min(perturbations.source_layers) + 1, n_layers + 1) if layers is None else layers
+    if not isinstance(chosen, Sequence) or not chosen or any(not _is_layer(layer, n_layers) for layer in chosen):
         raise ValueError(
-            f"layers={chosen} must hold layers from 1 to n_layers = {n_layers}: layer T is the stream that enters "
+            f"layers={layers!r} must hold layers from 1 to n_layers = {n_layers}: layer T is the stream that enters "
             "block T."
         )
     with hooks.frozen(host), torch.no_grad():
@@ -344,8 +343,17 @@ def _target(host: Host, perturbations: Perturbation, layer: int | None, hook: st
             "these perturbations don't know where their effect is to be read (they were not learned, or joined over "
             f"several targets): give target_layer, from 1 to n_layers = {n_layers}, or target_hook."
         )
-    if not 1 <= layer <= n_layers:
+    if not _is_layer(layer, n_layers):
         raise ValueError(
-            f"target_layer={layer} must lie from 1 to n_layers = {n_layers}: it is the stream that enters that block."
+            f"target_layer={layer!r} must lie from 1 to n_layers = {n_layers}: it is the stream that enters that block."
+        )
+    if layer <= min(perturbations.source_layers):
+        raise ValueError(
+            f"target_layer={layer} must lie above {min(perturbations.source_layers)}, where the {perturbations.word}s "
+            "act: the stream that enters an earlier block is as it was."
         )
     return layer, _stream_name(layer)
+
+
+def _is_layer(layer: Any, n_layers: int) -> bool:
+    return isinstance(layer, int) and not isinstance(layer, bool) and 1 <= layer <= n_layers

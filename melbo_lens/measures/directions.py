@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from melbo_lens.arguments import count, public
+from melbo_lens.arguments import check_tensor, count, public
 from melbo_lens.ascent.manifolds import unit
 from melbo_lens.measures.output import run_to_the_end
 from melbo_lens.models import blocks, hooks
@@ -132,13 +132,18 @@ def closest_directions(
         cosine.
 
     Raises:
-        ValueError: the matrix has another width than the vectors, or there isn't one name for each row.
+        TypeError, ValueError: the matrix has another width than the vectors or holds NaN, k is not positive, or there
+            isn't one name for each row.
     """
-    if matrix.shape[1] != vectors.d_model:
+    count("k", k)
+    check_tensor("matrix", matrix)
+    if matrix.ndim != 2 or matrix.shape[1] != vectors.d_model:
         raise ValueError(
-            f"matrix has rows of width {matrix.shape[1]}, the vectors have d_model {vectors.d_model}: transpose it, "
-            "or use another."
+            f"matrix has the shape {list(matrix.shape)}, and the vectors have d_model {vectors.d_model}: give one "
+            "direction in each row, so transpose it, or use another."
         )
+    if not torch.isfinite(matrix).all():
+        raise ValueError("matrix holds NaN or infinity, of which no cosine is known.")
     if names is not None and len(names) != len(matrix):
         raise ValueError(f"{len(names)} names were given for {len(matrix)} directions: give one for each.")
     cosines = unit(vectors.values) @ unit(matrix.float().to(vectors.values.device)).T

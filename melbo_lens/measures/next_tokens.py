@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from melbo_lens.arguments import public
+from melbo_lens.arguments import count, public
 from melbo_lens.models import hooks
 from melbo_lens.models.access import Model, host_of
 from melbo_lens.perturbations.perturbation import Perturbation
@@ -59,7 +59,8 @@ def next_tokens(model: Model, prompt: Prompts, perturbations: Perturbation | Non
     host = host_of(model)
     batch = tokenize(host, prompt)
     one_prompt(batch)
-    if not 1 <= k <= host.cfg.d_vocab:
+    count("k", k)
+    if k > host.cfg.d_vocab:
         raise ValueError(f"k={k} must be from 1 to d_vocab = {host.cfg.d_vocab}.")
     names = [] if perturbations is None else [f"{perturbations.word} {i}" for i in range(len(perturbations))]
     following = batch.tokens[:, 1:, None]

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from sklearn.cluster import AgglomerativeClustering
 from torch import Tensor
 
-from melbo_lens.arguments import public
+from melbo_lens.arguments import finite, public
 from melbo_lens.ascent.manifolds import unit
 from melbo_lens.measures.output import Effects
 from melbo_lens.models import hooks
@@ -34,10 +34,15 @@ def rank(vectors: Perturbation, measured: Effects, clusters: Sequence[int] | Non
         of its cluster and sign the row stands for).
 
     Raises:
-        ValueError: there isn't one label for each vector.
+        ValueError: others were measured, or there isn't one label for each vector.
     """
     table = measured.table.assign(entropy_change=measured.table.entropy - measured.table.entropy_unsteered)
     table = table.groupby(["vector", "sign"])[["kl", "entropy_change"]].mean().reset_index()
+    if set(table.vector) != set(range(len(vectors))):
+        raise ValueError(
+            f"{table.vector.nunique()} vectors were measured and {len(vectors)} are to be ranked: give those of which "
+            "`output_effects` was asked."
+        )
     final = vectors.history[-1].tolist() if len(vectors.history) else [float("nan")] * len(vectors)
     labels = list(clusters) if clusters is not None else list(range(len(vectors)))
     if len(labels) != len(vectors):
@@ -59,7 +64,18 @@ def rank(vectors: Perturbation, measured: Effects, clusters: Sequence[int] | Non
 
 
 def target_changes(sliced: SlicedModel, perturbations: Perturbation) -> Float[Tensor, "perturbation change"]:
-    """What each vector or adapter changes at the target positions of all prompts, as one long row."""
+    """What each vector or adapter changes at the target positions of all prompts, as one long row.
+
+    Raises:
+        ValueError: something acts outside the blocks of the slice, which alone are run.
+    """
+    first, last = sliced.source_layer, sliced.source_layer + len(sliced.calls)
+    if outside := [layer for layer in perturbations.source_layers if not first <= layer <= last]:
+        raise ValueError(
+            f"the {perturbations.word}s act at layers {list(perturbations.source_layers)}, and the slice runs those "
+            f"from {first} to {last}: make one with "
+            + (f"source_layer={min(outside)}." if min(outside) < first else f"target_layer above {max(outside)}.")
+        )
     everyone, changes = sliced.everyone, []
     with hooks.frozen(sliced.host), torch.no_grad():
         for one in perturbations.on(sliced.host):
@@ -83,7 +99,12 @@ def cluster_by_effect(sliced: SlicedModel, vectors: Perturbation, threshold: flo
 
     Returns:
         One label for each vector, numbered in the order in which they first appear.
+
+    Raises:
+        ValueError: something acts outside the blocks of the slice, or the threshold is no distance.
     """
+    if not 0 <= finite("threshold", threshold) <= 2:
+        raise ValueError(f"threshold={threshold} must be a cosine distance, from 0 to 2.")
     return cluster(target_changes(sliced, vectors), threshold)
 
 

@@ -1,7 +1,6 @@
 """Which radius does a fit take by itself?  A fixed share of the edge beyond which a model stops making sense."""
 
 import os
-from collections.abc import Callable
 from dataclasses import replace
 
 from melbo_lens.measures.radius import Calibration, NoRadius, solve_radius
@@ -50,11 +49,7 @@ def automatic(sliced: SlicedModel, seed: int = 0) -> Calibration:
 
 
 def resumed_or_automatic(
-    sliced: SlicedModel,
-    seed: int,
-    checkpoint: str | os.PathLike[str] | None,
-    rule: str,
-    solve: Callable[[SlicedModel, int], Calibration] = automatic,
+    sliced: SlicedModel, seed: int, checkpoint: str | os.PathLike[str] | None, rule: str
 ) -> tuple[float, str]:
     """Returns the radius of "auto" and its rule in words: those of the checkpoint, if there is one, else new ones.
 
@@ -63,10 +58,9 @@ def resumed_or_automatic(
         seed: the seed of the vectors from which the radius is found.
         checkpoint: the file from which the fit goes on, if it exists.
         rule: the name of the setting that holds the rule in words.
-        solve: what "auto" stands for.
     """
     kept = checkpoints.settings(checkpoint)
     if kept.get("radius") is not None and "given" not in kept.get(rule, "given"):
         return kept["radius"], kept[rule]
-    found = solve(sliced, seed)
+    found = automatic(sliced, seed)
     return found.radius, found.why

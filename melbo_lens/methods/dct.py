@@ -17,7 +17,7 @@ from melbo_lens.ascent.manifolds import linalg, orthonormalize, unit
 from melbo_lens.ascent.objectives import Objective
 from melbo_lens.ascent.sogi import Spread, soft_orthogonalize
 from melbo_lens.ascent.states import Point
-from melbo_lens.measures.radius import Calibration, solve_radius
+from melbo_lens.measures.radius import solve_radius
 from melbo_lens.methods import derivatives
 from melbo_lens.methods.automatic import resumed_or_automatic
 from melbo_lens.methods.fitting import Run, ended, fit_swarm, objective_at, settings_of
@@ -45,7 +45,7 @@ def fit_dct(
     *,
     kind: Kind = "exponential",
     n_factors: int = 64,
-    radius: float | Literal["auto"] = "auto",
+    radius: float | Literal["auto", "nonlinearity"] = "auto",
     orthogonalize: Literal["qr", "soft"] = "qr",
     prompt_reduction: Literal["mean_change", "sum_norms"] = "mean_change",
     n_steps: int | None = None,
@@ -77,9 +77,10 @@ def fit_dct(
         target_layer: the change is measured in the stream that enters this block.
         kind: which decomposition. The linear and the quadratic one say nothing of signs: use both.
         n_factors: how many vectors; at most d_model, except for the exponential with `orthogonalize="soft"`.
-        radius: R, the norm of the vectors. "auto" is where random directions bend the slice: where the mean change
-            Delta departs from its linear part by half, by the published rule. (`calibrate_radius(rule="nonlinearity")`
-            asks the same of the changes at all positions, without a mean, and gives a smaller radius.)
+        radius: R, the norm of the vectors. "auto" is that of `fit_vectors`. "nonlinearity" is the published rule: where
+            random directions bend the mean change Delta, which departs from its linear part by half. On SmolLM2 that is
+            three times the edge of readability. (`calibrate_radius(rule="nonlinearity")` asks it of the changes at all
+            positions, without a mean, and gives a smaller radius.)
         orthogonalize: of the exponential: "qr" keeps the v orthogonal in order, "soft" lets them repel each other
             (`soft_orthogonalize`); of two alone, the second is then minus the first, so ask for three or more.
         prompt_reduction: of the exponential: "mean_change" takes u from the mean over the prompts, as published, and
@@ -106,8 +107,8 @@ def fit_dct(
     one_of("orthogonalize", orthogonalize, ("qr", "soft"))
     one_of("prompt_reduction", prompt_reduction, ("mean_change", "sum_norms"))
     positive("temperature", temperature, ": lower ones concentrate on the most similar factors")
-    if radius != "auto":
-        positive("radius", radius, ', or "auto" to calibrate one')
+    if radius not in ("auto", "nonlinearity"):
+        positive("radius", radius, ', or "auto" or "nonlinearity" to calibrate one')
     if kind != "exponential" and checkpoint is not None:
         raise ValueError(f"checkpoint={str(checkpoint)!r} has no meaning for kind={kind!r}: leave it out.")
     model = opened(model)
@@ -132,7 +133,10 @@ def fit_dct(
     }
     with hooks.frozen(sliced.host):
         if radius == "auto":
-            R, why = resumed_or_automatic(sliced, seed, checkpoint, "radius_rule", _bend)
+            R, why = resumed_or_automatic(sliced, seed, checkpoint, "radius_rule")
+        elif radius == "nonlinearity":
+            bend = solve_radius(sliced, "nonlinearity", seed=seed, reduction="mean")
+            R, why = bend.radius, f"given as {bend.why} of the mean change"
         else:
             R, why = float(radius), "given"
         settings = settings_of("fit_dct", sliced, aim, run) | {
@@ -176,11 +180,6 @@ def _reordered(known: Mapping[str, Any], order: list[int]) -> dict[str, Any]:
     """What was measured of the rows, in their new order."""
     places = {old: new for new, old in enumerate(order)}
     return {"effects": [known["effects"][i] for i in order], "sinks": sorted(places[i] for i in known["sinks"])}
-
-
-def _bend(sliced: SlicedModel, seed: int) -> Calibration:
-    """Finds the radius at which random directions bend the slice."""
-    return solve_radius(sliced, "nonlinearity", seed=seed, reduction="mean")
 
 
 def spread_of(orthogonalize: str, temperature: float, radius: float) -> Spread:

@@ -7,7 +7,9 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from threading import RLock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,8 @@ from torch import Tensor, nn
 from melbo_lens.models.host import HookPoint, Host
 from melbo_lens.perturbations.sites import Hook, Site
 
+# one for each model, so that calls from several threads take turns
+_LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 OF_PAIRS = ("hook_pattern", "hook_attn_scores")  # their axes are [row head pos pos]
 
 
@@ -158,8 +162,16 @@ def watched(
 
 @contextmanager
 def frozen(host: Host, *others: nn.Module) -> Iterator[None]:
-    """Switches gradients of parameters and dropout off inside; afterwards every flag is restored, whatever happens."""
-    trees = [*host.networks, *others]
+    """Switches gradients of parameters and dropout off inside; afterwards every flag is restored, whatever happens.
+
+    Other threads that ask the same of the model wait: they would see its hooks, and keep flags that are off for now.
+    """
+    with _LOCKS.setdefault(host.model, RLock()), _frozen([*host.networks, *others]):
+        yield
+
+
+@contextmanager
+def _frozen(trees: Sequence[nn.Module]) -> Iterator[None]:
     modules = list(dict.fromkeys(module for tree in trees for module in tree.modules()))
     parameters = list(dict.fromkeys(parameter for tree in trees for parameter in nn.Module.parameters(tree)))
     training, needed = [module.training for module in modules], [parameter.requires_grad for parameter in parameters]

@@ -101,6 +101,27 @@ class Perturbation(ABC):
             ValueError: the value doesn't fit the model.
         """
 
+    @classmethod
+    def check_argument(cls, name: str, value: object) -> None:
+        """Refuses what a caller passes for a value of this kind and is none.
+
+        Raises:
+            TypeError: the value is of another class.
+        """
+        if isinstance(value, cls):
+            return
+        found = type(value).__name__
+        if isinstance(value, Perturbation):
+            remedy = f"this works on {cls.word}s alone" + (
+                ", and ml.nearest_vectors makes some of adapters" if cls.word == "vector" else ""
+            )
+        elif isinstance(value, list | tuple):
+            remedy = "ml.concatenate makes one value of several"
+        else:
+            remedy = "ml.SteeringVectors.from_tensor(values, source_layer) makes one of a tensor"
+        wanted = "vectors or adapters" if cls is Perturbation else cls.__name__
+        raise TypeError(f"{name} must be {wanted}, not {found}: {remedy}.")
+
     @abstractmethod
     def scaled_parts(self, tensors: Parts, coefficients: Float[Tensor, " row"]) -> Parts:
         """Returns the parts with the effect of each row multiplied by its coefficient."""

@@ -137,13 +137,15 @@ def token_log_probs(expected: NextTokens, conditions: Iterable[int] | None = Non
         The view, which shows itself in a notebook; `save` writes it as a file that opens offline.
 
     Raises:
-        ValueError: the text has one token only, so nothing predicts it.
+        ValueError: the text has one token only, so nothing predicts it, or there is no such condition.
     """
     if len(expected.tokens) < 2:
         raise ValueError(
             "the text has one token, so no next token is known: give a longer text, as the prompt with a completion."
         )
     chosen = list(range(min(4, len(expected.conditions))) if conditions is None else conditions)
+    if not chosen or any(not 0 <= i < len(expected.conditions) for i in chosen):
+        raise ValueError(f"conditions={chosen} must hold numbers from 0 to {len(expected.conditions) - 1}.")
     rest = (
         ""
         if conditions is not None

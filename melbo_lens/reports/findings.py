@@ -14,7 +14,7 @@ from torch import Tensor
 
 from melbo_lens.arguments import as_list, public
 from melbo_lens.evaluation.departures import departures
-from melbo_lens.evaluation.rates import Behavior
+from melbo_lens.evaluation.rates import Behavior, check_kinds
 from melbo_lens.generation.completions import Completions
 from melbo_lens.measures.changes import ActivationChanges, TargetEffects
 from melbo_lens.measures.radius import Calibration
@@ -87,7 +87,9 @@ class Findings:
         for name in ("control", "coherence"):
             values = as_list(getattr(self, name))
             object.__setattr__(self, name, None if values is None else [float(value) for value in values])
-        object.__setattr__(self, "behaviors", dict(self.behaviors or {}))
+        behaviors = {} if self.behaviors is None else self.behaviors
+        check_kinds(behaviors)
+        object.__setattr__(self, "behaviors", dict(behaviors))
         for name, kind in saved.MEASURES.items():
             if not isinstance(getattr(self, name), kind | None):
                 raise TypeError(
@@ -120,6 +122,7 @@ class Findings:
             model, prompts: those with which the vectors were learned.
             vectors, completions, behaviors, title: the fields of `Findings`.
         """
+        check_kinds(behaviors or {})
         host = host_of(model)
         judged = departures(host, completions) if (completions.table.kind == "unsteered").any() else None
         measures = measuring.measures(host, prompts, vectors)
@@ -257,4 +260,4 @@ class Findings:
         if (folder / PLANS).is_dir() and not (folder / "vectors.safetensors").is_file():
             return cls.of_sweep(folder, behaviors, f"What the trials in {folder.name} found")
         parts = saved.read(folder)
-        return cls(**{**parts, "behaviors": behaviors or parts["behaviors"]})
+        return cls(**{**parts, "behaviors": parts["behaviors"] if behaviors is None else behaviors})

@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from melbo_lens.arguments import count, public
+from melbo_lens.arguments import count, plain, public
 from melbo_lens.evaluation.departures import shares
 from melbo_lens.evaluation.rates import Behavior, check_behaviors, shows
 from melbo_lens.generation.completions import Completions
@@ -91,10 +91,11 @@ class Discovery:
         Raises:
             IndexError: the table has no such row.
         """
-        if not -len(self.table) <= row < len(self.table):
+        row = plain(row)
+        if isinstance(row, bool) or not isinstance(row, int) or not -len(self.table) <= row < len(self.table):
             raise IndexError(f"row={row} must be one of the {len(self.table)} rows of the table, from 0.")
         entry = self.table.iloc[row]
-        return int(entry.sign) * self.vectors[int(entry.trial)][int(entry.vector)]
+        return self._direction(int(entry.trial), int(entry.vector), int(entry.sign))
 
     def first(self, n: int = 20) -> Perturbation:
         """The vectors of the first groups, with their signs, of the layer and form to which the most of them belong.
@@ -161,9 +162,13 @@ class Discovery:
             found.setdefault(_form(self.vectors[trial][vector]), []).append(place)
         return list(found.values())
 
+    def _direction(self, trial: int, vector: int, sign: int) -> Perturbation:
+        found = self.vectors[trial][vector]
+        return found if sign > 0 else -found  # as it was learned, it keeps its history
+
     def _vectors(self, chosen: Sequence[tuple[int, int, int]]) -> Perturbation:
         """Joins chosen vectors, given by trial, vector and sign."""
-        found = [one if sign > 0 else -one for one, sign in ((self.vectors[t][v], sign) for t, v, sign in chosen)]
+        found = [self._direction(*one) for one in chosen]
         longest = max(len(one.history) for one in found)
         return concatenate([_lengthened(one, longest) for one in found])
 
@@ -191,10 +196,10 @@ class Discovery:
             if t.source_layer == source_layer and target_layer in (None, t.target_layer) and method in (None, t.method)
         ]
         if not chosen:
-            pairs = sorted({(trial.source_layer, trial.target_layer) for trial in self.plan})
+            rows = sorted({(trial.source_layer, trial.target_layer, trial.method) for trial in self.plan})
             raise ValueError(
-                f"no trial was at source_layer={source_layer}, target_layer={target_layer}: choose from the pairs "
-                f"{pairs}."
+                f"no trial has source_layer={source_layer}, target_layer={target_layer}, method={method!r}: choose "
+                f"from {rows}."
             )
         if len({_form(self.vectors[i]) for i in chosen}) > 1:
             raise ValueError(

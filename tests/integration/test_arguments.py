@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import melbo_lens as ml
-from melbo_lens.arguments import _as_tensor, check_tensor, plain, plain_json
+from melbo_lens.arguments import _as_tensor, check_tensor, plain, plain_json, public
+from melbo_lens.evaluation.rates import _check_level
+from melbo_lens.generation.generate import stops_of
+from melbo_lens.generation.steer import steer
 from melbo_lens.prompts import pad
 from tests.integration.generation.test_generate import PROMPTS
 
@@ -294,6 +298,89 @@ for make in (
     assert [line.split(",")[0] for line in said] == [
         f"{name} must be a tensor" for name in ("values", "values", "a", "init")
     ]
+
+
+OF_ANOTHER_KIND = {
+    "generate": lambda m, v, a: ml.generate(m, PROMPTS, v.values),
+    "several": lambda m, v, a: ml.generate(m, PROMPTS, [v, v]),
+    "output_effects": lambda m, v, a: ml.output_effects(m, PROMPTS, v.values),
+    "target_effects": lambda m, v, a: ml.target_effects(m, PROMPTS, v.values),
+    "activation_changes": lambda m, v, a: ml.activation_changes(m, PROMPTS[0], v.values),
+    "next_tokens": lambda m, v, a: ml.next_tokens(m, PROMPTS[0], v.values),
+    "top_tokens": lambda m, v, a: ml.top_tokens(m, a),
+    "max_activating": lambda m, v, a: ml.max_activating(m, a, PROMPTS),
+    "closest_directions": lambda m, v, a: ml.closest_directions(a, torch.eye(v.d_model)),
+    "random_vectors": lambda m, v, a: ml.random_vectors(a),
+    "source_effects": lambda m, v, a: ml.source_effects(v, m, PROMPTS),
+    "nearest_vectors": lambda m, v, a: ml.nearest_vectors(v, m, PROMPTS),
+    "random_adapters": lambda m, v, a: ml.random_adapters(v, m),
+    "none": lambda m, v, a: ml.output_effects(m, PROMPTS, None),
+    "steer": lambda m, v, a: next(inspect.unwrap(steer)(m, v.values)),
+}
+REMEDIES = {
+    **dict.fromkeys(("top_tokens", "max_activating", "closest_directions", "random_vectors"), "ml.nearest_vectors"),
+    **dict.fromkeys(("source_effects", "nearest_vectors", "random_adapters"), "must be SteeringAdapters, not Steering"),
+    "several": "must be vectors or adapters, not list: ml.concatenate makes one value",
+}
+
+
+@pytest.mark.parametrize("name", OF_ANOTHER_KIND)
+def test_what_is_no_perturbation_or_one_of_another_kind_is_refused_with_what_to_do(model, fitted, name):
+    adapters = ml.SteeringAdapters.from_factors(torch.ones(1, 1, 128), torch.ones(1, fitted.d_model, 1), 1)
+    with pytest.raises(TypeError, match=REMEDIES.get(name, r"must be vectors or adapters, not .*: .*from_tensor")):
+        OF_ANOTHER_KIND[name](model, fitted, adapters)
+
+
+REFUSED = {
+    "a stop that is no text": (lambda m, v: inspect.unwrap(stops_of)([1]), r"stop=\[1\] must be a text"),
+    "a flag in words": (lambda m, v: _plainly(ml.generate)(m, PROMPTS, v, include_unsteered="no"), "must be True or F"),
+    "a chat in words": (lambda m, v: _plainly(ml.generate)(m, PROMPTS, v, chat="no"), "chat='no' must be True or"),
+    "one and a half controls": (lambda m, v: _plainly(ml.generate)(m, PROMPTS, v, include_random=1.5), "how many"),
+    "controls in words": (lambda m, v: _plainly(ml.generate)(m, PROMPTS, v, include_random="no"), "how many controls"),
+    "another measurement": (lambda m, v: ml.rank(v[:1], ml.output_effects(m, PROMPTS, v)), "2 vectors were measured"),
+    "a measurement of fewer": (
+        lambda m, v: ml.rank(ml.concatenate([v, v]), ml.output_effects(m, PROMPTS, v)), "and 4 are to be ranked"
+    ),
+    "a slice that begins later": (
+        lambda m, v: ml.cluster_by_effect(ml.slice_model(m, PROMPTS, 2, 4), v), r"layers \[1\], .* source_layer=1\."
+    ),
+    "a slice that ends before": (
+        lambda m, v: ml.cluster_by_effect(ml.slice_model(m, PROMPTS, 0, 2), replace(v, source_layer=3)),
+        r"layers \[3\], .* target_layer above 3\.",
+    ),
+    "a negative distance": (
+        lambda m, v: ml.cluster_by_effect(ml.slice_model(m, PROMPTS, 1, 3), v, -1.0), "must be a cosine distance"
+    ),
+    "a target before the source": (lambda m, v: ml.target_effects(m, PROMPTS, v, 1), "target_layer=1 must lie above 1"),
+    "an objective before the source": (lambda m, v: ml.objective(m, PROMPTS, v, 1), "target_layer=1 must lie above 1"),
+    "half a layer": (
+        lambda m, v: _plainly(ml.activation_changes)(m, PROMPTS[0], v, layers=[2.0]), r"layers=\[2\.0\] must hold"
+    ),
+    "one layer": (lambda m, v: _plainly(ml.activation_changes)(m, PROMPTS[0], v, layers=3), "layers=3 must hold"),
+    "no neighbours": (lambda m, v: ml.closest_directions(v, torch.eye(v.d_model), k=0), "k=0 must be an integer"),
+    "NaN directions": (
+        lambda m, v: ml.closest_directions(v, torch.full((2, v.d_model), torch.nan)), "matrix holds NaN or infinity"
+    ),
+    "a level in words": (lambda m, v: inspect.unwrap(_check_level)("x"), "level='x' must be a finite number"),
+    "an expression that is none": (
+        lambda m, v: ml.Findings.measured(m, PROMPTS, v, ml.generate(m, PROMPTS, v, 1), {"a": "("}), "regular express"
+    ),
+    "a page of one that is none": (
+        lambda m, v: ml.report(v, ml.generate(m, PROMPTS, v, 1), {"a": "("}), "is no regular expression"
+    ),
+}  # fmt: skip
+
+
+def _plainly(call):
+    """The call without the check of types by which only these tests would refuse the value."""
+    return public(inspect.unwrap(call))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_breaks_a_rule_is_refused_in_a_sentence(model, fitted, name):
+    call, said = REFUSED[name]
+    with pytest.raises((TypeError, ValueError), match=said):
+        call(model, fitted)
 
 
 def test_perturbations_are_joined_one_by_one(fitted):

@@ -3,6 +3,7 @@
 What was written can be handed to any measure as the ids that it was.
 """
 
+import copy
 import json
 import warnings
 from types import SimpleNamespace
@@ -157,6 +158,17 @@ def test_a_rendered_chat_or_a_prompt_with_bos_gets_no_second_one(any_model):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert tokenize(host_of(any_model), chat).rows() == [[1, 5, 6, 4]]
+
+
+def test_a_text_needs_no_pad_token(any_model, monkeypatch):
+    texts = ["w1 w2", "w3 w4 w5 <bos>"]
+    expected = tokenize(host_of(any_model), texts).rows()
+    bare = copy.deepcopy(any_model.tokenizer)
+    bare.pad_token = None
+    monkeypatch.setattr(any_model, "tokenizer", bare)
+    assert tokenize(host_of(any_model), texts).rows() == expected and expected[0] == [1, 5, 6]
+    monkeypatch.setattr(any_model.cfg, "default_prepend_bos", False)
+    assert tokenize(host_of(any_model), texts[0]).rows() == [[5, 6]]
 
 
 @pytest.mark.parametrize("prepend", [True, False])

@@ -104,6 +104,9 @@ def test_the_table_has_the_promised_columns_and_rows(model):
     assert (table.prompt_text == table.prompt.map(lambda i: PROMPTS[i])).all()
     assert table.text.tolist() == [model.tokenizer.decode(tokens) for tokens in table.tokens]
     assert len(completions.filter(kind="steered", vector=[1], sign=-1)) == 2
+    unsteered = completions.filter(kind="unsteered")
+    assert len(unsteered) and completions.filter(vector=None).table.equals(unsteered.table)
+    assert len(completions.filter(vector=[None, 1])) == len(unsteered) + len(completions.filter(vector=1))
     assert "<table" in completions._repr_html_() and "18 rows" in repr(completions)
 
 

@@ -1,5 +1,6 @@
 """Are effects what one gets by running the steered model and computing them by hand?"""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pandas as pd
@@ -230,6 +231,18 @@ def test_changes_that_overflow_are_an_error_for_clusters_and_tokens_too(director
         ml.cluster_by_effect(ml.slice_model(model, PROMPTS, 1, 3), loud)
     with pytest.raises(FloatingPointError, match="vector 0 makes the logits NaN or infinite in float16"):
         ml.top_tokens(model, loud, prompts=PROMPTS)
+
+
+def test_calls_from_several_threads_take_turns(model):
+    """Without turns, one thread would see the hooks of the other, and keep the flags that it had switched off."""
+    several = [ml.SteeringVectors.from_tensor(3 * torch.randn(1, models.D_MODEL), 1) for _ in range(2)]
+    expected = [ml.output_effects(model, PROMPTS, one).table for one in several]
+    needed = [parameter.requires_grad for parameter in model.parameters()]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda k: ml.output_effects(model, PROMPTS, several[k % 2]).table, range(16)))
+    for k, table in enumerate(found):
+        pd.testing.assert_frame_equal(table, expected[k % 2])
+    assert [parameter.requires_grad for parameter in model.parameters()] == needed and any(needed)
 
 
 def test_a_ranking_shows_the_effects_of_the_fit_and_puts_rows_in_sinks_last(model):

@@ -278,10 +278,10 @@ def test_second_derivatives_are_those_of_the_whole_model(any_model):
     assert float(both[0] @ u[0]) == pytest.approx(float(v[0] @ dense @ v[0]), rel=1e-2)
 
 
-def test_the_automatic_radius_is_where_the_mean_change_departs_from_its_linear_part(model):
+def test_the_published_radius_is_where_the_mean_change_departs_from_its_linear_part(model):
     """The published ratio: of the mean over positions and prompts, whose parts cancel, unlike those of all changes."""
     settings = {"n_factors": 2, "n_steps": 1, "target_positions": LAST, "progress": False}
-    radius = ml.fit_dct(model, PROMPTS, 1, 3, **settings).provenance["radius"]
+    radius = ml.fit_dct(model, PROMPTS, 1, 3, radius="nonlinearity", **settings).provenance["radius"]
     derivative = jacobian(model, stacked=False)
     squares = []
     for v in torch.randn(100, D, generator=torch.Generator().manual_seed(7)):
@@ -290,6 +290,23 @@ def test_the_automatic_radius_is_where_the_mean_change_departs_from_its_linear_p
     assert (sum(squares) / len(squares)) ** 0.5 == pytest.approx(0.5, rel=0.15)  # other directions than the library's
     every = ml.calibrate_radius(model, PROMPTS, 1, 3, rule="nonlinearity", target_positions=LAST).radius
     assert every != pytest.approx(radius, rel=0.1)
+
+
+def test_the_automatic_radius_is_that_of_every_fit_and_no_checkpoint_mixes_the_rules(model, tmp_path):
+    settings = {"n_steps": 1, "target_positions": LAST, "progress": False, "seed": 3}
+    usual = ml.fit_vectors(model, PROMPTS, 1, 3, n_vectors=2, **settings).provenance
+    path = tmp_path / "state"
+    found = ml.fit_dct(model, PROMPTS, 1, 3, n_factors=2, checkpoint=path, **settings).provenance
+    assert (found["radius"], found["radius_rule"]) == (usual["radius"], usual["radius_rule"])
+    with pytest.raises(ValueError, match=r"belongs to another fit .*radius"):
+        ml.fit_dct(model, PROMPTS, 1, 3, n_factors=2, radius="nonlinearity", checkpoint=path, **settings)
+    other = tmp_path / "other"
+    for _ in range(2):  # a second call goes on
+        ml.fit_dct(model, PROMPTS, 1, 3, n_factors=2, radius="nonlinearity", checkpoint=other, **settings)
+    with pytest.raises(ValueError, match=r"belongs to another fit .*radius"):
+        ml.fit_dct(model, PROMPTS, 1, 3, n_factors=2, checkpoint=other, **settings)
+    with pytest.raises(ValueError, match=r'radius=-1\.0 .*"nonlinearity"'):
+        ml.fit_dct(model, PROMPTS, 1, 3, n_factors=2, radius=-1.0)
 
 
 @pytest.mark.parametrize("orthogonalize", ["qr", "soft"])

@@ -165,6 +165,15 @@ def test_a_folder_of_version_0_1_0_is_read(folder, kept):
     assert body(ml.report_directory(folder)) == before
 
 
+def test_behaviours_that_are_given_replace_those_of_the_run_also_by_none(folder):
+    assert ml.Findings.load(folder).behaviors and not ml.Findings.load(folder, {}).behaviors
+
+
+def test_the_command_says_which_expression_is_none(folder):
+    result = CliRunner().invoke(app, ["report", str(folder), "--behavior", "newly=("])
+    assert result.exit_code == 1 and "error: behaviors['newly']='(' is no regular expression" in result.output
+
+
 def test_the_command_writes_the_page_again_with_other_behaviors(folder):
     (folder / "report.html").unlink()
     result = CliRunner().invoke(app, ["report", str(folder), "--behavior", "newly=steered 2"])

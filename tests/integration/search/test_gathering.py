@@ -3,6 +3,7 @@
 import inspect
 import json
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 import melbo_lens as ml
 from melbo_lens.evaluation.departures import in_words
 from melbo_lens.generation.completions import COLUMNS
+from melbo_lens.perturbations.rows import at_the_fit
 from melbo_lens.reports.again import snippet
 from melbo_lens.search import groups
 from melbo_lens.search.groups import MOST_TEXTS, alike, heldout_rate
@@ -123,6 +125,28 @@ def test_counts_of_groups_are_checked(gathered, organism):
     )
     with pytest.raises(ValueError, match=r"show \['any'\]: give the behaviours"):
         found.twins(found, {})
+    with pytest.raises(ValueError, match=r"method='cpe': choose from \[\(0, 3, 'melbo'\)\]"):
+        found.joined(0, method="cpe")
+    with pytest.raises(IndexError, match=r"row=1\.5 must be one of"):
+        found.vector(1.5)
+    assert found.vector(np.int64(0)).values.equal(found.vector(0).values)
+
+
+def test_a_vector_that_a_search_hands_out_knows_what_its_fit_measured(organism):
+    plan = [ml.Trial(0, 3, 10.0, 4, False, 0, 4), ml.Trial(0, 3, 14.0, 4, False, 1, 4)]
+    found = ml.discover(organism.model, organism.prompts["clean"][0], plan=plan, max_new_tokens=4, progress=False)
+    signs = set()
+    for number, row in enumerate(found.table.itertuples()):
+        fitted, one = found.vectors[row.trial][row.vector], found.vector(number)
+        signs.add(row.sign)
+        assert at_the_fit(one.provenance, 1) == at_the_fit(fitted.provenance, 1, row.sign)
+        assert torch.equal(one.values, row.sign * fitted.values)
+        if row.sign > 0:  # it is the fitted one, whose objective was maximised
+            assert torch.equal(one.history, fitted.history) and "derived" not in one.provenance
+    assert signs == {1, -1}
+    first = found.first(len(found.table))
+    effects, _ = at_the_fit(first.provenance, len(first))
+    assert effects == [found.table.effect[k] for k in range(len(first))]
 
 
 def test_many_texts_are_compared_in_parts(monkeypatch):

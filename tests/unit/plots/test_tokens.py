@@ -47,6 +47,12 @@ def next_tokens(tokens=("a", " b", " c"), k=2):
     )
 
 
+@pytest.mark.parametrize("conditions", [[2], [-1], []])
+def test_a_condition_that_is_not_there_is_refused(conditions):
+    with pytest.raises(ValueError, match="must hold numbers from 0 to 1"):
+        ml.plots.token_log_probs(next_tokens(), conditions=conditions)
+
+
 def properties(html, name):
     """What a view hands to circuitsvis."""
     found = re.search(rf"CircuitsVis\.{name},(.*?)\);else if", html)
