@@ -27,7 +27,7 @@ Model = Annotated[
     str, typer.Option(help='"smollm2" and other organisms, a name on the Hugging Face hub, or a directory')
 ]
 Prompt = Annotated[list[str], typer.Option(help="may be given several times")]
-Out = Annotated[Path, typer.Option(help="folder to write to")]
+Out = Annotated[Path, typer.Option(file_okay=False, help="folder to write to")]
 Seed = Annotated[int, typer.Option(help="seed of the starts")]
 Chat = Annotated[
     bool | None,
@@ -38,7 +38,8 @@ Chat = Annotated[
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16")]
 Device = Annotated[str | None, typer.Option(help="as torch names it; default: chosen by TransformerLens")]
 Kept = Annotated[
-    Path | None, typer.Option(help="folder that keeps what is finished: the same command, given again, goes on")
+    Path | None,
+    typer.Option(file_okay=False, help="folder that keeps what is finished: the same command, given again, goes on"),
 ]
 EngineName = Annotated[str, typer.Option(help="here, or ray (which needs a folder that keeps)")]
 
@@ -54,9 +55,9 @@ def prepare() -> None:
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="folder for the vectors, the completions and the page")] = Path(
-        "demo-output"
-    ),
+    out: Annotated[
+        Path, typer.Option(file_okay=False, help="folder for the vectors, the completions and the page")
+    ] = Path("demo-output"),
     budget: Annotated[float, typer.Option(help="seconds for the search")] = 25.0,
     seed: Seed = 0,
 ) -> None:

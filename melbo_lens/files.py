@@ -79,6 +79,21 @@ def write_together(contents: Mapping[str | os.PathLike[str], bytes]) -> None:
                 os.unlink(leftover)
 
 
+def make_folder(folder: Path) -> None:
+    """Makes a folder, with those in which it lies, if it is missing.
+
+    Raises:
+        NotADirectoryError: there is a file of that name.
+        OSError: it can't be made.
+    """
+    file = next((one for one in (folder, *folder.parents) if one.exists() and not one.is_dir()), None)
+    if file is not None:
+        raise NotADirectoryError(
+            f"{str(folder)!r} can't be a folder, since {str(file)!r} is a file: choose another name."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+
+
 def write_folder(folder: str | os.PathLike[str], contents: Mapping[str, bytes]) -> None:
     """Writes the files of a folder together; folders that had to be made for them are removed where that fails.
 
@@ -92,7 +107,7 @@ def write_folder(folder: str | os.PathLike[str], contents: Mapping[str, bytes]) 
     folder = Path(folder)
     made = [one for one in (folder, *folder.parents) if not one.exists()]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         write_together({folder / name: data for name, data in contents.items()})
     except BaseException:
         for one in made:

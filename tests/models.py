@@ -122,7 +122,7 @@ class NoModel(Host):
     quantised = False
 
     def __init__(self) -> None:
-        self.points = {}
+        self.points, self.model = {}, torch.nn.Module()
 
 
 NoModel.__abstractmethods__ = frozenset()

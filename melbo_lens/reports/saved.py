@@ -118,7 +118,7 @@ def write(parts: Mapping[str, Any], folder: Path) -> None:
         **{f"{name}.csv": table.to_csv(index=False) for name, table in tables.items() if table is not None},
     }
     measured = {f"{name}.safetensors": parts[name] for name in MEASURES if parts[name] is not None}
-    folder.mkdir(parents=True, exist_ok=True)
+    files.make_folder(folder)
     for name in {*left_by_a_run(folder)} - {VECTORS, PAGE, *texts, *measured}:
         (folder / name).unlink(missing_ok=True)
     for name, value in {VECTORS: parts["vectors"], **measured}.items():

@@ -144,8 +144,8 @@ class Engine(ABC):
         """
         if self.folder is None:
             return
-        (self.folder / LOCKS).mkdir(parents=True, exist_ok=True)
-        (self.folder / PLANS).mkdir(exist_ok=True)
+        for inner in (LOCKS, PLANS):
+            files.make_folder(self.folder / inner)
         with FileLock(self.folder / LOCKS / "model"):
             if not self.check_folder():
                 name = self.ask(attrgetter("host.name"))

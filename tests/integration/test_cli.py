@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 import melbo_lens as ml
 from melbo_lens.cli import app
 from melbo_lens.search import pace
+from tests.integration.reports.test_page import completions
 
 FILES = {
     *(
@@ -50,6 +51,18 @@ def fit(directory, out, *more):
     return CliRunner().invoke(
         app, [*arguments, "--n-vectors", "2", "--radius", "2", "--max-new-tokens", "3", "--device", "cpu", *more]
     )
+
+
+def test_a_file_where_a_folder_is_wanted_is_named_before_a_model_is_loaded(tmp_path):
+    (tmp_path / "taken").touch()
+    result = fit("no model", tmp_path / "taken")
+    assert result.exit_code == 2 and re.search(r"is a\W+file", result.output)
+    for write in (
+        lambda: ml.Findings(ml.SteeringVectors(torch.eye(3), 1), completions()).save(tmp_path / "taken"),
+        lambda: ml.discover("modes", "river", plan=[ml.Trial(0, 4, 1.0, 2, False, 0)], directory=tmp_path / "taken"),
+    ):
+        with pytest.raises(NotADirectoryError, match=r"can't be a folder, since .*taken' is a file"):
+            write()
 
 
 @pytest.mark.parametrize(("given", "positions"), [([], None), (["--last", "3"], slice(-3, None))])

@@ -218,7 +218,7 @@ def test_the_model_is_left_as_it_was(any_model):
             lambda model: ml.target_effects(model, "w1", ml.SteeringVectors(torch.ones(1, 32), 1)),
             "don't know where their effect is to be read",
         ),
-        (lambda model: ml.next_tokens(model, "w1", k=0), "k=0 must be from 1 to d_vocab = 50"),
+        (lambda model: ml.next_tokens(model, "w1", k=0), "k=0 must be an integer of at least 1"),
         (lambda model: ml.activation_changes(model, "w1", ml.SteeringVectors(torch.ones(1, 7), 1)), "d_model 7"),
         (lambda model: ml.objective(model, "w1", vectors(), p=0.5), "p=0.5 must be"),
     ],
