@@ -4,10 +4,12 @@ PYTHON ?= python3
 LOCK ?= requirements.lock
 VENV ?= .venv
 export HF_HUB_OFFLINE ?= 1
+# what a version of TransformerLens can change, and neither pages nor sweeps nor pure mathematics
+ON_MODELS := tests/acceptance $(addprefix tests/integration/,evaluation exports generation measures methods models perturbations search test_errors.py test_imported.py test_prompts.py test_real_model.py test_surroundings.py)
 # generation against uncached passes, slices against hooked runs, prompts, files and pickles
 NEWEST := $(addprefix tests/integration/,generation models/test_passes.py models/test_slices.py test_prompts.py reports/test_findings.py perturbations measures/test_radius.py) tests/unit/perturbations/test_loading.py
 
-.PHONY: demo real test test-real test-tutorial test-quantised test-long newest look docs notebooks bench bench-real bench-search bench-discovery bench-gpu bench-killed bench-throughput bench-memory bench-llama lint clean
+.PHONY: demo real test test-models test-real test-tutorial test-quantised test-long newest look docs notebooks bench bench-real bench-search bench-discovery bench-gpu bench-killed bench-throughput bench-memory bench-llama lint clean
 
 $(VENV)/.installed: pyproject.toml $(LOCK)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "melbo_lens needs Python 3.11 or newer; set PYTHON=python3.11")'
@@ -31,6 +33,10 @@ real: $(VENV)/.smollm2
 # a process with one thread for each core: the models are too small to share
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n logical --dist loadfile --no-loadscope-reorder
+
+# the part of it that depends on TransformerLens, for the other major
+test-models: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n logical --dist loadfile --no-loadscope-reorder $(ON_MODELS)
 
 # the same on the real chat model, with both cores, since its steps are large
 test-real: $(VENV)/.smollm2

@@ -135,11 +135,13 @@ def check(found, expected):
     return seen
 
 
+@pytest.mark.long
 def test_every_method_learns_the_same(both):
     one, two, _ = both
     assert len(check(fits(two), fits(one))) == 9
 
 
+@pytest.mark.long
 def test_every_measure_and_all_writing_are_the_same(both):
     one, two, _ = both
     assert len(check(measures(two), measures(one))) >= 15

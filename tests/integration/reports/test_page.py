@@ -326,6 +326,7 @@ def many(n_vectors=5000, n_prompts=10):
     return ml.Findings(vectors, ml.Completions(table), {"cheese": "cheese"}, "Many vectors")
 
 
+@pytest.mark.long
 def test_5000_vectors_on_10_prompts_are_a_page_of_15_megabytes_at_most(tmp_path):
     page = ml.report(many(), path=tmp_path / "many.html")
     text = page.read_text()
