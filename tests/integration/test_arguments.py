@@ -363,7 +363,7 @@ REFUSED = {
     ),
     "a level in words": (lambda m, v: inspect.unwrap(_check_level)("x"), "level='x' must be a finite number"),
     "an expression that is none": (
-        lambda m, v: ml.Findings.measured(None, PROMPTS, v, ml.generate(m, PROMPTS, v, 1), {"a": "("}), "regular express"
+        lambda m, v: ml.Findings.measured(None, PROMPTS, v, ml.generate(m, PROMPTS, v, 1), {"a": "("}), "regular exp"
     ),
     "a page of one that is none": (
         lambda m, v: ml.report(v, ml.generate(m, PROMPTS, v, 1), {"a": "("}), "is no regular expression"
