@@ -154,7 +154,7 @@ def test_trials_of_one_layer_join_into_one_set_of_vectors(organism):
         organism.model, prompt, -vectors[40], max_new_tokens=16, signs=(1,), include_random=False, progress=False
     )
     assert again.filter(kind="steered").table.text[0] == row.text
-    with pytest.raises(ValueError, match=r"choose from the pairs \[\(0, 4\)\]"):
+    with pytest.raises(ValueError, match=r"choose from \[\(0, 4, .melbo.\)\]"):
         discovery.joined(source_layer=0, target_layer=3)
 
 
